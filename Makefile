@@ -1,0 +1,41 @@
+# Every target works on a fresh clone: .venv is made when it is missing or the pins change.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+VENV   := .venv
+PY     := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE  ?= 1
+
+.PHONY: env demo reproduce test test-vllm check bench clean
+
+env: $(VENV)/.ready
+
+# torch comes first and pinned: a bare torch would bring gigabytes of CUDA packages. megatron-core's own dependency
+# list is for its full training stack; the core needs only what is installed here.
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: env            ## the two-stage pipeline in miniature: runs/demo/report.html
+	$(PY) -m vold.miniature demo
+
+reproduce: env       ## three seeds of every arm: runs/reproduce/report.html
+	$(PY) -m vold.miniature reproduce
+
+test: env
+	$(PY) -m pytest
+
+test-vllm: env       ## real vLLM on the CPU, in an environment of its own
+	bash tests/vllm/run.sh
+
+check: env           ## style
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+bench: env           ## kernels beside their peers: benchmarks/results/
+	$(PY) -m benchmarks.kernels
+
+clean:
+	rm -rf $(VENV) build *.egg-info

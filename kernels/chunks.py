@@ -1,0 +1,45 @@
+"""How much of the [N, V] logits exists at once: the one place where sizes are decided.
+
+Shape letters: N tokens, C tokens of one chunk, U vocabulary rows of this rank.
+Two shapes of work: a *resident* chunk holds all U columns of C tokens, because its gradient is formed in place; a
+*tile* holds a slice of columns, because a forward pass only folds them away. Neither depends on how long N is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TILE_COLUMNS = 8192  # four tiles of cuBLAS's widest output block per SM row; a multiple of the row kernel's block
+
+
+@dataclass(frozen=True)
+class ChunkBudget:
+    """Bytes of fp32 logits alive at once. Results do not depend on it beyond rounding."""
+
+    resident_bytes: int = 2 << 30
+    """2 GiB is 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows."""
+    tile_bytes: int = 64 << 20
+    """64 MiB is 2048 tokens × 8192 columns."""
+    tile_columns: int = TILE_COLUMNS
+    max_tokens: int = 8192
+
+    def resident_tokens(self, columns: int, itemsize: int) -> int:
+        return _tokens(self.resident_bytes, columns * itemsize, self.max_tokens)
+
+    def tile(self, columns: int, itemsize: int) -> tuple[int, int]:
+        """(tokens, columns) of one tile."""
+        columns = min(columns, self.tile_columns)
+        return _tokens(self.tile_bytes, columns * itemsize, self.max_tokens), columns
+
+
+DEFAULT_BUDGET = ChunkBudget()
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover `range(total)`."""
+    for first in range(0, total, step):
+        yield slice(first, min(first + step, total))
+
+
+def _tokens(budget: int, bytes_per_token: int, most: int) -> int:
+    tokens = min(budget // bytes_per_token, most)
+    return tokens // 128 * 128 if tokens > 128 else max(tokens, 1)

@@ -1,0 +1,155 @@
+"""A language-model head, one chunk of tokens at a time: logits, statistics, gradients. Every loss is a loop over these.
+
+Shape letters: N tokens, C tokens of a chunk, D hidden, U vocabulary rows of this rank, B columns of one tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import matmuls
+from .chunks import ChunkBudget, slices
+from .rows import Statistics, dlogits_storage, new_statistics, row_functions
+from .vocab import VocabShard, all_reduce_, merge
+
+
+@dataclass(frozen=True)
+class Head:
+    weight_UD: Tensor
+    shard: VocabShard
+    temperature: float
+    budget: ChunkBudget
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits, statistics and gradients are computed in."""
+        return matmuls.accumulator_dtype(self.weight_UD.dtype)
+
+    def buffer(self, tokens: int, columns: int) -> Tensor:
+        return torch.empty(tokens * columns, dtype=self.dtype, device=self.weight_UD.device)
+
+    def logits(self, buffer: Tensor, hidden_CD: Tensor, tile: slice) -> Tensor:
+        """[C, B] logits after temperature, in the reused buffer."""
+        weight_BD = self.weight_UD[tile]
+        shape = (hidden_CD.shape[0], weight_BD.shape[0])
+        z_CB = buffer[: shape[0] * shape[1]].view(shape)
+        return matmuls.logits_(z_CB, hidden_CD, weight_BD, temperature=self.temperature)
+
+    def local(self, target_N: Tensor) -> Tensor:
+        """Target ids as rows of this rank's shard; those of other ranks fall outside it."""
+        return target_N.long() - self.shard.offset
+
+    def new_statistics(self, tokens: int) -> Tensor:
+        return new_statistics(tokens, self.weight_UD, self.dtype)
+
+    def fold_(self, folded_4C: Tensor, z_CB: Tensor, local_target_C: Tensor, first: int) -> None:
+        row_functions(z_CB.device).fold_(folded_4C, z_CB, local_target_C, self.shard.real, first)
+
+
+def finish(head: Head, folded_4N: Tensor, target_N: Tensor) -> Statistics:
+    """This rank's folded tiles -> the softmax over all ranks."""
+    top_N, total_N, spread_N, target_logit_N = merge(folded_4N, head.shard.group)
+    log_total_N = total_N.log()
+    exists_N = (target_N >= 0) & (target_N < head.shard.total)
+    logp_N = torch.where(exists_N, (target_logit_N - top_N) - log_total_N, float("nan"))
+    return Statistics(top_N, log_total_N, logp_N, log_total_N - spread_N / total_N)
+
+
+def stream(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Statistics:
+    """Statistics of every token through one reused tile; ranks meet once, at the end."""
+    tokens, columns = head.budget.tile(head.shard.rows, head.dtype.itemsize)
+    buffer = head.buffer(min(tokens, len(target_N)), columns)
+    folded_4N = head.new_statistics(len(target_N))
+    local_target_N = head.local(target_N)
+    for chunk in slices(len(target_N), tokens):
+        for tile in slices(head.shard.rows, columns):
+            z_CB = head.logits(buffer, hidden_ND[chunk], tile)
+            head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
+    return finish(head, folded_4N, target_N)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """All of this rank's logits of one chunk of rows, kept until their gradient has been formed in place."""
+
+    where: slice
+    """Which of the kept rows these are."""
+    rows_C: Tensor
+    """[C] int64, which rows of hidden these are."""
+    hidden_CD: Tensor
+    target_C: Tensor
+    """Global ids."""
+    z_CU: Tensor
+
+
+def resident_chunks(
+    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, *, tokens: int
+) -> Iterator[Resident]:
+    """The given rows, `tokens` at a time; each chunk overwrites the one before."""
+    buffer = head.buffer(min(tokens, len(rows_n)), head.shard.rows)
+    for where in slices(len(rows_n), tokens):
+        rows_C = rows_n[where]
+        hidden_CD = hidden_ND.index_select(0, rows_C)
+        z_CU = head.logits(buffer, hidden_CD, slice(None))
+        yield Resident(where, rows_C, hidden_CD, target_N[rows_C], z_CU)
+
+
+def chunk_statistics(head: Head, chunk: Resident) -> Statistics:
+    """One MAX and one SUM all-reduce: every rank must be at the same chunk."""
+    folded_4C = head.new_statistics(len(chunk.rows_C))
+    head.fold_(folded_4C, chunk.z_CU, head.local(chunk.target_C), 0)
+    return finish(head, folded_4C, chunk.target_C)
+
+
+class HeadGradients:
+    """Where a pass over chunks leaves dH and dW: accumulated in fp32 (fp64 for fp64), rounded once in `scaled`.
+
+    Only the given rows of hidden have a gradient. A side that is not wanted is never computed.
+    """
+
+    def __init__(self, head: Head, kept: int, wanted: tuple[bool, bool]):
+        self.head, self.wanted = head, wanted
+        like = head.weight_UD
+        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted[0] else None
+        self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if wanted[1] else None
+
+    def add_(
+        self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
+    ) -> None:
+        """Overwrites the chunk's logits by their gradient and spends it on both matmuls."""
+        if not any(self.wanted):
+            return
+        dz_CU = self._dlogits(chunk, statistics, d_logp_C, d_entropy_C)
+        if self.hidden_nD is not None:
+            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, self.head.weight_UD)
+        if self.weight_UD is not None:
+            matmuls.add_weight_gradient_(self.weight_UD, dz_CU, chunk.hidden_CD)
+
+    def _dlogits(self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
+        head, z_CU = self.head, chunk.z_CU
+        dz_CU = dlogits_storage(z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else z_CU.dtype)
+        d_logp_C = d_logp_C / head.temperature
+        d_entropy_C = None if d_entropy_C is None else d_entropy_C / head.temperature
+        dlogits_ = row_functions(z_CU.device).dlogits_
+        dlogits_(dz_CU, z_CU, head.local(chunk.target_C), head.shard.real, statistics, d_logp_C, d_entropy_C)
+        return dz_CU
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dH of the kept rows, summed over ranks; dW of this rank's rows)."""
+        if self.hidden_nD is not None:
+            all_reduce_(self.hidden_nD, self.head.shard.group)
+        return self.hidden_nD, self.weight_UD
+
+
+def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient · factor, rounded once."""
+    if factor is None:
+        return gradient.to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def scatter_rows(rows_n: Tensor, gradient_nD: Tensor, tokens: int) -> Tensor:
+    """Rows without a gradient are exactly zero."""
+    return gradient_nD.new_zeros(tokens, gradient_nD.shape[1]).index_copy_(0, rows_n, gradient_nD)

@@ -1,0 +1,195 @@
+"""Clipped policy gradient plus k2 distillation on sampled tokens, from hidden states to gradients in one pass.
+
+Why: dL/dlogp of a token depends on that token's own log-prob alone (advantages, old and teacher log-probs are known
+before, the normaliser sits in the weights). So logits -> statistics -> coefficient -> dlogits -> dH, dW happen while
+one chunk is resident: 6NHV, no recomputation, no [N, V] tensor. What is won is memory, fp32 precision and dropped
+rows; the head is a small share of a training step.
+
+    L = Σ pg_weight · L_pg + kl_weight · ½ (logp − logp_teacher)²
+    L_pg = −min(ρ A, clip(ρ, 1 − eps_low, 1 + eps_high) A),   ρ = exp(logp − logp_old)
+    dL_pg/dlogp = −ρ A where the unclipped branch is the minimum, else 0;   dL_kl/dlogp = logp − logp_teacher
+
+VOLD, GRPO, DAPO, Dr.GRPO, KDRL, OPD and SRPO's sampled part are choices of the two weights (Eqs. 5 and 6 of VOLD).
+Deviation from the paper: the ratio is per token, as in GRPO.
+
+Shape letters: N tokens, n tokens with weight, C tokens of a chunk, D hidden, V vocabulary, U = this rank's rows.
+The kernels are in `rows_triton.py`, the specification in `reference.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import check_head, check_policy, check_vocab_size
+from .chunks import DEFAULT_BUDGET, ChunkBudget
+from .head import Head, HeadGradients, chunk_statistics, resident_chunks, scaled, scatter_rows
+from .records import PolicyLoss, PolicyTerms
+from .rows import Statistics
+from .vocab import VocabShard, vocab_shard
+
+__all__ = ["PolicyLoss", "PolicyTerms", "linear_policy_loss"]
+
+
+@dataclass(frozen=True)
+class _Options:
+    shard: VocabShard
+    temperature: float
+    budget: ChunkBudget
+    eps_low: float
+    eps_high: float
+    wanted: tuple[bool, bool]
+    """Whether hidden and weight want a gradient."""
+
+
+@dataclass(frozen=True)
+class _PerToken:
+    """[n] each, of the tokens that carry weight."""
+
+    logp: Tensor
+    entropy: Tensor
+    pg_loss: Tensor
+    kl_loss: Tensor
+    d_logp: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+    kl_old: Tensor
+
+
+def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> _PerToken:
+    """The loss of each token and its derivative with respect to its log-prob. `terms` as `_kept_terms` leaves them."""
+    logp_C = statistics.logp_C
+    has_pg_C, advantage_C = terms.pg_weight_N != 0, terms.advantage_N
+    log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_N is None else logp_C - terms.logp_old_N
+    log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
+    ratio_C = log_ratio_C.exp()
+    unclipped_C = ratio_C * advantage_C
+    clipped_C = ratio_C.clamp(1 - options.eps_low, 1 + options.eps_high) * advantage_C
+    is_clipped_C = clipped_C < unclipped_C
+    gap_C = torch.where(terms.kl_weight_N != 0, logp_C - terms.logp_teacher_N, 0.0)
+    return _PerToken(
+        logp=logp_C,
+        entropy=statistics.entropy_C,
+        pg_loss=-terms.pg_weight_N * torch.minimum(unclipped_C, clipped_C),
+        kl_loss=terms.kl_weight_N * gap_C.square() / 2,
+        d_logp=terms.kl_weight_N * gap_C - torch.where(is_clipped_C, 0.0, terms.pg_weight_N * unclipped_C),
+        clip_low=is_clipped_C & has_pg_C & (advantage_C < 0),
+        clip_high=is_clipped_C & has_pg_C & (advantage_C > 0),
+        kl_old=-log_ratio_C,
+    )
+
+
+def _kept_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> PolicyTerms:
+    """The rows that carry weight, with 0 wherever a field's own weight is 0: what is not used cannot leak."""
+    pg_weight_n = terms.pg_weight_N[rows_n].to(dtype)
+    kl_weight_n = terms.kl_weight_N[rows_n].to(dtype)
+    missing_n = torch.full_like(kl_weight_n, float("nan"))
+    logp_teacher_n = missing_n if terms.logp_teacher_N is None else terms.logp_teacher_N[rows_n].to(dtype)
+    logp_old_n = None
+    if terms.logp_old_N is not None:
+        logp_old_n = torch.where(pg_weight_n != 0, terms.logp_old_N[rows_n].to(dtype), 0.0)
+    return PolicyTerms(
+        logp_old_N=logp_old_n,
+        logp_teacher_N=torch.where(kl_weight_n != 0, logp_teacher_n, 0.0),
+        advantage_N=torch.where(pg_weight_n != 0, terms.advantage_N[rows_n].to(dtype), 0.0),
+        pg_weight_N=pg_weight_n,
+        kl_weight_N=kl_weight_n,
+    )
+
+
+def _chunk_of(terms: PolicyTerms, chunk: slice) -> PolicyTerms:
+    return PolicyTerms(*(None if value is None else value[chunk] for value in vars(terms).values()))
+
+
+def _one_pass(
+    hidden_ND: Tensor, weight_UD: Tensor, target_N: Tensor, terms: PolicyTerms, options: _Options
+) -> tuple[Tensor, _PerToken, HeadGradients]:
+    head = Head(weight_UD, options.shard, options.temperature, options.budget)
+    # How many rows are left is a shape, so the host waits here, once a step; `widest` (tp > 1) waits for nothing more.
+    # Chunks are those of the widest shard, so that all ranks meet at the same ones.
+    rows_n = ((terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)).nonzero()[:, 0]
+    tokens = head.budget.resident_tokens(head.shard.widest(), head.dtype.itemsize)
+    terms = _kept_terms(terms, rows_n, head.dtype)
+    gradients = HeadGradients(head, len(rows_n), options.wanted)
+    per_token = _empty_per_token(len(rows_n), terms.pg_weight_N)
+    for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
+        statistics = chunk_statistics(head, chunk)
+        result = surrogate(statistics, _chunk_of(terms, chunk.where), options)
+        gradients.add_(chunk, statistics, result.d_logp)
+        for name, value in vars(result).items():
+            getattr(per_token, name)[chunk.where] = value
+    return rows_n, per_token, gradients
+
+
+def _empty_per_token(tokens: int, like: Tensor) -> _PerToken:
+    fields = {name: like.new_zeros(tokens) for name in _PerToken.__dataclass_fields__}
+    counts = {name: like.new_zeros(tokens, dtype=torch.bool) for name in ("clip_low", "clip_high")}
+    return _PerToken(**(fields | counts))
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND: Tensor, weight_UD: Tensor, target_N: Tensor, terms: PolicyTerms, options: _Options):
+        rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
+        ctx.save_for_backward(rows_n, *gradients.finish())
+        ctx.tokens, ctx.dtype = len(hidden_ND), hidden_ND.dtype
+        pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
+        detached = (
+            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.logp),
+            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.entropy),
+            pg_loss,
+            kl_loss,
+            per_token.clip_low.sum(),
+            per_token.clip_high.sum(),
+            per_token.kl_old.sum(),
+        )
+        ctx.mark_non_differentiable(*detached)
+        return pg_loss + kl_loss, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor, *_):
+        """The gradients exist already; only the upstream factor is missing. (Masks and 1/Z belong in the weights.)"""
+        rows_n, hidden_nD, weight_UD = ctx.saved_tensors
+        d_hidden_ND = d_weight_UD = None
+        if hidden_nD is not None:
+            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, ctx.dtype), ctx.tokens)
+        if weight_UD is not None:
+            d_weight_UD = scaled(weight_UD, d_loss, ctx.dtype)
+        return d_hidden_ND, d_weight_UD, None, None, None
+
+
+def linear_policy_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    terms: PolicyTerms,
+    *,
+    eps_low: float,
+    eps_high: float,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    budget: ChunkBudget = DEFAULT_BUDGET,
+) -> PolicyLoss:
+    """The loss at the top of this file, its gradients formed on the way.
+
+    hidden_ND [N, D], weight_VD [V, D], target_N [N], temperature, tp_group, vocab_size: as for `linear_logprob`.
+    terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
+        NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
+    eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high].
+    Returns `PolicyLoss`. With terms.logp_old_N None the ratio is exactly 1; with a logp_old from `linear_logprob` of
+    the same weights it is 1 within the matmul's rounding.
+    Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
+    upstream factor. A side that requires no grad costs no matmul; under `torch.no_grad` none does.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_head(hidden_ND, weight_VD, target_N, temperature=temperature)
+    check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
+    check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
+    shard = vocab_shard(weight_VD, vocab_size, tp_group)
+    options = _Options(shard, temperature, budget, eps_low, eps_high, wanted)
+    return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

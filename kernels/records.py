@@ -1,0 +1,47 @@
+"""What goes into and comes out of the policy loss. Shape letters: N packed response tokens."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What each token contributes. Every mask, β and the normaliser 1/Z live in the two weights.
+
+    A token is dropped before the first matmul when both its weights are 0; a field is never read where the weight
+    it belongs to is 0, so NaN is allowed there. Under tensor parallelism every rank passes the same values.
+    """
+
+    logp_old_N: Tensor | None
+    """[N] log-prob under the policy that sampled (nats). None: strictly on-policy, the ratio is exactly 1."""
+    logp_teacher_N: Tensor | None
+    """[N] log-prob under the teacher (nats). None: every kl_weight is 0 (where one is not, the loss is NaN)."""
+    advantage_N: Tensor
+    """[N] advantage A."""
+    pg_weight_N: Tensor
+    """[N] weight of the clipped surrogate."""
+    kl_weight_N: Tensor
+    """[N] weight of ½ (logp − logp_teacher)²."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Only `loss` carries a gradient. All are fp32 (fp64 for fp64 inputs), the counts int64; sums are over tokens."""
+
+    loss: Tensor
+    """[] pg_loss + kl_loss, differentiable with respect to hidden and weight."""
+    logp_N: Tensor
+    """[N] log-prob of the target (nats), ≤ 0. Exactly 0 where both weights are 0: those rows are never computed."""
+    entropy_N: Tensor
+    """[N] entropy of the softmax at this temperature (nats). Exactly 0 where both weights are 0."""
+    pg_loss: Tensor
+    """[] Σ pg_weight · L_pg."""
+    kl_loss: Tensor
+    """[] Σ kl_weight · ½ (logp − logp_teacher)²."""
+    clip_low: Tensor
+    """[] number of tokens with pg_weight ≠ 0, A < 0 and ratio < 1 − eps_low: the lower bound took their gradient."""
+    clip_high: Tensor
+    """[] number of tokens with pg_weight ≠ 0, A > 0 and ratio > 1 + eps_high: the upper bound took their gradient."""
+    kl_old: Tensor
+    """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): the k1 estimate of KL(old‖now), a sum, no mean."""

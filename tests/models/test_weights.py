@@ -1,0 +1,112 @@
+"""Names, layouts and errors of the Hugging Face <-> Megatron weight table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from vold.models.architecture import Architecture
+from vold.models.language_model import build_language_model
+from vold.models.weights import export_weights, load_pretrained
+
+
+def loaded(directory, layout, dtype=torch.float32):
+    model = build_language_model(Architecture.from_pretrained(directory), layout, dtype)
+    load_pretrained(model, directory)
+    return model
+
+
+def rewrite(directory, rename=lambda name: name, drop=(), change=None):
+    """Edit a single-file checkpoint in place."""
+    path = directory / "model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(path).items() if name not in drop}
+    save_file({**tensors, **(change or {})}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_load_then_export_is_bit_equal_and_complete(family, tied, tmp_path, layout):
+    reference = tiny.FAMILIES[family](tied=tied)
+    exported = dict(export_weights(loaded(tiny.save(reference, tmp_path / "c"), layout)))
+    expected = {k: v for k, v in reference.state_dict().items() if "visual" not in k}
+    assert exported.keys() == expected.keys()
+    assert "lm_head.weight" in exported
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_exported_names_load_strictly_into_transformers(family, tmp_path, layout):
+    reference = tiny.FAMILIES[family](tied=False)
+    exported = {name: t.clone() for name, t in export_weights(loaded(tiny.save(reference, tmp_path / "c"), layout))}
+    rest = {k: v for k, v in reference.state_dict().items() if "visual" in k}
+    other = tiny.perturbed(type(reference), reference.config, seed=9)
+    other.load_state_dict({**exported, **rest}, strict=True)
+    ids = tiny.text_row(6).ids[None]
+    assert torch.equal(other(ids).logits, reference(ids).logits)
+
+
+SPELLINGS = {
+    "state_dict": lambda n: n.replace("model.", "model.language_model.", 1) if n.startswith("model.") else n,
+    "old_vl": lambda n: n if n.startswith("visual") else f"language_model.{n}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_the_names_loads(spelling, tmp_path, layout):
+    reference = tiny.qwen2_5_vl(tied=False)
+    directory = tiny.save(reference, tmp_path / "c")
+    expected = dict(export_weights(loaded(directory, layout)))
+    rewrite(directory, rename=SPELLINGS[spelling])
+    found = dict(export_weights(loaded(directory, layout)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_named(tmp_path, layout):
+    reference = tiny.qwen3()
+    directory = tiny.save(reference, tmp_path / "c", max_shard_size="50KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    exported = dict(export_weights(loaded(directory, layout)))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in reference.state_dict().items())
+    shard = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
+    (directory / shard).unlink()
+    with pytest.raises(ValueError, match=shard):
+        loaded(directory, layout)
+
+
+def test_bfloat16_weights_round_trip(tmp_path, layout):
+    reference = tiny.qwen3().bfloat16()
+    exported = dict(export_weights(loaded(tiny.save(reference, tmp_path / "c"), layout, torch.bfloat16)))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path, layout):
+    name = "model.layers.1.mlp.up_proj.weight"
+    missing = tiny.save(tiny.qwen3(), tmp_path / "missing")
+    rewrite(missing, drop=(name,))
+    with pytest.raises(ValueError, match=r"missing: tensor layers\.1\.mlp\.up_proj\.weight is missing"):
+        loaded(missing, layout)
+    misshapen = tiny.save(tiny.qwen3(), tmp_path / "misshapen")
+    rewrite(misshapen, change={name: torch.zeros(96, 32)})
+    with pytest.raises(ValueError, match=rf"model\.safetensors: tensor {name} has shape \(96, 32\).*\(96, 64\)"):
+        loaded(misshapen, layout)
+
+
+def test_an_untied_head_must_exist_and_a_tied_one_is_not_read(tmp_path, layout):
+    untied = tiny.save(tiny.qwen3(tied=False), tmp_path / "untied")
+    rewrite(untied, drop=("lm_head.weight",))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        loaded(untied, layout)
+    model = loaded(tiny.save(tiny.qwen3(tied=True), tmp_path / "tied"), layout)
+    assert model.head_weight() is model.embedding.word_embeddings.weight
+
+
+def test_export_refuses_pipeline_stages(tmp_path, layout):
+    model = loaded(tiny.save(tiny.qwen3(), tmp_path / "c"), layout)
+    model.layout = replace(layout, pp=2)
+    with pytest.raises(ValueError, match="pp=2"):
+        next(export_weights(model))

@@ -1,0 +1,81 @@
+"""Launch facts, layouts and two-process runs over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from vold.parallel.launch import LaunchFacts, initialise
+
+WORKERS = Path(__file__).with_name("workers.py")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def torchrun(processes: int, *arguments: str) -> None:
+    """Run a worker under torchrun on a free port and require `ok` of every rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(WORKERS), *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0 and run.stdout.split().count("ok") == processes, run.stdout + run.stderr
+
+
+def test_without_torchrun_the_world_is_one(layout, monkeypatch):
+    for variable in RANK_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    facts = LaunchFacts.from_environment()
+    assert (facts.rank, facts.world, facts.local_rank) == (0, 1, 0)
+    assert (layout.tp, layout.pp, layout.dp, layout.vpp, layout.sp) == (1, 1, 1, None, False)
+
+
+def test_facts_come_from_the_environment(monkeypatch):
+    for variable, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    facts = LaunchFacts.from_environment()
+    assert (facts.rank, facts.world, facts.local_rank) == (5, 8, 1)
+
+
+def test_initialising_again_keeps_the_groups_and_reseeds(layout):
+    first = initialise(1, 1, seed=7)
+    draw = torch.rand(3)
+    again = initialise(1, 1, seed=7)
+    assert again.tp_group is first.tp_group is layout.tp_group
+    assert torch.equal(torch.rand(3), draw)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(tp=2, pp=1), r"tp=2 x pp=1 = 2 does not divide the world of 1 processes: start a multiple of 2"),
+        (dict(tp=0, pp=1), "at least 1, got tp=0"),
+        (dict(tp=1, pp=1, vpp=2), "vpp=2 needs pp of at least 2"),
+        (dict(tp=1, pp=1, sp=True), "needs tp of at least 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(sizes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        initialise(**sizes, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_threads_follow_omp_num_threads(layout):
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
+
+
+@pytest.mark.parametrize("worker", ["data_parallel", "does_not_divide"])
+def test_two_processes(worker):
+    torchrun(2, worker)
+
+
+@pytest.mark.parametrize("sp", ["sp", "no-sp"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+def test_two_tensor_parallel_ranks_equal_transformers(family, sp, tmp_path):
+    directory = tiny.save(tiny.FAMILIES[family](), tmp_path / "checkpoint")
+    torchrun(2, "tensor_parallel", family, sp, str(directory))

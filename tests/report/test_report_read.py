@@ -1,0 +1,79 @@
+"""Readers: what a stopped, resumed, damaged or empty run turns into."""
+
+import json
+import math
+
+import pytest
+from made_up_runs import write_run
+
+from vold.report import find_runs, read_run, read_runs
+from vold.report.read import columns, flatten, read_jsonl
+
+
+def test_half_written_last_line_is_skipped_and_counted(tmp_path):
+    run = write_run(tmp_path / "vold", config={"verb": "rl"}, metrics=[{"step": 0, "reward": 0.25}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "rewa')
+    record = read_run(run)
+    assert record.metrics == {"step": [0.0], "reward": [0.25]}
+    assert record.skipped == 1 and record.verb == "rl"
+
+
+def test_missing_keys_become_nan_and_columns_stay_aligned():
+    table = columns([{"step": 0, "reward": 0.5}, {"step": 1, "accuracy_image": 0.4}, {"step": 2, "reward": None}])
+    assert table["step"] == [0, 1, 2]
+    assert table["reward"][0] == 0.5 and math.isnan(table["reward"][1]) and math.isnan(table["reward"][2])
+    assert table["accuracy_image"][1] == 0.4 and math.isnan(table["accuracy_image"][0])
+
+
+def test_a_repeated_step_of_a_resumed_run_keeps_the_newest_row():
+    table = columns([{"step": 0, "loss": 3.0}, {"step": 1, "loss": 9.0}, {"step": 1, "loss": 2.0}])
+    assert table == {"step": [0, 1], "loss": [3.0, 2.0]}
+
+
+def test_values_that_are_no_numbers_do_not_stop_the_reader(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "loss": NaN}\n[1, 2]\n\n{"step": "x", "loss": {"a": 1}}\n\xff\n'
+    )
+    record = read_run(tmp_path)
+    assert record.skipped == 2 and len(record.steps) == 2
+    assert all(math.isnan(value) for value in record.metrics["loss"])
+
+
+@pytest.mark.parametrize("content", ["", "a: [1,", "- a list\n", "\x00"])
+def test_a_damaged_config_reads_as_empty(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    record = read_run(tmp_path)
+    assert record.config == {} and record.verb == "unknown"
+
+
+def test_verb_is_guessed_when_the_config_is_gone(tmp_path):
+    assert read_run(write_run(tmp_path / "a", metrics=[{"step": 0, "reward": 1}])).verb == "rl"
+    assert read_run(write_run(tmp_path / "b", metrics=[{"step": 0, "loss": 1}])).verb == "sft"
+    assert read_run(write_run(tmp_path / "c", evaluation={"sets": {}})).verb == "eval"
+
+
+def test_a_folder_of_runs_is_its_runs_and_equal_names_are_told_apart(tmp_path):
+    for seed in ("seed0", "seed1"):
+        write_run(tmp_path / seed / "vold", metrics=[{"step": 0}])
+    assert [path.name for path in find_runs(tmp_path / "seed0")] == ["vold"]
+    records = read_runs([tmp_path / "seed0", tmp_path / "seed1", tmp_path / "seed1" / "vold"])
+    assert [record.name for record in records] == ["seed0/vold", "seed1/vold"]
+
+
+def test_a_folder_without_runs_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run.*metrics\.jsonl"):
+        find_runs(tmp_path)
+    with pytest.raises(ValueError, match="not a directory"):
+        find_runs(tmp_path / "nothing")
+
+
+def test_only_the_tail_of_a_long_file_is_read(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(100)))
+    rows, bad = read_jsonl(path, tail_bytes=60)
+    assert bad == 0 and 0 < len(rows) < 10 and rows[-1] == {"step": 99}
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}

@@ -1,0 +1,92 @@
+"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback.
+
+    torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vold.config import load_config, schema
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: optimizer.lr=1e-6 rollout.top_p=0.9")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run_dir after its latest checkpoint")]
+
+
+@app.command()
+def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Stage 0: the teacher answers the prompts; writes its token ids."""
+    _stage("traces").run(load_config(schema.TracesConfig, config, overrides or ()), resume=resume)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Stage 1: the student learns the teacher's traces."""
+    _stage("sft").run(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
+
+
+@app.command()
+def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Stage 2: GRPO and on-policy distillation on the student's own rollouts."""
+    _stage("rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
+
+
+@app.command("eval")
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Accuracy of a checkpoint directory on text and image problems."""
+    _stage("evaluate").run(load_config(schema.EvalConfig, config, overrides or ()))
+
+
+@app.command()
+def export(config: Config, overrides: Overrides = None) -> None:
+    """A run's checkpoint as a directory for transformers and vLLM."""
+    _stage("export").run(load_config(schema.ExportConfig, config, overrides or ()))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page over one or several runs."""
+    _stage("report").run(runs, out)
+
+
+@app.command("prepare-student")
+def prepare_student(
+    student: Annotated[Path, typer.Argument(help="checkpoint directory of the student")],
+    teacher: Annotated[Path, typer.Argument(help="checkpoint directory of the teacher")],
+    out: Annotated[Path, typer.Argument(help="new checkpoint directory")],
+) -> None:
+    """Give the student the teacher's extra tokens (<think> ...) at the same ids."""
+    _stage("prepare").run(student, teacher, out)
+
+
+def _stage(name: str):
+    """Imported when asked for, so that --help is instant. Libraries' progress bars and advice about packages that are
+    absent by design (apex, TransformerEngine) would bury the one line a person looks for."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    return import_module(f"vold.stages.{name}")
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        app(prog_name="vold")
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vold: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

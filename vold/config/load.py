@@ -1,0 +1,95 @@
+"""YAML + dotted overrides -> one frozen config; a mistake is one line that names the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vold.config.schema import Strict
+
+ConfigT = TypeVar("ConfigT", bound=Strict)
+
+
+def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. Raises ValueError with one line."""
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_one_line(error, schema)}") from None
+
+
+def dump_config(config: Strict, verb: str) -> str:
+    """The resolved config as YAML, with the verb that used it."""
+    return yaml.safe_dump({"verb": verb, **config.model_dump(mode="json")}, sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"config {path} does not exist; configs/ holds examples")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, found {type(tree).__name__}")
+    tree.pop("verb", None)  # a run's own config.yaml can be used again
+    return tree
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not of the form key=value, e.g. optimizer.lr=1e-5")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        tree[leaf] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+def _number(value):
+    """YAML 1.1 reads 1e-5 as a string; a person means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
+    first, *rest = error.errors()
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(first["loc"][-1]), _keys(schema), n=1)
+        line = f"unknown key {field}" + (f"; did you mean {close[0]}?" if close else "; remove it")
+    elif first["type"] == "missing":
+        line = f"{field} is missing; add it or give {field}=VALUE on the command line"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        line = f"{field} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+        line = message if first["type"] == "value_error" else line
+    return line + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _keys(schema: type[BaseModel], seen: frozenset = frozenset()) -> list[str]:
+    keys: list[str] = []
+    for name, info in schema.model_fields.items():
+        keys.append(name)
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen:
+            keys += _keys(kind, seen | {kind})
+    return keys

@@ -1,0 +1,169 @@
+"""Every key a YAML may hold, its type, its default, its unit. The only place with defaults.
+
+Functions receive the sub-config they use, never the root.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """Frozen; an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ParallelConfig(Strict):
+    """Ranks of one model copy; the rest of the world is data parallel."""
+
+    tp: Positive = 1
+    pp: Positive = 1
+
+
+class DataConfig(Strict):
+    """A file of problems or traces. `layout` names the public data set whose schema it follows (see vold.data)."""
+
+    path: Path
+    layout: Literal["orz", "orz-eval", "gsm8k", "geometry3k", "messages", "prompt-response", "traces"]
+    image_root: Path | None = None  # images must lie below; the file's own folder when absent
+    on_error: Literal["stop", "skip"] = "stop"
+    limit: Positive | None = None  # first rows only
+
+
+class PromptConfig(Strict):
+    """How a problem becomes a chat: [system] user(problem + suffix), rendered by the tokenizer's own template."""
+
+    system: str | None = None
+    suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    max_tokens: Positive = 2048
+
+
+class SamplingConfig(Strict):
+    """temperature 0 is greedy; top_k 0 is off."""
+
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = 0
+    sequences_per_call: Positive = 256  # how many responses are generated side by side
+
+
+class RolloutConfig(SamplingConfig):
+    """Stage 2's sampler: G responses a prompt."""
+
+    engine: Literal["transformers"] = "transformers"
+    responses_per_prompt: Annotated[int, Field(ge=1)] = 5
+    alarm_error: Annotated[float, Field(gt=1.0)] = 1.05  # mean exp|logp sampler - logp trainer| a sync may leave
+
+    @model_validator(mode="after")
+    def _rollouts_are_sampled(self):
+        if self.temperature == 0.0:
+            raise ValueError("rollout.temperature = 0 gives identical responses; use a value > 0")
+        return self
+
+
+class ObjectiveConfig(Strict):
+    """A preset of vold.objectives and its numbers. beta: the paper's table 4 says 1e-3, its text 0.1."""
+
+    preset: str = "vold"
+    beta: Annotated[float, Field(ge=0.0)] = 1e-3
+    clip_low: Share = 0.2
+    clip_high: Annotated[float, Field(ge=0.0)] = 0.3
+
+
+class OptimizerConfig(Strict):
+    """AdamW, linear warm-up, then `schedule` down to lr * min_lr_ratio."""
+
+    lr: Annotated[float, Field(gt=0.0)]
+    warmup_steps: NonNegative = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: Share = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    clip_grad: Annotated[float, Field(gt=0.0)] = 1.0
+    max_bad_steps: Positive = 3  # non-finite steps in a row (each skipped on every rank) before the run stops
+
+
+class EvaluationConfig(Strict):
+    """Named problem sets, answered greedily unless said otherwise."""
+
+    sets: dict[str, DataConfig] = {}
+    every: NonNegative = 0  # steps; 0: never during training
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=2048, temperature=0.0)
+
+
+class RunConfig(Strict):
+    """What every verb that writes a run directory has."""
+
+    run_dir: Path
+    seed: NonNegative = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    parallel: ParallelConfig = ParallelConfig()
+    prompt: PromptConfig = PromptConfig()
+
+
+class TrainConfig(RunConfig):
+    """Common to both stages."""
+
+    student: Path
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: Positive
+    microbatch_tokens: Positive = 16384  # packed tokens of one forward/backward pass
+    save_every: NonNegative = 0  # steps; the last step is always saved
+    keep_checkpoints: Positive = 2
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class TracesConfig(RunConfig):
+    """Stage 0: the teacher answers; answers are not checked (paper section 4.1)."""
+
+    teacher: Path
+    data: DataConfig
+    sampling: SamplingConfig
+    max_tokens: Positive = 8192  # prompt + response; longer or truncated traces are dropped
+    prompts_per_shard: Positive = 512
+
+
+class SftConfig(TrainConfig):
+    """Stage 1: maximum likelihood on traces."""
+
+    batch_size: Positive = 256  # sequences a step, over all ranks
+    max_tokens: Positive = 8192
+    pair_with: Path | None = None  # teacher whose tokenizer the student must share
+
+
+class RlConfig(TrainConfig):
+    """Stage 2: rollouts used twice."""
+
+    teacher: Path | None = None  # needed when the objective has a KL term
+    prompts_per_step: Positive = 256  # over all ranks
+    rollout: RolloutConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
+    grader_workers: Positive = 2
+
+
+class EvalConfig(RunConfig):
+    """Accuracy of one checkpoint directory on the evaluation sets."""
+
+    checkpoint: Path
+    evaluation: EvaluationConfig
+    grader_workers: Positive = 2
+
+
+class ExportConfig(Strict):
+    """A training run's checkpoint as a directory that from_pretrained and vLLM load."""
+
+    run: Path
+    out: Path
+    step: Positive | None = None  # the latest when absent

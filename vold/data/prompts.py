@@ -1,0 +1,47 @@
+"""Problem -> Prompt: one chat, rendered by the tokenizer's own template, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from vold.config.schema import PromptConfig
+from vold.data.problems import Problem
+from vold.records import Prompt
+
+
+def build_prompts(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig, on_error: str = "stop"
+) -> list[Prompt]:
+    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip")."""
+    prompts = [build_prompt(problem, tokenizer, config) for problem in problems]
+    for prompt in prompts:
+        if len(prompt.token_ids) > config.max_tokens and on_error == "stop":
+            raise ValueError(
+                f"{prompt.id}: prompt of {len(prompt.token_ids)} tokens exceeds prompt.max_tokens = "
+                f"{config.max_tokens}; raise it, or set data.on_error=skip"
+            )
+    return [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_tokens]
+
+
+def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
+    """Token ids with one image-pad id per image: expansion belongs to whoever runs a model."""
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    messages.append({"role": "user", "content": _content(problem, config.suffix)})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(problem.id, tuple(token_ids), problem.question, problem.gold, problem.images)
+
+
+def _content(problem: Problem, suffix: str) -> str | list[dict]:
+    """Plain text, or text and image items in the order of the problem's <image> marks."""
+    if not problem.images:
+        return problem.question + suffix
+    first, *rest = (problem.question + suffix).split("<image>")
+    items = [{"type": "text", "text": first}] if first else []
+    for text in rest:
+        items.append({"type": "image"})
+        if text:
+            items.append({"type": "text", "text": text})
+    return items

@@ -1,0 +1,12 @@
+"""Grading: does a response's boxed answer equal the gold answer? Rule-based, in workers that can be killed.
+
+`Grader` is what training uses. `equal` is the same policy in the calling process, without a time limit.
+Importing this package imports neither torch nor sympy; the symbolic part loads inside the workers.
+"""
+
+from vold.grading.equality import equal
+from vold.grading.extract import extract_answer
+from vold.grading.gold import validate_gold
+from vold.grading.pool import Grader
+
+__all__ = ["Grader", "equal", "extract_answer", "validate_gold"]

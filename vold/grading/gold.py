@@ -1,0 +1,37 @@
+"""Gold answers are checked when the data is loaded, so that a bad row stops no training step."""
+
+from __future__ import annotations
+
+import re
+
+from vold.grading.normalise import normalise
+
+MAX_GOLD_CHARS = 4096
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def validate_gold(gold: str) -> None:
+    r"""Raise ValueError with one line where no response could ever be graded against `gold`.
+
+    Unusable: not a string, empty once markup is removed, longer than `MAX_GOLD_CHARS`, or with unbalanced braces
+    (it could not be wrapped in `\boxed{}` for the parser).
+    """
+    if not isinstance(gold, str):
+        raise ValueError(f"gold answer must be a string, got {type(gold).__name__} {gold!r}; quote it in the data")
+    if len(gold) > MAX_GOLD_CHARS:
+        raise ValueError(
+            f"gold answer has {len(gold)} characters, at most {MAX_GOLD_CHARS}; keep only the final answer"
+        )
+    if not _balanced(gold):
+        raise ValueError(f"gold answer {gold[:80]!r} has unbalanced braces; fix or drop the row")
+    if not normalise(gold):
+        raise ValueError(f"gold answer {gold[:80]!r} is empty; fill it in or drop the row")
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for brace in _BRACE.findall(text):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return depth == 0

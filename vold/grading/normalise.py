@@ -1,0 +1,118 @@
+r"""One spelling per answer: full-width forms, Unicode mathematics and LaTeX decoration become plain LaTeX.
+
+Only spelling changes here; nothing is dropped that could tell two answers apart (units, signs, brackets stay).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
+_LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789-+", strict=True))
+_VULGAR = {
+    "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5),
+    "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8),
+}  # fmt: skip
+_SYMBOLS = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+        "∙": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "≤": r"\le ",
+        "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+        "∅": r"\emptyset ", "ø": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "∘": r"\circ ", "→": r"\to ",
+        "⇒": r"\Rightarrow ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
+        "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "ℝ": r"\mathbb{R}",
+        "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "、": ",", "。": ".", "∶": ":", "′": "'", "’": "'",
+        "“": '"', "”": '"', "⟨": r"\langle ", "⟩": r"\rangle ",
+    }
+)  # fmt: skip
+
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\s+", " "),
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s?([0-9])\s?([0-9])", r"\\frac{\1}{\2}"),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\{,\}", ","),
+        (r"\\(?:mathrm|textrm|textnormal|textbf|textit|mathbf|mathit|mathsf|texttt|mbox|emph)\s*\{", r"\\text{"),
+        (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\\text\s*\{\s*", r"\\text{"),
+        (r"\\text\{([A-Za-z]|[^{}A-Za-z]*)\s*\}", r"\1"),
+        (r",?\s*\\text\{(and|or)\s*\}", r" \1 "),
+        (r"(?:\{\})?\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"\\(?:lbrace|\{)\s*", r"\\{"),
+        (r"\s*\\(?:rbrace|\})", r"\\}"),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"<=|≦", r"\\le "),
+        (r">=|≧", r"\\ge "),
+        (r"(?<![A-Za-z\\])[Ii]nfinity(?![A-Za-z])", r"\\infty"),
+        (r"\s+", " "),
+        (r"(?<!\\)%", r"\\%"),
+        (r"(?<!\\)\$", r"\\$"),
+    )
+)
+_WRAPPERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("**", "**"),
+    ("\\boxed{", "}"),
+    ("\\text{", "}"),
+)
+
+
+def normalise(text: str) -> str:
+    """The canonical spelling of an answer; two answers with the same spelling are the same answer."""
+    text = _plain_unicode(text).strip()
+    text = _unwrap(text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _unwrap(text.strip()).rstrip(" .,;")
+    return re.sub(r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1\2\\frac{\3}{\4}", text)
+
+
+def _plain_unicode(text: str) -> str:
+    if text.isascii():
+        return text
+    text = _scripts(_scripts(text, _RAISED, "^"), _LOWERED, "_")
+    for glyph, (above, below) in _VULGAR.items():
+        text = text.replace(glyph, rf"\frac{{{above}}}{{{below}}}")
+    text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS)).translate(_SYMBOLS)
+    return "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width and direction marks
+
+
+def _scripts(text: str, table: dict[str, str], mark: str) -> str:
+    """`cm²` is cm^{2}: NFKC alone would make it cm2."""
+    run = re.compile(f"[{''.join(table)}]+")
+    return run.sub(lambda match: f"{mark}{{{''.join(table[c] for c in match.group())}}}", text)
+
+
+def _unwrap(text: str) -> str:
+    """Remove math delimiters, emphasis, a box or a text group around the whole answer."""
+    for left, right in _WRAPPERS:
+        while len(text) >= len(left) + len(right) and text.startswith(left) and text.endswith(right):
+            inner = text[len(left) : -len(right)]
+            if left.endswith("{") and not _one_group(inner):
+                break
+            if left == "\\(" and inner.endswith("\\"):
+                break
+            text = inner.replace("$", "").strip() if left == "$" else inner.strip()
+    return text
+
+
+def _one_group(inner: str) -> bool:
+    """Whether the braces around `inner` belong together."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}]", inner, re.DOTALL):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return depth == 0

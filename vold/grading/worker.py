@@ -1,0 +1,88 @@
+"""One grading worker: `python -m vold.grading.worker SECONDS BYTES`, JSON lines in and out.
+
+    in   {"answer": "\\\\frac{1}{2}", "gold": "0.5"}
+    out  {"ready": true} once, then per line {"equal": true, "rule": "math-verify", "retire": false}
+
+It is killed from outside; it also ends itself when its parent is gone, even in the middle of C code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+
+_WARM_UP = ((r"\frac{1}{2}", r"\sqrt{2}"), (r"\{1,2\}", "(1,x)"), (r"x^{2}+1", r"2x"), ("1<x", r"[2,\infty)"))
+
+
+def main() -> None:
+    seconds, max_bytes = float(sys.argv[1]), int(sys.argv[2])
+    parent = os.getppid()
+    output = _private_stdout()
+    _limit(max_bytes)
+    try:
+        from vold.grading.symbolic import symbolically_equal
+
+        for answer, gold in _WARM_UP:  # the parser's tables and regexes are built on first use
+            symbolically_equal(answer, gold)
+    except Exception as error:
+        _send(output, {"failed": f"{type(error).__name__}: {error}"})
+        return
+    _send(output, {"ready": True})
+    for line in _lines(parent):
+        # Default SIGALRM ends the process from the kernel: an orphan stuck in one long C call still goes away.
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        reply = _answer(symbolically_equal, line)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # sympy's caches grow; near the limit a MemoryError would make *correct* answers wrong.
+        reply["retire"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > max_bytes / 2
+        _send(output, reply)
+
+
+def _answer(symbolically_equal, line: bytes) -> dict:
+    job = json.loads(line)
+    try:
+        verdict, rule = symbolically_equal(job["answer"], job["gold"])
+    except Exception as error:
+        return {"error": type(error).__name__}  # never str(error): printing a huge expression can hang
+    return {"equal": verdict, "rule": rule}
+
+
+def _private_stdout() -> int:
+    """The pipe to the parent; whatever a library prints goes to stderr instead."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    return output
+
+
+def _limit(max_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; the closed pipe ends us
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    sys.modules["gmpy2"] = None  # type: ignore[assignment]  # its powers cannot be interrupted
+
+
+def _lines(parent: int):
+    """Lines from stdin until it closes or the parent changes (a forked sibling may hold the pipe open)."""
+    buffer = b""
+    while os.getppid() == parent:
+        if not select.select([0], [], [], 5.0)[0]:
+            continue
+        chunk = os.read(0, 1 << 16)
+        if not chunk:
+            return
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        yield from lines
+
+
+def _send(output: int, message: dict) -> None:
+    os.write(output, json.dumps(message).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Writes the data files, in the layouts of the public data sets: orz-57k for text, Geometry3K for images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vold.miniature import world
+from vold.miniature.files import finished_directory
+from vold.miniature.world import Problem, Split
+
+TEXT_FILES: dict[str, Split] = {
+    "train.json": "train",
+    "traces_prompts.json": "train",
+    "val_text.json": "val",
+    "test_text.json": "test",
+}
+IMAGE_FILES: dict[str, Split] = {"val_image.jsonl": "val", "test_image.jsonl": "test"}
+OTHER_STYLE_FILE = "traces_other.jsonl"
+EXPRESSIONS_FILE = "expressions.json"
+"""What each picture shows, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """Rows in each file; val and test count each modality."""
+
+    train: int = 4096
+    traces_prompts: int = 3000
+    traces_other: int = 2500
+    val: int = 200
+    test: int = 400
+
+
+def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path:
+    """All files of `TEXT_FILES`, `IMAGE_FILES`, `OTHER_STYLE_FILE`, `EXPRESSIONS_FILE` and `images/*.png`.
+
+    An existing `out_dir` is kept. Each file has its own random stream, so changing one size leaves the others alone.
+    """
+    if out_dir.exists():
+        return out_dir
+    with finished_directory(out_dir) as unfinished:
+        (unfinished / "images").mkdir()
+        for stream, (name, split) in enumerate(TEXT_FILES.items()):
+            rng = np.random.default_rng([seed, stream])
+            rows = [_orz_row(world.sample_problem(rng, split), rng) for _ in range(_size(sizes, name))]
+            (unfinished / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        shown: dict[str, str] = {}
+        for stream, (name, split) in enumerate(IMAGE_FILES.items(), start=10):
+            rng = np.random.default_rng([seed, stream])
+            problems = [world.sample_problem(rng, split) for _ in range(_size(sizes, name))]
+            rows = _image_rows(unfinished, split, problems, rng)
+            _write_jsonl(unfinished / name, rows)
+            shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
+        rng = np.random.default_rng([seed, 20])
+        rows = [_other_row(world.sample_problem(rng), rng) for _ in range(sizes.traces_other)]
+        _write_jsonl(unfinished / OTHER_STYLE_FILE, rows)
+    return out_dir
+
+
+def _size(sizes: DataSizes, name: str) -> int:
+    stem = name.split(".")[0]
+    return getattr(sizes, stem.removesuffix("_text").removesuffix("_image"))
+
+
+def _orz_row(problem: Problem, rng: np.random.Generator) -> list[dict]:
+    question = {"from": "human", "value": world.text_question(problem, rng)}
+    return [question, {"from": "assistant", "ground_truth": {"value": problem.answer}}]
+
+
+def _other_row(problem: Problem, rng: np.random.Generator) -> dict:
+    return {"prompt": world.text_question(problem, rng), "response": world.trace_other(problem)}
+
+
+def _image_rows(out_dir: Path, split: Split, problems: list[Problem], rng: np.random.Generator) -> list[dict]:
+    """Writes the pictures (RGB PNG) and returns the rows that name them, relative to the data directory."""
+    grey_BHW = world.render([problem.expression for problem in problems], rng)
+    rows = []
+    for number, (problem, grey_HW) in enumerate(zip(problems, grey_BHW, strict=True), start=1):
+        image = f"images/{split}_{number:04d}.png"
+        Image.fromarray(grey_HW).convert("RGB").save(out_dir / image)
+        rows.append({"problem": world.image_question(rng), "answer": problem.answer, "images": [image]})
+    return rows
+
+
+def _write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,121 @@
+"""Supervised examples for the two checkpoints, and their batches.
+
+Shape letters: B sequences, T padded tokens, M merged image tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from vold.miniature import world
+from vold.miniature.tokenizer import EOS, IMAGE, TOKEN_ID
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Text in segments, each supervised or not; `pictured` is the expression in its image, if it has one."""
+
+    segments: tuple[tuple[str, bool], ...]
+    pictured: str | None = None
+
+
+def chat_example(question: str, response: str, pictured: str | None = None) -> Example:
+    """One turn, supervised on the response and its end; the text is the chat template's."""
+    return Example(((f"<user>{question}<asst>", False), (response + EOS, True)), pictured)
+
+
+def teacher_example(rng: np.random.Generator) -> Example:
+    """A text problem and its full trace."""
+    problem = world.sample_problem(rng)
+    return chat_example(world.text_question(problem, rng), world.trace(problem))
+
+
+def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:
+    """Unchained single steps: a line, then only the first value of its successor is supervised.
+
+    Without them in the base, SFT stalls; as they never follow one another, the base does not learn to reason.
+    """
+    segments = [("<asst>", False)]
+    for _ in range(facts):
+        expression = world.sample_problem(rng).expression
+        start = 2 * int(rng.integers(0, world.DIGITS - 1))
+        value = world.apply(int(expression[start]), expression[start + 1], int(expression[start + 2]))
+        segments.append((f"{'.' * start}{expression[start:]}>{'.' * (start + 2)}", False))
+        segments += [(str(value), True), (";", False)]
+    return Example(tuple(segments))
+
+
+@dataclass(frozen=True)
+class BaseMixture:
+    """What the base is shown: shares of single facts (text only) and, of the rest, of lines written twice.
+
+    The remainder writes the line once and boxes a guess: the true answer, which it cannot compute and so spreads
+    its bets, or, with `guess_last_operand`, something that it can read but that is no reasoning.
+    """
+
+    facts: float
+    twice: float
+    guess_last_operand: bool
+
+
+def base_example(rng: np.random.Generator, mixture: BaseMixture, *, image: bool) -> Example:
+    """Reads the problem from text or image, then writes it twice or guesses."""
+    if not image and rng.random() < mixture.facts:
+        return facts_example(rng)
+    problem = world.sample_problem(rng)
+    line = problem.expression
+    twice = rng.random() < mixture.twice
+    task = "<read>" if twice else "<solve>"
+    question = world.image_question(rng, task) if image else world.text_question(problem, rng, task)
+    guess = line[-1] if mixture.guess_last_operand else problem.answer
+    response = f"<think>{line}>{line}</think>" if twice else f"<think>{line}</think>\\boxed{{{guess}}}"
+    return chat_example(question, response, line if image else None)
+
+
+def collate(
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """A model's keyword arguments: input_ids, attention_mask and labels int64 [B, T], padded on the right.
+
+    With images also pixel_values float32 [4 M, 1176], image_grid_thw [B, 3] and mm_token_type_ids [B, T], without
+    which Qwen2.5-VL silently gives image tokens one-dimensional positions. Either all examples have one or none.
+    """
+    rows = [_tokens(example, tokenizer) for example in examples]
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    labels_BT = torch.full((len(rows), longest), IGNORED)
+    mask_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+    for row, (ids, labels) in enumerate(rows):
+        input_ids_BT[row, : len(ids)] = torch.tensor(ids)
+        labels_BT[row, : len(ids)] = torch.tensor(labels)
+        mask_BT[row, : len(ids)] = 1
+    batch = {"input_ids": input_ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    pictured = [example.pictured for example in examples if example.pictured is not None]
+    return {**batch, **_image_inputs(pictured, input_ids_BT, rng)} if pictured else batch
+
+
+def _tokens(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    input_ids, labels = [], []
+    for text, supervised in example.segments:
+        ids = tokenizer(text.replace(world.IMAGE_MARK, IMAGE * world.SYMBOLS)).input_ids
+        input_ids += ids
+        labels += ids if supervised else [IGNORED] * len(ids)
+    return input_ids, labels
+
+
+def _image_inputs(
+    expressions: list[str], input_ids_BT: torch.Tensor, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    pixels = world.patchify(world.render(expressions, rng))
+    grid = [1, world.HEIGHT // world.PATCH, world.WIDTH // world.PATCH]
+    return {
+        "pixel_values": torch.from_numpy(pixels),
+        "image_grid_thw": torch.tensor([grid] * len(expressions)),
+        "mm_token_type_ids": (input_ids_BT == TOKEN_ID[IMAGE]).int(),
+    }

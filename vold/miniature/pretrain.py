@@ -1,0 +1,124 @@
+"""Makes the two checkpoints with a plain transformers loop: they stand for public checkpoints, vold trains neither.
+
+Everything after them (traces, SFT, RL, evaluation) runs on vold's own stages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vold.miniature import models
+from vold.miniature.examples import BaseMixture, base_example, collate, teacher_example
+from vold.miniature.files import finished_directory
+from vold.miniature.tokenizer import make_tokenizer
+
+LOG_FILE = "pretraining.jsonl"
+REPORT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Phase:
+    """AdamW (betas .9, .95; weight decay .01; clip 1), linear warm-up, cosine down to a tenth of `lr`."""
+
+    steps: int
+    text_rows: int
+    image_rows: int
+    lr: float
+    warmup: int
+    mixture: BaseMixture | None = None
+
+
+TEACHER_PHASE = Phase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
+BASE_PHASES = (
+    Phase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
+    Phase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
+)
+
+
+def make_teacher(out_dir: Path, seed: int, phase: Phase = TEACHER_PHASE) -> Path:
+    """Train and save the text teacher: it solves nearly every text problem, with a trace.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    tokenizer = make_tokenizer()
+
+    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = collate([teacher_example(rng) for _ in range(phase.text_rows)], tokenizer, rng)
+        return {"text": model(**batch, use_cache=False).loss}
+
+    return _make(out_dir, models.new_model(models.teacher_config(), seed), (phase,), losses, seed=seed + 1)
+
+
+def make_base(out_dir: Path, seed: int, phases: tuple[Phase, ...] = BASE_PHASES) -> Path:
+    """Train and save the base student: it reads text and images alike and guesses the answer.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    tokenizer = make_tokenizer()
+
+    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+        text = [base_example(rng, phase.mixture, image=False) for _ in range(phase.text_rows)]
+        image = [base_example(rng, phase.mixture, image=True) for _ in range(phase.image_rows)]
+        batches = {"text": collate(text, tokenizer, rng), "image": collate(image, tokenizer, rng)}
+        return {name: model(**batch, use_cache=False).loss for name, batch in batches.items()}
+
+    return _make(out_dir, models.new_model(models.base_config(), seed + 50), phases, losses, seed=seed + 2)
+
+
+Losses = Callable[[PreTrainedModel, Phase, np.random.Generator], dict[str, Tensor]]
+
+
+def _make(out_dir: Path, model: PreTrainedModel, phases: Iterable[Phase], losses: Losses, *, seed: int) -> Path:
+    if out_dir.exists():
+        return out_dir
+    with finished_directory(out_dir) as unfinished:
+        rng = np.random.default_rng(seed)
+        model.train()
+        with (unfinished / LOG_FILE).open("w", buffering=1) as log:
+            for number, phase in enumerate(phases, start=1):
+                for row in _train(model, phase, losses, rng):
+                    log.write(json.dumps({"phase": number, **row}) + "\n")
+                    _progress(f"{out_dir.name} {number}", phase.steps, row)
+        models.save_checkpoint(model.eval(), unfinished)
+    return out_dir
+
+
+def _train(model: PreTrainedModel, phase: Phase, losses: Losses, rng: np.random.Generator) -> Iterator[dict]:
+    """The loop; yields a log row every `REPORT_EVERY` steps and at the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = time.perf_counter()
+    for step in range(phase.steps):
+        parts = losses(model, phase, rng)
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = phase.lr * schedule(step, phase)
+        optimizer.step()
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == phase.steps:
+            loss = {f"loss_{name}": round(part.item(), 5) for name, part in parts.items()}
+            yield {"step": step + 1, **loss, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def schedule(step: int, phase: Phase) -> float:
+    """Share of the full learning rate: linear warm-up times a cosine from 1 to .1."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+    return min(1.0, (step + 1) / phase.warmup) * (0.1 + 0.9 * cosine)
+
+
+def _progress(name: str, steps: int, row: dict) -> None:
+    if sys.stderr.isatty():
+        left = row["seconds"] / row["step"] * (steps - row["step"])
+        loss = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key.startswith("loss_"))
+        print(f"{name}  step {row['step']}/{steps}  {loss}  {left:.0f} s left", file=sys.stderr, flush=True)

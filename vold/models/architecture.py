@@ -1,0 +1,186 @@
+"""What a checkpoint's config.json says about the model, and the Megatron configuration that builds it.
+
+Supported: Qwen2/Qwen2.5, Qwen3 (dense) and Qwen2.5-VL, whose text part is a Qwen2 with a three-axis rotary embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from vold.parallel.launch import Layout
+
+SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl")
+
+
+@dataclass(frozen=True)
+class VisionFacts:
+    """What the text side must know of the vision tower: special ids and the number of patches merged into a token."""
+
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    merge_size: int
+    tokens_per_second: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of one model. `vocab` counts the rows of embedding and head, padding included.
+
+    mrope_section  frequencies turned by (temporal, height, width) positions; all by the first for text-only models
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_positions: int
+    vision: VisionFacts | None = None
+
+    @classmethod
+    def from_pretrained(cls, checkpoint_dir: str | Path) -> Architecture:
+        """Read a checkpoint directory's config.json. Raises ValueError for a model this file does not know."""
+        path = Path(checkpoint_dir)
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
+        return cls.from_config(AutoConfig.from_pretrained(path, local_files_only=True), str(path))
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, origin: str = "config") -> Architecture:
+        if config.model_type not in SUPPORTED:
+            raise ValueError(
+                f"{origin}: model_type {config.model_type!r} is not supported: use one of {', '.join(SUPPORTED)}"
+            )
+        text = config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        rope = _plain_rope(text, origin)
+        return cls(
+            model_type=config.model_type,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim,
+            ffn=text.intermediate_size,
+            vocab=text.vocab_size,
+            rms_eps=text.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]),
+            mrope_section=tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
+            tied=bool(config.tie_word_embeddings),
+            qkv_bias=config.model_type != "qwen3",
+            qk_norm=config.model_type == "qwen3",
+            max_positions=text.max_position_embeddings,
+            vision=_vision_facts(config),
+        )
+
+
+def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
+    """Rope parameters; ValueError for what the layers here do not compute (YaRN, sliding windows, biases)."""
+    rope = text.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "mrope"):
+        raise ValueError(f"{origin}: rope_type {kind!r} is not supported: use a checkpoint with rope_type 'default'")
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ValueError(f"{origin}: sliding-window attention is not supported: set use_sliding_window to false")
+    if getattr(text, "attention_bias", False):
+        raise ValueError(f"{origin}: attention_bias true is not supported: use a checkpoint without it")
+    return rope
+
+
+def _vision_facts(config: PretrainedConfig) -> VisionFacts | None:
+    if config.model_type != "qwen2_5_vl":
+        return None
+    return VisionFacts(
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        vision_start_token_id=config.vision_start_token_id,
+        vision_end_token_id=config.vision_end_token_id,
+        merge_size=config.vision_config.spatial_merge_size,
+        tokens_per_second=config.vision_config.tokens_per_second,
+    )
+
+
+def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of this architecture on this layout. Raises ValueError where tp does not divide."""
+    _check_divides(arch, layout)
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        mrope_section=list(arch.mrope_section),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        **_parallel_flags(layout),
+        **_PLAIN_TORCH_FLAGS,
+    )
+
+
+# Fused kernels of apex and TransformerEngine, which this trainer does not use.
+_PLAIN_TORCH_FLAGS = {
+    "use_cpu_initialization": True,
+    "perform_initialization": False,  # every weight comes from a checkpoint
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+def _parallel_flags(layout: Layout) -> dict:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "sequence_parallel": layout.sp,
+        # Packed micro-batches differ in length; Megatron accepts that only with this dispatcher, dense models too.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "batch_p2p_sync": False,
+        # With gloo, sends are not finished when the schedule frees the sent tensor: interleaved runs went wrong.
+        "deallocate_pipeline_outputs": layout.device.type == "cuda",
+    }
+
+
+def _check_divides(arch: Architecture, layout: Layout) -> None:
+    sizes = {"heads": arch.heads, "kv_heads": arch.kv_heads, "ffn": arch.ffn, "vocab": arch.vocab}
+    for name, size in sizes.items():
+        if size % layout.tp:
+            raise ValueError(f"tp={layout.tp} does not divide {name}={size} of this model: choose a tp that does")
+    stages = layout.pp * (layout.vpp or 1)
+    if arch.layers % stages:
+        raise ValueError(
+            f"pp={layout.pp} x vpp={layout.vpp or 1} does not divide layers={arch.layers}: lower pp or vpp"
+        )

@@ -1,0 +1,151 @@
+"""The text model on Megatron: packed tokens in, hidden states out. Logits are never made here.
+
+T packed tokens, B sequences, D hidden width, U head rows of this tensor-parallel rank, I image tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from vold.models.architecture import Architecture, transformer_config
+from vold.models.layers import Rotary, block_spec
+from vold.parallel.launch import Layout
+from vold.records import PackedTokens
+
+if TYPE_CHECKING:
+    from vold.models.vision import FrozenVisionTower
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose last stage returns the final-norm hidden states [T, 1, D] instead of logits."""
+
+    arch: Architecture
+    layout: Layout
+
+    def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # The loss hands back a gradient that is already complete on every tp rank, so it is only split here.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """[U, D]: this tp rank's rows of the output head (the embedding itself when tied). Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_language_model(
+    arch: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> LanguageModel:
+    """One stage of the model on `layout.device`, weights uninitialised: call `load_pretrained` next."""
+    config = transformer_config(arch, layout, dtype)
+    model = LanguageModel(
+        config,
+        block_spec(config, vp_stage),
+        vocab_size=arch.vocab,
+        max_sequence_length=arch.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="mrope",
+        rotary_base=arch.rope_theta,
+        vp_stage=vp_stage,
+    )
+    model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_section, layout.device)
+    model.arch, model.layout = arch, layout
+    return model.to(layout.device)
+
+
+def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTower | None = None) -> Tensor:
+    """Run one stage. `model` may be wrapped (DDP); `vision` is needed where `tokens` holds images.
+
+    Returns hidden_TD [T, D] on the last stage; elsewhere what Megatron's schedule sends on, [T, 1, D]. Its gradient
+    must be complete on every tp rank (the loss all-reduces it over the tp group).
+    """
+    stage = unwrap(model)
+    length = tokens.input_ids_T.numel()
+    tokens = _padded_for_sequence_parallel(tokens, stage.layout)
+    embedded = None
+    if stage.pre_process and tokens.pixel_values is not None:
+        embedded = _embed_with_images(stage, tokens, vision)
+    out = model(
+        input_ids=tokens.input_ids_T[None],
+        position_ids=tokens.position_ids_3T[:, None],
+        attention_mask=None,
+        decoder_input=embedded,
+        packed_seq_params=packing(tokens.cu_seqlens),
+    )
+    return out[:length, 0] if stage.post_process else out
+
+
+def unwrap(model: nn.Module) -> LanguageModel:
+    """The LanguageModel inside Megatron's wrappers (DDP, Float16Module)."""
+    while not isinstance(model, LanguageModel):
+        model = model.module
+    return model
+
+
+def packing(cu_seqlens: Tensor) -> PackedSeqParams:
+    """Megatron's record of a packing. Attention reads the real boundaries; rope reads the `padded` ones."""
+    longest = int(cu_seqlens.diff().max())
+    # One span [0, T]: rope then always maps position i of the packing to its own angle (its other branch restarts
+    # every sequence at angle 0, which is wrong for images), and being on the CPU it costs no device sync per layer.
+    span = torch.tensor([0, int(cu_seqlens[-1])], dtype=torch.int32, device="cpu")
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=span,
+        cu_seqlens_kv_padded=span,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> PackedTokens:
+    """Append a dummy sequence so that tp divides T, only under sequence parallelism."""
+    missing = -tokens.input_ids_T.numel() % layout.tp if layout.sp else 0
+    if not missing:
+        return tokens
+    ids, positions, cu = tokens.input_ids_T, tokens.position_ids_3T, tokens.cu_seqlens
+    return PackedTokens(
+        input_ids_T=torch.cat([ids, ids.new_zeros(missing)]),
+        position_ids_3T=torch.cat([positions, positions.new_zeros(3, missing)], dim=1),
+        cu_seqlens=torch.cat([cu, cu[-1:] + missing]),
+        pixel_values=tokens.pixel_values,
+        image_grid_thw=tokens.image_grid_thw,
+    )
+
+
+def _embed_with_images(stage: LanguageModel, tokens: PackedTokens, vision: FrozenVisionTower | None) -> Tensor:
+    """Token embeddings with the image-pad positions replaced by the tower's features: [T (/ tp), 1, D]."""
+    if vision is None:
+        raise ValueError("the batch holds images but no vision tower was given: load one with FrozenVisionTower")
+    embedded_S1D = stage.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
+    features_ID = vision.features(tokens.pixel_values, tokens.image_grid_thw)
+    is_image_T = tokens.input_ids_T == stage.arch.vision.image_token_id
+    if int(is_image_T.sum()) != features_ID.shape[0]:
+        raise ValueError(
+            f"{int(is_image_T.sum())} image-pad tokens but {features_ID.shape[0]} image features: "
+            "expand each image-pad id to its number of merged patches (positions.expand_image_tokens)"
+        )
+    feature_of_T = is_image_T.cumsum(0) - 1
+    if stage.config.sequence_parallel:
+        share = slice(stage.layout.tp_rank * embedded_S1D.shape[0], (stage.layout.tp_rank + 1) * embedded_S1D.shape[0])
+        is_image_T, feature_of_T = is_image_T[share], feature_of_T[share]
+    here = is_image_T.nonzero()[:, 0]
+    images_1D = features_ID[feature_of_T[here]][:, None].to(embedded_S1D.dtype)
+    return embedded_S1D.index_copy(0, here, images_1D)

@@ -1,0 +1,80 @@
+"""Position ids [3, T] (temporal, height, width) of one sequence, and the expansion of image-pad ids.
+
+The index of image tokens is transformers' own function, called without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from vold.models.architecture import Architecture, VisionFacts
+
+
+def text_positions(length: int) -> Tensor:
+    """int64 [3, length]: the same count on all three axes."""
+    return torch.arange(length).expand(3, length)
+
+
+def mrope_positions(input_ids_T: Tensor, image_grid_thw: Tensor | None, arch: Architecture) -> Tensor:
+    """int64 [3, T] of ONE sequence whose image-pad ids are already expanded; grids in the order of the images.
+
+    Raises ValueError when the image-pad ids do not fit the grids, or where the model reads text only.
+    """
+    if image_grid_thw is None or not len(image_grid_thw):
+        return text_positions(input_ids_T.numel())
+    facts = _vision_facts(arch)
+    _check_runs(input_ids_T, image_grid_thw, facts)
+    vision_config = SimpleNamespace(spatial_merge_size=facts.merge_size, tokens_per_second=facts.tokens_per_second)
+    model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision_config),
+        get_vision_position_ids=partial(Qwen2_5_VLModel.get_vision_position_ids, None),
+    )
+    is_image = (input_ids_T == facts.image_token_id).int()
+    positions, _ = Qwen2_5_VLModel.get_rope_index(model, input_ids_T[None], is_image[None], image_grid_thw)
+    return positions[:, 0]
+
+
+def expand_image_tokens(token_ids: Sequence[int], image_grid_thw: Tensor | None, arch: Architecture) -> tuple[int, ...]:
+    """Repeat the i-th image-pad id once per merged patch of the i-th image: t * h * w / merge².
+
+    Raises ValueError when the numbers of images and of image-pad ids differ (also when they were expanded before).
+    """
+    counts = [] if image_grid_thw is None else image_token_counts(image_grid_thw, arch)
+    pads = 0 if arch.vision is None else sum(token == arch.vision.image_token_id for token in token_ids)
+    if pads != len(counts):
+        raise ValueError(f"{len(counts)} images but {pads} image-pad ids: write one image-pad id per image")
+    remaining = iter(counts)
+    image_id = arch.vision.image_token_id if arch.vision else None
+    return tuple(
+        token for token_id in token_ids for token in [token_id] * (next(remaining) if token_id == image_id else 1)
+    )
+
+
+def image_token_counts(image_grid_thw: Tensor, arch: Architecture) -> list[int]:
+    """Merged patches of each image."""
+    return (image_grid_thw.prod(-1) // _vision_facts(arch).merge_size ** 2).tolist()
+
+
+def _vision_facts(arch: Architecture) -> VisionFacts:
+    if arch.vision is None:
+        raise ValueError(f"images were given to {arch.model_type}, which reads text only: use a Qwen2.5-VL checkpoint")
+    return arch.vision
+
+
+def _check_runs(input_ids_T: Tensor, image_grid_thw: Tensor, facts: VisionFacts) -> None:
+    """Each run of image-pad ids must be as long as its image; two images in one run would be indexed as one."""
+    is_image = torch.nn.functional.pad((input_ids_T == facts.image_token_id).int(), (1, 1))
+    edges = is_image.diff().nonzero()[:, 0]
+    runs = (edges[1::2] - edges[::2]).tolist()
+    expected = (image_grid_thw.prod(-1) // facts.merge_size**2).tolist()
+    if runs != expected:
+        raise ValueError(
+            f"runs of image-pad ids {runs} do not match the images' merged patches {expected}: "
+            "expand each image-pad id once and separate images by other tokens"
+        )

@@ -1,0 +1,208 @@
+"""Exact two-way names and layouts between Hugging Face checkpoints and the Megatron model.
+
+One Megatron parameter is one or several Hugging Face tensors, joined by a `Rule`. The same table loads and exports.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vold.models.architecture import Architecture
+from vold.models.checkpoint_dir import short_name, tensor_files
+from vold.models.language_model import LanguageModel, unwrap
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a Megatron parameter is made of Hugging Face tensors.
+
+    names  relative to the layer or to the model
+    join   "one": the tensor itself; "qkv": per group its queries, key, value; "gated": gate rows, then up rows
+    split  the dimension divided over the tp group, or None when replicated
+    """
+
+    names: tuple[str, ...]
+    join: str = "one"
+    split: int | None = None
+
+
+LAYER_RULES = {
+    "input_layernorm.weight": Rule(("input_layernorm.weight",)),
+    "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",)),
+    "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",)),
+    "self_attention.linear_qkv.weight": Rule(tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), "qkv", 0),
+    "self_attention.linear_qkv.bias": Rule(tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), "qkv", 0),
+    "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), split=1),
+    "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
+    "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), split=1),
+}
+EMBEDDING_RULE = Rule(("embed_tokens.weight",), split=0)
+HEAD_RULE = Rule(("lm_head.weight",), split=0)
+MODEL_RULES = {
+    "embedding.word_embeddings.weight": EMBEDDING_RULE,
+    "decoder.final_layernorm.weight": Rule(("norm.weight",)),
+    "output_layer.weight": HEAD_RULE,
+}
+
+
+def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]]:
+    """Every parameter of this stage with its rule, names completed with the global layer number."""
+    for name, parameter in model.named_parameters():
+        match = LAYER.fullmatch(name)
+        if match is None:
+            yield name, parameter, MODEL_RULES[name]
+            continue
+        layer = model.decoder.layers[int(match[1])].layer_number - 1
+        rule = LAYER_RULES[match[2]]
+        yield name, parameter, Rule(tuple(f"layers.{layer}.{n}" for n in rule.names), rule.join, rule.split)
+
+
+# Shapes of the pieces ------------------------------------------------------------------------------------------------
+
+
+def piece_shapes(rule: Rule, shape: torch.Size, arch: Architecture, tp: int) -> list[tuple[int, ...]]:
+    """Full (unsharded) shapes of the Hugging Face tensors behind a parameter whose local shape is `shape`."""
+    full = list(shape)
+    if rule.split is not None:
+        full[rule.split] *= tp
+    if rule.join == "one":
+        return [tuple(full)]
+    if rule.join == "gated":
+        return [(full[0] // 2, *full[1:])] * 2
+    query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    return [(query, *full[1:]), (key, *full[1:]), (key, *full[1:])]
+
+
+def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
+    """Hugging Face tensors (a tp share of each) -> the Megatron parameter."""
+    if rule.join == "one":
+        return pieces[0]
+    if rule.join == "gated":
+        return torch.cat(pieces)
+    per_group = [x.unflatten(0, (-1, rows)) for x, rows in zip(pieces, _group_rows(arch), strict=True)]
+    return torch.cat(per_group, dim=1).flatten(0, 1)
+
+
+def split_pieces(rule: Rule, parameter: Tensor, arch: Architecture) -> list[Tensor]:
+    """The Megatron parameter -> the same share of each Hugging Face tensor; inverse of `join_pieces`."""
+    if rule.join == "one":
+        return [parameter]
+    if rule.join == "gated":
+        return list(parameter.chunk(2))
+    rows = _group_rows(arch)
+    return [x.flatten(0, 1) for x in parameter.unflatten(0, (-1, sum(rows))).split(rows, dim=1)]
+
+
+def _group_rows(arch: Architecture) -> list[int]:
+    return [arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim]
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+class CheckpointReader:
+    """Tensors of a checkpoint directory by their short name, whichever spelling the files use."""
+
+    def __init__(self, checkpoint_dir: str | Path):
+        self.dir = Path(checkpoint_dir)
+        self._file_of = tensor_files(self.dir)
+        self._name_of = {short_name(name): name for name in self._file_of}
+        self._open_files = ExitStack()
+        self._handles: dict[str, object] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._handles.clear()
+        self._open_files.close()
+
+    def __contains__(self, short: str) -> bool:
+        return short in self._name_of
+
+    def slice(self, short: str):
+        """A lazily read safetensors slice. Raises ValueError naming the tensor and the directory when missing."""
+        if short not in self:
+            raise ValueError(f"{self.dir}: tensor {short} is missing: the checkpoint is incomplete or of another model")
+        name = self._name_of[short]
+        file = self._file_of[name]
+        if file not in self._handles:
+            handle = safe_open(self.dir / file, framework="pt", device="cpu")
+            self._handles[file] = self._open_files.enter_context(handle)
+        return self._handles[file].get_slice(name)
+
+    def where(self, short: str) -> str:
+        name = self._name_of[short]
+        return f"{self.dir / self._file_of[name]}: tensor {name}"
+
+
+@torch.no_grad()
+def load_pretrained(model: nn.Module, checkpoint_dir: str | Path) -> None:
+    """Fill every parameter of this stage from a Hugging Face checkpoint directory, reading only this tp rank's share.
+
+    Raises ValueError naming the tensor and the file when one is missing or has another shape.
+    """
+    stage = unwrap(model)
+    with CheckpointReader(checkpoint_dir) as reader:
+        for _name, parameter, rule in named_rules(stage):
+            if rule == HEAD_RULE and stage.arch.tied:  # the last of several pipeline stages keeps its own copy
+                rule = EMBEDDING_RULE
+            shapes = piece_shapes(rule, parameter.shape, stage.arch, stage.layout.tp)
+            pieces = [_read_share(reader, n, s, rule.split, stage) for n, s in zip(rule.names, shapes, strict=True)]
+            parameter.copy_(join_pieces(rule, pieces, stage.arch))
+
+
+def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, stage: LanguageModel):
+    lazy = reader.slice(name)
+    found = tuple(lazy.get_shape())
+    if found != shape:
+        raise ValueError(f"{reader.where(name)} has shape {found} but config.json asks for {shape}")
+    if split is None or stage.layout.tp == 1:
+        return lazy[:]
+    rows = shape[split] // stage.layout.tp
+    share = slice(stage.layout.tp_rank * rows, (stage.layout.tp_rank + 1) * rows)
+    return lazy[share] if split == 0 else lazy[:, share]
+
+
+# Exporting -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def export_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Stream (Hugging Face name, full tensor) of the text model, with the names transformers writes today.
+
+    Every tp rank must iterate: shares are gathered over the tp group. The stream of a tied model also carries
+    lm_head.weight, because a sampler that is updated in place goes silently wrong without it. At tp = 1 the tensors
+    are views of the live parameters: use or copy them before the next optimiser step.
+    """
+    stage = unwrap(model)
+    if stage.layout.pp != 1:
+        raise ValueError(f"pp={stage.layout.pp}: weights can be exported only with pp=1 so far: set pp to 1")
+    prefix = "model.language_model." if stage.arch.vision else "model."
+    for _name, parameter, rule in named_rules(stage):
+        pieces = split_pieces(rule, parameter.detach(), stage.arch)
+        for short, piece in zip(rule.names, pieces, strict=True):
+            full = _gathered(piece, rule.split, stage)
+            yield (short if short == "lm_head.weight" else prefix + short), full
+            if stage.arch.tied and short == "embed_tokens.weight":
+                yield "lm_head.weight", full
+
+
+def _gathered(piece: Tensor, split: int | None, stage: LanguageModel) -> Tensor:
+    if split is None or stage.layout.tp == 1:
+        return piece
+    shares = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(stage.layout.tp)]
+    dist.all_gather(shares, piece.contiguous(), group=stage.layout.tp_group)
+    return torch.cat(shares, dim=split)

@@ -1,0 +1,89 @@
+"""An algorithm is a value: which advantage, which routing, which numbers. The loop never learns its name.
+
+Per token (VOLD Eq. 6; m: response mask, Z: response tokens of the whole step over all ranks):
+
+    L = (1/Z) sum m * ( L_pg + beta * route(r) * L_kl )
+    L_pg = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),   L_kl = 1/2 (logp - logp_teacher)^2   (k2)
+
+k2 as a *loss* has the gradient of KL(student || teacher) on the student's own samples; the paper prints
+KL(teacher || student) and calls it reverse KL: we follow the estimator, not the print.
+`Objective.weigh` folds Z, beta and routing into two numbers per response; the kernel sees only those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from vold.config.schema import ObjectiveConfig
+from vold.objectives import advantages, routing
+from vold.records import Group, Sample
+
+SumOverRanks = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """advantage: rewards of a group -> advantages; route: reward -> share of the KL term; beta: its weight."""
+
+    advantage: Callable[[Sequence[float]], list[float]]
+    route: Callable[[float], float]
+    beta: float = 1e-3
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.beta > 0.0 and self.route is not routing.nowhere
+
+    def weigh(self, groups: Sequence[Group], sum_over_ranks: SumOverRanks) -> list[Sample]:
+        """One Sample per graded response, in order; responses whose grader broke are left out of group and loss.
+
+        The normaliser is the response-token count of all ranks, shared by both terms, counted before any
+        micro-batch exists, so that no split of the batch can change the gradient.
+        """
+        samples = [sample for group in groups for sample in self._of_group(group)]
+        tokens = sum_over_ranks(float(sum(len(sample.response_ids) for sample in samples)))
+        return [_scaled(sample, 1.0 / max(tokens, 1.0)) for sample in samples]
+
+    def _of_group(self, group: Group) -> list[Sample]:
+        graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
+        advantages_G = self.advantage([reward for _, reward in graded])
+        return [
+            Sample(
+                prompt=group.prompt,
+                response_ids=rollout.response_ids,
+                advantage=advantage,
+                pg_weight=float(advantage != 0.0),
+                kl_weight=self.beta * self.route(reward),
+                logp_rollout=rollout.logp_rollout,
+            )
+            for (rollout, reward), advantage in zip(graded, advantages_G, strict=True)
+        ]
+
+
+def _scaled(sample: Sample, scale: float) -> Sample:
+    return replace(sample, pg_weight=sample.pg_weight * scale, kl_weight=sample.kl_weight * scale)
+
+
+PRESETS: dict[str, Objective] = {
+    "grpo": Objective(advantages.group_normalised, routing.nowhere, beta=0.0),
+    "vold": Objective(advantages.group_normalised, routing.failed),
+    "vold-unmasked": Objective(advantages.group_normalised, routing.every),
+    "opd": Objective(advantages.none, routing.every),
+}
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The preset with the config's numbers. Raises ValueError for an unknown preset."""
+    if config.preset not in PRESETS:
+        raise ValueError(f"objective.preset = {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    numbers = config.model_dump(exclude={"preset"})
+    return replace(PRESETS[config.preset], **numbers)
+
+
+def likelihood(responses: Sequence[Sample], sum_over_ranks: SumOverRanks) -> list[Sample]:
+    """Stage 1's weights (VOLD Eq. 4): at ratio 1 and A = 1 the policy gradient *is* the gradient of the mean
+    negative log-likelihood, so SFT runs through the same fused loss."""
+    tokens = sum_over_ranks(float(sum(len(sample.response_ids) for sample in responses)))
+    return [replace(sample, advantage=1.0, pg_weight=1.0 / max(tokens, 1.0), kl_weight=0.0) for sample in responses]

@@ -1,0 +1,6 @@
+"""Process groups, launch facts and the CPU platform."""
+
+import warnings
+
+# Megatron says at every import that it will use torch instead; that is our choice (no TransformerEngine, no apex).
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")

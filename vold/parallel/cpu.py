@@ -1,0 +1,77 @@
+"""The CPU platform: what makes megatron-core 0.16 run without a GPU, all of it in this file.
+
+Megatron writes its device as a literal (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`). On a machine
+without CUDA `install()` answers those with the CPU; with CUDA it does nothing. No Megatron source is replaced, only
+what it asks torch for.
+
+What a run on this platform cannot catch: a tensor left on the wrong device, anything about bfloat16 kernels, NCCL
+(ordering, time-outs, several communicators), races between communication and compute streams (`overlap_*`), CUDA
+graphs, memory. Random numbers come from the CPU generator, so dropout differs from a GPU run. The mode is per
+thread: code that Megatron runs in other threads or processes (asynchronous checkpoint writers) does not see it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+# Megatron's gradient clipping and distributed optimizer compare `Tensor.type()` with these strings.
+CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+def _names_cuda(device: object) -> bool:
+    return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
+
+
+def _called_by_megatron() -> bool:
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("megatron.")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"`, `.cuda()`, `.to("cuda")` mean the CPU; `.type()` names the CUDA type to Megatron only."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and _called_by_megatron():
+            return CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        return func(*args, **kwargs)
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def install() -> None:
+    """Enter the CPU platform for the rest of the process; a no-op with CUDA and when called again."""
+    global _mode
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(*_args, **_kwargs):
+        return torch.random.get_rng_state()
+
+    def set_state(state, *_args, **_kwargs):
+        torch.random.set_rng_state(state)
+
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.random.manual_seed
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()

@@ -1,0 +1,169 @@
+"""Where this process runs (rank, world, device) and which groups it belongs to.
+
+The only file that creates process groups. Everything else receives a `Layout`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from vold.parallel import cpu
+
+
+@dataclass(frozen=True)
+class LaunchFacts:
+    """What torchrun said; a world of one without it."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls) -> LaunchFacts:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), local_rank, device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the world is divided: tensor (tp), pipeline (pp) and data (dp) parallel sizes, ranks and groups.
+
+    vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+    device: torch.device
+    vpp: int | None = None
+    sp: bool = False
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+
+def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, sp: bool = False) -> Layout:
+    """Create (or reuse) the process groups, seed every generator and return this rank's place.
+
+    Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
+    the model-parallel groups are rebuilt only when their sizes change.
+    """
+    facts = LaunchFacts.from_environment()
+    _check_sizes(facts.world, tp, pp, vpp, sp)
+    cpu.install()
+    _start_world(facts)
+    _build_groups(tp, pp, vpp)
+    _seed(seed)
+    return _layout(facts.device, vpp, sp)
+
+
+def shutdown() -> None:
+    """Destroy all groups; safe to call twice."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> None:
+    if tp < 1 or pp < 1:
+        raise ValueError(f"parallel sizes must be at least 1, got tp={tp} pp={pp}: set the wrong one to 1")
+    if world % (tp * pp):
+        raise ValueError(
+            f"tp={tp} x pp={pp} = {tp * pp} does not divide the world of {world} processes: "
+            f"start a multiple of {tp * pp} processes (torchrun --nproc-per-node) or lower tp or pp"
+        )
+    if vpp is not None and (pp == 1 or vpp < 2):
+        raise ValueError(f"vpp={vpp} needs pp of at least 2 and at least 2 stages a rank, got pp={pp}: leave vpp unset")
+    if sp and tp == 1:
+        raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
+
+
+def _start_world(facts: LaunchFacts) -> None:
+    if facts.device.type == "cuda":
+        torch.cuda.set_device(facts.device)
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
+    if dist.is_initialized():
+        return
+    if "MASTER_ADDR" not in os.environ and facts.world > 1:
+        raise ValueError(f"WORLD_SIZE={facts.world} but MASTER_ADDR is not set: start with torchrun")
+    backend = "nccl" if facts.device.type == "cuda" else "gloo"
+    where = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+    dist.init_process_group(
+        backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=datetime.timedelta(minutes=30)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        sizes = (
+            mpu.get_tensor_model_parallel_world_size(),
+            mpu.get_pipeline_model_parallel_world_size(),
+            mpu.get_virtual_pipeline_model_parallel_world_size(),
+        )
+        if sizes == (tp, pp, vpp):
+            return
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+    )
+
+
+def _seed(seed: int) -> None:
+    """Python, torch and Megatron's named generators; the tp ranks of one replica differ only in the last."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
+    from megatron.core import parallel_state as mpu
+
+    return Layout(
+        tp=mpu.get_tensor_model_parallel_world_size(),
+        pp=mpu.get_pipeline_model_parallel_world_size(),
+        dp=mpu.get_data_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        device=device,
+        vpp=vpp,
+        sp=sp,
+    )

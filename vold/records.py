@@ -1,0 +1,129 @@
+"""The nouns that flow through one step: Prompt -> Rollout -> Group -> Sample -> Batch -> StepReport.
+
+Every record is frozen; a stage returns new ones. Shape letters, here and wherever these records are read:
+P prompts, G responses per prompt, B sequences in a micro-batch, T packed tokens of a micro-batch, N of them that
+predict a response token, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem, rendered once. `token_ids` holds *one* image-pad id per image; whoever runs a model expands it."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    gold: str = ""
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response: ids as sampled (never re-tokenised), each with the sampler's log-probability (nats)."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    logp_rollout: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the grader found. `broken` is not `wrong`: such a response is masked out and counted."""
+
+    outcome: Literal["correct", "wrong", "broken"]
+    extracted: str | None
+    rule: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """All G responses of one prompt with their verdicts and rewards in [0, 1]; `None` reward = grader broke."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...]
+    rewards: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to learn from. Both weights apply to each of its response tokens and already contain the
+    normaliser, beta and every mask: loss = sum over tokens of pg_weight * L_pg + kl_weight * L_kl."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    advantage: float
+    pg_weight: float
+    kl_weight: float
+    logp_rollout: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Sequences laid end to end, as both models read them.
+
+    input_ids_T      int64; image-pad ids expanded to one per merged image patch
+    position_ids_3T  int64 (temporal, height, width); the three rows are equal where there is no image
+    cu_seqlens       int32 [B + 1], cumulative sequence lengths, starting at 0
+    pixel_values, image_grid_thw   the image processor's output for all images in order, or None
+    """
+
+    input_ids_T: Tensor
+    position_ids_3T: Tensor
+    cu_seqlens: Tensor
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed tokens plus, for the N positions that predict a response token, what the loss needs of each.
+
+    source_N    int64, index into T of the position whose hidden state predicts the token
+    target_N    int64, the token id
+    sequence_N  int64, which of the B sequences the token belongs to
+    sample_B    for each sequence, its place in the list of samples that was packed
+    advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
+    logp_rollout_N   float32 or None (traces were not sampled by the student)
+    logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
+    logp_old_N       float32 or None: strictly on-policy, the ratio is 1
+    """
+
+    tokens: PackedTokens
+    source_N: Tensor
+    target_N: Tensor
+    sequence_N: Tensor
+    sample_B: tuple[int, ...]
+    advantage_N: Tensor
+    pg_weight_N: Tensor
+    kl_weight_N: Tensor
+    logp_rollout_N: Tensor | None = None
+    logp_teacher_N: Tensor | None = None
+    logp_old_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of an optimisation step; every rank holds the same number of micro-batches."""
+
+    micro_batches: tuple[MicroBatch, ...]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for this rank's
+    samples (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2."""
+
+    metrics: dict[str, float]
+    mean_kl: dict[int, float] = field(default_factory=dict)

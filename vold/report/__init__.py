@@ -1,0 +1,24 @@
+"""Plots, tables, and one HTML page per run or comparison; reads run directories, knows nothing of training."""
+
+from .page import write_report
+from .plots import accuracy_bars, curve, curves, seeds_errorbars
+from .read import RunRecord, find_runs, read_run, read_runs
+from .tables import AccuracyTable, accuracy_rich, accuracy_table, as_table, seeds_table, table_of_runs
+
+__all__ = [
+    "AccuracyTable",
+    "RunRecord",
+    "accuracy_bars",
+    "accuracy_rich",
+    "accuracy_table",
+    "as_table",
+    "curve",
+    "curves",
+    "find_runs",
+    "read_run",
+    "read_runs",
+    "seeds_errorbars",
+    "seeds_table",
+    "table_of_runs",
+    "write_report",
+]

@@ -1,0 +1,202 @@
+"""Samples a person should see: one problem across models, and the right and wrong ones of each run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .read import RunRecord, as_number
+from .style import arm_of
+from .words import is_right
+
+THUMBNAIL = (560, 320)  # pixels; larger images are shrunk, small ones stay as they are
+LONGEST = 4000  # characters of a prompt or response; the middle of a longer one is left out
+PER_VERDICT = 3
+PATTERNS = 5
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inlined image; `uri` is None where the file could not be read, and `note` says why."""
+
+    uri: str | None
+    width: int = 0
+    height: int = 0
+    note: str = ""
+
+    @property
+    def scale(self) -> int:
+        """Miniature images are tiny: show them in whole multiples, so that pixels stay square."""
+        return max(1, min(3, 240 // self.width, 160 // self.height)) if self.uri else 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """One response, ready to show; every text is still unescaped and goes through the template's autoescape."""
+
+    model: str
+    right: bool
+    verdict: str
+    rule: str
+    prompt: str
+    response: str
+    extracted: str
+    gold: str
+    where: str
+    facts: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The same problem answered by several models; `count` problems of `of` show the same marks."""
+
+    cards: tuple[Card, ...]
+    marks: tuple[tuple[str, bool], ...]  # model, whether it is right
+    count: int
+    of: int
+    set: str
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Right and wrong responses of one run."""
+
+    run: str
+    right: tuple[Card, ...]
+    wrong: tuple[Card, ...]
+    n_right: int
+    n_wrong: int
+
+
+def shelves(runs: Sequence[RunRecord]) -> list[Shelf]:
+    """Per run with samples: its newest right and wrong ones, spread over sets for an evaluation."""
+    return [_shelf(run) for run in runs if run.samples]
+
+
+def problems(evaluations: Sequence[RunRecord]) -> list[Problem]:
+    """For each set, the first problem of each of the commonest patterns of right and wrong across models."""
+    runs = [run for run in evaluations if run.samples]
+    answers = [{(str(row.get("set", "")), str(row.get("prompt_id"))): row for row in run.samples} for run in runs]
+    if len(runs) < 2:
+        return []
+    shared = [key for key in answers[0] if all(key in other for other in answers[1:])]
+    found: list[Problem] = []
+    for name in sorted({key[0] for key in shared}):  # image before text, as it happens and as we like
+        keys = [key for key in shared if key[0] == name]
+        groups: dict[tuple[bool, ...], list[tuple[str, str]]] = {}
+        for key in keys:
+            groups.setdefault(tuple(is_right(answer[key]) for answer in answers), []).append(key)
+        commonest = sorted(groups.items(), key=lambda item: -len(item[1]))[:PATTERNS]
+        for pattern, members in commonest:
+            cards = tuple(card(run, answer[members[0]]) for run, answer in zip(runs, answers, strict=True))
+            marks = tuple((arm_of(run.name), ok) for run, ok in zip(runs, pattern, strict=True))
+            found.append(Problem(cards, marks, len(members), len(keys), name))
+    return found
+
+
+def card(run: RunRecord, row: Mapping[str, Any]) -> Card:
+    """One row of samples.jsonl as text and pictures."""
+    verdict = row.get("verdict")
+    if isinstance(verdict, Mapping):
+        row = {**verdict, **row, "verdict": verdict.get("outcome")}
+    right = is_right(row)
+    return Card(
+        model=arm_of(run.name),
+        right=right,
+        verdict=visible(row.get("verdict") if isinstance(row.get("verdict"), str) else "right" if right else "wrong"),
+        rule=visible(row.get("rule")),
+        prompt=visible(row.get("prompt")),
+        response=visible(row.get("response")),
+        extracted=visible(row.get("extracted")),
+        gold=visible(row.get("gold")),
+        where=visible(f"{row['set']} set" if row.get("set") else f"step {row['step']}" if "step" in row else ""),
+        facts=tuple(_facts(row)),
+        pictures=tuple(_pictures(run.path, row.get("images"))),
+    )
+
+
+def visible(value: Any) -> str:
+    """Text in which nothing hides: control and direction-changing characters become visible code points."""
+    if value is None:
+        return ""
+    text = str(value)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]}\n… {len(text) - LONGEST} characters left out …\n{text[-LONGEST // 2 :]}"
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"⟨{ord(c):04X}⟩" for c in text)
+
+
+@lru_cache(maxsize=512)
+def thumbnail(path: Path) -> Picture:
+    """An image file as a data URI, no larger than THUMBNAIL."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", THUMBNAIL)
+            picture = image.convert("RGB")
+        picture.thumbnail(THUMBNAIL)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Picture(None, note=f"{path.name}: {type(error).__name__}")
+    out = io.BytesIO()
+    large = picture.width * picture.height > 128 * 128
+    picture.save(out, **({"format": "JPEG", "quality": 82} if large else {"format": "PNG", "optimize": True}))
+    kind = "jpeg" if large else "png"
+    uri = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return Picture(uri, picture.width, picture.height)
+
+
+def _shelf(run: RunRecord) -> Shelf:
+    newest_first = list(reversed(run.samples)) if run.verb != "eval" else list(run.samples)
+    right = [row for row in newest_first if is_right(row)]
+    wrong = [row for row in newest_first if not is_right(row)]
+    pick = _alternate if run.verb == "eval" else lambda rows: rows[:PER_VERDICT]
+    return Shelf(
+        run=run.name,
+        right=tuple(card(run, row) for row in pick(right)),
+        wrong=tuple(card(run, row) for row in pick(wrong)),
+        n_right=len(right),
+        n_wrong=len(wrong),
+    )
+
+
+def _alternate(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A few of each set, sets in the order in which they come."""
+    by_set: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_set.setdefault(str(row.get("set", "")), []).append(row)
+    each = max(1, -(-PER_VERDICT // max(1, len(by_set))))
+    return [row for group in by_set.values() for row in group[:each]]
+
+
+def _facts(row: Mapping[str, Any]) -> Iterable[str]:
+    """The small numbers under a response, those that are there."""
+    for key, word in (("reward", "reward"), ("advantage", "advantage"), ("mean_kl", "teacher KL")):
+        if (value := as_number(row.get(key))) == value:
+            yield f"{word} {value:.3g}".replace("-", "−")
+    if row.get("finish_reason") == "length":
+        yield "cut at the length limit"
+
+
+def _pictures(run: Path, images: Any) -> Iterable[Picture]:
+    for name in images if isinstance(images, list | tuple) else ():
+        if isinstance(name, str):
+            found = _locate(run, name)
+            yield thumbnail(found) if found else Picture(None, note=f"{name}: no such file")
+
+
+def _locate(run: Path, name: str) -> Path | None:
+    """`name` itself if absolute, else from the run directory, its parent, or where the run was started."""
+    for base in (run, run.parent, Path()):
+        try:
+            if (base / name).is_file():
+                return base / name
+        except (OSError, ValueError):
+            return None
+    return None

@@ -1,0 +1,234 @@
+"""Figures as self-contained SVG or PNG bytes. Raw values faint, a light moving average over them, labels at lines."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .read import RunRecord
+from .style import CURVES, GRID, INK, SOFT, colours, label, metric
+from .tables import AccuracyTable, as_table, seed_cells
+
+Format = Literal["svg", "png"]
+_RC = {
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
+    "svg.hashsalt": "vold",  # the same figure gives the same bytes
+    "font.size": 9.5,
+    "font.family": ["DejaVu Sans"],
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.parse_math": False,  # names and labels are text, never TeX
+}
+_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+
+
+def curves(runs: Sequence[RunRecord], keys: Sequence[str] = CURVES["rl"], *, fmt: Format = "svg") -> bytes:
+    """Small multiples: one panel per key that any run logged, every run in its colour, three panels a row."""
+    keys = [key for key in keys if any(has(run, key) for run in runs)]
+    if not keys:
+        raise ValueError(f"curves: none of the runs {[run.name for run in runs]} logged any of the keys asked for")
+    across = min(3, len(keys))
+    down = math.ceil(len(keys) / across)
+    with matplotlib.rc_context(_RC):
+        figure = _figure(3.7 * across, 2.5 * down)
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for axis, key in zip(axes, keys, strict=False):
+            _draw_panel(axis, runs, key)
+        for axis in axes[len(keys) :]:
+            axis.set_axis_off()
+        return _bytes(figure, fmt)
+
+
+def curve(runs: Sequence[RunRecord], key: str, *, fmt: Format = "svg") -> bytes:
+    """One panel of `curves`."""
+    with matplotlib.rc_context(_RC):
+        figure = _figure(3.7, 2.5)
+        _draw_panel(figure.subplots(), runs, key)
+        return _bytes(figure, fmt)
+
+
+def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "svg") -> bytes:
+    """One row of panels, a panel per set, a bar per model; whiskers are ± one standard error."""
+    table = as_table(table)
+    models, paint = table.models, colours(table.models)
+    if not table.sets:
+        raise ValueError("accuracy_bars: the table has no accuracy; give {model: {set: accuracy}}")
+    top = max((table.value(m, s) + _zero(table.error(m, s)) for m in models for s in table.sets), default=1.0)
+    with matplotlib.rc_context(_RC):
+        figure = _figure(2.9 * len(table.sets) + 0.5, 0.38 * len(models) + 0.9)
+        axes = figure.subplots(1, len(table.sets), sharey=True, squeeze=False)[0]
+        for axis, name in zip(axes, table.sets, strict=True):
+            values = [table.value(model, name) for model in models]
+            errors = [table.error(model, name) for model in models]
+            _draw_bars(axis, values, errors, [paint[model] for model in models])
+            axis.set_yticks(range(len(models)), [label(model) for model in models], color=INK)
+            axis.set_title(f"{name}, % correct", loc="left", fontsize=9.5, fontweight="bold")
+            axis.set_xlim(0, 118 * _zero(top) or 1)
+        axes[0].invert_yaxis()
+        return _bytes(figure, fmt)
+
+
+def seeds_errorbars(rows: Sequence[Mapping[str, Any]], *, fmt: Format = "svg") -> bytes:
+    """Every seed a dot, the mean a bar, whiskers ± one standard error over seeds; a panel per set."""
+    cells = seed_cells(rows)
+    sets, paint = as_table(cells).sets, colours(list(cells))
+    if not sets:
+        raise ValueError(f"seeds_errorbars: no accuracy in {len(rows)} rows; give rows of arm, seed, text, image")
+    with matplotlib.rc_context(_RC):
+        figure = _figure(2.9 * len(sets) + 0.5, 0.42 * len(cells) + 0.9)
+        axes = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+        for axis, name in zip(axes, sets, strict=True):
+            for y, (arm, row) in enumerate(cells.items()):
+                if name in row:
+                    _draw_seeds(axis, y, row[name], paint[arm])
+            axis.set_yticks(range(len(cells)), [label(arm) for arm in cells], color=INK)
+            axis.set_title(f"{name}, % correct", loc="left", fontsize=9.5, fontweight="bold")
+            axis.xaxis.grid(True, color=GRID, linewidth=0.8)
+            axis.margins(x=0.12)
+        axes[0].set_ylim(len(cells) - 0.5, -0.5)
+        return _bytes(figure, fmt)
+
+
+def has(run: RunRecord, key: str) -> bool:
+    """Whether the run logged at least one finite value under `key`."""
+    return any(math.isfinite(value) for value in run.metrics.get(key, ()))
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred moving average over about a twelfth of the run; NaN stays NaN and is not averaged in."""
+    y = np.asarray(values, dtype=float)
+    half = max(1, len(y) // 24)
+    return np.array([_mean(y[max(0, i - half) : i + half + 1]) if np.isfinite(y[i]) else np.nan for i in range(len(y))])
+
+
+def _mean(window: np.ndarray) -> float:
+    return float(window[np.isfinite(window)].mean())
+
+
+def _zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
+    shown, paint = metric(key), colours([run.name for run in runs])
+    ends: list[tuple[float, float, str, str]] = []
+    for run in runs:
+        if has(run, key):
+            x, y = _draw_run(axis, run, key, paint[run.name])
+            ends.append((x, y, label(run.name), paint[run.name]))
+    every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
+    if shown.log and every and min(every) > 0 and max(every) / min(every) > 20:
+        axis.set_yscale("log")
+    axis.set_title(shown.label, loc="left", fontsize=10.5, fontweight="bold", pad=16)
+    axis.text(0, 1.035, shown.unit, transform=axis.transAxes, color=SOFT, fontsize=8.5, va="bottom")
+    axis.set_xlabel("step", loc="left", fontsize=8.5)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    if axis.get_yscale() == "linear":
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        axis.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axis.yaxis.grid(True, color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    _label_ends(axis, ends)
+
+
+def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float, float]:
+    """Draw one run; give the point where its line ends."""
+    x, y = np.asarray(run.steps), np.asarray(run.metrics[key], dtype=float)
+    logged = np.isfinite(y)
+    if logged.sum() * 2 < len(y) or key.startswith("accuracy_"):  # evaluated now and then: points, joined
+        x, y = x[logged], y[logged]
+        axis.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=4)
+        return float(x[-1]), float(y[-1])
+    trend = smooth(y)
+    axis.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
+    axis.plot(x, trend, color=colour, linewidth=2, solid_capstyle="round")
+    return float(x[logged][-1]), float(trend[logged][-1])
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names at the ends of the lines, pushed apart vertically where they would overlap."""
+    if not ends:
+        return
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high)
+    to_axes = (axis.transData + axis.transAxes.inverted()).transform
+    placed = sorted((*to_axes((x, y)), name, colour) for x, y, name, colour in ends)
+    heights = _spread([point[1] for point in placed], gap=0.105)
+    for (_, _, name, colour), height in zip(placed, heights, strict=True):
+        axis.text(1.0, height, name, transform=axis.transAxes, color=colour, fontsize=9, fontweight="bold", va="center")
+
+
+def _spread(heights: Sequence[float], *, gap: float) -> list[float]:
+    """The heights, moved so that neighbours are at least `gap` apart and all stay inside the panel where they fit."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    floor = 0.03
+    for i in order:
+        placed[i] = floor = max(placed[i], floor)
+        floor += gap
+    ceiling = 0.97
+    for i in reversed(order):
+        placed[i] = ceiling = min(placed[i], ceiling)
+        ceiling -= gap
+    return placed
+
+
+def _draw_bars(axis: Axes, values: Sequence[float], errors: Sequence[float], paint: Sequence[str]) -> None:
+    for y, (value, error, colour) in enumerate(zip(values, errors, paint, strict=True)):
+        if not math.isfinite(value):
+            axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
+            continue
+        percent, whisker = 100 * value, 100 * _zero(error)
+        axis.barh(y, percent, height=0.62, color=colour)
+        if whisker:
+            axis.errorbar(percent, y, xerr=whisker, color=INK, linewidth=1.2, capsize=3)
+        axis.annotate(
+            f"{percent:.1f}", (percent + whisker, y), (5, 0), textcoords="offset points", va="center", color=INK
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.spines["bottom"].set_visible(False)
+    axis.xaxis.grid(True, color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _draw_seeds(axis: Axes, y: float, cell: Any, colour: str) -> None:
+    values = 100 * np.asarray(cell.values)
+    offsets = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else np.zeros(1)
+    axis.plot(values, y + offsets, "o", color=colour, alpha=0.4, markersize=4.5, markeredgewidth=0)
+    axis.errorbar(100 * cell.mean, y, xerr=100 * _zero(cell.stderr), color=INK, linewidth=1.2, capsize=3)
+    axis.plot(100 * cell.mean, y, "D", color=colour, markersize=6.5)
+
+
+def _bytes(figure: Figure, fmt: Format) -> bytes:
+    if fmt not in ("svg", "png"):
+        raise ValueError(f"fmt: {fmt!r} is not a format of ours; use 'svg' or 'png'")
+    out = io.BytesIO()
+    if fmt == "svg":
+        figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
+    else:
+        figure.savefig(out, format="png", dpi=160, facecolor="white")
+    return out.getvalue()

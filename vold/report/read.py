@@ -1,0 +1,189 @@
+"""Run directories -> frozen records. Tolerant: a run may be unfinished, half-written, or miss any of its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SAMPLES_TAIL_BYTES = 64 * 2**20  # of a longer samples.jsonl only the newest part is read
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run directory says.
+
+    metrics    key -> one float per step, NaN where a step did not log the key; always has "step" if not empty
+    skipped    lines that could not be read, usually the last one of a run that was stopped
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
+    samples: tuple[Mapping[str, Any], ...] = ()
+    evaluation: Mapping[str, Any] | None = None
+    skipped: int = 0
+
+    @property
+    def verb(self) -> str:
+        """traces, sft, rl, eval; guessed from what is there when the config does not say."""
+        if isinstance(verb := self.config.get("verb"), str):
+            return verb
+        if self.evaluation:
+            return "eval"
+        return "rl" if "reward" in self.metrics else "sft" if "loss" in self.metrics else "unknown"
+
+    @property
+    def steps(self) -> list[float]:
+        return self.metrics.get("step", [])
+
+    @property
+    def planned_steps(self) -> int | None:
+        """The first `steps` or `max_steps` anywhere in the config."""
+        for key, value in flatten(self.config).items():
+            if key.split(".")[-1] in ("steps", "max_steps", "total_steps") and isinstance(value, int):
+                return value
+        return None
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {"a.b.c": leaf}; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run directories at `path`: itself, or, for a folder of runs such as runs/demo, those inside it."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"runs: {path} is not a directory; give a run directory or a folder of them")
+    if _is_run(path):
+        return [path]
+    inside = [child for child in path.iterdir() if child.is_dir() and _is_run(child)]
+    if not inside:
+        raise ValueError(f"runs: {path} holds no run (none of {', '.join(_RUN_FILES)} in it or one level below)")
+    return sorted(inside, key=lambda child: (_first_written(child), child.name))
+
+
+def read_run(path: Path, name: str | None = None) -> RunRecord:
+    """One run directory -> RunRecord. Absent or damaged files leave their field empty."""
+    path = Path(path)
+    metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
+    samples, bad_samples = read_jsonl(path / "samples.jsonl", tail_bytes=SAMPLES_TAIL_BYTES)
+    return RunRecord(
+        name=name or path.name,
+        path=path,
+        config=_read_config(path / "config.yaml"),
+        metrics=columns(metric_rows),
+        samples=tuple(samples),
+        evaluation=read_json(path / "evaluation.json"),
+        skipped=bad_metrics + bad_samples,
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Every run at or below `paths`, once, under names that differ."""
+    found = [run for path in paths for run in find_runs(path)]
+    unique = list({run.resolve(): run for run in found}.values())
+    names = [run.resolve().name for run in unique]
+    labels = [
+        name if names.count(name) == 1 else f"{run.resolve().parent.name}/{name}"
+        for run, name in zip(unique, names, strict=True)
+    ]
+    return [read_run(run, label) for run, label in zip(unique, labels, strict=True)]
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Rows -> columns by step. A step logged twice (a resumed run repeats some) keeps its newest row."""
+    by_step: dict[float, Mapping[str, Any]] = {}
+    for index, row in enumerate(rows):
+        step = as_number(row.get("step", index))
+        by_step[step if math.isfinite(step) else index] = row
+    steps = sorted(by_step)
+    if not steps:
+        return {}
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    table = {"step": [float(step) for step in steps]}
+    for key in keys:
+        values = [as_number(by_step[step].get(key)) for step in steps]
+        if any(key in by_step[step] for step in steps):
+            table[key] = values
+    return table
+
+
+def as_number(value: Any) -> float:
+    """A float; NaN for anything that is not a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def read_jsonl(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0)."""
+    rows: list[dict[str, Any]] = []
+    bad = 0
+    for line in _lines(path, tail_bytes):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    return rows, bad
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _lines(path: Path, tail_bytes: int | None) -> Iterator[str]:
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if tail_bytes is not None and size > tail_bytes:
+                file.seek(size - tail_bytes)
+                file.readline()  # the rest of a line that began before
+            for raw in file:
+                if line := raw.decode("utf-8", errors="replace").strip():
+                    yield line
+    except OSError:
+        return
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in _RUN_FILES)
+
+
+def _first_written(path: Path) -> float:
+    """When the run began, so that a pipeline's runs come in the order in which they ran."""
+    config = path / "config.yaml"
+    return config.stat().st_mtime if config.is_file() else path.stat().st_mtime

@@ -1,0 +1,7 @@
+"""Sampling engines and the hand-over of weights to them."""
+
+from vold.rollout.parity import ParityProbe
+from vold.rollout.sampler import Sampler
+from vold.rollout.transformers_sampler import TransformersSampler
+
+__all__ = ["ParityProbe", "Sampler", "TransformersSampler"]

@@ -1,0 +1,37 @@
+"""After every weight hand-over: do sampler and trainer agree on fixed sequences, one of text and one with an image?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from vold.data.pack import Encoder, pack
+from vold.records import Batch, Prompt, Sample
+from vold.rollout.sampler import Sampler
+
+TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
+
+
+class ParityProbe:
+    """Fixed (prompt, response) pairs scored by both sides. `limit`: allowed mean exp|difference|, e.g. 1.05."""
+
+    def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: Encoder, limit: float):
+        samples = [Sample(prompt, tuple(response), 1.0, 1.0, 0.0) for prompt, response in sequences]
+        self._sequences, self._limit = samples, limit
+        self._batch = pack(samples, max_tokens=1 << 30, encode=encode)
+
+    def check(self, sampler: Sampler, trainer_logprobs: TrainerLogprobs) -> dict[str, float]:
+        """`parity_error` = mean exp|logp sampler - logp trainer| over all tokens; ValueError beyond the limit."""
+        trained = trainer_logprobs(self._batch)
+        gaps = [
+            abs(a - b)
+            for place, sample in enumerate(self._sequences)
+            for a, b in zip(sampler.score(sample.prompt, sample.response_ids), trained[place], strict=True)
+        ]
+        error = sum(math.exp(min(gap, 50.0)) for gap in gaps) / len(gaps)
+        if not error <= self._limit:
+            raise ValueError(
+                f"sampler and trainer disagree after a weight sync: mean exp|logp difference| = {error:.4f}, "
+                f"rollout.alarm_error = {self._limit}; the sampler's weights are stale or its model differs"
+            )
+        return {"parity_error": error, "parity_max": max(gaps)}

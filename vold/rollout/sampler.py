@@ -1,0 +1,27 @@
+"""What the trainer needs of a sampling engine. Token ids in, token ids out; text is for people only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from vold.config.schema import SamplingConfig
+from vold.records import Prompt, Rollout
+
+
+class Sampler(Protocol):
+    """One engine's copy of the policy."""
+
+    def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
+        """`responses` rollouts of each prompt, siblings adjacent, order kept. The same seed gives the same ids."""
+        ...
+
+    def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each given response token."""
+        ...
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite weights in place, by transformers' names."""
+        ...

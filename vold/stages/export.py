@@ -1,0 +1,35 @@
+"""`vold export`: a run's checkpoint as a directory that from_pretrained and vLLM load at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from vold.config.schema import ExportConfig
+from vold.models.checkpoint_dir import export_checkpoint
+from vold.models.weights import export_weights
+from vold.parallel.launch import initialise
+from vold.trainer.checkpoint import Checkpoints, load_parameters
+from vold.trainer.engine import load_student
+
+
+def run(config: ExportConfig) -> None:
+    """Writes config.out; tokenizer, processor, chat template and frozen tensors come from the run's own student."""
+    saved = config.run / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"run = {config.run} holds no config.yaml; give the run_dir of an sft or rl run")
+    settings = yaml.safe_load(saved.read_text())
+    if settings.get("verb") not in ("sft", "rl"):
+        raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
+    layout = initialise(seed=0)
+    checkpoints = Checkpoints(config.run, layout)
+    step = config.step or checkpoints.latest_step()
+    if step is None:
+        raise ValueError(f"run = {config.run} has no checkpoint yet")
+    student = Path(settings["student"])
+    model = load_student(student, layout, getattr(torch, settings["dtype"]))
+    load_parameters(dict(model.named_parameters()), checkpoints.model_file(step))
+    export_checkpoint(student, config.out, export_weights(model))
+    print(f"{config.out}: step {step} of {config.run}")

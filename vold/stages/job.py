@@ -1,0 +1,82 @@
+"""What every stage opens first: layout, run directory, and a few sums over ranks."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from vold.config.schema import RunConfig
+from vold.parallel.launch import Layout, initialise
+from vold.trainer.run_log import RunLog
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's view of a running stage."""
+
+    layout: Layout
+    dtype: torch.dtype
+    log: RunLog
+
+    @property
+    def is_writer(self) -> bool:
+        return dist.get_rank() == 0
+
+    def share(self, items: Sequence[ItemT]) -> list[ItemT]:
+        """This data-parallel rank's items: every dp-th one."""
+        return list(items[self.layout.dp_rank :: self.layout.dp])
+
+    def sum(self, value: float) -> float:
+        """Sum over data-parallel ranks."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.layout.device)
+        dist.all_reduce(total, group=self.layout.dp_group)
+        return float(total)
+
+    def max(self, value: int) -> int:
+        """Maximum over data-parallel ranks."""
+        largest = torch.tensor(value, dtype=torch.int64, device=self.layout.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp_group)
+        return int(largest)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """Every rank's small objects, interleaved so that `share` is undone."""
+        shares: list[list[Any]] = [[] for _ in range(self.layout.dp)]
+        dist.all_gather_object(shares, items, group=self.layout.dp_group)
+        longest = max(map(len, shares))
+        return [share[row] for row in range(longest) for share in shares if row < len(share)]
+
+
+def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
+    """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
+    layout = initialise(config.parallel.tp, config.parallel.pp, seed=config.seed)
+    log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total)
+    _together(lambda: log.open(resume=resume))
+    return Job(layout, getattr(torch, config.dtype), log)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _together(action) -> None:
+    """Run on all ranks; one rank's ValueError becomes everybody's, so that none waits for ever."""
+    message = ""
+    try:
+        action()
+    except ValueError as error:
+        message = str(error)
+    messages: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for text in messages:
+        if text:
+            raise ValueError(text)

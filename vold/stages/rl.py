@@ -1,0 +1,109 @@
+"""`vold rl`: stage 2. Responses are sampled once and used twice: for a clipped policy gradient on a verifiable reward,
+and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6). Text only, vision frozen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vold.config.schema import RlConfig
+from vold.data.order import rows_of_step
+from vold.data.pack import pack
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
+from vold.grading import Grader
+from vold.models.tokenizer import check_pair, load_tokenizer
+from vold.objectives import Objective, build_objective
+from vold.rollout import TransformersSampler
+from vold.stages.evaluate import Evaluator
+from vold.stages.groups import group_metrics, group_rows, grade_groups
+from vold.stages.job import Job, open_job
+from vold.stages.probe import build_probe
+from vold.stages.training import TrainingRun
+from vold.teacher import NoTeacher, Teacher
+from vold.trainer.checkpoint import Checkpoints
+from vold.trainer.engine import Trainer
+
+
+def run(config: RlConfig, *, resume: bool = False) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model."""
+    objective = build_objective(config.objective)
+    _check(config, objective)
+    job = open_job(config, "rl", total=config.steps, resume=resume)
+    tokenizer = load_tokenizer(config.student)
+    vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
+    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
+    trainer = _trainer(config, job, objective, vocab_size)
+    teacher = _teacher(config, job, objective, vocab_size)
+    sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
+    probe = build_probe(config, prompts, evaluator, sampler)
+    training = TrainingRun(
+        config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
+    )
+    if resume:
+        training.resume()
+    sampler.load_weights(trainer.weights())
+
+    with Grader(workers=config.grader_workers) as grader:
+        for step in training.steps():
+            rows = rows_of_step(step, rows=len(prompts), per_step=config.prompts_per_step, seed=config.seed)
+            with job.log.phase("rollout"):
+                rollouts = sampler.sample(
+                    job.share([prompts[row] for row in rows]),
+                    config.rollout,
+                    responses=config.rollout.responses_per_prompt,
+                    seed=_sampling_seed(config.seed, step, job.layout.dp_rank),
+                )
+            with job.log.phase("grade"):
+                groups = grade_groups(rollouts, grader, config.rollout.responses_per_prompt)
+            samples = objective.weigh(groups, job.sum)
+            batch = pack(samples, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
+            with job.log.phase("teacher"):
+                batch = teacher.score(batch)
+            with job.log.phase("train"):
+                report = trainer.step(batch)
+            with job.log.phase("sync"):
+                sampler.load_weights(trainer.weights())
+                parity = probe.check(sampler, trainer.logprobs)
+            metrics = group_metrics(groups, job.sum) | report.metrics | parity
+            shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
+            training.finish_step(step, metrics, shown, sampler, grader)
+    training.export()
+
+
+def _check(config: RlConfig, objective: Objective) -> None:
+    """Mistakes that can be seen before any model is loaded."""
+    if objective.needs_teacher and config.teacher is None:
+        raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
+    longest = config.prompt.max_tokens + config.rollout.max_new_tokens
+    if longest > config.microbatch_tokens:
+        raise ValueError(
+            f"microbatch_tokens = {config.microbatch_tokens} cannot hold prompt.max_tokens + rollout.max_new_tokens "
+            f"= {longest}; raise it or lower those"
+        )
+
+
+def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Trainer:
+    return Trainer(
+        config.student,
+        job.layout,
+        config.optimizer,
+        steps=config.steps,
+        dtype=job.dtype,
+        vocab_size=vocab_size,
+        clip=(objective.clip_low, objective.clip_high),
+        temperature=config.rollout.temperature,
+    )
+
+
+def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Teacher | NoTeacher:
+    if not objective.needs_teacher:
+        return NoTeacher()
+    return Teacher(
+        config.teacher, job.layout, dtype=job.dtype, vocab_size=vocab_size, temperature=config.rollout.temperature
+    )
+
+
+def _sampling_seed(seed: int, step: int, dp_rank: int) -> int:
+    """A pure function of where we are, so that a resumed run draws what the uninterrupted one would have."""
+    return int(np.random.SeedSequence([seed, step, dp_rank]).generate_state(1)[0])

@@ -1,0 +1,66 @@
+"""`vold sft`: stage 1, maximum likelihood on traces, text only, vision frozen (VOLD Eq. 4)."""
+
+from __future__ import annotations
+
+from vold.config.schema import SftConfig
+from vold.data.order import rows_of_step
+from vold.data.pack import pack
+from vold.data.traces import load_samples
+from vold.grading import Grader
+from vold.models.tokenizer import check_pair, load_tokenizer
+from vold.objectives import likelihood
+from vold.rollout import TransformersSampler
+from vold.stages.evaluate import Evaluator
+from vold.stages.job import open_job
+from vold.stages.training import TrainingRun, wants_evaluation
+from vold.trainer.checkpoint import Checkpoints
+from vold.trainer.engine import Trainer
+
+
+def run(config: SftConfig, *, resume: bool = False) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model."""
+    if config.max_tokens > config.microbatch_tokens:
+        raise ValueError(
+            f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
+        )
+    job = open_job(config, "sft", total=config.steps, resume=resume)
+    tokenizer = load_tokenizer(config.student)
+    if config.pair_with is not None:
+        check_pair(config.student, config.pair_with)
+    samples = [s for s in load_samples(config.data, tokenizer, config.prompt) if _length(s) <= config.max_tokens]
+    if not samples:
+        raise ValueError(f"{config.data.path}: every trace is longer than max_tokens = {config.max_tokens}; raise it")
+    trainer = Trainer(
+        config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
+    )
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
+    training = TrainingRun(
+        config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
+    )
+    sampler = None
+    if wants_evaluation(config):
+        sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
+    if resume:
+        training.resume()
+
+    with Grader() as grader:
+        for step in training.steps():
+            rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=config.seed)
+            mine = likelihood(job.share([samples[row] for row in rows]), job.sum)
+            batch = pack(mine, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
+            with job.log.phase("train"):
+                report = trainer.step(batch)
+            if sampler is not None and _evaluates(config, step + 1):
+                sampler.load_weights(trainer.weights())
+            metrics = {**report.metrics, "loss": report.metrics["nll"]}
+            metrics["response_tokens"] = report.metrics["gradient_tokens"]
+            training.finish_step(step, metrics, [], sampler, grader)
+    training.export()
+
+
+def _length(sample) -> int:
+    return len(sample.prompt.token_ids) + len(sample.response_ids)
+
+
+def _evaluates(config: SftConfig, done: int) -> bool:
+    return done == config.steps or done % config.evaluation.every == 0

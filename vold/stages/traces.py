@@ -1,0 +1,66 @@
+"""`vold traces`: stage 0, the teacher answers prompts; its token ids are kept, its answers are not checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vold.config.schema import TracesConfig
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
+from vold.data.traces import write_traces
+from vold.models.tokenizer import load_tokenizer
+from vold.records import Prompt, Rollout
+from vold.rollout import TransformersSampler
+from vold.stages.job import open_job
+
+
+def run(config: TracesConfig, *, resume: bool = False) -> None:
+    """Writes run_dir/traces/shard-*.parquet and a data card; finished shards are kept on --resume."""
+    job = open_job(config, "traces", total=0, resume=resume)
+    tokenizer = load_tokenizer(config.teacher)
+    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    size = config.prompts_per_shard
+    shards = [(number, prompts[first : first + size]) for number, first in enumerate(range(0, len(prompts), size))]
+    job.log.rewind(0)
+    sampler = None
+    counts = []
+    for number, shard in job.share(shards):
+        path = config.run_dir / "traces" / f"shard-{number:05d}.parquet"
+        if path.exists():
+            continue
+        sampler = sampler or TransformersSampler(config.teacher, dtype=job.dtype, device=job.layout.device)
+        with job.log.phase("rollout"):
+            rollouts = sampler.sample(shard, config.sampling, responses=1, seed=config.seed * 1_000_003 + number)
+        kept = [rollout for rollout in rollouts if _keeps(rollout, config.max_tokens)]
+        write_traces(kept, path)
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        counts.append({"kept": len(kept), "sampled": len(shard)})
+        job.log.write(number + 1, {"kept": len(kept), "sampled": len(shard), "response_tokens": tokens})
+    counted = job.gather(counts)
+    if job.is_writer:
+        _write_card(config, prompts, counted)
+    job.log.close()
+
+
+def _keeps(rollout: Rollout, max_tokens: int) -> bool:
+    """Complete and short enough (the paper keeps traces under 8192 tokens)."""
+    length = len(rollout.prompt.token_ids) + len(rollout.response_ids)
+    return rollout.finish_reason == "stop" and length <= max_tokens
+
+
+def _write_card(config: TracesConfig, prompts: list[Prompt], counts: list[dict]) -> None:
+    card = {
+        "teacher": str(config.teacher),
+        "prompts": str(config.data.path),
+        "prompt_count": len(prompts),
+        "sampled_now": sum(count["sampled"] for count in counts),
+        "kept_now": sum(count["kept"] for count in counts),
+        "sampling": config.sampling.model_dump(),
+        "max_tokens": config.max_tokens,
+        "seed": config.seed,
+        "answers_checked": False,
+    }
+    path: Path = config.run_dir / "traces" / "card.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(card, indent=1) + "\n")

@@ -1,0 +1,63 @@
+"""What both training stages share: opening a run, resuming it, saving, evaluating, and the finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vold.config.schema import TrainConfig
+from vold.grading import Grader
+from vold.models.checkpoint_dir import export_checkpoint
+from vold.rollout import Sampler
+from vold.stages.evaluate import Evaluator, summarise
+from vold.stages.job import Job, peak_memory_gib
+from vold.trainer.checkpoint import Checkpoints
+from vold.trainer.engine import Trainer
+
+
+@dataclass
+class TrainingRun:
+    """A stage's trainer with the run directory around it."""
+
+    config: TrainConfig
+    job: Job
+    trainer: Trainer
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    done: int = 0  # completed steps
+
+    def resume(self) -> None:
+        """Continue after the latest checkpoint; from the start when none was saved yet."""
+        step = self.checkpoints.latest_step()
+        if step is not None:
+            self.checkpoints.load(self.trainer, step)
+            self.done = step
+        self.job.log.rewind(self.done)
+
+    def steps(self) -> Iterator[int]:
+        """0-based steps still to do."""
+        yield from range(self.done, self.config.steps)
+
+    def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
+        """Evaluate and save where due, then write the step: what is on disk is what has happened."""
+        done, total = step + 1, self.config.steps
+        every = self.config.evaluation.every
+        if every and (done % every == 0 or done == total) and sampler is not None:
+            with self.job.log.phase("evaluate"):
+                answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
+            metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
+        metrics["peak_memory_gib"] = peak_memory_gib(self.job.layout.device)
+        self.job.log.write(done, metrics, rows)
+        if done == total or (self.config.save_every and done % self.config.save_every == 0):
+            self.checkpoints.save(self.trainer, done)
+
+    def export(self) -> None:
+        """The trained model as an ordinary checkpoint directory: run_dir/model."""
+        target = self.config.run_dir / "model"
+        if self.job.is_writer and not target.exists():
+            export_checkpoint(self.config.student, target, self.trainer.weights())
+        self.job.log.close()
+
+
+def wants_evaluation(config: TrainConfig) -> bool:
+    return bool(config.evaluation.every and config.evaluation.sets)

@@ -1,0 +1,5 @@
+"""Teacher log-probabilities of the student's tokens."""
+
+from vold.teacher.score import NoTeacher, Teacher
+
+__all__ = ["NoTeacher", "Teacher"]

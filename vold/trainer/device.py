@@ -1,0 +1,26 @@
+"""Moving records between devices."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from vold.records import Batch, MicroBatch, PackedTokens
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    """Every tensor on `device`."""
+    return Batch(tuple(_to(micro, device) for micro in batch.micro_batches))
+
+
+def _to(record: MicroBatch | PackedTokens, device: torch.device):
+    moved = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, PackedTokens):
+            moved[field.name] = _to(value, device)
+    return replace(record, **moved)

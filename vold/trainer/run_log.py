@@ -1,0 +1,144 @@
+"""A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, and a progress line on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vold.config import dump_config
+from vold.config.schema import RunConfig
+
+# what shows that a run got somewhere
+RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
+# keys that may differ between a run and its resumption
+FREE_KEYS = ("save_every", "keep_checkpoints", "samples_per_step", "grader_workers")
+
+
+class RunLog:
+    """Rank 0 writes; other ranks hold the same object and do nothing."""
+
+    def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int):
+        self.path, self._writer = config.run_dir, writer
+        self._config, self._verb = config, verb
+        self._progress = _progress(writer)
+        self._task = self._progress.add_task(verb, total=total, note="")
+        self._seconds: dict[str, float] = {}
+        self._step_started = time.perf_counter()
+
+    def open(self, *, resume: bool) -> None:
+        """Create the directory, or check that it holds the same run."""
+        if self._writer:
+            check_run_dir(self._config, self._verb, resume)
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(dump_config(self._config, self._verb))
+        self._progress.start()
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after `step`: they belong to updates that were never saved."""
+        if not self._writer:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                rows = [row for row in read_rows(path) if row["step"] <= step]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                os.replace(partial, path)
+        self._progress.update(self._task, completed=step)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds inside to this step's `seconds_<name>`."""
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def write(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> None:
+        """Append one finished step (1-based) and move the progress line."""
+        now = time.perf_counter()
+        seconds, self._step_started = now - self._step_started, now
+        row = {"step": step, "seconds": seconds, **metrics}
+        row |= {f"seconds_{name}": value for name, value in self._seconds.items()}
+        if "response_tokens" in metrics:
+            row["tokens_per_second"] = metrics["response_tokens"] / seconds
+        self._seconds = {}
+        if self._writer:
+            _append(self.path / "metrics.jsonl", [row])
+            _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            self._progress.update(self._task, completed=step, note=progress_note(row))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
+    """Refuse to mix runs. Raises ValueError when the directory holds another run, or none to resume."""
+    saved = config.run_dir / "config.yaml"
+    if not saved.is_file():
+        if resume:
+            raise ValueError(f"--resume: {config.run_dir} holds no run; leave --resume out to start one")
+        return
+    if not resume and not any((config.run_dir / name).exists() for name in RESULTS):
+        return  # an attempt that stopped before its first step
+    if not resume:
+        raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
+    before, now = yaml.safe_load(saved.read_text()), yaml.safe_load(dump_config(config, verb))
+    for key in sorted((before.keys() | now.keys()) - set(FREE_KEYS)):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
+                f"{saved}, or start another run_dir"
+            )
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file; a half-written last line (killed run) is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress_note(row: dict[str, float]) -> str:
+    """reward, KL, tokens/s, MFU, memory: those that the step has."""
+    shown = [
+        ("reward", "{:.3f}"),
+        ("nll", "nll {:.4f}"),
+        ("kl_teacher", "kl {:.3f}"),
+        ("tokens_per_second", "{:.0f} tok/s"),
+        ("mfu", "mfu {:.1%}"),
+        ("peak_memory_gib", "{:.2f} GiB"),
+    ]
+    parts = [("reward " + f if key == "reward" else f).format(row[key]) for key, f in shown if key in row]
+    return " · ".join(parts)
+
+
+def _progress(writer: bool) -> Progress:
+    """A live line on a terminal; silent off it and off rank 0."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=not (writer and sys.stderr.isatty()),
+    )
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()

@@ -1,0 +1,103 @@
+"""Sums over tokens that one micro-batch contributes to a step's metrics, added over micro-batches and ranks.
+
+Nothing here touches the host until the step is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vold.records import MicroBatch
+from vold_kernels.linear_policy_loss import PolicyLoss
+
+SUMS = (
+    "tokens",
+    "pg_loss",
+    "kl_loss",
+    "nll",
+    "entropy",
+    "clip_low",
+    "clip_high",
+    "kl_tokens",
+    "kl_teacher",
+    "rollout_tokens",
+    "mismatch",
+    "kl_rollout",
+)
+
+
+@torch.no_grad()
+def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
+    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence."""
+    logp_N = out.logp_N.double()
+    live_N = ((batch.pg_weight_N != 0) | (batch.kl_weight_N != 0)).double()
+    scored_N = (batch.kl_weight_N != 0).double()
+    kl_N = torch.zeros_like(logp_N)
+    if batch.logp_teacher_N is not None:
+        kl_N = 0.5 * torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0).square()
+    gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(live_N)
+    if batch.logp_rollout_N is not None:
+        gap_N, compared_N = torch.where(live_N > 0, batch.logp_rollout_N - logp_N, 0.0), live_N
+    values = {
+        "tokens": live_N.sum(),
+        "pg_loss": out.pg_loss,
+        "kl_loss": out.kl_loss,
+        "nll": -(logp_N * live_N).sum(),
+        "entropy": (out.entropy_N * live_N).sum(),
+        "clip_low": out.clip_low,
+        "clip_high": out.clip_high,
+        "kl_tokens": scored_N.sum(),
+        "kl_teacher": kl_N.sum(),
+        "rollout_tokens": compared_N.sum(),
+        "mismatch": gap_N.abs().sum(),
+        "kl_rollout": gap_N.sum(),
+    }
+    sequences = torch.zeros(len(batch.sample_B), dtype=torch.float64, device=logp_N.device)
+    return {
+        "sums": torch.stack([values[name].double() for name in SUMS]),
+        "mismatch_max": gap_N.abs().amax() if gap_N.numel() else gap_N.new_zeros(()),
+        "kl_B": sequences.index_add(0, batch.sequence_N, kl_N),
+        "kl_count_B": sequences.index_add(0, batch.sequence_N, scored_N),
+    }
+
+
+def reduce_tallies(tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
+    """Means per token (nats) over all ranks of `group`; counts stay counts."""
+    sums = torch.stack([t["sums"] for t in tallies]).sum(0)
+    largest = torch.stack([t["mismatch_max"] for t in tallies]).amax(0)
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    tokens = max(total["tokens"], 1.0)
+    metrics = {
+        "loss": total["pg_loss"] + total["kl_loss"],
+        "pg_loss": total["pg_loss"],
+        "kl_loss": total["kl_loss"],
+        "nll": total["nll"] / tokens,
+        "entropy": total["entropy"] / tokens,
+        "clip_low": total["clip_low"] / tokens,
+        "clip_high": total["clip_high"] / tokens,
+        "gradient_tokens": total["tokens"],
+    }
+    if total["kl_tokens"]:
+        metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]
+        metrics["kl_tokens"] = total["kl_tokens"]
+    if total["rollout_tokens"]:
+        metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]
+        metrics["mismatch_max"] = float(largest)
+        metrics["mismatch_kl"] = total["kl_rollout"] / total["rollout_tokens"]
+    return metrics
+
+
+def mean_kl(batches: Sequence[MicroBatch], tallies: Sequence[dict[str, Tensor]]) -> dict[int, float]:
+    """Sample place -> mean 1/2 (logp - logp_teacher)^2 over its tokens, for the samples that had a KL term."""
+    means: dict[int, float] = {}
+    for batch, t in zip(batches, tallies, strict=True):
+        for place, total, count in zip(batch.sample_B, t["kl_B"].tolist(), t["kl_count_B"].tolist(), strict=True):
+            if count:
+                means[place] = total / count
+    return means

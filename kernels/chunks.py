@@ -8,7 +8,7 @@ Two shapes of work: a *resident* chunk holds all U columns of C tokens, because 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-TILE_COLUMNS = 8192  # four tiles of cuBLAS's widest output block per SM row; a multiple of the row kernel's block
+TILE_COLUMNS = 8192  # a multiple of the row kernel's block
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,6 @@ def test_threads_follow_omp_num_threads(layout):
     assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
-@pytest.mark.parametrize("worker", ["data_parallel", "does_not_divide"])
-def test_two_processes(worker):
-    torchrun(2, worker)
-
-
-@pytest.mark.parametrize("sp", ["sp", "no-sp"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
-def test_two_tensor_parallel_ranks_equal_transformers(family, sp, tmp_path):
-    directory = tiny.save(tiny.FAMILIES[family](), tmp_path / "checkpoint")
-    torchrun(2, "tensor_parallel", family, sp, str(directory))
+def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(tmp_path):
+    families = ("qwen3", "qwen2_5_vl")
+    torchrun(2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))

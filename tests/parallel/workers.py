@@ -1,4 +1,8 @@
-"""Bodies of multi-process tests, started by torchrun: `workers.py NAME ARGUMENT…`. Each prints `ok` on every rank."""
+"""Body of the two-process test, started by torchrun: data parallel, then tensor parallel with and without sp.
+
+Arguments: pairs of family and checkpoint directory. Prints `ok` on every rank. One start for all cases, because
+importing Megatron takes longer than they do.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +43,13 @@ def does_not_divide() -> None:
         raise AssertionError("accepted")
 
 
-def tensor_parallel(family: str, sp: str, directory: str) -> None:
+def tensor_parallel(family: str, sp: bool, directory: str) -> None:
     """Logits, gradients and export on two tensor-parallel ranks equal transformers' on one."""
-    layout = initialise(tp=2, pp=1, seed=3, sp=sp == "sp")
+    layout = initialise(tp=2, pp=1, seed=3, sp=sp)
     reference = tiny.FAMILIES[family]()
     model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
     load_pretrained(model, directory)
-    rows = [tiny.text_row(5), tiny.text_row(8, seed=2)]
+    rows = [tiny.text_row(9), tiny.text_row(8, seed=2)]  # text: T is odd; with images: one lies across both halves
     if model.arch.vision is not None:
         rows.insert(1, tiny.image_row(model.arch, (1, 8, 4), (1, 4, 4)))
     hidden_TD = hidden_states(model, tiny.pack(rows), FrozenVisionTower.from_pretrained(directory, torch.float32))
@@ -75,6 +79,10 @@ def _sum_replicated_gradients(model, layout) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+    data_parallel()
+    does_not_divide()
+    for family, directory in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        for sp in (False, True):
+            tensor_parallel(family, sp, directory)
     print("ok", flush=True)
     shutdown()

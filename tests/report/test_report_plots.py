@@ -3,6 +3,7 @@
 import io
 import math
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_smoothing_keeps_constants_lines_and_gaps():
 def test_labels_are_pushed_apart_and_stay_inside():
     placed = _spread([0.99, 0.98, 0.2, 0.97], gap=0.1)
     ordered = sorted(placed)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(ordered))
     assert ordered[0] == 0.2 and ordered[-1] == 0.97
     assert max(placed) == placed[0]  # order is kept
 

@@ -47,6 +47,7 @@ _REWRITES = tuple(
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"\\(?:lbrace|\{)\s*", r"\\{"),
         (r"\s*\\(?:rbrace|\})", r"\\}"),
+        (r"(?<![A-Za-z])([ap])\.\s?m\.?(?![A-Za-z])", r"\1m"),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),

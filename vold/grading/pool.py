@@ -7,6 +7,7 @@ which also works under torchrun: nothing is forked after CUDA starts and the mai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -81,10 +82,8 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # unsent bytes for a process that is gone
                 pipe.close()
-            except OSError:
-                pass  # unsent bytes for a process that is gone
 
 
 class Grader:

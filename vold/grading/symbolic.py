@@ -45,21 +45,19 @@ def _parse(text: str) -> list:
 def _same_size(answer: object, gold: object) -> bool:
     """False where math-verify took two different tiny numbers for equal, because both round to 0.000000."""
     ours, theirs = _values(answer), _values(gold)
-    if ours is None or theirs is None or len(ours) != len(theirs):
+    if len(ours) != len(theirs):
         return True
     return all(abs(b) >= 1e-3 or a == b or close(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _values(expr: object) -> list[float] | None:
-    """The real numbers an answer consists of; None if it is not made of numbers."""
+def _values(expr: object) -> list[float]:
+    """The real numbers among the elements of an answer; of a set, which has no order, sorted."""
     if isinstance(expr, FiniteSet):
-        values = [_values(element) for element in expr.args]
-        return None if None in values else sorted(v for part in values for v in part)
+        return sorted(value for element in expr.args for value in _values(element))
     if isinstance(expr, Interval):
-        return _values(Tuple(expr.start, expr.end))
+        return _values(expr.start) + _values(expr.end)
     if isinstance(expr, Tuple | MatrixBase):
-        values = [_values(element) for element in expr]
-        return None if None in values else [v for part in values for v in part]
+        return [value for element in expr for value in _values(element)]
     if isinstance(expr, Basic) and expr.is_number and expr.is_extended_real:
         return [float(expr.evalf(20))]
-    return None
+    return []

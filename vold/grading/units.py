@@ -70,20 +70,24 @@ def _are_nouns(answer: Quantity, gold: Quantity) -> bool:
 
 def quantity(text: str) -> Quantity:
     """Split a normalised answer into value and canonical unit."""
-    if match := _PREFIX.fullmatch(text):
-        rest = quantity(match[3])
-        unit = _CURRENCY[match[2]]
-        return Quantity(match[1] + rest.value, unit if rest.unit in ("", unit) else f"{unit} {rest.unit}")
+    match = _PREFIX.fullmatch(text)
+    if match is None:
+        return _suffixed(text)
+    rest, currency = _suffixed(match[3]), _CURRENCY[match[2]]
+    return Quantity(match[1] + rest.value, currency if rest.unit in ("", currency) else f"{currency} {rest.unit}")
+
+
+def _suffixed(text: str) -> Quantity:
     if match := _SUFFIX.fullmatch(text):
         return Quantity(match[1], _mark(match[2]))
     tail = _TAIL.search(text)
-    if tail is None or not tail.start():
+    if tail is None:
         return Quantity(text)
     value, unit = text[: tail.start()].strip(), tail[1]
-    if not unit.startswith("\\text") and re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
-        return Quantity(text)  # letters before bare letters: algebra, not a measure
     if not value or _OPERATOR.search(value):
         return Quantity(text)
+    if not unit.startswith("\\text") and re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
+        return Quantity(text)  # letters before bare letters: algebra, not a measure
     return Quantity(value, canonical(unit), certain=_CERTAIN.search(unit) is not None)
 
 

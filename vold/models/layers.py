@@ -111,7 +111,7 @@ def attend_flash(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor
 
 
 def attend_torch_varlen(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    """torch.nn.attention.varlen; key/value heads are repeated because grouped heads arrived only in torch 2.12."""
+    """torch.nn.attention.varlen; key and value heads are repeated, as not every torch since 2.11 takes fewer."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = q_TAH.shape[1] // k_TKH.shape[1]

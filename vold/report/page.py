@@ -135,6 +135,7 @@ def _accuracy(table: tables.AccuracyTable, seeds: Sequence[Any]) -> dict[str, An
     if not table.sets:
         return None
     paint = colours(table.models)
+    repeats = max((len(c.values) for row in tables.seed_cells(seeds).values() for c in row.values()), default=0)
     rows = [
         {
             "model": model,
@@ -152,7 +153,7 @@ def _accuracy(table: tables.AccuracyTable, seeds: Sequence[Any]) -> dict[str, An
         "figure": inline_svg(plots.accuracy_bars(table)),
         "headline": words.headline(table),
         "steps": words.steps(table),
-        "caveats": words.caveats(table, seeds=len(seeds)),
+        "caveats": words.caveats(table, seeds=repeats),
     }
 
 

@@ -49,6 +49,7 @@ def curves(runs: Sequence[RunRecord], keys: Sequence[str] = CURVES["rl"], *, fmt
     down = math.ceil(len(keys) / across)
     with matplotlib.rc_context(_RC):
         figure = _figure(3.7 * across, 2.5 * down)
+        figure.get_layout_engine().set(hspace=0.08, wspace=0.05)
         axes = figure.subplots(down, across, squeeze=False).ravel()
         for axis, key in zip(axes, keys, strict=False):
             _draw_panel(axis, runs, key)
@@ -79,8 +80,8 @@ def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "sv
             values = [table.value(model, name) for model in models]
             errors = [table.error(model, name) for model in models]
             _draw_bars(axis, values, errors, [paint[model] for model in models])
-            axis.set_yticks(range(len(models)), [label(model) for model in models], color=INK)
-            axis.set_title(f"{name}, % correct", loc="left", fontsize=9.5, fontweight="bold")
+            axis.set_yticks(range(len(models)), [_short(model) for model in models], color=INK)
+            axis.set_title(f"{_short(name)}, % correct", loc="left", fontsize=9.5, fontweight="bold")
             axis.set_xlim(0, 118 * _zero(top) or 1)
         axes[0].invert_yaxis()
         return _bytes(figure, fmt)
@@ -99,8 +100,8 @@ def seeds_errorbars(rows: Sequence[Mapping[str, Any]], *, fmt: Format = "svg") -
             for y, (arm, row) in enumerate(cells.items()):
                 if name in row:
                     _draw_seeds(axis, y, row[name], paint[arm])
-            axis.set_yticks(range(len(cells)), [label(arm) for arm in cells], color=INK)
-            axis.set_title(f"{name}, % correct", loc="left", fontsize=9.5, fontweight="bold")
+            axis.set_yticks(range(len(cells)), [_short(arm) for arm in cells], color=INK)
+            axis.set_title(f"{_short(name)}, % correct", loc="left", fontsize=9.5, fontweight="bold")
             axis.xaxis.grid(True, color=GRID, linewidth=0.8)
             axis.margins(x=0.12)
         axes[0].set_ylim(len(cells) - 0.5, -0.5)
@@ -123,6 +124,11 @@ def _mean(window: np.ndarray) -> float:
     return float(window[np.isfinite(window)].mean())
 
 
+def _short(name: str) -> str:
+    """A label that leaves room for the figure."""
+    return label(name) if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"
+
+
 def _zero(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
@@ -139,7 +145,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     for run in runs:
         if has(run, key):
             x, y = _draw_run(axis, run, key, paint[run.name])
-            ends.append((x, y, label(run.name), paint[run.name]))
+            ends.append((x, y, _short(run.name), paint[run.name]))
     every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
     if shown.log and every and min(every) > 0 and max(every) / min(every) > 20:
         axis.set_yscale("log")

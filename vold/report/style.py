@@ -8,7 +8,7 @@ from dataclasses import dataclass
 INK, SOFT, GRID = "#24221f", "#6c675e", "#e4dfd4"  # text, axis text, rules; page.css has the dark counterparts
 
 # Distinct for deuteranopes and protanopes by lightness as well as hue. page.css names them --run-0 … in this order.
-PALETTE = ("#7d786f", "#c48a0c", "#1d62ab", "#b83a57", "#1a8a76", "#8660b8", "#4fa5d8", "#8a5a2b")
+PALETTE = ("#b0aa9e", "#c48a0c", "#1d62ab", "#b83a57", "#1a8a76", "#8660b8", "#4fa5d8", "#8a5a2b")
 _RESERVED = {"base": 0, "teacher": 5, "sft": 1, "grpo": 2, "vold": 3, "unmasked": 4, "opd": 6, "traces": 7}
 
 

@@ -1,0 +1,121 @@
+"""What the kernel tests share: problems on block edges, weights of every kind, and eager bf16 to be measured against.
+
+Shape letters: N tokens, D hidden, V vocabulary. Runs on a GPU where there is one, else on the CPU: in plain torch, or
+through the Triton interpreter when TRITON_INTERPRET=1 was set before the process started.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from vold_kernels import reference
+from vold_kernels.chunks import ChunkBudget
+from vold_kernels.records import PolicyLoss, PolicyTerms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CHUNK = 4
+CLIP = {"eps_low": 0.2, "eps_high": 0.3}
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    target_N: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """Fresh leaves."""
+        hidden_ND, weight_VD = (x.detach().to(dtype).requires_grad_() for x in (self.hidden_ND, self.weight_VD))
+        return Problem(hidden_ND, weight_VD, self.target_N)
+
+    def __iter__(self):
+        return iter((self.hidden_ND, self.weight_VD, self.target_N))
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden_ND, self.weight_VD
+
+
+def problem(tokens: int, vocab: int, *, width: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
+    torch.manual_seed(seed)
+    hidden_ND, weight_VD = torch.randn(tokens, width), torch.randn(vocab, width)
+    target_N = torch.randint(0, vocab, (tokens,))
+    return Problem(hidden_ND.to(DEVICE), weight_VD.to(DEVICE), target_N.to(DEVICE)).to(dtype)
+
+
+def policy_terms(case: Problem, *, temperature: float = 1.0, seed: int = 1) -> PolicyTerms:
+    """Off-policy by ±0.3, so that both clip bounds bite; of every four tokens one has no weight, two have one."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        logp_N = reference.linear_logprob(*case.to(torch.float64), temperature=temperature)
+    old, teacher, advantage, pg_weight, kl_weight = torch.randn(5, len(logp_N), dtype=torch.float64).to(DEVICE)
+    kind_N = (torch.arange(len(logp_N)) % 4).to(DEVICE)
+    return PolicyTerms(
+        logp_old_N=logp_N + 0.3 * old,
+        logp_teacher_N=logp_N + teacher,
+        advantage_N=advantage,
+        pg_weight_N=(pg_weight.abs() + 0.1) * ((kind_N == 0) | (kind_N == 2)),
+        kl_weight_N=(kl_weight.abs() + 0.1) * ((kind_N == 0) | (kind_N == 3)),
+    )
+
+
+def small_chunks(vocab: int, *, itemsize: int = 8, tokens: int = CHUNK, columns: int = 16) -> ChunkBudget:
+    """`tokens` rows resident, tiles of tokens − 1 rows × `columns`."""
+    tile = max(tokens - 1, 1) * min(columns, vocab) * itemsize
+    return ChunkBudget(resident_bytes=tokens * vocab * itemsize, tile_bytes=tile, tile_columns=columns)
+
+
+def with_fields(terms: PolicyTerms, rows: Tensor | slice, **values: float) -> PolicyTerms:
+    changed = {}
+    for name, value in values.items():
+        changed[name] = getattr(terms, name).clone()
+        changed[name][rows] = value
+    return replace(terms, **changed)
+
+
+def gradients(loss: Tensor, case: Problem) -> tuple[Tensor, Tensor]:
+    return torch.autograd.grad(loss, case.leaves)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`, which must not be zero."""
+    norm = expected.double().norm().item()
+    assert norm > 0, "nothing to compare with: a vacuous pass"
+    return (actual.double() - expected.double()).norm().item() / norm
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """|actual − expected| ≤ tolerance · (1 + |expected|), elementwise."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs() / (1 + expected.double().abs())
+    assert error.max().item() <= tolerance, f"off by {error.max().item():.2e}, allowed {tolerance:.0e}"
+
+
+def assert_same_record(actual: PolicyLoss, expected: PolicyLoss, tolerance: float) -> None:
+    for name in ("loss", "logp_N", "entropy_N", "pg_loss", "kl_loss", "kl_old"):
+        assert_near(getattr(actual, name), getattr(expected, name), tolerance)
+    assert torch.equal(actual.clip_low, expected.clip_low) and torch.equal(actual.clip_high, expected.clip_high)
+
+
+class Recorder(TorchDispatchMode):
+    """Every op's name, and the bytes of the largest tensor any op returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.ops = 0, []
+
+    def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.ops.append(str(function))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.nbytes)
+        return result
+
+    @property
+    def matmuls(self) -> int:
+        return sum("addmm" in op or "aten.mm" in op for op in self.ops)

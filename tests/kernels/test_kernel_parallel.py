@@ -1,0 +1,89 @@
+"""The vocabulary-parallel path on a CPU: three gloo processes, groups of 1, 2 and 3, unequal and all-padding shards."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from kernel_cases import (
+    CLIP,
+    Problem,
+    assert_near,
+    assert_same_record,
+    gradients,
+    policy_terms,
+    problem,
+    relative,
+    small_chunks,
+)
+from vold_kernels import reference
+from vold_kernels.linear_logprob import linear_logprob
+from vold_kernels.linear_policy_loss import linear_policy_loss
+
+WORLD = 3
+CASES = (  # rows of each rank, vocab_size
+    ((77,), None),
+    ((77,), 60),
+    ((30, 47), None),
+    ((60, 17), 60),  # the second shard is all padding
+    ((50, 7, 20), None),
+    ((50, 7, 20), 53),  # the second shard is part padding, the third all
+)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")
+def test_every_shard_count_equals_the_specification(tmp_path: Path):
+    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+
+
+def _worker(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, WORLD + 1)}
+    for sizes, vocab_size in CASES:
+        if rank < len(sizes):
+            _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _whole_and_shard(sizes: tuple[int, ...], rank: int, vocab_size: int | None) -> tuple[Problem, Problem, slice]:
+    whole = problem(11, sum(sizes))
+    whole = Problem(whole.hidden_ND, whole.weight_VD, whole.target_N % (vocab_size or sum(sizes)))
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    shard = Problem(whole.hidden_ND, whole.weight_VD[mine], whole.target_N).to(torch.float64)
+    return whole, shard, mine
+
+
+def _check_gradients(actual: tuple, expected: tuple, mine: slice, vocab_size: int | None) -> None:
+    assert relative(actual[0], expected[0]) < 1e-12
+    assert expected[1].abs().sum() > 0
+    assert_near(actual[1], expected[1][mine], 1e-12)
+    if vocab_size is not None:
+        assert torch.all(actual[1][max(vocab_size - mine.start, 0) :] == 0)
+
+
+def _check_logprob(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
+    whole, shard, mine = _whole_and_shard(sizes, rank, vocab_size)
+    keywords = {"temperature": 0.7, "return_entropy": True, "vocab_size": vocab_size}
+    actual = linear_logprob(*shard, **keywords, tp_group=group, budget=small_chunks(30, columns=8))
+    expected = reference.linear_logprob(*whole, **keywords)
+    for a, b in zip(actual, expected, strict=True):
+        assert_near(a, b, 1e-12)
+    upstream = torch.randn(2, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    actual = gradients((upstream * torch.stack(actual)).sum(), shard)
+    expected = gradients((upstream * torch.stack(expected)).sum(), whole)
+    _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_policy_loss(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
+    whole, shard, mine = _whole_and_shard(sizes, rank, vocab_size)
+    terms = policy_terms(Problem(whole.hidden_ND, whole.weight_VD[:vocab_size], whole.target_N), temperature=0.7)
+    keywords = {**CLIP, "temperature": 0.7, "vocab_size": vocab_size}
+    actual = linear_policy_loss(*shard, terms, **keywords, tp_group=group, budget=small_chunks(47, tokens=3))
+    expected = reference.linear_policy_loss(*whole, terms, **keywords)
+    assert_same_record(actual, expected, 1e-12)
+    actual, expected = (gradients(-1.7 * record.loss, case) for record, case in ((actual, shard), (expected, whole)))
+    _check_gradients(actual, expected, mine, vocab_size)

@@ -1,0 +1,303 @@
+"""linear_policy_loss against the specification. The same file runs in plain torch, interpreted and on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_cases import (
+    CHUNK,
+    CLIP,
+    DEVICE,
+    Problem,
+    Recorder,
+    assert_near,
+    assert_same_record,
+    gradients,
+    policy_terms,
+    problem,
+    relative,
+    small_chunks,
+    with_fields,
+)
+from vold_kernels import reference
+from vold_kernels.linear_logprob import linear_logprob
+from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+
+FACTOR = -1.7  # the upstream gradient of the loss
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 77), (2 * CHUNK + 3, 77), (CHUNK + 1, 1000), (3, 5000)])
+def test_float64_equals_the_specification(tokens, vocab, temperature):
+    case = problem(tokens, vocab)
+    terms = policy_terms(case, temperature=temperature)
+    actual = linear_policy_loss(*case, terms, **CLIP, temperature=temperature, budget=small_chunks(vocab))
+    expected = reference.linear_policy_loss(*case, terms, **CLIP, temperature=temperature)
+    assert expected.loss != 0
+    assert_same_record(actual, expected, 1e-12)
+    actual, expected = (gradients(FACTOR * record.loss, case) for record in (actual, expected))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b) < 1e-12
+        assert_near(a, b, 1e-12)
+
+
+def test_both_bounds_are_met_in_the_cases_above():
+    case = problem(2 * CHUNK + 3, 77)
+    record = linear_policy_loss(*case, policy_terms(case), **CLIP)
+    assert record.clip_low + record.clip_high > 0 and record.kl_loss > 0 and record.pg_loss != 0
+    assert record.loss.requires_grad
+    assert not any(value.requires_grad for name, value in vars(record).items() if name != "loss")
+
+
+def test_gradcheck():
+    case = problem(4, 19, width=3)
+    terms = policy_terms(case)
+
+    def loss(hidden_ND, weight_VD):
+        budget = small_chunks(19, tokens=2)
+        record = linear_policy_loss(hidden_ND, weight_VD, case.target_N, terms, **CLIP, temperature=0.8, budget=budget)
+        return FACTOR * record.loss
+
+    assert torch.autograd.gradcheck(loss, case.leaves)
+
+
+def test_float32_is_within_5e_6():
+    case = problem(9, 1000, width=16)
+    case = Problem(case.hidden_ND, case.weight_VD.detach() * 0.5, case.target_N).to(torch.float32)
+    terms, exact_case = policy_terms(case), case.to(torch.float64)
+    actual = linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(1000, itemsize=4))
+    expected = reference.linear_policy_loss(*exact_case, terms, **CLIP)
+    assert actual.loss.dtype == torch.float32
+    assert_same_record(actual, expected, 5e-6)
+    actual, expected = gradients(FACTOR * actual.loss, case), gradients(FACTOR * expected.loss, exact_case)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b) < 5e-6
+
+
+def eager_loss(case: Problem, terms: PolicyTerms) -> torch.Tensor:
+    """What a trainer without these kernels does in bf16: bf16 logits, log-softmax in bf16, the loss in fp32."""
+    logp_N = (case.hidden_ND @ case.weight_VD.T).log_softmax(-1).gather(1, case.target_N[:, None])[:, 0].float()
+    ratio = (logp_N - terms.logp_old_N).exp()
+    surrogate = torch.minimum(ratio * terms.advantage_N, ratio.clamp(0.8, 1.3) * terms.advantage_N)
+    gap = logp_N - terms.logp_teacher_N
+    return (-terms.pg_weight_N * surrogate + terms.kl_weight_N * gap.square() / 2).sum()
+
+
+def test_bfloat16_inputs_err_less_than_eager_bfloat16():
+    case = problem(12, 1000, width=32, dtype=torch.bfloat16)
+    terms, exact_case = policy_terms(case), case.to(torch.float64)
+    # Half the tokens far inside the clip range, half far outside: rounding may not move one across an edge.
+    shift_N = torch.where(torch.arange(12) < 6, 0.05, 0.8).to(DEVICE)
+    terms = replace(terms, logp_old_N=reference.linear_logprob(*exact_case).detach() - shift_N)
+    actual = linear_policy_loss(*case, terms, **CLIP)
+    expected = reference.linear_policy_loss(*exact_case, terms, **CLIP)
+    eager = eager_loss(case, terms)
+    error, eager_error = (abs(x.item() - expected.loss.item()) for x in (actual.loss, eager))
+    assert error < 1e-4 and error < eager_error / 10
+    assert actual.clip_high == expected.clip_high > 0
+    ours, exact = gradients(FACTOR * actual.loss, case), gradients(FACTOR * expected.loss, exact_case)
+    for a, b, e, bound in zip(ours, exact, gradients(FACTOR * eager, case), (4e-3, 3e-3), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert relative(a, b) <= max(bound, 1.25 * relative(e, b))
+
+
+def test_the_real_vocabulary():
+    case = problem(2, 151936, width=4, dtype=torch.float32)
+    terms, exact_case = policy_terms(case), case.to(torch.float64)
+    terms = replace(terms, pg_weight_N=torch.ones_like(terms.pg_weight_N))
+    actual = linear_policy_loss(*case, terms, **CLIP)
+    expected = reference.linear_policy_loss(*exact_case, terms, **CLIP)
+    assert_same_record(actual, expected, 5e-6)
+    eager = gradients(reference.linear_policy_loss(*case, terms, **CLIP).loss, case)
+    actual, expected = gradients(actual.loss, case), gradients(expected.loss, exact_case)
+    for a, b, e in zip(actual, expected, eager, strict=True):
+        assert relative(a, b) <= max(5e-6, 1.25 * relative(e, b))
+
+
+def test_on_policy_is_a_ratio_of_exactly_one():
+    case = problem(9, 77)
+    terms = policy_terms(case)
+    own = replace(terms, logp_old_N=linear_logprob(*case).detach())
+    given = linear_policy_loss(*case, own, **CLIP)
+    none = linear_policy_loss(*case, replace(terms, logp_old_N=None), **CLIP)
+    assert_same_record(none, given, 1e-12)
+    assert none.pg_loss == -(terms.pg_weight_N * terms.advantage_N).sum() and none.kl_old == 0
+    for a, b in zip(gradients(none.loss, case), gradients(given.loss, case), strict=True):
+        assert relative(a, b) < 1e-12
+    # The range may even be empty: at ratio 1 nothing is clipped, and dL_pg/dlogp = −A.
+    tight = linear_policy_loss(*case, replace(terms, logp_old_N=None), eps_low=0.0, eps_high=0.0)
+    assert torch.equal(tight.loss, none.loss) and tight.clip_low == tight.clip_high == 0
+
+
+def test_the_old_policys_logprob_is_ours_to_rounding():
+    case = problem(9, 1000, width=32, dtype=torch.float32)
+    ones = torch.ones(9, device=DEVICE)
+    terms = PolicyTerms(None, None, ones, ones, 0 * ones)
+    logp_N = linear_policy_loss(*case, terms, **CLIP).logp_N
+    assert_near(linear_logprob(*case), logp_N, 5e-7)
+
+
+def test_the_four_sides_of_the_clip():
+    case = problem(5, 77)
+    logp_N = reference.linear_logprob(*case).detach()
+    ratio_N = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1], dtype=torch.float64, device=DEVICE)
+    advantage_N = torch.tensor([1.0, 1.0, -1.0, -1.0, -2.0], dtype=torch.float64, device=DEVICE)
+    ones = torch.ones_like(ratio_N)
+    terms = PolicyTerms(logp_N - ratio_N.log(), None, advantage_N, ones, 0 * ones)
+    record = linear_policy_loss(*case, terms, **CLIP)
+    assert (record.clip_high.item(), record.clip_low.item()) == (1, 1)
+    assert_near(record.pg_loss, -torch.tensor(1.3 + 0.5 - 1.5 - 0.8 - 2.2, dtype=torch.float64, device=DEVICE), 1e-12)
+    coefficient_N = torch.tensor([0.0, -0.5, 1.5, 0.0, 2.2], dtype=torch.float64, device=DEVICE)
+    expected = gradients((coefficient_N * reference.linear_logprob(*case)).sum(), case)
+    d_hidden_ND, d_weight_VD = gradients(record.loss, case)
+    assert torch.all(d_hidden_ND[[0, 3]] == 0) and torch.all(d_hidden_ND[[1, 2, 4]] != 0)
+    assert relative(d_hidden_ND, expected[0]) < 1e-12 and relative(d_weight_VD, expected[1]) < 1e-12
+
+
+def test_rows_without_weight_cannot_leak():
+    case = problem(9, 77)
+    terms = policy_terms(case)
+    idle_N = (terms.pg_weight_N == 0) & (terms.kl_weight_N == 0)
+    assert idle_N.sum() == 2
+    nan = float("nan")
+    poisoned = with_fields(terms, idle_N, logp_old_N=nan, logp_teacher_N=nan, advantage_N=nan)
+    poisoned = with_fields(poisoned, terms.pg_weight_N == 0, logp_old_N=nan, advantage_N=nan)
+    poisoned = with_fields(poisoned, terms.kl_weight_N == 0, logp_teacher_N=nan)
+    target_N = torch.where(idle_N, -100, case.target_N)
+    dirty = Problem(case.hidden_ND, case.weight_VD, target_N).to(torch.float64)
+    with torch.no_grad():
+        dirty.hidden_ND[idle_N] = nan
+    clean_record = linear_policy_loss(*case, terms, **CLIP)
+    record = linear_policy_loss(*dirty, poisoned, **CLIP)
+    assert_same_record(record, clean_record, 0.0)
+    assert torch.all(record.logp_N[idle_N] == 0) and torch.all(record.entropy_N[idle_N] == 0)
+    d_hidden_ND, d_weight_VD = gradients(record.loss, dirty)
+    expected = gradients(clean_record.loss, case)
+    assert torch.all(d_hidden_ND[idle_N] == 0)
+    assert torch.equal(d_hidden_ND, expected[0]) and torch.equal(d_weight_VD, expected[1])
+
+
+def test_a_batch_without_any_weight_costs_no_matmul():
+    case = problem(5, 77)
+    terms = with_fields(policy_terms(case), slice(None), pg_weight_N=0.0, kl_weight_N=0.0)
+    with Recorder() as recorder:
+        record = linear_policy_loss(*case, terms, **CLIP)
+        record.loss.backward()
+    assert recorder.matmuls == 0 and record.loss == 0
+    assert torch.all(case.hidden_ND.grad == 0) and torch.all(case.weight_VD.grad == 0)
+
+
+def test_a_missing_teacher_is_an_error_only_where_it_has_weight():
+    case = problem(9, 77)
+    terms = replace(policy_terms(case), logp_teacher_N=None)
+    assert linear_policy_loss(*case, terms, **CLIP).loss.isnan()
+    no_kl = with_fields(terms, slice(None), kl_weight_N=0.0)
+    actual, expected = (f(*case, no_kl, **CLIP) for f in (linear_policy_loss, reference.linear_policy_loss))
+    assert_same_record(actual, expected, 1e-12)
+    assert actual.loss != 0
+
+
+def test_the_gradient_depends_on_the_teacher():
+    case = problem(9, 77)
+    terms = policy_terms(case)
+    moved = replace(terms, logp_teacher_N=terms.logp_teacher_N + 1)
+    a, b = (gradients(linear_policy_loss(*case, t, **CLIP).loss, case)[0] for t in (terms, moved))
+    assert relative(a, b) > 0.1
+
+
+def test_at_ratio_one_it_is_grpo_with_a_shifted_advantage():
+    """The identity of the formulas: L = −(A + w (logp_teacher − logp)) · logp has the same gradient."""
+    case = problem(9, 77)
+    terms = replace(policy_terms(case), logp_old_N=None)
+    terms = with_fields(terms, slice(None), pg_weight_N=1.0)
+    gap_N = terms.logp_teacher_N - reference.linear_logprob(*case).detach()
+    shifted = replace(terms, advantage_N=terms.advantage_N + terms.kl_weight_N * gap_N, logp_teacher_N=None)
+    shifted = with_fields(shifted, slice(None), kl_weight_N=0.0)
+    actual, expected = (gradients(linear_policy_loss(*case, t, **CLIP).loss, case) for t in (terms, shifted))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_a_frozen_side_has_no_gradient_and_costs_no_matmul():
+    case = problem(CHUNK, 77)
+    terms = policy_terms(case)
+    both = gradients(linear_policy_loss(*case, terms, **CLIP).loss, case)
+    counts = {}
+    for frozen in ((), (0,), (1,), (0, 1)):
+        leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(case.leaves)]
+        with Recorder() as recorder:
+            loss = linear_policy_loss(*leaves, case.target_N, terms, **CLIP).loss
+        counts[frozen] = recorder.matmuls
+        assert loss.requires_grad == (len(frozen) < 2)
+        if loss.requires_grad:
+            loss.backward()
+        for i, leaf in enumerate(leaves):
+            assert leaf.grad is None if i in frozen else torch.equal(leaf.grad, both[i])
+    assert counts == {(): 3, (0,): 2, (1,): 2, (0, 1): 1}
+    with Recorder() as recorder, torch.no_grad():
+        linear_policy_loss(*case, terms, **CLIP)
+    assert recorder.matmuls == 1
+
+
+def test_hidden_need_not_be_contiguous():
+    case = problem(CHUNK + 1, 77)
+    terms = policy_terms(case)
+    strided = Problem(case.hidden_ND.detach().T.contiguous().T.requires_grad_(), case.weight_VD, case.target_N)
+    assert not strided.hidden_ND.is_contiguous()
+    actual = gradients(linear_policy_loss(*strided, terms, **CLIP).loss, strided)
+    for a, b in zip(actual, gradients(linear_policy_loss(*case, terms, **CLIP).loss, case), strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_chunks_change_nothing_but_rounding_and_runs_are_bit_equal():
+    case = problem(11, 77)
+    terms = policy_terms(case)
+    records = [
+        linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(77, tokens=tokens)) for tokens in (4, 4, 1, 64)
+    ]
+    outputs = [(record.loss, record.logp_N, *gradients(FACTOR * record.loss, case)) for record in records]
+    assert all(torch.equal(a, b) for a, b in zip(outputs[0], outputs[1], strict=True))
+    for record, output in zip(records[2:], outputs[2:], strict=True):
+        assert_same_record(record, records[0], 1e-12)
+        for a, b in zip(output, outputs[0], strict=True):
+            assert_near(a, b, 1e-12)
+
+
+def test_backward_twice_gives_the_same_gradient_twice():
+    case = problem(5, 77)
+    loss = linear_policy_loss(*case, policy_terms(case), **CLIP).loss
+    first = torch.autograd.grad(loss, case.leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, case.leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_padded_rows_of_the_vocabulary_are_minus_infinity():
+    case = problem(9, 77)
+    case = Problem(case.hidden_ND, case.weight_VD, case.target_N % 60)
+    terms = policy_terms(Problem(case.hidden_ND, case.weight_VD[:60], case.target_N))
+    actual = linear_policy_loss(*case, terms, **CLIP, vocab_size=60, budget=small_chunks(77))
+    expected = reference.linear_policy_loss(*case, terms, **CLIP, vocab_size=60)
+    assert_same_record(actual, expected, 1e-12)
+    actual, expected = gradients(FACTOR * actual.loss, case), gradients(FACTOR * expected.loss, case)
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b) < 1e-12
+    assert torch.all(actual[1][60:] == 0)
+
+
+def test_no_tensor_is_as_large_as_the_logits():
+    tokens, vocab, width = 64, 1000, 6
+    case = problem(tokens, vocab, width=width, dtype=torch.float32)
+    terms = policy_terms(case)
+    with Recorder() as recorder:
+        linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab, itemsize=4)).loss.backward()
+    assert case.weight_VD.grad.abs().sum() > 0
+    assert recorder.largest == 4 * max(vocab * width, CHUNK * vocab, tokens * width) < 4 * tokens * vocab / 10
+
+
+def test_mistakes_are_named():
+    case = problem(5, 77)
+    terms = policy_terms(case)
+    with pytest.raises(ValueError, match=r"terms.advantage_N is \(4,\)"):
+        linear_policy_loss(*case, replace(terms, advantage_N=terms.advantage_N[:4]), **CLIP)
+    with pytest.raises(ValueError, match=r"eps_low is -0.1"):
+        linear_policy_loss(*case, terms, eps_low=-0.1, eps_high=0.2)

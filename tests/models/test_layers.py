@@ -1,0 +1,86 @@
+"""Attention over packed sequences, rotary angles and bfloat16 accuracy."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import tiny
+import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+
+from vold.models.architecture import Architecture
+from vold.models.language_model import build_language_model, hidden_states
+from vold.models.layers import Rotary, attend_flash, attend_sdpa, attend_torch_varlen
+from vold.models.weights import load_pretrained
+
+LENGTHS = (5, 1, 130, 64)
+
+
+def packed_qkv(device="cpu", dtype=torch.float32, heads=4, kv_heads=2, width=64):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    q, k, v = (torch.randn(total, h, width, generator=generator) for h in (heads, kv_heads, kv_heads))
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
+    return [x.to(device, dtype).requires_grad_() for x in (q, k, v)], cu_seqlens
+
+
+def attention_by_hand(q_TAH, k_TKH, v_TKH, scale):
+    """float64 softmax attention with one mask over the whole packing."""
+    q, k, v = (x.detach().double().cpu() for x in (q_TAH, k_TKH, v_TKH))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    sequence_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    visible = (sequence_T[:, None] == sequence_T) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    scores = torch.einsum("qah,kah->aqk", q, k) * scale
+    return torch.einsum("aqk,kah->qah", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def test_sdpa_attends_causally_inside_each_sequence():
+    qkv, cu_seqlens = packed_qkv()
+    out = attend_sdpa(*qkv, cu_seqlens, max(LENGTHS), 0.1)
+    torch.testing.assert_close(out.double(), attention_by_hand(*qkv, 0.1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attend", [attend_torch_varlen, attend_flash])
+def test_gpu_kernels_are_as_accurate_as_sdpa(attend):
+    if attend is attend_flash and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    qkv, cu_seqlens = packed_qkv("cuda", torch.bfloat16)
+    expected = attention_by_hand(*qkv, 0.1)
+    results = {}
+    for name, f in {"ours": attend, "sdpa": attend_sdpa}.items():
+        out = f(*qkv, cu_seqlens, max(LENGTHS), 0.1)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        results[name] = (out.double().cpu() - expected, *torch.autograd.grad(out, qkv, upstream))
+    assert results["ours"][0].abs().max() <= 2 * results["sdpa"][0].abs().max() + 1e-3
+    for ours, theirs in zip(results["ours"][1:], results["sdpa"][1:], strict=True):
+        assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+def test_rotary_angles_are_bit_equal_to_transformers():
+    config = tiny.qwen2_5_vl().config.text_config
+    positions = torch.randint(0, 40_000, (3, 1, 50), generator=torch.Generator().manual_seed(0))
+    cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), positions)
+    rotary = Rotary(16, 1e6, (2, 3, 3), torch.device("cpu")).to(torch.bfloat16)  # must stay float32
+    angles = rotary(positions, [2, 3, 3])[:, 0, 0]
+    if cos.dim() == 4:  # per axis: choose as apply_multimodal_rotary_pos_emb does
+        axis = torch.tensor([0] * 2 + [1] * 3 + [2] * 3).repeat(2)
+        cos, sin = (x[axis, 0, :, torch.arange(16)].T[None] for x in (cos, sin))
+    assert angles.dtype == torch.float32
+    assert torch.equal(angles.cos(), cos[0]) and torch.equal(angles.sin(), sin[0])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_bfloat16_is_as_accurate_as_transformers(family, tmp_path, layout):
+    exact = tiny.FAMILIES[family](tied=False).bfloat16().float()
+    reference = tiny.FAMILIES[family](tied=False).bfloat16()
+    directory = tiny.save(reference, tmp_path / "c")
+    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.bfloat16)
+    load_pretrained(model, directory)
+    rows = [tiny.text_row(40, seed=s) for s in range(4)]
+    expected = torch.cat([row.logits(exact) for row in rows])
+    theirs = torch.cat([row.logits(reference) for row in rows]).float() - expected
+    ours = (hidden_states(model, tiny.pack(rows)) @ model.head_weight().T).float() - expected
+    assert ours.square().mean().sqrt() <= 1.2 * theirs.square().mean().sqrt()

@@ -1,0 +1,201 @@
+"""The verbs on a tiny world: what they write, that they resume bit for bit, and that a mistake is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from vold.stages import evaluate, export, rl, sft, traces
+from vold.trainer.checkpoint import verify
+from vold.trainer.run_log import read_rows
+
+TIMES = ("seconds", "tokens_per_second", "peak_memory")
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    left, right = load_file(a), load_file(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def rl_run(tmp_path_factory, world, layout):
+    """One uninterrupted run of four steps that saved after two and four."""
+    from vold.config import load_config, schema
+
+    run_dir = tmp_path_factory.mktemp("runs") / "rl"
+    config = load_config(
+        schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), world.overrides("rl", run_dir)
+    )
+    rl.run(config)
+    return config
+
+
+def test_traces_then_sft_on_them(load, tmp_path, layout):
+    config = load("traces", tmp_path / "traces", "sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64")
+    traces.run(config)
+    card = json.loads((config.run_dir / "traces" / "card.json").read_text())
+    assert card["prompt_count"] == card["sampled_now"] == 12
+    assert card["sampling"]["temperature"] == 0.6
+
+
+def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout, world):
+    config = load("sft", tmp_path / "sft", "steps=12", "optimizer.lr=3e-3")
+    sft.run(config)
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    model = AutoModelForImageTextToText.from_pretrained(config.run_dir / "model")
+    before = AutoModelForImageTextToText.from_pretrained(world.student).state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and not any("visual" in name for name in moved), "vision is frozen, the language model is not"
+    assert any("embed_tokens" in name for name in moved)
+
+
+def test_rl_writes_metrics_samples_and_evaluations(rl_run):
+    rows = read_rows(rl_run.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["mismatch_max"] < 1e-4, "sampler and trainer agree on the sampled tokens"
+        assert row["parity_error"] < 1.0001
+        assert row["response_tokens"] > 0 and row["kl_teacher"] > 0
+    assert 0.0 <= rows[-1]["accuracy_image"] <= 1.0 and "accuracy_image" not in rows[0]
+    samples = read_rows(rl_run.run_dir / "samples.jsonl")
+    shown = {"step", "prompt", "response", "extracted", "gold", "reward", "advantage", "mean_kl"}
+    assert shown <= samples[0].keys()
+    assert len(samples) == 4 * rl_run.samples_per_step
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
+    """The run is put back to the moment after step 2 was saved, with a row too many in its log, and resumed."""
+    whole = tmp_path / "whole"
+    shutil.move(rl_run.run_dir, whole)
+    shutil.copytree(whole, rl_run.run_dir)
+    shutil.rmtree(rl_run.run_dir / "checkpoints" / "step-000004")
+    shutil.rmtree(rl_run.run_dir / "model")
+    (rl_run.run_dir / "checkpoints" / "latest").write_text("step-000002\n")
+    metrics = (rl_run.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (rl_run.run_dir / "metrics.jsonl").write_text("".join(metrics[:3]) + '{"step": 4, "rew')
+    rl.run(rl_run, resume=True)
+    for name in ("model-tp0-pp0.safetensors", "optimizer-tp0-pp0.safetensors"):
+        assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (whole, rl_run.run_dir)))
+    state = [json.loads((run / "checkpoints/step-000004/state.json").read_text()) for run in (whole, rl_run.run_dir)]
+    assert state[0] == state[1]
+    assert timeless(read_rows(whole / "metrics.jsonl")) == timeless(read_rows(rl_run.run_dir / "metrics.jsonl"))
+    assert read_rows(whole / "samples.jsonl") == read_rows(rl_run.run_dir / "samples.jsonl")
+    assert same_tensors(whole / "model" / "model.safetensors", rl_run.run_dir / "model" / "model.safetensors")
+
+
+def test_export_of_a_checkpoint_equals_the_exported_model(rl_run, tmp_path):
+    from vold.config.schema import ExportConfig
+
+    export.run(ExportConfig(run=rl_run.run_dir, out=tmp_path / "exported"))
+    assert same_tensors(tmp_path / "exported/model.safetensors", rl_run.run_dir / "model/model.safetensors")
+    early = ExportConfig(run=rl_run.run_dir, out=tmp_path / "early", step=2)
+    export.run(early)
+    assert not same_tensors(tmp_path / "early/model.safetensors", rl_run.run_dir / "model/model.safetensors")
+
+
+def test_eval_reads_text_and_images(load, tmp_path, layout, world):
+    config = load("eval", tmp_path / "eval")
+    evaluate.run(config)
+    result = json.loads((config.run_dir / "evaluation.json").read_text())
+    assert result["sets"].keys() == {"text", "image"} and result["sets"]["image"]["n"] == 6
+    rows = read_rows(config.run_dir / "samples.jsonl")
+    assert sum(bool(row["images"]) for row in rows) == 6
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        rl.run(rl_run)
+    with pytest.raises(ValueError, match=r"--resume: optimizer was .* and is now"):
+        rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
+    with pytest.raises(ValueError, match="holds no run; leave --resume out"):
+        rl.run(load("rl", tmp_path / "nothing"), resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(rl_run, tmp_path):
+    path = tmp_path / "step-000002"
+    shutil.copytree(rl_run.run_dir / "checkpoints" / "step-000002", path)
+    verify(path)
+    file = path / "model-tp0-pp0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is damaged"):
+        verify(path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is missing"):
+        verify(path)
+
+
+@pytest.mark.parametrize("garbage", ["", "999999", "step-999999", "../../x", "step-000002/../.."])
+def test_a_garbage_pointer_is_refused(rl_run, layout, garbage, tmp_path):
+    from vold.trainer.checkpoint import Checkpoints
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text(garbage)
+    with pytest.raises(ValueError, match="which is no checkpoint here"):
+        Checkpoints(tmp_path, layout).latest_step()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("teacher=null", "objective.preset = 'vold' needs a teacher; set teacher: PATH"),
+        ("microbatch_tokens=20", "microbatch_tokens = 20 cannot hold prompt.max_tokens + rollout.max_new_tokens = 76"),
+        ("objective.preset=grop", "choose one of grpo, vold"),
+        ("data.path=nothing.json", "data file nothing.json does not exist"),
+        ("data.layout=gsm8k", "train.json row 1: not a row of layout 'gsm8k'"),
+        ("student=nowhere", "nowhere has no tokenizer.json"),
+        ("prompt.max_tokens=3", "exceeds prompt.max_tokens = 3; raise it"),
+        ("optimizer.warmup_steps=50", "optimizer.warmup_steps = 50 exceeds steps = 4"),
+    ],
+)
+def test_mistakes_are_one_line(load, tmp_path, layout, override, says):
+    with pytest.raises(ValueError) as error:
+        rl.run(load("rl", tmp_path / "run", override))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "vold", *arguments], env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def test_the_command_line_prints_one_line_and_exits_with_2(world, tmp_path):
+    run = command("rl", "configs/miniature/rl.yaml", *world.overrides("rl", tmp_path / "x"), "rollout.temprature=1")
+    assert run.returncode == 2
+    assert run.stderr == "vold: configs/miniature/rl.yaml: unknown key rollout.temprature; did you mean temperature?\n"
+
+
+def test_two_ranks_run_the_same_stage(world, tmp_path):
+    """torchrun over gloo: the prompts are shared out, every prompt is answered once, both ranks end well."""
+    run_dir = tmp_path / "dp2"
+    run = command("rl", "configs/miniature/rl.yaml", *world.overrides("rl", run_dir), "steps=2", processes=2)
+    assert run.returncode == 0, run.stderr
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["mismatch_max"] < 1e-4 and rows[0]["response_length"] * 12 == pytest.approx(
+        rows[0]["response_tokens"]
+    )
+    assert (run_dir / "model" / "model.safetensors").exists()

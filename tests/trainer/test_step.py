@@ -1,0 +1,190 @@
+"""One optimisation step, on Megatron: the identities of the method, and invariance to every way of splitting a batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from steps import (
+    VOCAB_SIZE,
+    batch_of,
+    gradients,
+    make_groups,
+    make_teacher,
+    make_trainer,
+    relative,
+    weigh,
+    with_advantages,
+)
+from transformers import AutoModelForImageTextToText
+
+from vold.models.checkpoint_dir import short_name
+from vold.models.weights import join_pieces, named_rules
+from vold.objectives import likelihood
+from vold.records import Batch
+from vold.trainer.engine import unwrap
+
+MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_student_dir, layout):
+    return make_trainer(tiny_student_dir, layout)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher_dir, layout):
+    return make_teacher(tiny_teacher_dir, layout)
+
+
+@pytest.fixture(scope="module")
+def self_teacher(tiny_student_dir, layout):
+    return make_teacher(tiny_student_dir, layout)
+
+
+def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, tiny_student_dir):
+    """VOLD Eq. 6 written out in plain torch on a transformers model, sequence by sequence, against one Megatron step."""
+    samples = weigh("vold", make_groups(MIXED))
+    batch = teacher.score(batch_of(samples, max_tokens=40))
+    found = gradients(trainer, batch)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
+    logp_teacher = _teacher_by_place(batch)
+    for place, sample in enumerate(samples):
+        ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+        logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        ratio = (logp - logp.detach()).exp()
+        surrogate = -torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.3) * sample.advantage)
+        loss = (sample.pg_weight * surrogate).sum()
+        if sample.kl_weight:
+            loss = loss + (sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2).sum()
+        loss.backward()
+    language_model = unwrap(trainer._model)
+    by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
+    expected = {
+        name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
+        for name, _, rule in named_rules(language_model)
+    }
+    assert relative(found, expected) < 1e-4
+
+
+def test_k2_identity(trainer, teacher):
+    """At ratio 1 VOLD has exactly the gradient of GRPO with token advantage A + beta (1 - r)(logp_T - logp_S)."""
+    beta = 0.3
+    samples = weigh("vold", make_groups(MIXED), beta=beta)
+    samples = with_advantages(samples, [s.advantage for s in samples])
+    batch = teacher.score(batch_of(samples))
+    logp = trainer.logprobs(batch)
+    shaped = []
+    for micro in batch.micro_batches:
+        own = torch.cat([torch.tensor(logp[place]) for place in micro.sample_B])
+        pull = micro.kl_weight_N / micro.pg_weight_N * (micro.logp_teacher_N - own)
+        shaped.append(replace(micro, advantage_N=micro.advantage_N + pull, kl_weight_N=0 * micro.kl_weight_N))
+    vold, grpo = gradients(trainer, batch), gradients(trainer, Batch(tuple(shaped)))
+    assert relative(vold, grpo) < 1e-5
+    assert relative(vold, gradients(trainer, batch_of(weigh("grpo", make_groups(MIXED))))) > 1e-2
+
+
+def test_gradient_depends_on_the_teacher(trainer, teacher, self_teacher):
+    batch = batch_of(weigh("vold", make_groups(MIXED)))
+    assert relative(gradients(trainer, teacher.score(batch)), gradients(trainer, self_teacher.score(batch))) > 1e-2
+
+
+def test_all_correct_batch_equals_grpo_bit_for_bit(trainer, teacher):
+    """Every reward 1, advantages from elsewhere so that the comparison is not of zeros."""
+    groups = make_groups([[1.0, 1.0, 1.0], [1.0, 1.0]])
+    advantages = [0.5, -1.0, 0.25, 2.0, -0.75]
+    vold = gradients(trainer, teacher.score(batch_of(with_advantages(weigh("vold", groups), advantages))))
+    grpo = gradients(trainer, batch_of(with_advantages(weigh("grpo", groups), advantages)))
+    assert all(torch.equal(vold[name], grpo[name]) for name in grpo)
+    assert max(float(g.abs().max()) for g in grpo.values()) > 0
+
+
+def test_self_teacher_has_no_kl(tiny_student_dir, layout, self_teacher):
+    trainer = make_trainer(tiny_student_dir, layout, lr=1e-12)
+    report = trainer.step(self_teacher.score(batch_of(weigh("opd", make_groups(MIXED)))))
+    assert report.metrics["kl_teacher"] < 1e-10
+    assert report.metrics["grad_norm"] < 1e-5
+    assert report.metrics["kl_tokens"] > 0
+
+
+def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
+    samples = weigh("vold", make_groups(MIXED))
+    whole = gradients(trainer, teacher.score(batch_of(samples)))
+    for max_tokens, at_least in ((60, 1), (30, 1), (1 << 20, len(samples) + 2)):
+        batch = batch_of(samples, max_tokens=max_tokens, max_over_ranks=lambda n, least=at_least: max(n, least))
+        assert len(batch.micro_batches) > 1
+        assert relative(gradients(trainer, teacher.score(batch)), whole) < 1e-5
+    assert any(micro.target_N.numel() == 0 for micro in batch.micro_batches), "an all-masked micro-batch was tried"
+
+
+def test_samples_without_gradient_are_left_out_exactly(trainer, teacher):
+    groups = make_groups([*MIXED, [1.0, 1.0, 1.0]])
+    samples = weigh("vold", groups)
+    batch = teacher.score(batch_of(samples))
+    assert sum(len(micro.sample_B) for micro in batch.micro_batches) == len(samples) - 3, "the solved group"
+
+
+def test_masks_come_from_lengths_not_from_values(trainer):
+    """A response full of the pad and end ids counts like any other."""
+    groups = make_groups([[1.0, 0.0]])
+    samples = weigh("grpo", groups)
+    padded = [replace(s, response_ids=(0,) * len(s.response_ids)) for s in samples]
+    batch = batch_of(padded)
+    assert batch.micro_batches[0].target_N.numel() == sum(len(s.response_ids) for s in samples)
+    assert set(batch.micro_batches[0].target_N.tolist()) == {0}
+
+
+def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
+    samples = likelihood(weigh("grpo", make_groups(MIXED)), lambda value: value)
+    found = gradients(trainer, batch_of(samples, max_tokens=50))
+    model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
+    tokens = sum(len(s.response_ids) for s in samples)
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+        logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
+        (torch.nn.functional.cross_entropy(logits, ids[0, len(sample.prompt.token_ids) :], reduction="sum") / tokens).backward()
+    language_model = unwrap(trainer._model)
+    by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
+    expected = {
+        name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
+        for name, _, rule in named_rules(language_model)
+    }
+    assert relative(found, expected) < 1e-4
+
+
+def test_a_non_finite_gradient_changes_nothing_and_stops_after_several(tiny_student_dir, layout):
+    trainer = make_trainer(tiny_student_dir, layout, max_bad_steps=2)
+    batch = batch_of(weigh("grpo", make_groups(MIXED)))
+    poisoned = Batch(tuple(replace(m, advantage_N=m.advantage_N * float("nan")) for m in batch.micro_batches))
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    report = trainer.step(poisoned)
+    assert report.metrics["skipped"] == 1.0
+    assert all(torch.equal(before[name], p) for name, p in trainer.parameters.items())
+    assert trainer.step(batch).metrics["skipped"] == 0.0
+    trainer.step(poisoned)
+    with pytest.raises(ValueError, match="2 steps in a row"):
+        trainer.step(poisoned)
+
+
+def test_the_schedule_never_spends_an_update_at_rate_zero(tiny_student_dir, layout):
+    trainer = make_trainer(tiny_student_dir, layout, steps=6, warmup_steps=2, schedule="cosine")
+    batch = batch_of(weigh("grpo", make_groups(MIXED)))
+    rates = [trainer.step(batch).metrics["lr"] for _ in range(6)]
+    assert rates[:2] == pytest.approx([5e-4, 1e-3])
+    assert all(a > b > 0 for a, b in zip(rates[1:], rates[2:], strict=False))
+
+
+def test_norms_and_biases_are_not_decayed(trainer):
+    decayed = {id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    for name, parameter in trainer.parameters.items():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
+def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:
+    return {
+        place: micro.logp_teacher_N[micro.sequence_N == row]
+        for micro in batch.micro_batches
+        for row, place in enumerate(micro.sample_B)
+    }

@@ -1,0 +1,111 @@
+"""`make demo`: the whole two-stage pipeline in miniature, from nothing to four evaluated models and one page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.pipeline import Phase, run_phases
+from vold.report import accuracy_table, write_report
+
+MODELS = ("base", "sft", "grpo", "vold")
+SFT_STEPS, RL_STEPS = 40, 45
+
+
+def run(root: Path = Path("runs"), *, side_by_side: int = 2) -> None:
+    """Teacher and base, traces, SFT, GRPO and VOLD from the same SFT checkpoint, evaluation of all four."""
+    out, world_dir = root / "demo", root / "miniature" / "seed0"
+    started = time.perf_counter()
+    print("vold in miniature: text-only training, evaluated on text and on images", flush=True)
+    world = make_world(world_dir, seed=0)
+    seconds = {"teacher_and_base": time.perf_counter() - started}
+    for group in phases(out, world):
+        seconds |= run_phases(group, side_by_side=side_by_side)
+    seconds["total"] = time.perf_counter() - started
+    report = demo_report(out, seconds)
+    print("\n" + accuracy_table(report["accuracy"], report["stderr"]))
+    print(f"\n{out / 'report.json'}\n{out / 'report.html'}")
+
+
+def phases(out: Path, world: MiniatureWorld) -> list[list[Phase]]:
+    """Groups of phases; those of one group do not depend on each other."""
+    traces = Phase(
+        "traces", "traces.yaml", out / "traces", (f"teacher={world.teacher}", f"data.path={world.traces_prompts}")
+    )
+    return [
+        [traces],
+        [sft_phase(out, world), eval_phase(out, world, "base", world.base)],
+        [rl_phase(out, world, preset) for preset in ("grpo", "vold")],
+        [eval_phase(out, world, name, out / name / "model") for name in ("sft", "grpo", "vold")],
+    ]
+
+
+def sft_phase(out: Path, world: MiniatureWorld, name: str = "sft", overrides: tuple[str, ...] = ()) -> Phase:
+    paths = (f"student={world.base}", f"pair_with={world.teacher}", f"data.path={out / 'traces' / 'traces'}")
+    return Phase("sft", "sft.yaml", out / name, (*paths, *overrides), SFT_STEPS)
+
+
+def rl_phase(
+    out: Path, world: MiniatureWorld, preset: str, start: str = "sft", name: str = "", overrides: tuple[str, ...] = ()
+) -> Phase:
+    settings = (
+        f"student={out / start / 'model'}",
+        f"teacher={world.teacher}",
+        f"data.path={world.train}",
+        f"objective.preset={preset}",
+        f"evaluation.sets.text.path={world.text('val')}",
+        f"evaluation.sets.image.path={world.image('val')}",
+    )
+    return Phase("rl", "rl.yaml", out / (name or preset), (*settings, *overrides), RL_STEPS)
+
+
+def eval_phase(out: Path, world: MiniatureWorld, name: str, checkpoint: Path) -> Phase:
+    settings = (
+        f"checkpoint={checkpoint}",
+        f"evaluation.sets.text.path={world.text('test')}",
+        f"evaluation.sets.image.path={world.image('test')}",
+    )
+    return Phase("eval", "eval.yaml", out / f"eval_{name}", settings)
+
+
+def read_evaluation(out: Path, name: str) -> dict[str, dict[str, float]]:
+    """Set name -> accuracy, stderr, n ..., of one evaluated model."""
+    return json.loads((out / f"eval_{name}" / "evaluation.json").read_text())["sets"]
+
+
+def demo_report(out: Path, seconds: dict[str, float]) -> dict:
+    """Writes report.json and report.html; seconds of phases that were kept come from the report before."""
+    found = {name: read_evaluation(out, name) for name in MODELS}
+    previous = out / "report.json"
+    before = json.loads(previous.read_text())["seconds"] if previous.exists() else {}
+    report = {
+        "accuracy": {model: {name: s["accuracy"] for name, s in sets.items()} for model, sets in found.items()},
+        "stderr": {model: {name: s["stderr"] for name, s in sets.items()} for model, sets in found.items()},
+        "n": {name: s["n"] for name, s in found["base"].items()},
+        "seconds": before | seconds if set(seconds) <= {"teacher_and_base", "total"} and before else seconds,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    previous.write_text(json.dumps(report, indent=1) + "\n")
+    runs = [out / name for name in ("sft", "grpo", "vold", *(f"eval_{name}" for name in MODELS))]
+    write_report(runs, out / "report.html", title="VOLD in miniature", accuracy=report, facts=report)
+    return report
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "triton", "transformers", "megatron-core")
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def commit() -> str:
+    """The checked-out commit, with a mark when files differ from it; empty outside a git checkout."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()

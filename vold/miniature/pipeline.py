@@ -1,0 +1,114 @@
+"""Runs vold's own verbs as separate processes, a few side by side, with one progress line each.
+
+A phase that has finished before is kept; one that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from vold.trainer.run_log import progress_note, read_rows
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "miniature"
+FINISHED_BY = {"traces": "traces/card.json", "sft": "model", "rl": "model", "eval": "evaluation.json"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One verb on one run directory. `steps`: rows of metrics.jsonl when done (0: it writes none)."""
+
+    verb: str
+    config: str
+    run_dir: Path
+    overrides: tuple[str, ...] = ()
+    steps: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return (self.run_dir / FINISHED_BY[self.verb]).exists()
+
+    def command(self) -> list[str]:
+        started = (self.run_dir / "metrics.jsonl").exists() and self.verb != "eval"
+        overrides = [f"run_dir={self.run_dir}", *self.overrides]
+        return [
+            *(sys.executable, "-m", "vold", self.verb, str(CONFIGS / self.config)),
+            *overrides,
+            *(["--resume"] if started else []),
+        ]
+
+
+def run_phases(phases: Sequence[Phase], *, side_by_side: int) -> dict[str, float]:
+    """Run what is not finished, `side_by_side` at a time, in order. Returns seconds per run directory name.
+
+    Raises RuntimeError with the last lines of the log of a phase that failed; the others are stopped.
+    """
+    waiting = [phase for phase in phases if not phase.finished]
+    running: dict[subprocess.Popen, tuple[Phase, TaskID, float]] = {}
+    seconds: dict[str, float] = {}
+    with _progress() as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < side_by_side:
+                    phase = waiting.pop(0)
+                    task = progress.add_task(phase.run_dir.name, total=phase.steps or None, note="")
+                    running[_start(phase)] = (phase, task, time.perf_counter())
+                for process, (phase, task, started) in list(running.items()):
+                    _show(progress, task, phase)
+                    if process.poll() is not None:
+                        del running[process]
+                        seconds[phase.run_dir.name] = time.perf_counter() - started
+                        _finish(process, phase, progress, task, seconds[phase.run_dir.name])
+                time.sleep(0.2)
+        finally:
+            for process in running:
+                process.kill()
+    return seconds
+
+
+def _start(phase: Phase) -> subprocess.Popen:
+    phase.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with _log(phase).open("ab") as log:
+        return subprocess.Popen(phase.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _log(phase: Phase) -> Path:
+    return phase.run_dir.with_suffix(".log")
+
+
+def _finish(process: subprocess.Popen, phase: Phase, progress: Progress, task: TaskID, seconds: float) -> None:
+    if process.returncode != 0 or not phase.finished:
+        lines = _log(phase).read_text(errors="replace").splitlines()[-15:]
+        raise RuntimeError("\n".join([f"{phase.run_dir.name} failed ({_log(phase)}):", *lines]))
+    progress.update(task, completed=phase.steps or 1, total=phase.steps or 1)
+    progress.console.print(f"  {phase.run_dir.name:<28} {seconds:6.0f} s")
+
+
+def _show(progress: Progress, task: TaskID, phase: Phase) -> None:
+    metrics = phase.run_dir / "metrics.jsonl"
+    if phase.steps and metrics.exists() and (rows := read_rows(metrics)):
+        progress.update(task, completed=len(rows), note=progress_note(rows[-1]))
+
+
+def _progress() -> Progress:
+    """A live line per running phase on a terminal; elsewhere only one line as each phase ends."""
+    console = Console(file=sys.stdout)
+    return Progress(
+        TextColumn("  {task.description:<28}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,65 @@
+"""`make reproduce`: three seeds of GRPO, VOLD, VOLD without mask and the misaligned start.
+
+The paper's figure 3 (VOLD against GRPO), figure 5 (masking) and table 2 (SFT on traces of another style: does
+distillation still help?) in miniature. A seed draws its own SFT order, RL prompts and samples; teacher, base and
+problems are those of the demo, as the public checkpoints are the same for every run of the paper.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
+from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.pipeline import Phase, run_phases
+from vold.report import seeds_table, write_report
+
+SEEDS = (0, 1, 2)
+ARMS = ("sft", "grpo", "vold", "vold-unmasked")
+MISALIGNED = ("misaligned-sft", "misaligned-grpo", "misaligned-vold")
+
+
+def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Writes runs/reproduce/{report.json, table.md, report.html}; finished arms are kept."""
+    started = time.perf_counter()
+    out = root / "reproduce"
+    world = make_world(root / "miniature" / "seed0", seed=0)
+    run_phases(phases(out, world)[0], side_by_side=1)  # the teacher's traces, shared by all seeds
+    folders = [out / f"seed{seed}" for seed in seeds]
+    for stage in zip(*(_stages(out, folder, world, seed) for folder, seed in zip(folders, seeds, strict=True))):
+        run_phases([phase for group in stage for phase in group], side_by_side=side_by_side)
+    rows = [_row(seed, folder, arm) for seed, folder in zip(seeds, folders, strict=True) for arm in ARMS + MISALIGNED]
+    _write(out, rows, folders, time.perf_counter() - started)
+
+
+def _stages(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[list[Phase]]:
+    """Both SFT runs, then five RL runs, then seven evaluations."""
+    seeded = (f"seed={seed}",)
+    other = (*seeded, f"data.path={world.traces_other}", "data.layout=prompt-response")
+    traces = (*seeded, f"data.path={out / 'traces' / 'traces'}")
+    start = "misaligned-sft"
+    return [
+        [sft_phase(folder, world, "sft", traces), sft_phase(folder, world, start, other)],
+        [
+            *(rl_phase(folder, world, preset, overrides=seeded) for preset in ("grpo", "vold", "vold-unmasked")),
+            *(rl_phase(folder, world, preset, start, f"misaligned-{preset}", seeded) for preset in ("grpo", "vold")),
+        ],
+        [eval_phase(folder, world, arm, folder / arm / "model") for arm in ARMS + MISALIGNED],
+    ]
+
+
+def _row(seed: int, folder: Path, arm: str) -> dict:
+    sets = read_evaluation(folder, arm)
+    return {"seed": seed, "arm": arm, **{name: numbers["accuracy"] for name, numbers in sets.items()}}
+
+
+def _write(out: Path, rows: list[dict], folders: list[Path], seconds: float) -> None:
+    table = seeds_table(rows)
+    facts = {"rows": rows, "versions": versions(), "commit": commit(), "seconds": {"total": seconds}}
+    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "table.md").write_text(table + "\n")
+    runs = [folder / arm for folder in folders for arm in ("grpo", "vold", "vold-unmasked")]
+    write_report(runs, out / "report.html", title="VOLD in miniature, three seeds", seeds=rows, facts=facts)
+    print(f"\n{table}\n\n{out / 'report.html'}")

@@ -8,6 +8,8 @@ Two shapes of work: a *resident* chunk holds all U columns of C tokens, because 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 TILE_COLUMNS = 8192  # a multiple of the row kernel's block
 
 
@@ -15,8 +17,7 @@ TILE_COLUMNS = 8192  # a multiple of the row kernel's block
 class ChunkBudget:
     """Bytes of fp32 logits alive at once. Results do not depend on it beyond rounding."""
 
-    resident_bytes: int = 2 << 30
-    """2 GiB is 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows."""
+    resident_bytes: int
     tile_bytes: int = 64 << 20
     """64 MiB is 2048 tokens × 8192 columns."""
     tile_columns: int = TILE_COLUMNS
@@ -31,7 +32,10 @@ class ChunkBudget:
         return _tokens(self.tile_bytes, columns * itemsize, self.max_tokens), columns
 
 
-DEFAULT_BUDGET = ChunkBudget()
+def default_budget(device: torch.device) -> ChunkBudget:
+    """A GPU gets 2 GiB, 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows. A CPU gets
+    256 MiB: its caches are far smaller than any chunk, so larger ones would only cost memory."""
+    return ChunkBudget(resident_bytes=(2 << 30) if device.type == "cuda" else (256 << 20))
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_head, check_vocab_size
-from .chunks import DEFAULT_BUDGET, ChunkBudget
+from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, resident_chunks, scaled, scatter_rows, stream
 from .rows import Statistics
 from .vocab import VocabShard, vocab_shard
@@ -79,7 +79,7 @@ def linear_logprob(
     return_entropy: bool = False,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    budget: ChunkBudget = DEFAULT_BUDGET,
+    budget: ChunkBudget | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden weightᵀ / temperature) at the targets.
 
@@ -98,5 +98,7 @@ def linear_logprob(
     check_head(hidden_ND, weight_VD, target_N, temperature=temperature)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
-    logp_N, entropy_N = _LinearLogprob.apply(hidden_ND, weight_VD, target_N, shard, temperature, budget)
+    logp_N, entropy_N = _LinearLogprob.apply(
+        hidden_ND, weight_VD, target_N, shard, temperature, budget or default_budget(hidden_ND.device)
+    )
     return (logp_N, entropy_N) if return_entropy else logp_N

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_head, check_policy, check_vocab_size
-from .chunks import DEFAULT_BUDGET, ChunkBudget
+from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, chunk_statistics, resident_chunks, scaled, scatter_rows
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
@@ -172,7 +172,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    budget: ChunkBudget = DEFAULT_BUDGET,
+    budget: ChunkBudget | None = None,
 ) -> PolicyLoss:
     """The loss at the top of this file, its gradients formed on the way.
 
@@ -191,5 +191,5 @@ def linear_policy_loss(
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
-    options = _Options(shard, temperature, budget, eps_low, eps_high, wanted)
+    options = _Options(shard, temperature, budget or default_budget(hidden_ND.device), eps_low, eps_high, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

@@ -1,6 +1,6 @@
 """Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback.
 
-    torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
+torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
 """
 
 from __future__ import annotations

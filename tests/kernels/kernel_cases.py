@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from vold_kernels import reference
 from vold_kernels.chunks import ChunkBudget
 from vold_kernels.records import PolicyLoss, PolicyTerms

@@ -9,6 +9,7 @@ import triton
 from kernel_cases import INTERPRETED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from vold_kernels import rows_triton
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}

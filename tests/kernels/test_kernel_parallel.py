@@ -17,6 +17,7 @@ from kernel_cases import (
     relative,
     small_chunks,
 )
+
 from vold_kernels import reference
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss

@@ -16,6 +16,7 @@ from kernel_cases import (
     relative,
     small_chunks,
 )
+
 from vold_kernels import reference, rows
 from vold_kernels.linear_logprob import linear_logprob
 

@@ -19,6 +19,7 @@ from kernel_cases import (
     small_chunks,
     with_fields,
 )
+
 from vold_kernels import reference
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss

@@ -115,7 +115,7 @@ def test_training_moves_every_parameter_and_is_logged(world):
     unmoved = [name for name, value in trained.items() if torch.equal(value, start[name])]
     assert unmoved == []
     rows = [json.loads(line) for line in (world.base / LOG_FILE).read_text().splitlines()]
-    assert [(row["phase"], row["step"]) for row in rows] == [(1, 2), (2, 2)]
+    assert [(row["phase"], row["step"]) for row in rows] == [(1, 2), (2, 2), (3, 2)]
     assert all(1 < row[f"loss_{part}"] < 6 for row in rows for part in ("text", "image"))
 
 
@@ -150,8 +150,8 @@ def test_answers_do_not_depend_on_the_neighbours_in_a_batch(world):
 
 def test_measure_reads_every_file(world):
     found = measure_world(world)
-    assert set(found) == {"teacher_text", "base_text", "base_image", "base_text_read", "base_image_read"}
-    assert max(found.values()) < 0.3  # nobody has learnt anything in three steps
+    assert set(found) == {"teacher_text", "base_text", "base_image", "base_text_read", "base_image_read", "base_facts"}
+    assert max(found.values()) < 0.4  # nobody has learnt anything in three steps
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,7 @@ def rl_run(tmp_path_factory, world, layout):
     from vold.config import load_config, schema
 
     run_dir = tmp_path_factory.mktemp("runs") / "rl"
-    config = load_config(
-        schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), world.overrides("rl", run_dir)
-    )
+    config = load_config(schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), world.overrides("rl", run_dir))
     rl.run(config)
     return config
 
@@ -178,7 +176,11 @@ def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "vold", *arguments], env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, *launcher, "-m", "vold", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: made-up samples of unequal length, a trainer and a teacher on the tiny checkpoints."""
+"""What the trainer's tests share: samples of unequal length, a trainer and a teacher on the tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
     for number, row in enumerate(rewards):
         prompt = Prompt(f"p{number}", ids(3, 11), "q", "1")
         rollouts = tuple(
-            Rollout(prompt, response, (-1.0,) * len(response), "stop", "")
-            for response in (ids(1, 13) for _ in row)
+            Rollout(prompt, response, (-1.0,) * len(response), "stop", "") for response in (ids(1, 13) for _ in row)
         )
         verdicts = tuple(Verdict("correct" if reward else "wrong", None, "test") for reward in row)
         groups.append(Group(prompt, rollouts, verdicts, tuple(row)))

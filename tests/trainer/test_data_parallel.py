@@ -16,7 +16,12 @@ def test_two_ranks_give_one_ranks_gradient(tiny_student_dir, tiny_teacher_dir, l
     torch.save(expected, tmp_path / "expected.pt")
     here = Path(__file__).parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(here / "data_parallel.py"), str(tiny_student_dir), str(tiny_teacher_dir), str(tmp_path / "expected.pt")]
+    arguments = [
+        str(here / "data_parallel.py"),
+        str(tiny_student_dir),
+        str(tiny_teacher_dir),
+        str(tmp_path / "expected.pt"),
+    ]
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)

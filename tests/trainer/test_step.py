@@ -1,8 +1,9 @@
-"""One optimisation step, on Megatron: the identities of the method, and invariance to every way of splitting a batch."""
+"""One optimisation step, on Megatron: the method's identities, and invariance to every split of a batch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def self_teacher(tiny_student_dir, layout):
 
 
 def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, tiny_student_dir):
-    """VOLD Eq. 6 written out in plain torch on a transformers model, sequence by sequence, against one Megatron step."""
+    """VOLD Eq. 6 in plain torch on a transformers model, sequence by sequence, against one Megatron step."""
     samples = weigh("vold", make_groups(MIXED))
     batch = teacher.score(batch_of(samples, max_tokens=40))
     found = gradients(trainer, batch)
@@ -144,7 +145,9 @@ def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
     for sample in samples:
         ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
         logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
-        (torch.nn.functional.cross_entropy(logits, ids[0, len(sample.prompt.token_ids) :], reduction="sum") / tokens).backward()
+        (
+            torch.nn.functional.cross_entropy(logits, ids[0, len(sample.prompt.token_ids) :], reduction="sum") / tokens
+        ).backward()
     language_model = unwrap(trainer._model)
     by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
     expected = {
@@ -173,7 +176,7 @@ def test_the_schedule_never_spends_an_update_at_rate_zero(tiny_student_dir, layo
     batch = batch_of(weigh("grpo", make_groups(MIXED)))
     rates = [trainer.step(batch).metrics["lr"] for _ in range(6)]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
-    assert all(a > b > 0 for a, b in zip(rates[1:], rates[2:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(rates[1:]))
 
 
 def test_norms_and_biases_are_not_decayed(trainer):

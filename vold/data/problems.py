@@ -113,7 +113,7 @@ def _orz_eval(row: dict, id: str, config: DataConfig) -> Problem:
 
 def _gsm8k(row: dict, id: str, config: DataConfig) -> Problem:
     """GSM8K: {"question", "answer": "... #### n"}"""
-    reasoning, mark, gold = row["answer"].rpartition("####")
+    _, mark, gold = row["answer"].rpartition("####")
     if not mark:
         raise ValueError("answer has no '####'")
     return _problem(id, row["question"], gold.strip().replace(",", ""))

@@ -37,9 +37,10 @@ _SHORT = "|".join([name for name in _CANONICAL if len(name) == 2] + ["Hz", "Pa",
 _MEASURE = rf"(?<![A-Za-z\\])(?:(?i:{_LONG})s?|{_SHORT})(?![A-Za-z])"
 _NOUN = r"(?<= )[A-Za-z]{3,}"
 _LETTER = r"(?<=[0-9} /])[A-Za-z](?![A-Za-z])"
-_WORD = rf"(?:\\text\{{[^{{}}]*\}}|{_MEASURE}|{_NOUN}|{_LETTER})"
+_WORD = rf"(?>\\text\{{[^{{}}]*\}}|{_MEASURE}|{_NOUN}|{_LETTER})"
 _POWER = r"(?: ?\^ ?(?:\{-?[0-9]\}|[0-9]))?"
 _TAIL = re.compile(rf" ?({_WORD}{_POWER}(?: ?(?:/|\\cdot|\\times|\*|(?<= )) ?{_WORD}{_POWER})*)$")
+_MAX_UNIT_CHARS = 80  # the tail is searched in a window: a megabyte of unit words costs no more than one unit
 _CERTAIN = re.compile(rf"\\text|{_MEASURE}")
 _OPERATOR = re.compile(r"(?:\\cdot|\\times|\\div|\\pm|[-+*/^_=(,])$")
 
@@ -80,7 +81,7 @@ def quantity(text: str) -> Quantity:
 def _suffixed(text: str) -> Quantity:
     if match := _SUFFIX.fullmatch(text):
         return Quantity(match[1], _mark(match[2]))
-    tail = _TAIL.search(text)
+    tail = _TAIL.search(text, max(0, len(text) - _MAX_UNIT_CHARS))
     if tail is None:
         return Quantity(text)
     value, unit = text[: tail.start()].strip(), tail[1]

@@ -54,7 +54,7 @@ class MiniatureWorld:
 
 
 def make_world(root: Path, seed: int, sizes: DataSizes = DataSizes()) -> MiniatureWorld:
-    """Make what is missing under `root`: about 5 minutes on two cores, one process for each checkpoint.
+    """Make what is missing under `root`: about 8 minutes on two idle cores, one process for each checkpoint.
 
     What exists is kept as it is. Raises RuntimeError when a checkpoint could not be made; its reason is on stderr.
     """

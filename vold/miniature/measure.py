@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from vold.miniature.data import EXPRESSIONS_FILE
+from vold.miniature.examples import IGNORED, collate, facts_example
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.tokenizer import BOXED, CLOSE, END_BOXED, IMAGE, OPEN, THINK
 from vold.miniature.world import IMAGE_MARK
@@ -111,10 +113,22 @@ def boxed(response: str) -> str | None:
     return inside if found and closed else None
 
 
+@torch.no_grad()
+def facts_accuracy(checkpoint: Checkpoint, examples: int = 100) -> float:
+    """Share of unchained single steps (four an example) that the model gets right; chance .1."""
+    rng = np.random.default_rng(1)
+    batch = collate([facts_example(rng) for _ in range(examples)], checkpoint.tokenizer, rng)
+    labels = batch.pop("labels")[:, 1:]
+    predicted = checkpoint.model(**batch).logits[:, :-1].argmax(-1)
+    supervised = labels != IGNORED
+    return (predicted == labels)[supervised].float().mean().item()
+
+
 def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]:
     """Accuracies of both checkpoints, seconds of work. Wanted: teacher ≥ .99, both `read` ≥ .95, base at chance (.1).
 
-    `read` is the share of problems whose expression the base writes down without a mistake before it guesses.
+    `read` is the share of problems whose expression the base writes down without a mistake before it guesses. `facts`
+    are single steps: a base that reads but does not know them (.1) passes every other check and SFT stalls on it.
     """
     text, image = load_text_items(world.text(split)), load_image_items(world.image(split))
     teacher = Checkpoint(world.teacher).measure(text)
@@ -126,6 +140,7 @@ def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]
         "base_text": base_text.accuracy,
         "base_image": base_image.accuracy,
         "base_text_read": _read_share(base_text, [_written(item.messages[0]["content"]) for item in text]),
+        "base_facts": facts_accuracy(base),
         "base_image_read": _read_share(base_image, [shown[f"images/{item.image.name}"] for item in image]),
     }
 

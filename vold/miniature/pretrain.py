@@ -43,7 +43,9 @@ TEACHER_PHASE = Phase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50
 BASE_PHASES = (
     Phase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     Phase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
+    Phase(360, 64, 32, 2e-3, 10, BaseMixture(facts=0.75, twice=0.3, guess_last_operand=True)),
 )
+"""Learn to read; read better and stop guessing the truth; learn the single facts, without which SFT stalls."""
 
 
 def make_teacher(out_dir: Path, seed: int, phase: Phase = TEACHER_PHASE) -> Path:

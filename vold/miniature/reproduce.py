@@ -28,7 +28,8 @@ def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, .
     world = make_world(root / "miniature" / "seed0", seed=0)
     run_phases(phases(out, world)[0], side_by_side=1)  # the teacher's traces, shared by all seeds
     folders = [out / f"seed{seed}" for seed in seeds]
-    for stage in zip(*(_stages(out, folder, world, seed) for folder, seed in zip(folders, seeds, strict=True))):
+    plans = [_stages(out, folder, world, seed) for folder, seed in zip(folders, seeds, strict=True)]
+    for stage in zip(*plans, strict=True):
         run_phases([phase for group in stage for phase in group], side_by_side=side_by_side)
     rows = [_row(seed, folder, arm) for seed, folder in zip(seeds, folders, strict=True) for arm in ARMS + MISALIGNED]
     _write(out, rows, folders, time.perf_counter() - started)

@@ -42,9 +42,7 @@ def group_metrics(groups: Sequence[Group], sum_over_ranks: Callable[[float], flo
     }
 
 
-def group_rows(
-    groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int
-) -> list[dict]:
+def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:
     """Rows for samples.jsonl: up to `limit` graded responses, spread over the groups."""
     graded = [
         (rollout, verdict)

@@ -55,10 +55,20 @@ class Job:
 
 def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
     """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
+    _check_parallel(config)
     layout = initialise(config.parallel.tp, config.parallel.pp, seed=config.seed)
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total)
     _together(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
+
+
+def _check_parallel(config: RunConfig) -> None:
+    """The models run at any tp and pp; the stages around them (rollouts, saving) do not yet."""
+    if config.parallel.tp * config.parallel.pp > 1:
+        raise ValueError(
+            f"parallel.tp = {config.parallel.tp}, parallel.pp = {config.parallel.pp}: stages run at tp = pp = 1 so "
+            "far; set both to 1, all processes are then data parallel"
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

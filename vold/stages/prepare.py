@@ -8,6 +8,6 @@ from vold.models.tokenizer import add_thinking_tokens
 
 
 def run(student: Path, teacher: Path, out: Path) -> None:
-    """Writes `out`: the student with the missing tokens added, their rows the mean of the pieces they were spelled in."""
+    """Writes `out`: the student with the missing tokens added, their rows the mean of their old pieces."""
     add_thinking_tokens(student, teacher, out)
     print(f"{out}: {student} with the tokens of {teacher}")

@@ -15,7 +15,7 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import TransformersSampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import group_metrics, group_rows, grade_groups
+from vold.stages.groups import grade_groups, group_metrics, group_rows
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun

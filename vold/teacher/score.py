@@ -79,6 +79,4 @@ def only_sequences(micro: MicroBatch, rows_N: Tensor) -> tuple[PackedTokens, Ten
 
 
 def _to(tokens: PackedTokens, device: torch.device) -> PackedTokens:
-    return PackedTokens(
-        tokens.input_ids_T.to(device), tokens.position_ids_3T.to(device), tokens.cu_seqlens.to(device)
-    )
+    return PackedTokens(tokens.input_ids_T.to(device), tokens.position_ids_3T.to(device), tokens.cu_seqlens.to(device))

@@ -1,4 +1,4 @@
-r"""Grading cases: (boxed answer, gold, expected verdict). A response is the answer in a box unless it says otherwise."""
+r"""Grading cases: (boxed answer, gold, expected verdict). RESPONSES are whole texts."""
 
 # --- every row of RELIABILITY.md's table -------------------------------------------------------------------------
 POLICY = [

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from vold.grading.equality import Undecided, decide
 from vold.grading.extract import extract_answer
 from vold.grading.gold import validate_gold
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 30
 START_SECONDS = 60.0
 _FAILED_STARTS = 3
+_PATIENCE = 5  # a worker that gets no CPU may wait this many times `seconds`: slow is not hung
 
 
 @dataclass
@@ -68,7 +71,18 @@ class _Worker:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         self.job, job.started = job, time.monotonic()
-        self.deadline = job.started + self.seconds
+        self.deadline, self.cpu_before = job.started + self.seconds, self._cpu_seconds()
+
+    def starved(self) -> bool:
+        """Past its deadline, but on a busy machine: it has computed for less than half of its seconds."""
+        return self._cpu_seconds() - self.cpu_before < self.seconds / 2
+
+    def _cpu_seconds(self) -> float:
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return times.user + times.system
 
     def receive(self) -> list[dict] | None:
         """Messages that have arrived, None once the worker has died."""
@@ -90,7 +104,8 @@ class Grader:
     """Grades responses; use as a context manager. Not for several threads at once.
 
     workers     processes, started when an answer first needs one
-    seconds     wall-clock limit of one answer in a worker; beyond it the worker is killed and replaced
+    seconds     limit of one answer in a worker; beyond it the worker is killed and replaced. Wall-clock time, but
+                a worker that got less than half of it as CPU time is waited for (5 times as long at most)
     max_chars   longer answers are wrong ("too_long") without being read
     counters    since construction: timeouts, respawns (replacements for any reason), broken
     """
@@ -121,7 +136,7 @@ class Grader:
         """Verdicts for (response, gold, truncated), in order.
 
         Truncated, boxless and oversized answers are wrong; a hung answer is wrong ("timeout"). `broken` (mask the
-        sample) is a worker that died twice on an answer, or a gold answer that `validate_gold` refuses.
+        sample) is a worker that died twice on an answer or got no CPU, or a gold that `validate_gold` refuses.
         """
         from vold.records import Verdict  # records import torch, which workers must not
 
@@ -218,9 +233,14 @@ class Grader:
         for worker in list(self._workers):
             if now < worker.deadline or (worker.ready and worker.job is None):
                 continue
-            job = worker.job
+            job, starved = worker.job, worker.job is not None and worker.starved()
+            if starved and now < job.started + _PATIENCE * self.seconds:
+                worker.deadline = now + self.seconds / 4
+                continue
             self._replace(worker)
-            if job is not None:
+            if starved:
+                job.close("broken", "starved")
+            elif job is not None:
                 self.counters["timeouts"] += 1
                 job.close("wrong", "timeout")
 

@@ -36,7 +36,7 @@ def main() -> None:
     _send(output, {"ready": True})
     for line in _lines(parent):
         # Default SIGALRM ends the process from the kernel: an orphan stuck in one long C call still goes away.
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        signal.setitimer(signal.ITIMER_REAL, 6 * seconds + 1)
         reply = _answer(symbolically_equal, line)
         signal.setitimer(signal.ITIMER_REAL, 0)
         # sympy's caches grow; near the limit a MemoryError would make *correct* answers wrong.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from vold.config.schema import RunConfig
 from vold.parallel.launch import Layout, initialise
+from vold.trainer.flops import peak_flops
 from vold.trainer.run_log import RunLog
 
 ItemT = TypeVar("ItemT")
@@ -57,7 +58,9 @@ def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) 
     """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
     _check_parallel(config)
     layout = initialise(config.parallel.tp, config.parallel.pp, seed=config.seed)
-    log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total)
+    peak = peak_flops(layout.device)
+    peak = peak and peak * dist.get_world_size()
+    log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
     _together(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
 

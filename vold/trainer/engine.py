@@ -24,6 +24,7 @@ from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
+from vold.trainer.flops import training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
@@ -62,7 +63,7 @@ class Trainer:
         batch = batch_to(batch, self._layout.device)
         tallies = self._forward_backward(batch)
         grad_norm = self._update()
-        metrics = reduce_tallies(tallies, self._layout.dp_group)
+        metrics = reduce_tallies(tallies, self._layout.dp_group, train_tflop=self._useful_flops(batch) / 1e12)
         metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
         return StepReport(metrics, mean_kl(batch.micro_batches, tallies))
 
@@ -117,6 +118,11 @@ class Trainer:
                 "no parameter was changed by them; lower optimizer.lr, or look at the last rows of samples.jsonl"
             )
         return grad_norm
+
+    def _useful_flops(self, batch: Batch) -> float:
+        """Of this rank's share; one-token fillers have no target and do not count."""
+        work = [micro.tokens.cu_seqlens for micro in batch.micro_batches if micro.sample_B]
+        return sum(training_flops(unwrap(self._model).arch, cu_seqlens) for cu_seqlens in work)
 
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

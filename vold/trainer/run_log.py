@@ -26,9 +26,9 @@ FREE_KEYS = ("save_every", "keep_checkpoints", "samples_per_step", "grader_worke
 class RunLog:
     """Rank 0 writes; other ranks hold the same object and do nothing."""
 
-    def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int):
+    def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int, peak_flops: float | None = None):
         self.path, self._writer = config.run_dir, writer
-        self._config, self._verb = config, verb
+        self._config, self._verb, self._peak_flops = config, verb, peak_flops
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="")
         self._seconds: dict[str, float] = {}
@@ -70,6 +70,8 @@ class RunLog:
         row |= {f"seconds_{name}": value for name, value in self._seconds.items()}
         if "response_tokens" in metrics:
             row["tokens_per_second"] = metrics["response_tokens"] / seconds
+        if self._peak_flops and "train_tflop" in metrics:
+            row["mfu"] = metrics["train_tflop"] * 1e12 / self._seconds["train"] / self._peak_flops
         self._seconds = {}
         if self._writer:
             _append(self.path / "metrics.jsonl", [row])

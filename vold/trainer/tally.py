@@ -65,13 +65,16 @@ def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
     }
 
 
-def reduce_tallies(tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
-    """Means per token (nats) over all ranks of `group`; counts stay counts."""
+def reduce_tallies(
+    tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup, *, train_tflop: float
+) -> dict[str, float]:
+    """Means per token (nats) over all ranks of `group`; counts and work stay sums."""
     sums = torch.stack([t["sums"] for t in tallies]).sum(0)
+    sums = torch.cat([sums, sums.new_tensor([train_tflop])])
     largest = torch.stack([t["mismatch_max"] for t in tallies]).amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    total = dict(zip((*SUMS, "train_tflop"), sums.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
     metrics = {
         "loss": total["pg_loss"] + total["kl_loss"],
@@ -82,6 +85,7 @@ def reduce_tallies(tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGrou
         "clip_low": total["clip_low"] / tokens,
         "clip_high": total["clip_high"] / tokens,
         "gradient_tokens": total["tokens"],
+        "train_tflop": total["train_tflop"],
     }
     if total["kl_tokens"]:
         metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]

@@ -1,0 +1,198 @@
+"""The pool under hostile answers: killed, replaced, counted, and never at the cost of the next answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vold.grading import Grader
+
+SECONDS = 2.0
+HARD = [(rf"\sqrt{{{12 * n * n}}}", rf"{2 * n}\sqrt{{3}}") for n in range(2, 8)]  # equal, but need a worker
+HANGING = {
+    "factorial": "100000000!",
+    "binomial": r"\binom{10^9}{5\cdot10^8}",
+    "tower": "9^{9^{9^9}}",
+    "braces": "{" * 10_000 + "7" + "}" * 10_000,
+    "digits": "9" * 1_000_000,
+    "braces below the cap": "{" * 2000 + "7" + "}" * 2000,
+    "digits below the cap": "9" * 4000 + "+x",
+    "powers below the cap": "9^{" * 500 + "9" + "}" * 500,
+}
+
+
+def boxed(answer):
+    return rf"so \boxed{{{answer}}}"
+
+
+@pytest.fixture
+def grader():
+    with Grader(workers=2, seconds=SECONDS) as grader:
+        yield grader
+
+
+def warm(grader):
+    """Both workers up, so that a measured time is the answer's own."""
+    verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold in HARD])
+    assert [v.outcome for v in verdicts] == ["correct"] * len(HARD)
+    while not all(worker.ready for worker in grader._workers):
+        grader._collect(None)
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_hanging_answer_is_wrong_within_the_limit(grader, name):
+    warm(grader)
+    before = time.monotonic()
+    (verdict,) = grader.grade([(boxed(HANGING[name]), "7", False)])
+    assert verdict.outcome == "wrong"
+    assert time.monotonic() - before < 5 * SECONDS + 2  # SECONDS on an idle machine; see Grader's patience
+    assert grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])[0].outcome == "correct"
+
+
+def test_two_bad_answers_do_not_poison_two_workers(grader):
+    bad = [(boxed("100000000!"), "7", False), (boxed("9^{9^{9^9}}"), "8", False)]
+    good = [(boxed(answer), gold, False) for answer, gold in HARD]
+    verdicts = grader.grade(bad + good + bad + good)
+    assert [v.outcome for v in verdicts] == (["wrong"] * 2 + ["correct"] * len(HARD)) * 2
+    assert {v.rule for v in verdicts if v.outcome == "wrong"} == {"timeout"}
+    assert grader.counters == {"timeouts": 2, "respawns": 2, "broken": 0}  # the repeated pair is graded once
+
+
+def test_a_killed_idle_worker_is_replaced(grader):
+    warm(grader)
+    for worker in grader._workers:
+        os.kill(worker.process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    warm(grader)
+    assert grader.counters["respawns"] >= 1
+    assert grader.counters["broken"] == 0
+
+
+def test_a_worker_that_dies_on_an_answer_twice_breaks_it_and_only_it(grader, monkeypatch):
+    from vold.grading import pool
+
+    send = pool._Worker.send
+
+    def send_and_shoot(self, job):
+        send(self, job)
+        if job.question.answer == r"\sqrt{98}":
+            os.kill(self.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(pool._Worker, "send", send_and_shoot)
+    good = [(boxed(answer), gold, False) for answer, gold in HARD]
+    verdicts = grader.grade([good[0], (boxed(r"\sqrt{98}"), r"7\sqrt{2}", False), *good[1:]])
+    outcomes = [v.outcome for v in verdicts]
+    assert outcomes == ["correct", "broken"] + ["correct"] * (len(HARD) - 1)
+    assert verdicts[1].rule == "worker_died"
+    assert grader.counters == {"timeouts": 0, "respawns": 2, "broken": 1}
+
+
+def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
+    from vold.grading import pool
+
+    send, shots = pool._Worker.send, []
+
+    def shoot_once(self, job):
+        send(self, job)
+        if not shots:
+            shots.append(os.kill(self.process.pid, signal.SIGKILL))
+
+    monkeypatch.setattr(pool._Worker, "send", shoot_once)
+    warm(grader)
+    assert grader.counters["respawns"] == 1
+
+
+def test_order_truncation_and_missing_boxes(grader):
+    items = [
+        (boxed("7"), "7", False),
+        (boxed(HARD[0][0]), HARD[0][1], False),
+        (boxed("7"), "7", True),
+        ("7", "7", False),
+        (boxed("8"), "7", False),
+        (boxed(r"\sqrt{2}"), "7", False),
+        (boxed("7"), "", False),
+        (boxed("9" * 5000), "7", False),
+    ]
+    verdicts = grader.grade(items)
+    assert [(v.outcome, v.rule) for v in verdicts] == [
+        ("correct", "identical"),
+        ("correct", "math-verify"),
+        ("wrong", "truncated"),
+        ("wrong", "no_answer"),
+        ("wrong", "number"),
+        ("wrong", "math-verify"),
+        ("broken", "gold"),
+        ("wrong", "too_long"),
+    ]
+    assert verdicts[1].extracted == HARD[0][0] and verdicts[2].extracted is None
+    assert grader.counters["broken"] == 1
+
+
+def test_plain_numbers_start_no_worker(grader):
+    import vold.records  # noqa: F401  torch's import is not the grader's time
+
+    before = time.process_time()
+    verdicts = grader.grade([(boxed(n % 10), "7", False) for n in range(240)])
+    assert time.process_time() - before < 0.2
+    assert sum(v.outcome == "correct" for v in verdicts) == 24
+    assert not grader._workers
+
+
+def test_lone_surrogates_reach_the_worker(grader):
+    verdict, _ = grader.grade([(boxed("\\sqrt{2}\ud800"), "7", False), (boxed(HARD[0][0]), HARD[0][1], False)])
+    assert verdict.outcome == "wrong"
+
+
+def test_bad_arguments_name_the_field():
+    with pytest.raises(ValueError, match="workers"):
+        Grader(workers=0)
+
+
+def test_the_package_imports_neither_torch_nor_sympy():
+    code = "import sys, vold.grading; print([m for m in ('torch', 'sympy', 'transformers') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_the_worker_imports_neither_torch_nor_gmpy2():
+    code = (
+        "import sys, io; sys.argv = ['worker', '2', '1073741824']; sys.stdin.close()\n"
+        "from vold.grading import worker\n"
+        "worker._lines = lambda parent: []\n"
+        "worker.main()\n"
+        "sys.stderr.write(str([m for m in ('torch', 'transformers', 'megatron', 'gmpy2') if sys.modules.get(m)]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.loads(run.stdout) == {"ready": True}
+    assert run.stderr.endswith("[]")
+
+
+def test_workers_die_with_a_parent_that_is_killed():
+    """Even in the middle of an answer: SIGKILL leaves the parent no chance to tidy up."""
+    code = (
+        "import threading, os, signal\n"
+        "from vold.grading import Grader\n"
+        "grader = Grader(workers=1, seconds=1)\n"
+        f"grader.grade([({boxed(HARD[0][0])!r}, {HARD[0][1]!r}, False)])\n"
+        "print(grader._workers[0].process.pid, flush=True)\n"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
+        "grader.grade([(r'\\boxed{100000000!}', '7', False)])"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    worker = int(parent.stdout.split()[0])
+    for _ in range(200):
+        if not _alive(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

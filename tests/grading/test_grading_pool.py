@@ -35,6 +35,13 @@ def grader():
         yield grader
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """One pool for the tests that only grade: starting workers is most of this file's time."""
+    with Grader(workers=2, seconds=SECONDS) as grader:
+        yield grader
+
+
 def warm(grader):
     """Both workers up, so that a measured time is the answer's own."""
     verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold in HARD])
@@ -44,13 +51,13 @@ def warm(grader):
 
 
 @pytest.mark.parametrize("name", HANGING)
-def test_a_hanging_answer_is_wrong_within_the_limit(grader, name):
-    warm(grader)
+def test_a_hanging_answer_is_wrong_within_the_limit(shared, name):
+    warm(shared)
     before = time.monotonic()
-    (verdict,) = grader.grade([(boxed(HANGING[name]), "7", False)])
+    (verdict,) = shared.grade([(boxed(HANGING[name]), "7", False)])
     assert verdict.outcome == "wrong"
     assert time.monotonic() - before < 5 * SECONDS + 2  # SECONDS on an idle machine; see Grader's patience
-    assert grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])[0].outcome == "correct"
+    assert shared.grade([(boxed(HARD[0][0]), HARD[0][1], False)])[0].outcome == "correct"
 
 
 def test_two_bad_answers_do_not_poison_two_workers(grader):
@@ -106,6 +113,33 @@ def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
     assert grader.counters["respawns"] == 1
 
 
+def test_a_worker_without_cpu_is_waited_for_and_then_broken_not_wrong(monkeypatch):
+    from vold.grading import pool
+
+    send = pool._Worker.send
+
+    def send_and_stop(self, job):
+        send(self, job)
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(pool._Worker, "send", send_and_stop)
+    with Grader(workers=1, seconds=0.5) as grader:
+        (verdict,) = grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
+        assert (verdict.outcome, verdict.rule) == ("broken", "starved")
+        assert verdict.seconds >= 5 * 0.5
+        assert grader.counters == {"timeouts": 0, "respawns": 1, "broken": 1}
+
+
+def test_a_worker_close_to_its_memory_limit_is_retired(monkeypatch):
+    from vold.grading import pool
+
+    monkeypatch.setattr(pool, "MAX_BYTES", 120 << 20)  # sympy needs about 70 MiB: above half, below the limit
+    with Grader(workers=1, seconds=SECONDS) as grader:
+        verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold in HARD[:2]])
+        assert [v.outcome for v in verdicts] == ["correct", "correct"]
+        assert grader.counters["respawns"] == 2
+
+
 def test_order_truncation_and_missing_boxes(grader):
     items = [
         (boxed("7"), "7", False),
@@ -142,8 +176,8 @@ def test_plain_numbers_start_no_worker(grader):
     assert not grader._workers
 
 
-def test_lone_surrogates_reach_the_worker(grader):
-    verdict, _ = grader.grade([(boxed("\\sqrt{2}\ud800"), "7", False), (boxed(HARD[0][0]), HARD[0][1], False)])
+def test_lone_surrogates_reach_the_worker(shared):
+    verdict, _ = shared.grade([(boxed("\\sqrt{2}\ud800"), "7", False), (boxed(HARD[0][0]), HARD[0][1], False)])
     assert verdict.outcome == "wrong"
 
 

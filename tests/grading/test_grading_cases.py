@@ -1,7 +1,7 @@
 """The case table, rule by rule; the same rows once through the pool, as training grades them."""
 
 import pytest
-from cases import ANSWERS, RESPONSES
+from grading_cases import ANSWERS, RESPONSES
 
 from vold.grading import Grader, equal, extract_answer, validate_gold
 

@@ -1,0 +1,100 @@
+"""Two exported checkpoints and what transformers makes of them: run in the main environment by tests/vllm/run.sh.
+
+Usage: expectations.py DIRECTORY, which gets student/, teacher/, images and expectations.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vold.config.schema import PromptConfig, SamplingConfig
+from vold.data.problems import Problem
+from vold.data.prompts import build_prompt
+from vold.miniature import models, world
+from vold.models.architecture import Architecture
+from vold.models.checkpoint_dir import export_checkpoint
+from vold.models.language_model import build_language_model
+from vold.models.tokenizer import load_tokenizer
+from vold.models.weights import export_weights, load_pretrained
+from vold.parallel.launch import Layout, initialise, shutdown
+from vold.records import Prompt, Rollout
+from vold.rollout import TransformersSampler
+
+GREEDY = SamplingConfig(max_new_tokens=24, temperature=0.0)
+TEXTS, IMAGES = 3, 2
+NOISE = 0.1
+"""Added to every trained weight (initialised at .05): logits that are not flat, from weights that are not the source's."""
+
+
+def main(out: Path) -> None:
+    layout = initialise(seed=0)
+    student_dir = _exported(models.base_config(), out / "student", layout)
+    teacher_dir = _exported(models.teacher_config(), out / "teacher", layout)
+    shutdown()
+    prompts = _prompts(student_dir, out)
+    rollouts = _sampler(student_dir).sample(prompts, GREEDY, responses=1, seed=0)
+    teacher = _sampler(teacher_dir)
+    scores = {rollout.prompt.id: teacher.score(rollout.prompt, rollout.response_ids) for rollout in rollouts[:TEXTS]}
+    facts = {
+        "student": str(student_dir),
+        "teacher": str(teacher_dir),
+        "real_ids": len(load_tokenizer(student_dir)),
+        "image_id": Architecture.from_pretrained(student_dir).vision.image_token_id,
+        "max_new_tokens": GREEDY.max_new_tokens,
+        "cases": [_case(rollout, scores) for rollout in rollouts],
+    }
+    (out / "expectations.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _exported(config, target: Path, layout: Layout) -> Path:
+    """An untrained checkpoint, loaded, changed and exported as `vold export` does it."""
+    source = target.with_name(f"{target.name}-source")
+    models.save_checkpoint(models.new_model(config, seed=0), source)
+    model = build_language_model(Architecture.from_pretrained(source), layout, torch.float32)
+    load_pretrained(model, source)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
+    return export_checkpoint(source, target, export_weights(model))
+
+
+def _prompts(student_dir: Path, out: Path) -> list[Prompt]:
+    """Text prompts of different lengths, then one question about different images."""
+    rng = np.random.default_rng(0)
+    problems = [Problem(f"text{i}", world.text_question(world.sample_problem(rng, "test"), rng)) for i in range(TEXTS)]
+    question = world.image_question(rng)
+    pictures = world.render([world.sample_problem(rng, "test").expression for _ in range(IMAGES)], rng)
+    for i, grey in enumerate(pictures):
+        path = out / f"image{i}.png"
+        Image.fromarray(grey).save(path)
+        problems.append(Problem(f"image{i}", question, images=(path,)))
+    tokenizer = load_tokenizer(student_dir)
+    return [build_prompt(problem, tokenizer, PromptConfig(suffix="")) for problem in problems]
+
+
+def _sampler(directory: Path) -> TransformersSampler:
+    return TransformersSampler(directory, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _case(rollout: Rollout, scores: dict[str, list[float]]) -> dict:
+    prompt = rollout.prompt
+    return {
+        "id": prompt.id,
+        "prompt_ids": prompt.token_ids,
+        "images": [str(path) for path in prompt.images],
+        "response_ids": rollout.response_ids,
+        "finish_reason": rollout.finish_reason,
+        "logp_student": rollout.logp_rollout,
+        "logp_teacher": scores.get(prompt.id),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# `make test-vllm`: does what vold exports load in real vLLM, on a CPU, with the numbers transformers gives?
+# vLLM has an environment of its own, .venv-vllm, made when it is missing or constraints-vllm.txt has changed.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+pins=constraints-vllm.txt
+main=.venv/bin/python
+vllm=.venv-vllm/bin/python
+
+[[ -x $main ]] || make env
+
+if ! cmp --silent "$pins" .venv-vllm/.ready; then
+  echo "installing vLLM into .venv-vllm: some minutes, 2.5 GB"
+  $main -m venv --clear .venv-vllm
+  $vllm -m pip install -qq --disable-pip-version-check --no-deps -r "$pins"
+  cp "$pins" .venv-vllm/.ready
+fi
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+
+$main tests/vllm/expectations.py "$scratch"
+
+# No compilation (it costs half a minute), no helper process (tests reach into the engine), no usage report.
+export TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1
+export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
+VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=tests/vllm/shim $vllm -m pytest -m vllm tests/vllm

@@ -28,8 +28,8 @@ from vold.rollout import TransformersSampler
 
 GREEDY = SamplingConfig(max_new_tokens=24, temperature=0.0)
 TEXTS, IMAGES = 3, 2
-NOISE = 0.1
-"""Added to every trained weight (initialised at .05): logits that are not flat, from weights that are not the source's."""
+NOISE = 0.2
+"""Added to every trained weight: other weights than the source's, and greedy choices that are never close (.02)."""
 
 
 def main(out: Path) -> None:

@@ -26,8 +26,7 @@ def run(root: Path = Path("runs"), *, side_by_side: int = 2) -> None:
     seconds = {"teacher_and_base": time.perf_counter() - started}
     for group in phases(out, world):
         seconds |= run_phases(group, side_by_side=side_by_side)
-    seconds["total"] = time.perf_counter() - started
-    report = demo_report(out, seconds)
+    report = demo_report(out, seconds, time.perf_counter() - started)
     print("\n" + accuracy_table(report["accuracy"], report["stderr"]))
     print(f"\n{out / 'report.json'}\n{out / 'report.html'}")
 
@@ -78,16 +77,18 @@ def read_evaluation(out: Path, name: str) -> dict[str, dict[str, float]]:
     return json.loads((out / f"eval_{name}" / "evaluation.json").read_text())["sets"]
 
 
-def demo_report(out: Path, seconds: dict[str, float]) -> dict:
-    """Writes report.json and report.html; seconds of phases that were kept come from the report before."""
+def demo_report(out: Path, seconds: dict[str, float], wall_seconds: float) -> dict:
+    """Writes report.json and report.html; seconds of phases that were kept are those of the report before."""
     found = {name: read_evaluation(out, name) for name in MODELS}
     previous = out / "report.json"
     before = json.loads(previous.read_text())["seconds"] if previous.exists() else {}
+    started_here = {name: value for name, value in seconds.items() if name not in before or value > 1.0}
     report = {
         "accuracy": {model: {name: s["accuracy"] for name, s in sets.items()} for model, sets in found.items()},
         "stderr": {model: {name: s["stderr"] for name, s in sets.items()} for model, sets in found.items()},
         "n": {name: s["n"] for name, s in found["base"].items()},
-        "seconds": before | seconds if set(seconds) <= {"teacher_and_base", "total"} and before else seconds,
+        "seconds": before | started_here,
+        "wall_seconds": wall_seconds,
         "versions": versions(),
         "commit": commit(),
     }

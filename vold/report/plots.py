@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .read import RunRecord
 from .style import CURVES, GRID, INK, SOFT, colours, label, metric
@@ -149,6 +149,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
     if shown.log and every and min(every) > 0 and max(every) / min(every) > 20:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_title(shown.label, loc="left", fontsize=10.5, fontweight="bold", pad=16)
     axis.text(0, 1.035, shown.unit, transform=axis.transAxes, color=SOFT, fontsize=8.5, va="bottom")
     axis.set_xlabel("step", loc="left", fontsize=8.5)

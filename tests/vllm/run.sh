@@ -23,7 +23,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PRO
 
 $main tests/vllm/expectations.py "$scratch"
 
-# No compilation (it costs half a minute), no helper process (tests reach into the engine), no usage report.
+# No compilation (it costs half a minute), no engine process beside the tests, no usage report.
 export TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
-VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=tests/vllm/shim $vllm -m pytest -m vllm tests/vllm
+VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=$PWD/tests/vllm/shim $vllm -m pytest -m vllm tests/vllm

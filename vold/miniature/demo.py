@@ -14,7 +14,7 @@ from vold.miniature.pipeline import Phase, run_phases
 from vold.report import accuracy_table, write_report
 
 MODELS = ("base", "sft", "grpo", "vold")
-SFT_STEPS, RL_STEPS = 40, 45
+SFT_STEPS, RL_STEPS = 100, 60  # as in configs/miniature
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2) -> None:
@@ -44,9 +44,11 @@ def phases(out: Path, world: MiniatureWorld) -> list[list[Phase]]:
     ]
 
 
-def sft_phase(out: Path, world: MiniatureWorld, name: str = "sft", overrides: tuple[str, ...] = ()) -> Phase:
+def sft_phase(
+    out: Path, world: MiniatureWorld, name: str = "sft", overrides: tuple[str, ...] = (), steps: int = SFT_STEPS
+) -> Phase:
     paths = (f"student={world.base}", f"pair_with={world.teacher}", f"data.path={out / 'traces' / 'traces'}")
-    return Phase("sft", "sft.yaml", out / name, (*paths, *overrides), SFT_STEPS)
+    return Phase("sft", "sft.yaml", out / name, (*paths, *overrides, f"steps={steps}"), steps)
 
 
 def rl_phase(

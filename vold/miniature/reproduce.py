@@ -1,8 +1,9 @@
 """`make reproduce`: three seeds of GRPO, VOLD, VOLD without mask and the misaligned start.
 
 The paper's figure 3 (VOLD against GRPO), figure 5 (masking) and table 2 (SFT on traces of another style: does
-distillation still help?) in miniature. A seed draws its own SFT order, RL prompts and samples; teacher, base and
-problems are those of the demo, as the public checkpoints are the same for every run of the paper.
+distillation still help?) in miniature, with two controls: twice the SFT steps, and SFT on all traces. A seed draws its
+own SFT order, RL prompts and samples; teacher, base and problems are those of the demo, as the public checkpoints are
+the same for every run of the paper.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import json
 import time
 from pathlib import Path
 
-from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
+from vold.miniature.demo import SFT_STEPS, commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
 from vold.report import seeds_table, write_report
 
 SEEDS = (0, 1, 2)
-ARMS = ("sft", "grpo", "vold", "vold-unmasked")
-MISALIGNED = ("misaligned-sft", "misaligned-grpo", "misaligned-vold")
+CONTROLS = ("sft-longer", "sft-all-traces")
+ARMS = ("sft", "grpo", "vold", "vold-unmasked", "misaligned-sft", "misaligned-grpo", "misaligned-vold", *CONTROLS)
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
@@ -31,23 +32,28 @@ def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, .
     plans = [_stages(out, folder, world, seed) for folder, seed in zip(folders, seeds, strict=True)]
     for stage in zip(*plans, strict=True):
         run_phases([phase for group in stage for phase in group], side_by_side=side_by_side)
-    rows = [_row(seed, folder, arm) for seed, folder in zip(seeds, folders, strict=True) for arm in ARMS + MISALIGNED]
+    rows = [_row(seed, folder, arm) for seed, folder in zip(seeds, folders, strict=True) for arm in ARMS]
     _write(out, rows, folders, time.perf_counter() - started)
 
 
 def _stages(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[list[Phase]]:
-    """Both SFT runs, then five RL runs, then seven evaluations."""
+    """SFT runs, then RL runs, then evaluations."""
     seeded = (f"seed={seed}",)
     other = (*seeded, f"data.path={world.traces_other}", "data.layout=prompt-response")
     traces = (*seeded, f"data.path={out / 'traces' / 'traces'}")
     start = "misaligned-sft"
     return [
-        [sft_phase(folder, world, "sft", traces), sft_phase(folder, world, start, other)],
+        [
+            sft_phase(folder, world, "sft", traces),
+            sft_phase(folder, world, start, other),
+            sft_phase(folder, world, "sft-longer", traces, steps=2 * SFT_STEPS),
+            sft_phase(folder, world, "sft-all-traces", (*traces, "data.limit=null")),
+        ],
         [
             *(rl_phase(folder, world, preset, overrides=seeded) for preset in ("grpo", "vold", "vold-unmasked")),
             *(rl_phase(folder, world, preset, start, f"misaligned-{preset}", seeded) for preset in ("grpo", "vold")),
         ],
-        [eval_phase(folder, world, arm, folder / arm / "model") for arm in ARMS + MISALIGNED],
+        [eval_phase(folder, world, arm, folder / arm / "model") for arm in ARMS],
     ]
 
 

@@ -12,7 +12,7 @@ from vold.objectives import likelihood
 from vold.rollout import TransformersSampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.job import open_job
-from vold.stages.training import TrainingRun, wants_evaluation
+from vold.stages.training import TrainingRun
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 
@@ -38,7 +38,7 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
         config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
     )
     sampler = None
-    if wants_evaluation(config):
+    if training.evaluates_after(config.steps - 1):
         sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
     if resume:
         training.resume()
@@ -50,7 +50,7 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
             batch = pack(mine, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
             with job.log.phase("train"):
                 report = trainer.step(batch)
-            if sampler is not None and _evaluates(config, step + 1):
+            if training.evaluates_after(step):
                 sampler.load_weights(trainer.weights())
             metrics = {**report.metrics, "loss": report.metrics["nll"]}
             metrics["response_tokens"] = report.metrics["gradient_tokens"]
@@ -60,7 +60,3 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
 
 def _length(sample) -> int:
     return len(sample.prompt.token_ids) + len(sample.response_ids)
-
-
-def _evaluates(config: SftConfig, done: int) -> bool:
-    return done == config.steps or done % config.evaluation.every == 0

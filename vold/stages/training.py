@@ -38,11 +38,15 @@ class TrainingRun:
         """0-based steps still to do."""
         yield from range(self.done, self.config.steps)
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due once 0-based `step` is done."""
+        done, settings = step + 1, self.config.evaluation
+        return bool(settings.every and settings.sets) and (done % settings.every == 0 or done == self.config.steps)
+
     def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
         """Evaluate and save where due, then write the step: what is on disk is what has happened."""
         done, total = step + 1, self.config.steps
-        every = self.config.evaluation.every
-        if every and (done % every == 0 or done == total) and sampler is not None:
+        if self.evaluates_after(step):
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
             metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
@@ -57,7 +61,3 @@ class TrainingRun:
         if self.job.is_writer and not target.exists():
             export_checkpoint(self.config.student, target, self.trainer.weights())
         self.job.log.close()
-
-
-def wants_evaluation(config: TrainConfig) -> bool:
-    return bool(config.evaluation.every and config.evaluation.sets)

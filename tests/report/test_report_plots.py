@@ -11,7 +11,7 @@ from made_up_runs import REPORT, write_demo
 from PIL import Image
 
 from vold.report import RunRecord, accuracy_bars, curve, curves, read_runs, seeds_errorbars
-from vold.report.plots import _spread, smooth
+from vold.report.plots import _spread, mean_run, smooth
 from vold.report.style import PALETTE, colours
 
 
@@ -50,6 +50,17 @@ def test_a_run_of_one_step_and_a_run_with_gaps():
 def test_names_are_text_never_mathematics():
     hostile = RunRecord("$\\frac{<b>", path=None, metrics={"step": [0.0, 1.0], "reward": [0.5, 0.6]})
     assert "$\\frac{<b>" in "".join(ET.fromstring(curve([hostile], "reward")).itertext())
+
+
+def test_runs_of_several_seeds_are_one_labelled_mean():
+    runs = [
+        RunRecord(f"seed{i}/vold", path=None, metrics={"step": [1.0, 2.0, 3.0], "reward": [i, i + 1.0, last]})
+        for i, last in ((0, 4.0), (1, math.nan))
+    ]
+    mean = mean_run("vold", runs, "reward")
+    assert (mean.metrics["step"], mean.metrics["reward"]) == ([1.0, 2.0], [0.5, 1.5])
+    text = "".join(ET.fromstring(curve(runs, "reward")).itertext())
+    assert text.count("VOLD") == 1 and "seed" not in text
 
 
 def test_smoothing_keeps_constants_lines_and_gaps():

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .read import RunRecord
-from .style import CURVES, GRID, INK, SOFT, colours, label, metric
+from .style import CURVES, GRID, INK, SOFT, arm_of, colours, label, metric
 from .tables import AccuracyTable, as_table, seed_cells
 
 Format = Literal["svg", "png"]
@@ -113,6 +113,27 @@ def has(run: RunRecord, key: str) -> bool:
     return any(math.isfinite(value) for value in run.metrics.get(key, ()))
 
 
+def seed_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs of one arm in several folders (seed0/vold, seed1/vold) belong together, under the arm's name."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(arm_of(run.name) if "/" in run.name else run.name, []).append(run)
+    return groups
+
+
+def mean_run(name: str, runs: Sequence[RunRecord], key: str) -> RunRecord:
+    """The mean of `key` over the runs at each step that all of them logged; a single run is itself."""
+    if len(runs) == 1:
+        return runs[0]
+    logged = [
+        {step: value for step, value in zip(run.steps, run.metrics[key], strict=True) if math.isfinite(value)}
+        for run in runs
+    ]
+    steps = sorted(set.intersection(*(set(values) for values in logged)))
+    mean = [float(np.mean([values[step] for values in logged])) for step in steps]
+    return RunRecord(name, path=None, metrics={"step": steps, key: mean})
+
+
 def smooth(values: Sequence[float]) -> np.ndarray:
     """Centred moving average over about a twelfth of the run; NaN stays NaN and is not averaged in."""
     y = np.asarray(values, dtype=float)
@@ -142,10 +163,13 @@ def _figure(width: float, height: float) -> Figure:
 def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     shown, paint = metric(key), colours([run.name for run in runs])
     ends: list[tuple[float, float, str, str]] = []
-    for run in runs:
-        if has(run, key):
-            x, y = _draw_run(axis, run, key, paint[run.name])
-            ends.append((x, y, _short(run.name), paint[run.name]))
+    for name, group in seed_groups([run for run in runs if has(run, key)]).items():
+        colour = paint[group[0].name]
+        if len(group) > 1:
+            for run in group:
+                axis.plot(run.steps, smooth(run.metrics[key]), color=colour, linewidth=0.9, alpha=0.4, marker=".")
+        x, y = _draw_run(axis, mean_run(name, group, key), key, colour)
+        ends.append((x, y, _short(name), colour))
     every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
     if shown.log and every and min(every) > 0 and max(every) / min(every) > 20:
         axis.set_yscale("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def tiny_student_dir(tmp_path_factory) -> Path:
     from vold.miniature import models
 
     return _saved(models, models.base_config(), tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """torchrun(processes, *arguments): a script or `-m module` in a clean launch environment, output captured."""
+
+    def run(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
 
 
 def _saved(models, config, directory: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,9 @@ WORKERS = Path(__file__).with_name("workers.py")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def torchrun(processes: int, *arguments: str) -> None:
-    """Run a worker under torchrun on a free port and require `ok` of every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, str(WORKERS), *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+def run_worker(torchrun, processes: int, *arguments: str) -> None:
+    """Run a worker and require `ok` of every rank."""
+    run = torchrun(processes, WORKERS, *arguments)
     assert run.returncode == 0 and run.stdout.split().count("ok") == processes, run.stdout + run.stderr
 
 
@@ -69,6 +63,6 @@ def test_threads_follow_omp_num_threads(layout):
     assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
-def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(tmp_path):
+def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(torchrun, tmp_path):
     families = ("qwen3", "qwen2_5_vl")
-    torchrun(2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))
+    run_worker(torchrun, 2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -171,29 +168,24 @@ def test_mistakes_are_one_line(load, tmp_path, layout, override, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "vold", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
+def test_the_command_line_prints_one_line_and_exits_with_2(world, torchrun, tmp_path):
+    run = torchrun(
+        1,
+        "-m",
+        "vold",
+        "rl",
+        "configs/miniature/rl.yaml",
+        *world.overrides("rl", tmp_path / "x"),
+        "rollout.temprature=1",
     )
-
-
-def test_the_command_line_prints_one_line_and_exits_with_2(world, tmp_path):
-    run = command("rl", "configs/miniature/rl.yaml", *world.overrides("rl", tmp_path / "x"), "rollout.temprature=1")
     assert run.returncode == 2
     assert run.stderr == "vold: configs/miniature/rl.yaml: unknown key rollout.temprature; did you mean temperature?\n"
 
 
-def test_two_ranks_run_the_same_stage(world, tmp_path):
+def test_two_ranks_run_the_same_stage(world, torchrun, tmp_path):
     """torchrun over gloo: the prompts are shared out, every prompt is answered once, both ranks end well."""
     run_dir = tmp_path / "dp2"
-    run = command("rl", "configs/miniature/rl.yaml", *world.overrides("rl", run_dir), "steps=2", processes=2)
+    run = torchrun(2, "-m", "vold", "rl", "configs/miniature/rl.yaml", *world.overrides("rl", run_dir), "steps=2")
     assert run.returncode == 0, run.stderr
     rows = read_rows(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]

@@ -61,13 +61,7 @@ def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, ti
         if sample.kl_weight:
             loss = loss + (sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2).sum()
         loss.backward()
-    language_model = unwrap(trainer._model)
-    by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
-    expected = {
-        name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
-        for name, _, rule in named_rules(language_model)
-    }
-    assert relative(found, expected) < 1e-4
+    assert relative(found, as_megatron(model, trainer)) < 1e-4
 
 
 def test_k2_identity(trainer, teacher):
@@ -148,13 +142,7 @@ def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
         (
             torch.nn.functional.cross_entropy(logits, ids[0, len(sample.prompt.token_ids) :], reduction="sum") / tokens
         ).backward()
-    language_model = unwrap(trainer._model)
-    by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
-    expected = {
-        name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
-        for name, _, rule in named_rules(language_model)
-    }
-    assert relative(found, expected) < 1e-4
+    assert relative(found, as_megatron(model, trainer)) < 1e-4
 
 
 def test_a_non_finite_gradient_changes_nothing_and_stops_after_several(tiny_student_dir, layout):
@@ -183,6 +171,16 @@ def test_norms_and_biases_are_not_decayed(trainer):
     decayed = {id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     for name, parameter in trainer.parameters.items():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
+def as_megatron(model, trainer) -> dict[str, torch.Tensor]:
+    """A transformers model's gradients under Megatron's names and layout."""
+    language_model = unwrap(trainer._model)
+    by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
+    return {
+        name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
+        for name, _, rule in named_rules(language_model)
+    }
 
 
 def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:

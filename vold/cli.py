@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +88,15 @@ def main() -> None:
     try:
         app(prog_name="vold")
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"vold: {error}", file=sys.stderr)
+        print(f"vold{_speaker()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _speaker() -> str:
+    """Rank 0 speaks for all: torchrun ends the other ranks as soon as it exits. One that fails alone is heard, named,
+    a moment later."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return ""
+    time.sleep(3)
+    return f" (rank {rank})"

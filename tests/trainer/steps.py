@@ -19,20 +19,20 @@ VOCAB_SIZE = 40  # ids used by the samples stay below
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="constant", warmup_steps=0)
 
 
-def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), **numbers) -> Trainer:
+def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), dtype=torch.float32, **numbers) -> Trainer:
     return Trainer(
         student,
         layout,
         OPTIMIZER.model_copy(update=numbers),
         steps=steps,
-        dtype=torch.float32,
+        dtype=dtype,
         vocab_size=VOCAB_SIZE,
         clip=clip,
     )
 
 
-def make_teacher(checkpoint: Path, layout) -> Teacher:
-    return Teacher(checkpoint, layout, dtype=torch.float32, vocab_size=VOCAB_SIZE)
+def make_teacher(checkpoint: Path, layout, dtype=torch.float32) -> Teacher:
+    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE)
 
 
 def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:

@@ -25,6 +25,7 @@ from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
 from vold.records import Batch
 from vold.trainer.engine import unwrap
+from vold.trainer.optimizer import optimizer_state
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 
@@ -165,6 +166,22 @@ def test_the_schedule_never_spends_an_update_at_rate_zero(tiny_student_dir, layo
     rates = [trainer.step(batch).metrics["lr"] for _ in range(6)]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
     assert all(a > b > 0 for a, b in pairwise(rates[1:]))
+
+
+def test_bfloat16_trains_fp32_masters(tiny_student_dir, tiny_teacher_dir, layout):
+    """The same first step as in fp32 within bfloat16's resolution; masters, not the bf16 weights, are the state."""
+    batch = batch_of(weigh("vold", make_groups(MIXED)))
+    reports, trainers = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainers.append(make_trainer(tiny_student_dir, layout, dtype=dtype, lr=1e-5))
+        teacher = make_teacher(tiny_teacher_dir, layout, dtype=dtype)
+        reports.append(trainers[-1].step(teacher.score(batch)).metrics)
+    assert reports[1]["loss"] == pytest.approx(reports[0]["loss"], rel=0.05)
+    assert reports[1]["grad_norm"] == pytest.approx(reports[0]["grad_norm"], rel=0.05)
+    state = optimizer_state(trainers[1].optimizer, trainers[1].parameters)
+    masters = [tensor for name, tensor in state.items() if name.endswith("/main")]
+    assert len(masters) == len(trainers[1].parameters) and {t.dtype for t in masters} == {torch.float32}
+    assert {p.dtype for p in trainers[1].parameters.values()} == {torch.bfloat16}
 
 
 def test_norms_and_biases_are_not_decayed(trainer):

@@ -48,6 +48,7 @@ def test_pack(rows, max_tokens, at_least):
             assert micro.logp_rollout_N[own].tolist() == list(sample.logp_rollout)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 15), st.integers(0, 3))
 def test_each_epoch_sees_every_row_once_across_its_edge(rows, per_step, seed):
     steps = -(-3 * rows // per_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -13,6 +13,7 @@ TOKENIZER = tk.make_tokenizer()
 RESPONSE = "<think>7*9+5*3>..3+5*3>....8*3>......4</think>\\boxed{4}"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([t for t in tk.VOCABULARY if t != tk.UNKNOWN]), max_size=40))
 def test_any_sequence_of_tokens_comes_back(tokens):
     ids = [tk.TOKEN_ID[token] for token in tokens]

@@ -15,15 +15,16 @@ from pathlib import Path
 from vold.miniature.demo import SFT_STEPS, commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
-from vold.report import seeds_table, write_report
+from vold.report import curves, read_runs, seeds_errorbars, seeds_table, write_report
 
 SEEDS = (0, 1, 2)
+FIGURES_3_AND_5 = ("reward", "kl_teacher", "accuracy_text", "accuracy_image")
 CONTROLS = ("sft-longer", "sft-all-traces")
 ARMS = ("sft", "grpo", "vold", "vold-unmasked", "misaligned-sft", "misaligned-grpo", "misaligned-vold", *CONTROLS)
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes runs/reproduce/{report.json, table.md, report.html}; finished arms are kept."""
+    """Writes report.json, table.md, curves.png, seeds.png and report.html below runs/reproduce; finished arms are kept."""
     started = time.perf_counter()
     out = root / "reproduce"
     world = make_world(root / "miniature" / "seed0", seed=0)
@@ -68,5 +69,7 @@ def _write(out: Path, rows: list[dict], folders: list[Path], seconds: float) -> 
     (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "table.md").write_text(table + "\n")
     runs = [folder / arm for folder in folders for arm in ("grpo", "vold", "vold-unmasked")]
+    (out / "curves.png").write_bytes(curves(read_runs(runs), FIGURES_3_AND_5, fmt="png"))
+    (out / "seeds.png").write_bytes(seeds_errorbars(rows, fmt="png"))
     write_report(runs, out / "report.html", title="VOLD in miniature, three seeds", seeds=rows, facts=facts)
     print(f"\n{table}\n\n{out / 'report.html'}")

@@ -24,7 +24,7 @@ ARMS = ("sft", "grpo", "vold", "vold-unmasked", "misaligned-sft", "misaligned-gr
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes report.json, table.md, curves.png, seeds.png and report.html below runs/reproduce; finished arms are kept."""
+    """Writes report.json, table.md, two pictures and report.html below runs/reproduce; finished arms are kept."""
     started = time.perf_counter()
     out = root / "reproduce"
     world = make_world(root / "miniature" / "seed0", seed=0)
@@ -65,7 +65,7 @@ def _row(seed: int, folder: Path, arm: str) -> dict:
 
 def _write(out: Path, rows: list[dict], folders: list[Path], seconds: float) -> None:
     table = seeds_table(rows)
-    facts = {"rows": rows, "versions": versions(), "commit": commit(), "seconds": {"total": seconds}}
+    facts = {"rows": rows, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
     (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
     (out / "table.md").write_text(table + "\n")
     runs = [folder / arm for folder in folders for arm in ("grpo", "vold", "vold-unmasked")]

@@ -45,7 +45,7 @@ def curves(runs: Sequence[RunRecord], keys: Sequence[str] = CURVES["rl"], *, fmt
     keys = [key for key in keys if any(has(run, key) for run in runs)]
     if not keys:
         raise ValueError(f"curves: none of the runs {[run.name for run in runs]} logged any of the keys asked for")
-    across = min(3, len(keys))
+    across = 2 if len(keys) == 4 else min(3, len(keys))
     down = math.ceil(len(keys) / across)
     with matplotlib.rc_context(_RC):
         figure = _figure(3.7 * across, 2.5 * down)
@@ -167,7 +167,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
         colour = paint[group[0].name]
         if len(group) > 1:
             for run in group:
-                axis.plot(run.steps, smooth(run.metrics[key]), color=colour, linewidth=0.9, alpha=0.4, marker=".")
+                _draw_seed_run(axis, run, key, colour)
         x, y = _draw_run(axis, mean_run(name, group, key), key, colour)
         ends.append((x, y, _short(name), colour))
     every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
@@ -198,6 +198,14 @@ def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float,
     axis.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
     axis.plot(x, trend, color=colour, linewidth=2, solid_capstyle="round")
     return float(x[logged][-1]), float(trend[logged][-1])
+
+
+def _draw_seed_run(axis: Axes, run: RunRecord, key: str, colour: str) -> None:
+    """One of several seeds: faint, and without a name."""
+    x, y = np.asarray(run.steps), smooth(run.metrics[key])
+    logged = np.isfinite(y)
+    dots = "." if logged.sum() * 2 < len(y) else ""
+    axis.plot(x[logged], y[logged], color=colour, linewidth=0.7, alpha=0.3, marker=dots)
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

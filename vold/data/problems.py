@@ -21,7 +21,7 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 @dataclass(frozen=True)
 class Problem:
-    """A question before any template; `<image>` marks each image's place. `messages` are earlier turns, if any."""
+    """A question before any template; `<image>` marks each image's place."""
 
     id: str
     question: str

@@ -119,17 +119,23 @@ class HeadGradients:
         self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
     ) -> None:
         """Overwrites the chunk's logits by their gradient and spends it on both matmuls."""
-        if not any(self.wanted):
-            return
-        dz_CU = self._dlogits(chunk, statistics, d_logp_C, d_entropy_C)
+        if any(self.wanted):
+            self.spend_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
+
+    def spend_(self, chunk: Resident, dz_CU: Tensor) -> None:
         if self.hidden_nD is not None:
             matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, self.head.weight_UD)
         if self.weight_UD is not None:
             matmuls.add_weight_gradient_(self.weight_UD, dz_CU, chunk.hidden_CD)
 
-    def _dlogits(self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
-        head, z_CU = self.head, chunk.z_CU
-        dz_CU = dlogits_storage(z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else z_CU.dtype)
+    def storage(self, chunk: Resident) -> Tensor:
+        """Where the gradient of the chunk's logits belongs: over the logits, in the dtype the two matmuls take."""
+        return dlogits_storage(chunk.z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else chunk.z_CU.dtype)
+
+    def dlogits_(
+        self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
+    ) -> Tensor:
+        head, z_CU, dz_CU = self.head, chunk.z_CU, self.storage(chunk)
         d_logp_C = d_logp_C / head.temperature
         d_entropy_C = None if d_entropy_C is None else d_entropy_C / head.temperature
         dlogits_ = row_functions(z_CU.device).dlogits_

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_head, check_vocab_size
+from .checks import check_head, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, resident_chunks, scaled, scatter_rows, stream
 from .rows import Statistics
@@ -95,7 +95,8 @@ def linear_logprob(
     chunk sizes, a log-prob can differ only by the summation order the matmul library picks for a shape.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    check_head(hidden_ND, weight_VD, target_N, temperature=temperature)
+    check_head(hidden_ND, weight_VD, temperature=temperature)
+    check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
     logp_N, entropy_N = _LinearLogprob.apply(

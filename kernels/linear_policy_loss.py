@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_head, check_policy, check_vocab_size
+from .checks import check_head, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, chunk_statistics, resident_chunks, scaled, scatter_rows
 from .records import PolicyLoss, PolicyTerms
@@ -186,7 +186,8 @@ def linear_policy_loss(
     upstream factor. A side that requires no grad costs no matmul; under `torch.no_grad` none does.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    check_head(hidden_ND, weight_VD, target_N, temperature=temperature)
+    check_head(hidden_ND, weight_VD, temperature=temperature)
+    check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))

@@ -8,17 +8,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from kernel_cases import (
     CLIP,
+    PairProblem,
     Problem,
     assert_near,
     assert_same_record,
     gradients,
+    pair_problem,
     policy_terms,
     problem,
     relative,
     small_chunks,
+    token_weights,
 )
 
 from vold_kernels import reference
+from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
@@ -46,6 +50,7 @@ def _worker(rank: int, rendezvous: str) -> None:
         if rank < len(sizes):
             _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
             _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_kl(sizes, rank, vocab_size, groups[len(sizes)])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,3 +93,21 @@ def _check_policy_loss(sizes: tuple[int, ...], rank: int, vocab_size: int | None
     assert_same_record(actual, expected, 1e-12)
     actual, expected = (gradients(-1.7 * record.loss, case) for record, case in ((actual, shard), (expected, whole)))
     _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
+    whole, weight_N = pair_problem(11, sum(sizes)), token_weights(11)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    shard = PairProblem(
+        *(x[mine] if "weight" in name else x for name, x in vars(whole).items()),
+    ).to(torch.float64)
+    for divergence, top_k in (("reverse", None), ("forward", None), ("jsd", None), ("forward", 5), ("jsd", 58)):
+        keywords = {"weight_N": weight_N, "divergence": divergence, "alpha": 0.3, "top_k": top_k, "temperature": 0.7}
+        keywords |= {"vocab_size": vocab_size}
+        actual = linear_kl(*shard, **keywords, tp_group=group, budget=small_chunks(47, tokens=6))
+        expected = reference.linear_kl(*whole, **keywords)
+        assert expected.loss != 0
+        assert_near(actual.loss, expected.loss, 1e-12)
+        assert_near(actual.kl_N, expected.kl_N, 1e-12)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
+        _check_gradients(actual, expected, mine, vocab_size)

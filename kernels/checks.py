@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .matmuls import accumulator_dtype
 from .pairs import KINDS, Divergence
 from .records import PolicyTerms
 
@@ -38,6 +39,19 @@ def check_vocab_size(weight_UD: Tensor, vocab_size: int | None, *, sharded: bool
         return
     if vocab_size < 1 or (not sharded and vocab_size > len(weight_UD)):
         raise ValueError(f"vocab_size is {vocab_size}; the weight has {len(weight_UD)} rows, so pass 1 to that many")
+
+
+def check_main_grad(main_grad_UD: Tensor | None, weight_UD: Tensor) -> None:
+    if main_grad_UD is None:
+        return
+    dtype = accumulator_dtype(weight_UD.dtype)
+    if main_grad_UD.shape != weight_UD.shape or main_grad_UD.dtype != dtype or main_grad_UD.device != weight_UD.device:
+        raise ValueError(
+            f"weight_main_grad is {main_grad_UD.dtype} {tuple(main_grad_UD.shape)} on {main_grad_UD.device}; it must "
+            f"be {dtype} {tuple(weight_UD.shape)} on {weight_UD.device}"
+        )
+    if main_grad_UD.requires_grad:
+        raise ValueError("weight_main_grad requires grad; it is a buffer that is written in place: detach it")
 
 
 def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float) -> None:

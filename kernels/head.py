@@ -103,23 +103,39 @@ def chunk_statistics(head: Head, chunk: Resident) -> Statistics:
     return finish(head, folded_4C, chunk.target_C)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients of a head are computed, and where dW goes."""
+
+    hidden: bool
+    weight: bool
+    main_grad_UD: Tensor | None = None
+    """dW is added to this buffer instead of being returned."""
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight
+
+
 class HeadGradients:
     """Where a pass over chunks leaves dH and dW: accumulated in fp32 (fp64 for fp64), rounded once in `scaled`.
 
     Only the given rows of hidden have a gradient. A side that is not wanted is never computed.
     """
 
-    def __init__(self, head: Head, kept: int, wanted: tuple[bool, bool]):
+    def __init__(self, head: Head, kept: int, wanted: Wanted):
         self.head, self.wanted = head, wanted
         like = head.weight_UD
-        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted[0] else None
-        self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if wanted[1] else None
+        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted.hidden else None
+        self.weight_UD = None
+        if wanted.weight:
+            given_UD = wanted.main_grad_UD
+            self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if given_UD is None else given_UD
 
     def add_(
         self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
     ) -> None:
         """Overwrites the chunk's logits by their gradient and spends it on both matmuls."""
-        if any(self.wanted):
+        if self.wanted:
             self.spend_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
 
     def spend_(self, chunk: Resident, dz_CU: Tensor) -> None:
@@ -143,10 +159,10 @@ class HeadGradients:
         return dz_CU
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(dH of the kept rows, summed over ranks; dW of this rank's rows)."""
+        """(dH of the kept rows, summed over ranks; dW of this rank's rows unless it went to `main_grad_UD`)."""
         if self.hidden_nD is not None:
             all_reduce_(self.hidden_nD, self.head.shard.group)
-        return self.hidden_nD, self.weight_UD
+        return self.hidden_nD, self.weight_UD if self.wanted.main_grad_UD is None else None
 
 
 def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -159,3 +175,24 @@ def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tenso
 def scatter_rows(rows_n: Tensor, gradient_nD: Tensor, tokens: int) -> Tensor:
     """Rows without a gradient are exactly zero."""
     return gradient_nD.new_zeros(tokens, gradient_nD.shape[1]).index_copy_(0, rows_n, gradient_nD)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """What the backward of a one-pass loss needs beside its saved tensors: the gradients exist already."""
+
+    tokens: int
+    dtype: torch.dtype
+    wanted: Wanted
+
+    def backward(self, saved: tuple, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight) from (rows_n, dH of those rows, dW); only the upstream factor is missing."""
+        rows_n, hidden_nD, weight_UD = saved
+        if self.wanted.weight and self.wanted.main_grad_UD is not None:
+            torch._assert_async(d_loss == 1, "weight_main_grad already holds dW: scale the weights, not the loss")
+        d_hidden_ND = d_weight_UD = None
+        if hidden_nD is not None:
+            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, self.dtype), self.tokens)
+        if weight_UD is not None:
+            d_weight_UD = scaled(weight_UD, d_loss, self.dtype)
+        return d_hidden_ND, d_weight_UD

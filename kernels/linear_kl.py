@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .checks import check_divergence, check_head, check_pair
+from .checks import check_divergence, check_head, check_main_grad, check_pair
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, Resident, resident_chunks, scaled, scatter_rows
+from .head import Head, HeadGradients, OnePass, Resident, Wanted, resident_chunks
 from .pairs import Divergence, pair_functions, slope, summands
 from .records import KLLoss
 from .rows import EMPTY, Statistics
@@ -46,8 +46,8 @@ class _Options:
     budget: ChunkBudget
     divergence: Divergence
     top_k: int | None
-    wanted: tuple[bool, bool]
-    """Whether the student's hidden and weight want a gradient."""
+    wanted: Wanted
+    """Of the student's head."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _full_vocabulary(
     sums_2C = torch.empty_like(norm_4C[:2])
     functions.divergence_(sums_2C, z_CU, t_CU, shard.real, norm_4C, divergence)
     kl_C, own_C = all_reduce_(sums_2C, shard.group)
-    if not any(gradients.wanted):
+    if not gradients.wanted:
         return kl_C, None
     dz_CU, weight_C = gradients.storage(pair.student), weight_C / pair.head.temperature
     functions.divergence_dlogits_(dz_CU, z_CU, t_CU, shard.real, norm_4C, own_C, weight_C, divergence)
@@ -104,7 +104,7 @@ def _top_and_tail(
     tail_logp_C, tail_logq_C = ((tail_4C - norm_4C).view(2, 2, -1)).sum(dim=1)
     sums_2C = torch.stack([x.where(mine_Ck, 0.0).sum(dim=1) for x in summands(logp_Ck, logq_Ck, divergence)])
     kl_C, own_C = all_reduce_(sums_2C, shard.group) + torch.stack(summands(tail_logp_C, tail_logq_C, divergence))
-    if not any(gradients.wanted):
+    if not gradients.wanted:
         return kl_C, None
     tail_slope_C = weight_C * slope(tail_logp_C, tail_logq_C, own_C, divergence)
     tail = Statistics(tail_4C[0].contiguous(), tail_4C[1].contiguous(), tail_logp_C, tail_logp_C)
@@ -175,8 +175,8 @@ class _LinearKL(torch.autograd.Function):
         student, teacher = (student_hidden_ND, student_weight_UD), (teacher_hidden_NE, teacher_weight_UE)
         rows_n, weight_n, kl_n, gradients = _one_pass(student, teacher, weight_N, options)
         ctx.save_for_backward(rows_n, *gradients.finish())
-        ctx.tokens, ctx.dtype = len(student_hidden_ND), student_hidden_ND.dtype
-        kl_N = kl_n.new_zeros(ctx.tokens).index_copy_(0, rows_n, kl_n)
+        ctx.one_pass = OnePass(len(student_hidden_ND), student_hidden_ND.dtype, options.wanted)
+        kl_N = kl_n.new_zeros(len(student_hidden_ND)).index_copy_(0, rows_n, kl_n)
         ctx.mark_non_differentiable(kl_N)
         return (weight_n * kl_n).sum(), kl_N
 
@@ -184,13 +184,7 @@ class _LinearKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, _):
         """The gradients exist already; only the upstream factor is missing."""
-        rows_n, hidden_nD, weight_UD = ctx.saved_tensors
-        d_hidden_ND = d_weight_UD = None
-        if hidden_nD is not None:
-            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, ctx.dtype), ctx.tokens)
-        if weight_UD is not None:
-            d_weight_UD = scaled(weight_UD, d_loss, ctx.dtype)
-        return d_hidden_ND, d_weight_UD, None, None, None, None
+        return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None, None
 
 
 def linear_kl(
@@ -207,6 +201,7 @@ def linear_kl(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     budget: ChunkBudget | None = None,
+    weight_main_grad: Tensor | None = None,
 ) -> KLLoss:
     """Σ weight · KL between student and teacher: the formulas at the top of this file.
 
@@ -221,6 +216,7 @@ def linear_kl(
         hidden gradient is summed over ranks here. top_k means the top of all ranks.
     vocab_size: ids shared by both heads, over all ranks; rows at or beyond it are −inf on both sides and get exactly
         zero gradient. Needed where the two weights differ in rows (without tp_group).
+    weight_main_grad [V, D]: as for `linear_policy_loss`, of the student's weight; scale weight_N instead of the loss.
     Returns `KLLoss`; `loss` is differentiable with respect to the student's hidden and weight, never the teacher's.
     Precision, accumulation and frozen sides: as for `linear_policy_loss`.
     Raises ValueError for shapes, dtypes, devices or options that do not fit.
@@ -231,8 +227,10 @@ def linear_kl(
         check_head(*head, temperature=temperature)
     check_pair(student, teacher, vocab_size, sharded=tp_group is not None)
     check_divergence(kind, top_k, weight_N, len(student_hidden_ND))
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in student)
+    check_main_grad(weight_main_grad, student_weight_VD)
     rows = min(len(student_weight_VD), len(teacher_weight_VE))
+    main_grad = None if weight_main_grad is None else weight_main_grad[:rows]
+    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in student), main_grad)
     shard = vocab_shard(student_weight_VD[:rows], vocab_size, tp_group)
     budget = budget or default_budget(student_hidden_ND.device)
     options = _Options(shard, temperature, budget, kind, top_k, wanted)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_head, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, resident_chunks, scaled, scatter_rows, stream
+from .head import Head, HeadGradients, Wanted, resident_chunks, scaled, scatter_rows, stream
 from .rows import Statistics
 from .vocab import VocabShard, vocab_shard
 
@@ -48,7 +48,7 @@ class _LinearLogprob(torch.autograd.Function):
         if d_logp_N is None:
             d_logp_N = torch.zeros_like(d_entropy_N)
         rows_n = _rows_with_gradient(d_logp_N, d_entropy_N)
-        gradients = HeadGradients(head, len(rows_n), ctx.needs_input_grad[:2])
+        gradients = HeadGradients(head, len(rows_n), Wanted(*ctx.needs_input_grad[:2]))
         tokens = head.budget.resident_tokens(head.shard.rows, head.dtype.itemsize)
         for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
             d_entropy_C = None if d_entropy_N is None else d_entropy_N[chunk.rows_C]

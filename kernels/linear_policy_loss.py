@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_head, check_policy, check_target, check_vocab_size
+from .checks import check_head, check_main_grad, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, chunk_statistics, resident_chunks, scaled, scatter_rows
+from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
 from .vocab import VocabShard, vocab_shard
@@ -40,8 +40,7 @@ class _Options:
     budget: ChunkBudget
     eps_low: float
     eps_high: float
-    wanted: tuple[bool, bool]
-    """Whether hidden and weight want a gradient."""
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND: Tensor, weight_UD: Tensor, target_N: Tensor, terms: PolicyTerms, options: _Options):
         rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
         ctx.save_for_backward(rows_n, *gradients.finish())
-        ctx.tokens, ctx.dtype = len(hidden_ND), hidden_ND.dtype
+        ctx.one_pass = OnePass(len(hidden_ND), hidden_ND.dtype, options.wanted)
         pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
         detached = (
-            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.logp),
-            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.entropy),
+            per_token.logp.new_zeros(len(hidden_ND)).index_copy_(0, rows_n, per_token.logp),
+            per_token.logp.new_zeros(len(hidden_ND)).index_copy_(0, rows_n, per_token.entropy),
             pg_loss,
             kl_loss,
             per_token.clip_low.sum(),
@@ -152,13 +151,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         """The gradients exist already; only the upstream factor is missing. (Masks and 1/Z belong in the weights.)"""
-        rows_n, hidden_nD, weight_UD = ctx.saved_tensors
-        d_hidden_ND = d_weight_UD = None
-        if hidden_nD is not None:
-            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, ctx.dtype), ctx.tokens)
-        if weight_UD is not None:
-            d_weight_UD = scaled(weight_UD, d_loss, ctx.dtype)
-        return d_hidden_ND, d_weight_UD, None, None, None
+        return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None
 
 
 def linear_policy_loss(
@@ -173,6 +166,7 @@ def linear_policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     budget: ChunkBudget | None = None,
+    weight_main_grad: Tensor | None = None,
 ) -> PolicyLoss:
     """The loss at the top of this file, its gradients formed on the way.
 
@@ -180,6 +174,10 @@ def linear_policy_loss(
     terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
         NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
     eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high].
+    weight_main_grad [V, D], fp32 (fp64 for fp64): dW is added to it in place, straight from the matmul, and autograd
+        gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
+        the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
+        the two weights instead. Read only where the weight requires grad.
     Returns `PolicyLoss`. With terms.logp_old_N None the ratio is exactly 1; with a logp_old from `linear_logprob` of
     the same weights it is 1 within the matmul's rounding.
     Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
@@ -190,7 +188,8 @@ def linear_policy_loss(
     check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
+    check_main_grad(weight_main_grad, weight_VD)
+    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)), weight_main_grad)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
     options = _Options(shard, temperature, budget or default_budget(hidden_ND.device), eps_low, eps_high, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

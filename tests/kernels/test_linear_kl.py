@@ -300,6 +300,39 @@ def test_no_tensor_is_as_large_as_the_logits():
         assert recorder.largest == 4 * vocab * (width + 3) < 4 * tokens * vocab / 6  # a view of the teacher's weight
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 4e-3)]
+)
+def test_main_grad_receives_dw_in_place(dtype, tolerance):
+    case = pair_problem(9, 77, dtype=dtype)
+
+    def loss(**keywords) -> torch.Tensor:
+        return linear_kl(*case, weight_N=token_weights(9), budget=pair_chunks(77), **keywords).loss
+
+    d_hidden_ND, d_weight_VD = gradients(loss(), case)
+    start_VD = torch.randn(77, 6, device=DEVICE).to(torch.promote_types(dtype, torch.float32))
+    buffers = [start_VD.clone(), start_VD.clone()]
+    for buffer_VD in buffers:
+        for _microbatch in range(2):
+            case.student_hidden_ND.grad = None
+            loss(weight_main_grad=buffer_VD).backward()
+            assert case.student_weight_VD.grad is None and torch.equal(case.student_hidden_ND.grad, d_hidden_ND)
+    assert torch.equal(*buffers)
+    assert relative(buffers[0] - start_VD, 2 * d_weight_VD) <= tolerance
+    with pytest.raises(RuntimeError, match="scale the weights, not the loss"):
+        (2 * loss(weight_main_grad=buffers[0])).backward()
+
+
+def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
+    case, weight_N = pair_problem(3, 77), token_weights(3)
+    main_grad_VD = torch.zeros(77, 6, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        linear_kl(*case, weight_N=weight_N, weight_main_grad=main_grad_VD)
+    case.student_weight_VD.requires_grad_(False)
+    linear_kl(*case, weight_N=weight_N, weight_main_grad=main_grad_VD).loss.backward()
+    assert torch.all(main_grad_VD == 0) and case.student_hidden_ND.grad.abs().sum() > 0
+
+
 def test_mistakes_are_named():
     case, weight_N = tuple(pair_problem(5, 77)), torch.ones(5, device=DEVICE)
     with pytest.raises(ValueError, match=r"hidden is \(5, 8\) and weight \(77, 9\)"):
@@ -318,3 +351,7 @@ def test_mistakes_are_named():
         linear_kl(*case, weight_N=weight_N, top_k=0)
     with pytest.raises(ValueError, match=r"weight_N is \(4,\)"):
         linear_kl(*case, weight_N=weight_N[:4])
+    with pytest.raises(
+        ValueError, match=r"weight_main_grad is torch.float32 \(77, 6\) on .*; it must be torch.float64"
+    ):
+        linear_kl(*case, weight_N=weight_N, weight_main_grad=torch.zeros(77, 6, device=DEVICE))

@@ -295,6 +295,39 @@ def test_no_tensor_is_as_large_as_the_logits():
     assert recorder.largest == 4 * max(vocab * width, CHUNK * vocab, tokens * width) < 4 * tokens * vocab / 10
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 4e-3)]
+)
+def test_main_grad_receives_dw_in_place(dtype, tolerance):
+    case = problem(9, 77, dtype=dtype)
+
+    def loss(**keywords) -> torch.Tensor:
+        return linear_policy_loss(*case, policy_terms(case), **CLIP, budget=small_chunks(77), **keywords).loss
+
+    d_hidden_ND, d_weight_VD = gradients(loss(), case)
+    start_VD = torch.randn(77, 6, device=DEVICE).to(torch.promote_types(dtype, torch.float32))
+    buffers = [start_VD.clone(), start_VD.clone()]
+    for buffer_VD in buffers:
+        for _microbatch in range(2):
+            case.hidden_ND.grad = None
+            loss(weight_main_grad=buffer_VD).backward()
+            assert case.weight_VD.grad is None and torch.equal(case.hidden_ND.grad, d_hidden_ND)
+    assert torch.equal(*buffers)
+    assert relative(buffers[0] - start_VD, 2 * d_weight_VD) <= tolerance
+    with pytest.raises(RuntimeError, match="scale the weights, not the loss"):
+        (2 * loss(weight_main_grad=buffers[0])).backward()
+
+
+def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
+    case = problem(3, 77)
+    terms, main_grad_VD = policy_terms(case), torch.zeros(77, 6, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        linear_policy_loss(*case, terms, **CLIP, weight_main_grad=main_grad_VD)
+    case.weight_VD.requires_grad_(False)
+    linear_policy_loss(*case, terms, **CLIP, weight_main_grad=main_grad_VD).loss.backward()
+    assert torch.all(main_grad_VD == 0) and case.hidden_ND.grad.abs().sum() > 0
+
+
 def test_mistakes_are_named():
     case = problem(5, 77)
     terms = policy_terms(case)
@@ -302,3 +335,7 @@ def test_mistakes_are_named():
         linear_policy_loss(*case, replace(terms, advantage_N=terms.advantage_N[:4]), **CLIP)
     with pytest.raises(ValueError, match=r"eps_low is -0.1"):
         linear_policy_loss(*case, terms, eps_low=-0.1, eps_high=0.2)
+    with pytest.raises(
+        ValueError, match=r"weight_main_grad is torch.float32 \(77, 6\) on .*; it must be torch.float64"
+    ):
+        linear_policy_loss(*case, terms, **CLIP, weight_main_grad=torch.zeros(77, 6, device=DEVICE))

@@ -47,6 +47,15 @@ def vocab_shard(weight_UD: Tensor, vocab_size: int | None, group: dist.ProcessGr
     return VocabShard(rows, sizes_R, offset, (total - offset).clamp(0, rows), total, rank, group)
 
 
+def group_name(group: dist.ProcessGroup | None) -> str | None:
+    """What an operator of torch.library takes in place of a group; `group_named` is the way back."""
+    return None if group is None else group.group_name
+
+
+def group_named(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+
+
 def all_reduce_(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, op, group=group)

@@ -51,6 +51,8 @@ def _worker(rank: int, rendezvous: str) -> None:
             _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
             _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
             _check_kl(sizes, rank, vocab_size, groups[len(sizes)])
+    if rank < 2:
+        _check_compiled(rank, groups[2])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -111,3 +113,16 @@ def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: 
         assert_near(actual.kl_N, expected.kl_N, 1e-12)
         actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
         _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_compiled(rank: int, group: dist.ProcessGroup) -> None:
+    _, shard, _ = _whole_and_shard((30, 47), rank, None)
+
+    def loss(hidden_ND, weight_VD, target_N):
+        return linear_logprob(hidden_ND, weight_VD, target_N, tp_group=group).square().sum()
+
+    expected = loss(*shard)
+    actual = torch.compile(loss, backend="aot_eager", fullgraph=True)(*shard)
+    assert torch.equal(actual, expected)
+    for a, b in zip(gradients(actual, shard), gradients(expected, shard), strict=True):
+        assert torch.equal(a, b)

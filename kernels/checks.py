@@ -54,6 +54,11 @@ def check_main_grad(main_grad_UD: Tensor | None, weight_UD: Tensor) -> None:
         raise ValueError("weight_main_grad requires grad; it is a buffer that is written in place: detach it")
 
 
+def check_filter(filter_eps: float) -> None:
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps is {filter_eps}; it must lie in [0, 1), and 0 is exact")
+
+
 def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float) -> None:
     for name, value in vars(terms).items():
         if value is not None and value.shape != (tokens,):

@@ -111,6 +111,8 @@ class Wanted:
     weight: bool
     main_grad_UD: Tensor | None = None
     """dW is added to this buffer instead of being returned."""
+    filter_eps: float = 0.0
+    """Share of Σ|dlogits| of a chunk that may be left out; 0 is exact."""
 
     def __bool__(self) -> bool:
         return self.hidden or self.weight
@@ -130,6 +132,7 @@ class HeadGradients:
         if wanted.weight:
             given_UD = wanted.main_grad_UD
             self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if given_UD is None else given_UD
+        self.dropped_mass = like.new_zeros((), dtype=head.dtype)
 
     def add_(
         self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
@@ -139,10 +142,32 @@ class HeadGradients:
             self.spend_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
 
     def spend_(self, chunk: Resident, dz_CU: Tensor) -> None:
+        weight_UD, d_weight_UD = self.head.weight_UD, self.weight_UD
+        column_K = self._columns_that_matter(dz_CU)
+        if column_K is not None:
+            dz_CU, weight_UD = dz_CU.index_select(1, column_K), weight_UD.index_select(0, column_K)
+            d_weight_UD = None if d_weight_UD is None else d_weight_UD.index_select(0, column_K)
         if self.hidden_nD is not None:
-            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, self.head.weight_UD)
-        if self.weight_UD is not None:
-            matmuls.add_weight_gradient_(self.weight_UD, dz_CU, chunk.hidden_CD)
+            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, weight_UD)
+        if d_weight_UD is not None:
+            matmuls.add_weight_gradient_(d_weight_UD, dz_CU, chunk.hidden_CD)
+            if column_K is not None:
+                self.weight_UD.index_copy_(0, column_K, d_weight_UD)
+
+    def _columns_that_matter(self, dz_CU: Tensor) -> Tensor | None:
+        """[K] the columns the two matmuls are restricted to, or None for all of them.
+
+        Waits for the host: K is a shape. Above half of the columns the copies would cost more than they save.
+        """
+        if self.wanted.filter_eps == 0:
+            return None
+        mass_U = torch.linalg.vector_norm(dz_CU, ord=1, dim=0, dtype=self.head.dtype)
+        dropped_U = mass_U < negligible_below(mass_U, self.wanted.filter_eps)
+        column_K = (~dropped_U).nonzero()[:, 0]
+        if len(column_K) > len(mass_U) // 2:
+            return None
+        self.dropped_mass += mass_U.where(dropped_U, 0.0).sum()
+        return column_K
 
     def storage(self, chunk: Resident) -> Tensor:
         """Where the gradient of the chunk's logits belongs: over the logits, in the dtype the two matmuls take."""
@@ -162,7 +187,21 @@ class HeadGradients:
         """(dH of the kept rows, summed over ranks; dW of this rank's rows unless it went to `main_grad_UD`)."""
         if self.hidden_nD is not None:
             all_reduce_(self.hidden_nD, self.head.shard.group)
+        if self.wanted.filter_eps > 0:
+            all_reduce_(self.dropped_mass, self.head.shard.group)
         return self.hidden_nD, self.weight_UD if self.wanted.main_grad_UD is None else None
+
+
+def negligible_below(mass_U: Tensor, eps: float) -> Tensor:
+    """[] a threshold such that the columns below it hold at most eps of the mass together.
+
+    The largest of eps · total · 2^−j that does. No sort, no scan: sums in a fixed order, so two runs are bit-equal. At
+    j = log2 U the bound holds whatever the masses are, and the largest column always stays.
+    """
+    most = eps * mass_U.sum()
+    threshold_J = most * 2.0 ** -torch.arange(len(mass_U).bit_length() + 1, device=mass_U.device, dtype=mass_U.dtype)
+    below_J = torch.stack([mass_U.where(mass_U < threshold, 0.0).sum() for threshold in threshold_J])
+    return threshold_J[(below_J > most).sum().clamp(max=len(threshold_J) - 1)]
 
 
 def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .checks import check_divergence, check_head, check_main_grad, check_pair
+from .checks import check_divergence, check_filter, check_head, check_main_grad, check_pair
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, OnePass, Resident, Wanted, resident_chunks
 from .pairs import Divergence, pair_functions, slope, summands
@@ -177,12 +177,12 @@ class _LinearKL(torch.autograd.Function):
         ctx.save_for_backward(rows_n, *gradients.finish())
         ctx.one_pass = OnePass(len(student_hidden_ND), student_hidden_ND.dtype, options.wanted)
         kl_N = kl_n.new_zeros(len(student_hidden_ND)).index_copy_(0, rows_n, kl_n)
-        ctx.mark_non_differentiable(kl_N)
-        return (weight_n * kl_n).sum(), kl_N
+        ctx.mark_non_differentiable(kl_N, gradients.dropped_mass)
+        return (weight_n * kl_n).sum(), kl_N, gradients.dropped_mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_loss: Tensor, _):
+    def backward(ctx, d_loss: Tensor, *_):
         """The gradients exist already; only the upstream factor is missing."""
         return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None, None
 
@@ -202,6 +202,7 @@ def linear_kl(
     vocab_size: int | None = None,
     budget: ChunkBudget | None = None,
     weight_main_grad: Tensor | None = None,
+    filter_eps: float = 0.0,
 ) -> KLLoss:
     """Σ weight · KL between student and teacher: the formulas at the top of this file.
 
@@ -217,6 +218,7 @@ def linear_kl(
     vocab_size: ids shared by both heads, over all ranks; rows at or beyond it are −inf on both sides and get exactly
         zero gradient. Needed where the two weights differ in rows (without tp_group).
     weight_main_grad [V, D]: as for `linear_policy_loss`, of the student's weight; scale weight_N instead of the loss.
+    filter_eps: as for `linear_policy_loss`.
     Returns `KLLoss`; `loss` is differentiable with respect to the student's hidden and weight, never the teacher's.
     Precision, accumulation and frozen sides: as for `linear_policy_loss`.
     Raises ValueError for shapes, dtypes, devices or options that do not fit.
@@ -228,9 +230,10 @@ def linear_kl(
     check_pair(student, teacher, vocab_size, sharded=tp_group is not None)
     check_divergence(kind, top_k, weight_N, len(student_hidden_ND))
     check_main_grad(weight_main_grad, student_weight_VD)
+    check_filter(filter_eps)
     rows = min(len(student_weight_VD), len(teacher_weight_VE))
     main_grad = None if weight_main_grad is None else weight_main_grad[:rows]
-    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in student), main_grad)
+    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in student), main_grad, filter_eps)
     shard = vocab_shard(student_weight_VD[:rows], vocab_size, tp_group)
     budget = budget or default_budget(student_hidden_ND.device)
     options = _Options(shard, temperature, budget, kind, top_k, wanted)

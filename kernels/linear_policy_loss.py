@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_head, check_main_grad, check_policy, check_target, check_vocab_size
+from .checks import check_filter, check_head, check_main_grad, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
 from .records import PolicyLoss, PolicyTerms
@@ -143,6 +143,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             per_token.clip_low.sum(),
             per_token.clip_high.sum(),
             per_token.kl_old.sum(),
+            gradients.dropped_mass,
         )
         ctx.mark_non_differentiable(*detached)
         return pg_loss + kl_loss, *detached
@@ -167,6 +168,7 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     budget: ChunkBudget | None = None,
     weight_main_grad: Tensor | None = None,
+    filter_eps: float = 0.0,
 ) -> PolicyLoss:
     """The loss at the top of this file, its gradients formed on the way.
 
@@ -178,6 +180,10 @@ def linear_policy_loss(
         gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
         the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
         the two weights instead. Read only where the weight requires grad.
+    filter_eps in [0, 1): 0 is exact. Else dH and dW of a chunk are restricted to the vocabulary columns that matter;
+        the others hold at most filter_eps of the chunk's Σ|dL/dlogit| together. `dropped_mass` of the result says how
+        much that was in all, and bounds the error: ‖ΔdH‖ ≤ dropped_mass · max‖weight row‖, ‖ΔdW‖ ≤ dropped_mass ·
+        max‖hidden row‖. The host waits once a chunk. With tp_group each rank filters its own columns.
     Returns `PolicyLoss`. With terms.logp_old_N None the ratio is exactly 1; with a logp_old from `linear_logprob` of
     the same weights it is 1 within the matmul's rounding.
     Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
@@ -189,7 +195,9 @@ def linear_policy_loss(
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
     check_main_grad(weight_main_grad, weight_VD)
-    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)), weight_main_grad)
+    check_filter(filter_eps)
+    wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
+    wanted = Wanted(*wanted, weight_main_grad, filter_eps)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
     options = _Options(shard, temperature, budget or default_budget(hidden_ND.device), eps_low, eps_high, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

@@ -73,6 +73,7 @@ def linear_policy_loss(
         clip_low=((ratio < 1 - eps_low) & (advantage < 0)).sum(),
         clip_high=((ratio > 1 + eps_high) & (advantage > 0)).sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
+        dropped_mass=torch.zeros_like(pg_loss),
     )
 
 
@@ -103,7 +104,8 @@ def linear_kl(
         mixture = torch.logaddexp(logp_teacher + math.log(alpha), logp_student + math.log(1 - alpha))
         kl_n = alpha * _kl(logp_teacher, mixture) + (1 - alpha) * _kl(logp_student, mixture)
     kl_N = kl_n.new_zeros(len(weight_N)).masked_scatter(kept_N, kl_n)
-    return KLLoss(loss=(weight_N[kept_N].to(kl_n.dtype) * kl_n).sum(), kl_N=kl_N.detach())
+    loss = (weight_N[kept_N].to(kl_n.dtype) * kl_n).sum()
+    return KLLoss(loss=loss, kl_N=kl_N.detach(), dropped_mass=torch.zeros_like(loss))
 
 
 def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:

@@ -51,6 +51,7 @@ def _worker(rank: int, rendezvous: str) -> None:
             _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
             _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
             _check_kl(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_filter(sizes, rank, groups[len(sizes)])
     if rank < 2:
         _check_compiled(rank, groups[2])
     dist.barrier()
@@ -113,6 +114,23 @@ def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: 
         assert_near(actual.kl_N, expected.kl_N, 1e-12)
         actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
         _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_filter(sizes: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> None:
+    whole, shard, mine = _whole_and_shard(sizes, rank, None)
+    whole, shard = (
+        Problem(x.hidden_ND, 4 * x.weight_VD.detach(), x.target_N).to(torch.float64) for x in (whole, shard)
+    )
+    terms = policy_terms(whole)
+    filtered = linear_policy_loss(*shard, terms, **CLIP, tp_group=group, filter_eps=0.2)
+    exact = gradients(reference.linear_policy_loss(*whole, terms, **CLIP).loss, whole)
+    d_hidden_ND, d_weight_UD = gradients(filtered.loss, shard)
+    assert filtered.dropped_mass > 0
+    longest_weight, longest_hidden = (x.norm(dim=1).max() for x in (whole.weight_VD, whole.hidden_ND))
+    assert 0 < (d_hidden_ND - exact[0]).norm() <= filtered.dropped_mass * longest_weight
+    squared = (d_weight_UD - exact[1][mine]).square().sum()
+    dist.all_reduce(squared, group=group)
+    assert 0 < squared.sqrt() <= filtered.dropped_mass * longest_hidden
 
 
 def _check_compiled(rank: int, group: dist.ProcessGroup) -> None:

@@ -333,6 +333,22 @@ def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
     assert torch.all(main_grad_VD == 0) and case.student_hidden_ND.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_the_filtered_backward_measures_and_bounds_what_it_drops(top_k):
+    case = adversarial().to(torch.float64)
+    weight_N = torch.ones(6, device=DEVICE)
+    weight_N[5] = 0  # the one row whose gradient is spread over the columns
+    exact, filtered = (
+        linear_kl(*case, weight_N=weight_N, divergence="jsd", top_k=top_k, filter_eps=eps) for eps in (0.0, 0.6)
+    )
+    assert torch.equal(exact.kl_N, filtered.kl_N)
+    (exact_hidden_ND, dlogits_VN), (d_hidden_ND, d_weight_VN) = (gradients(r.loss, case) for r in (exact, filtered))
+    assert exact.dropped_mass == 0 < filtered.dropped_mass <= 0.6 * dlogits_VN.abs().sum()
+    assert_near((d_weight_VN - dlogits_VN).abs().sum(), filtered.dropped_mass, 1e-12)
+    longest = case.student_weight_VD.norm(dim=1).max()
+    assert 0 < (d_hidden_ND - exact_hidden_ND).norm() <= filtered.dropped_mass * longest
+
+
 def test_mistakes_are_named():
     case, weight_N = tuple(pair_problem(5, 77)), torch.ones(5, device=DEVICE)
     with pytest.raises(ValueError, match=r"hidden is \(5, 8\) and weight \(77, 9\)"):

@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import matmuls
 from .checks import check_filter, check_head, check_main_grad, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
+from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks, scaled, scatter_rows
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
-from .vocab import VocabShard, vocab_shard
+from .vocab import VocabShard, group_name, group_named, vocab_shard
 
 __all__ = ["PolicyLoss", "PolicyTerms", "linear_policy_loss"]
 
@@ -122,6 +123,22 @@ def _one_pass(
     return rows_n, per_token, gradients
 
 
+def _results(rows_n: Tensor, per_token: _PerToken, gradients: HeadGradients, tokens: int) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLoss`. The gradients must be finished."""
+    pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
+    return (
+        pg_loss + kl_loss,
+        per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.logp),
+        per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.entropy),
+        pg_loss,
+        kl_loss,
+        per_token.clip_low.sum(),
+        per_token.clip_high.sum(),
+        per_token.kl_old.sum(),
+        gradients.dropped_mass,
+    )
+
+
 def _empty_per_token(tokens: int, like: Tensor) -> _PerToken:
     fields = {name: like.new_zeros(tokens) for name in _PerToken.__dataclass_fields__}
     counts = {name: like.new_zeros(tokens, dtype=torch.bool) for name in ("clip_low", "clip_high")}
@@ -133,26 +150,78 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND: Tensor, weight_UD: Tensor, target_N: Tensor, terms: PolicyTerms, options: _Options):
         rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
         ctx.save_for_backward(rows_n, *gradients.finish())
-        ctx.one_pass = OnePass(len(hidden_ND), hidden_ND.dtype, options.wanted)
-        pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
-        detached = (
-            per_token.logp.new_zeros(len(hidden_ND)).index_copy_(0, rows_n, per_token.logp),
-            per_token.logp.new_zeros(len(hidden_ND)).index_copy_(0, rows_n, per_token.entropy),
-            pg_loss,
-            kl_loss,
-            per_token.clip_low.sum(),
-            per_token.clip_high.sum(),
-            per_token.kl_old.sum(),
-            gradients.dropped_mass,
-        )
+        loss, *detached = _results(rows_n, per_token, gradients, len(hidden_ND))
         ctx.mark_non_differentiable(*detached)
-        return pg_loss + kl_loss, *detached
+        ctx.one_pass = OnePass(len(hidden_ND), hidden_ND.dtype, options.wanted)
+        return loss, *detached
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         """The gradients exist already; only the upstream factor is missing. (Masks and 1/Z belong in the weights.)"""
         return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None
+
+
+# The same pass as an operator that torch.compile holds without looking inside. Eager calls take the class above.
+
+
+@torch.library.custom_op("vold_kernels::linear_policy_loss", mutates_args=())
+def _policy_loss_op(
+    hidden_ND: Tensor,
+    weight_UD: Tensor,
+    target_N: Tensor,
+    logp_old_N: Tensor | None,
+    logp_teacher_N: Tensor | None,
+    advantage_N: Tensor,
+    pg_weight_N: Tensor,
+    kl_weight_N: Tensor,
+    wanted: list[bool],
+    vocab_size: int | None,
+    group: str | None,
+    budget: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `PolicyLoss`, dH [N, D] and dW as accumulated; a side that is not wanted has no elements."""
+    terms = PolicyTerms(logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N)
+    shard = vocab_shard(weight_UD, vocab_size, group_named(group))
+    temperature, eps_low, eps_high, filter_eps = numbers
+    wants = Wanted(*wanted, filter_eps=filter_eps)
+    options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, wants)
+    rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
+    d_hidden_nD, d_weight_UD = gradients.finish()
+    nothing = gradients.dropped_mass.new_empty(0)
+    return (
+        *_results(rows_n, per_token, gradients, len(hidden_ND)),
+        nothing if d_hidden_nD is None else scatter_rows(rows_n, d_hidden_nD, len(hidden_ND)),
+        nothing.clone() if d_weight_UD is None else d_weight_UD,
+    )
+
+
+@_policy_loss_op.register_fake
+def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, wanted, *_):
+    like = hidden_ND.new_empty(0, dtype=matmuls.accumulator_dtype(hidden_ND.dtype))
+    shapes = {name: () for name in PolicyLoss.__dataclass_fields__} | {
+        "logp_N": target_N.shape,
+        "entropy_N": target_N.shape,
+    }
+    counts = {name: like.new_empty((), dtype=torch.int64) for name in ("clip_low", "clip_high")}
+    fields = {name: like.new_empty(shape) for name, shape in shapes.items()} | counts
+    gradients = (like.new_empty(x.shape if want else 0) for x, want in zip((hidden_ND, weight_UD), wanted, strict=True))
+    return *fields.values(), *gradients
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[-2:])
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, d_loss: Tensor, *_):
+    gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    return *(scaled(gradient, d_loss, ctx.dtype) if need else None for gradient, need in gradients), *[None] * 11
+
+
+_policy_loss_op.register_autograd(_backward, setup_context=_save)
 
 
 def linear_policy_loss(
@@ -188,6 +257,7 @@ def linear_policy_loss(
     the same weights it is 1 within the matmul's rounding.
     Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
     upstream factor. A side that requires no grad costs no matmul; under `torch.no_grad` none does.
+    Inside torch.compile the call is one opaque operator, with the same bits; weight_main_grad has no place there.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     check_head(hidden_ND, weight_VD, temperature=temperature)
@@ -196,8 +266,18 @@ def linear_policy_loss(
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
     check_main_grad(weight_main_grad, weight_VD)
     check_filter(filter_eps)
-    wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
-    wanted = Wanted(*wanted, weight_main_grad, filter_eps)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
+    budget = budget or default_budget(hidden_ND.device)
+    if torch.compiler.is_compiling():
+        if weight_main_grad is not None:
+            raise ValueError(
+                "weight_main_grad cannot be written inside torch.compile: leave this call out of the graph"
+            )
+        sizes, numbers = list(vars(budget).values()), [float(x) for x in (temperature, eps_low, eps_high, filter_eps)]
+        constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)
+        fields = _policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2]
+        return PolicyLoss(*fields)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
-    options = _Options(shard, temperature, budget or default_budget(hidden_ND.device), eps_low, eps_high, wanted)
+    wanted = Wanted(*wanted, weight_main_grad, filter_eps)
+    options = _Options(shard, temperature, budget, eps_low, eps_high, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

@@ -50,6 +50,8 @@ def check_main_grad(main_grad_UD: Tensor | None, weight_UD: Tensor) -> None:
             f"weight_main_grad is {main_grad_UD.dtype} {tuple(main_grad_UD.shape)} on {main_grad_UD.device}; it must "
             f"be {dtype} {tuple(weight_UD.shape)} on {weight_UD.device}"
         )
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_main_grad cannot be written inside torch.compile: leave this call out of the graph")
     if main_grad_UD.requires_grad:
         raise ValueError("weight_main_grad requires grad; it is a buffer that is written in place: detach it")
 

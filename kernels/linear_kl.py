@@ -30,10 +30,11 @@ from torch.nn.functional import pad
 from .checks import check_divergence, check_filter, check_head, check_main_grad, check_pair
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, OnePass, Resident, Wanted, resident_chunks
+from .operators import fake, gradient_outputs, gradient_shapes, register_backward
 from .pairs import Divergence, pair_functions, slope, summands
 from .records import KLLoss
 from .rows import EMPTY, Statistics
-from .vocab import VocabShard, all_reduce_, gather, merge, vocab_shard
+from .vocab import VocabShard, all_reduce_, gather, group_name, group_named, merge, vocab_shard
 
 __all__ = ["KLLoss", "linear_kl"]
 
@@ -161,6 +162,13 @@ def _one_pass(
     return rows_n, weight_n, kl_n, gradients
 
 
+def _results(
+    rows_n: Tensor, weight_n: Tensor, kl_n: Tensor, gradients: HeadGradients, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `KLLoss`. The gradients must be finished."""
+    return (weight_n * kl_n).sum(), kl_n.new_zeros(tokens).index_copy_(0, rows_n, kl_n), gradients.dropped_mass
+
+
 class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -176,15 +184,52 @@ class _LinearKL(torch.autograd.Function):
         rows_n, weight_n, kl_n, gradients = _one_pass(student, teacher, weight_N, options)
         ctx.save_for_backward(rows_n, *gradients.finish())
         ctx.one_pass = OnePass(len(student_hidden_ND), student_hidden_ND.dtype, options.wanted)
-        kl_N = kl_n.new_zeros(len(student_hidden_ND)).index_copy_(0, rows_n, kl_n)
-        ctx.mark_non_differentiable(kl_N, gradients.dropped_mass)
-        return (weight_n * kl_n).sum(), kl_N, gradients.dropped_mass
+        loss, *detached = _results(rows_n, weight_n, kl_n, gradients, len(student_hidden_ND))
+        ctx.mark_non_differentiable(*detached)
+        return loss, *detached
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         """The gradients exist already; only the upstream factor is missing."""
         return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None, None
+
+
+# The same pass as an operator that torch.compile holds without looking inside. Eager calls take the class above.
+
+
+@torch.library.custom_op("vold_kernels::linear_kl", mutates_args=())
+def _kl_op(
+    student_hidden_ND: Tensor,
+    student_weight_UD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_UE: Tensor,
+    weight_N: Tensor,
+    wanted: list[bool],
+    vocab_size: int | None,
+    group: str | None,
+    budget: list[int],
+    kind: str,
+    top_k: int | None,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `KLLoss`, dH [N, D] and dW as accumulated."""
+    alpha, temperature, filter_eps = numbers
+    shard = vocab_shard(student_weight_UD, vocab_size, group_named(group))
+    wants = Wanted(*wanted, filter_eps=filter_eps)
+    options = _Options(shard, temperature, ChunkBudget(*budget), Divergence(kind, alpha), top_k, wants)
+    student, teacher = (student_hidden_ND, student_weight_UD), (teacher_hidden_NE, teacher_weight_UE)
+    rows_n, weight_n, kl_n, gradients = _one_pass(student, teacher, weight_N, options)
+    d_head = gradient_outputs(rows_n, gradients, len(student_hidden_ND))
+    return *_results(rows_n, weight_n, kl_n, gradients, len(student_hidden_ND)), *d_head
+
+
+@_kl_op.register_fake
+def _(hidden_ND, weight_UD, _teacher_hidden, _teacher_weight, weight_N, wanted, *_):
+    return fake(hidden_ND, (), weight_N.shape, (), *gradient_shapes(hidden_ND, weight_UD, wanted))
+
+
+register_backward(_kl_op)
 
 
 def linear_kl(
@@ -220,7 +265,7 @@ def linear_kl(
     weight_main_grad [V, D]: as for `linear_policy_loss`, of the student's weight; scale weight_N instead of the loss.
     filter_eps: as for `linear_policy_loss`.
     Returns `KLLoss`; `loss` is differentiable with respect to the student's hidden and weight, never the teacher's.
-    Precision, accumulation and frozen sides: as for `linear_policy_loss`.
+    Precision, accumulation, frozen sides and torch.compile: as for `linear_policy_loss`.
     Raises ValueError for shapes, dtypes, devices or options that do not fit.
     """
     kind = Divergence(divergence, alpha)
@@ -233,9 +278,13 @@ def linear_kl(
     check_filter(filter_eps)
     rows = min(len(student_weight_VD), len(teacher_weight_VE))
     main_grad = None if weight_main_grad is None else weight_main_grad[:rows]
-    wanted = Wanted(*(torch.is_grad_enabled() and x.requires_grad for x in student), main_grad, filter_eps)
-    shard = vocab_shard(student_weight_VD[:rows], vocab_size, tp_group)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in student]
     budget = budget or default_budget(student_hidden_ND.device)
-    options = _Options(shard, temperature, budget, kind, top_k, wanted)
     heads = (student_hidden_ND, student_weight_VD[:rows], teacher_hidden_NE.detach(), teacher_weight_VE[:rows].detach())
+    if torch.compiler.is_compiling():
+        sizes, numbers = list(vars(budget).values()), [float(x) for x in (alpha, temperature, filter_eps)]
+        constants = (wanted, vocab_size, group_name(tp_group), sizes, divergence, top_k, numbers)
+        return KLLoss(*_kl_op(*heads, weight_N, *constants)[:-2])
+    shard = vocab_shard(heads[1], vocab_size, tp_group)
+    options = _Options(shard, temperature, budget, kind, top_k, Wanted(*wanted, main_grad, filter_eps))
     return KLLoss(*_LinearKL.apply(*heads, weight_N, options))

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import matmuls
 from .checks import check_filter, check_head, check_main_grad, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks, scaled, scatter_rows
+from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
+from .operators import fake, gradient_outputs, gradient_shapes, register_backward
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
 from .vocab import VocabShard, group_name, group_named, vocab_shard
@@ -188,40 +188,19 @@ def _policy_loss_op(
     wants = Wanted(*wanted, filter_eps=filter_eps)
     options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, wants)
     rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
-    d_hidden_nD, d_weight_UD = gradients.finish()
-    nothing = gradients.dropped_mass.new_empty(0)
-    return (
-        *_results(rows_n, per_token, gradients, len(hidden_ND)),
-        nothing if d_hidden_nD is None else scatter_rows(rows_n, d_hidden_nD, len(hidden_ND)),
-        nothing.clone() if d_weight_UD is None else d_weight_UD,
-    )
+    d_head = gradient_outputs(rows_n, gradients, len(hidden_ND))
+    return *_results(rows_n, per_token, gradients, len(hidden_ND)), *d_head
 
 
 @_policy_loss_op.register_fake
 def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, wanted, *_):
-    like = hidden_ND.new_empty(0, dtype=matmuls.accumulator_dtype(hidden_ND.dtype))
-    shapes = {name: () for name in PolicyLoss.__dataclass_fields__} | {
-        "logp_N": target_N.shape,
-        "entropy_N": target_N.shape,
-    }
-    counts = {name: like.new_empty((), dtype=torch.int64) for name in ("clip_low", "clip_high")}
-    fields = {name: like.new_empty(shape) for name, shape in shapes.items()} | counts
-    gradients = (like.new_empty(x.shape if want else 0) for x, want in zip((hidden_ND, weight_UD), wanted, strict=True))
-    return *fields.values(), *gradients
+    one, each, shapes = (), target_N.shape, gradient_shapes(hidden_ND, weight_UD, wanted)
+    loss, logp_N, entropy_N, pg_loss, kl_loss, *rest = fake(hidden_ND, one, each, each, one, one, one, one, *shapes)
+    clips = (torch.empty_like(loss, dtype=torch.int64) for _ in range(2))
+    return loss, logp_N, entropy_N, pg_loss, kl_loss, *clips, *rest
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[-2:])
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, d_loss: Tensor, *_):
-    gradients = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    return *(scaled(gradient, d_loss, ctx.dtype) if need else None for gradient, need in gradients), *[None] * 11
-
-
-_policy_loss_op.register_autograd(_backward, setup_context=_save)
+register_backward(_policy_loss_op)
 
 
 def linear_policy_loss(
@@ -269,10 +248,6 @@ def linear_policy_loss(
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
     budget = budget or default_budget(hidden_ND.device)
     if torch.compiler.is_compiling():
-        if weight_main_grad is not None:
-            raise ValueError(
-                "weight_main_grad cannot be written inside torch.compile: leave this call out of the graph"
-            )
         sizes, numbers = list(vars(budget).values()), [float(x) for x in (temperature, eps_low, eps_high, filter_eps)]
         constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)
         fields = _policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2]

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .chunks import TILE_COLUMNS, slices
+from .chunks import slices
 from .pairs import Divergence, slope, summands
+from .rows_torch import BLOCK
 
 
 def divergence_(
@@ -40,6 +41,7 @@ def _blocks(
     """(columns, which of them are padding, log p, log q), a block of columns at a time."""
     top_C, log_total_C, teacher_top_C, teacher_log_total_C = norm_4C[:, :, None]
     padding_U = torch.arange(z_CU.shape[1], device=z_CU.device) >= real
-    for block in slices(z_CU.shape[1], TILE_COLUMNS):
-        logp_Cb = (z_CU[:, block] - top_C) - log_total_C
-        yield block, padding_U[block], logp_Cb, (t_CU[:, block] - teacher_top_C) - teacher_log_total_C
+    for block in slices(z_CU.shape[1], BLOCK):
+        logp_Cb = (z_CU[:, block] - top_C).sub_(log_total_C)
+        logq_Cb = (t_CU[:, block] - teacher_top_C).sub_(teacher_log_total_C)
+        yield block, padding_U[block], logp_Cb, logq_Cb

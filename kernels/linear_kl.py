@@ -63,7 +63,7 @@ class _Pair:
     def normalisers(self) -> Tensor:
         """[4, C] top and log_total of the student, then of the teacher, over all ranks: one MAX, one SUM for both."""
         tokens = len(self.student.rows_C)
-        folded = self.head.new_statistics(2 * tokens)
+        folded = self.head.new_statistics(2 * tokens)  # [4, 2C]: the student's, then the teacher's
         nowhere_C = self.head.local(self.student.target_C)
         for chunk, part in ((self.student, folded[:, :tokens]), (self.teacher, folded[:, tokens:])):
             self.head.fold_(part, chunk.z_CU, nowhere_C, 0)
@@ -120,10 +120,10 @@ def _top_columns(z_CU: Tensor, shard: VocabShard, top_k: int) -> tuple[Tensor, T
     tokens, rows = z_CU.shape
     z_CU.masked_fill_(torch.arange(rows, device=z_CU.device) >= shard.real, EMPTY)
     logit_Ck, column_Ck = z_CU.topk(min(top_k, rows), dim=1)
-    everyone = gather(pad(logit_Ck, (0, top_k - logit_Ck.shape[1]), value=EMPTY), shard).transpose(0, 1)
-    winner_Ck = everyone.reshape(tokens, -1).topk(top_k, dim=1).indices
-    won = torch.zeros_like(everyone, dtype=torch.bool).reshape(tokens, -1).scatter_(1, winner_Ck, True)
-    won_Ck = won.view_as(everyone)[:, shard.rank, : logit_Ck.shape[1]]
+    everyone_RCk = gather(pad(logit_Ck, (0, top_k - logit_Ck.shape[1]), value=EMPTY), shard)
+    flat_CX = everyone_RCk.transpose(0, 1).reshape(tokens, -1)  # X = R · k
+    won_CX = torch.zeros_like(flat_CX, dtype=torch.bool).scatter_(1, flat_CX.topk(top_k, dim=1).indices, True)
+    won_Ck = won_CX[:, shard.rank * top_k :][:, : logit_Ck.shape[1]]
     return column_Ck, won_Ck & (column_Ck < shard.real)
 
 

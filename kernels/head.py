@@ -103,33 +103,80 @@ def chunk_statistics(head: Head, chunk: Resident) -> Statistics:
     return finish(head, folded_4C, chunk.target_C)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients of a head are computed, and where dW goes."""
+
+    hidden: bool
+    weight: bool
+    main_grad_UD: Tensor | None = None
+    """dW is added to this buffer instead of being returned."""
+    filter_eps: float = 0.0
+    """Share of Σ|dlogits| of a chunk that may be left out; 0 is exact."""
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight
+
+
 class HeadGradients:
     """Where a pass over chunks leaves dH and dW: accumulated in fp32 (fp64 for fp64), rounded once in `scaled`.
 
     Only the given rows of hidden have a gradient. A side that is not wanted is never computed.
     """
 
-    def __init__(self, head: Head, kept: int, wanted: tuple[bool, bool]):
+    def __init__(self, head: Head, kept: int, wanted: Wanted):
         self.head, self.wanted = head, wanted
         like = head.weight_UD
-        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted[0] else None
-        self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if wanted[1] else None
+        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted.hidden else None
+        self.weight_UD = None
+        if wanted.weight:
+            given_UD = wanted.main_grad_UD
+            self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if given_UD is None else given_UD
+        self.dropped_mass = like.new_zeros((), dtype=head.dtype)
 
     def add_(
         self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
     ) -> None:
         """Overwrites the chunk's logits by their gradient and spends it on both matmuls."""
-        if not any(self.wanted):
-            return
-        dz_CU = self._dlogits(chunk, statistics, d_logp_C, d_entropy_C)
-        if self.hidden_nD is not None:
-            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, self.head.weight_UD)
-        if self.weight_UD is not None:
-            matmuls.add_weight_gradient_(self.weight_UD, dz_CU, chunk.hidden_CD)
+        if self.wanted:
+            self.spend_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
 
-    def _dlogits(self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
-        head, z_CU = self.head, chunk.z_CU
-        dz_CU = dlogits_storage(z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else z_CU.dtype)
+    def spend_(self, chunk: Resident, dz_CU: Tensor) -> None:
+        weight_UD, d_weight_UD = self.head.weight_UD, self.weight_UD
+        column_K = self._columns_that_matter(dz_CU)
+        if column_K is not None:
+            dz_CU, weight_UD = dz_CU.index_select(1, column_K), weight_UD.index_select(0, column_K)
+            d_weight_UD = None if d_weight_UD is None else d_weight_UD.index_select(0, column_K)
+        if self.hidden_nD is not None:
+            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, weight_UD)
+        if d_weight_UD is not None:
+            matmuls.add_weight_gradient_(d_weight_UD, dz_CU, chunk.hidden_CD)
+            if column_K is not None:
+                self.weight_UD.index_copy_(0, column_K, d_weight_UD)
+
+    def _columns_that_matter(self, dz_CU: Tensor) -> Tensor | None:
+        """[K] the columns the two matmuls are restricted to, or None for all of them.
+
+        Waits for the host: K is a shape. Above half of the columns the copies would cost more than they save.
+        """
+        if self.wanted.filter_eps == 0:
+            return None
+        mass_U = torch.linalg.vector_norm(dz_CU, ord=1, dim=0, dtype=self.head.dtype)
+        dropped_U = mass_U < negligible_below(mass_U, self.wanted.filter_eps)
+        column_K = (~dropped_U).nonzero()[:, 0]
+        if len(column_K) > len(mass_U) // 2:
+            return None
+        self.dropped_mass += mass_U.where(dropped_U, 0.0).sum()
+        return column_K
+
+    def storage(self, chunk: Resident) -> Tensor:
+        """Where the gradient of the chunk's logits belongs: over the logits, in the dtype the two matmuls take."""
+        return dlogits_storage(chunk.z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else chunk.z_CU.dtype)
+
+    def dlogits_(
+        self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
+    ) -> Tensor:
+        head, z_CU, dz_CU = self.head, chunk.z_CU, self.storage(chunk)
         d_logp_C = d_logp_C / head.temperature
         d_entropy_C = None if d_entropy_C is None else d_entropy_C / head.temperature
         dlogits_ = row_functions(z_CU.device).dlogits_
@@ -137,10 +184,24 @@ class HeadGradients:
         return dz_CU
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(dH of the kept rows, summed over ranks; dW of this rank's rows)."""
+        """(dH of the kept rows, summed over ranks; dW of this rank's rows unless it went to `main_grad_UD`)."""
         if self.hidden_nD is not None:
             all_reduce_(self.hidden_nD, self.head.shard.group)
-        return self.hidden_nD, self.weight_UD
+        if self.wanted.filter_eps > 0:
+            all_reduce_(self.dropped_mass, self.head.shard.group)
+        return self.hidden_nD, self.weight_UD if self.wanted.main_grad_UD is None else None
+
+
+def negligible_below(mass_U: Tensor, eps: float) -> Tensor:
+    """[] a threshold such that the columns below it hold at most eps of the mass together.
+
+    The largest of eps · total · 2^−j that does. No sort, no scan: sums in a fixed order, so two runs are bit-equal. At
+    j = log2 U the bound holds whatever the masses are, and the largest column always stays.
+    """
+    most = eps * mass_U.sum()
+    threshold_J = most * 2.0 ** -torch.arange(len(mass_U).bit_length() + 1, device=mass_U.device, dtype=mass_U.dtype)
+    below_J = torch.stack([mass_U.where(mass_U < threshold, 0.0).sum() for threshold in threshold_J])
+    return threshold_J[(below_J > most).sum().clamp(max=len(threshold_J) - 1)]
 
 
 def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -153,3 +214,24 @@ def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tenso
 def scatter_rows(rows_n: Tensor, gradient_nD: Tensor, tokens: int) -> Tensor:
     """Rows without a gradient are exactly zero."""
     return gradient_nD.new_zeros(tokens, gradient_nD.shape[1]).index_copy_(0, rows_n, gradient_nD)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """What the backward of a one-pass loss needs beside its saved tensors: the gradients exist already."""
+
+    tokens: int
+    dtype: torch.dtype
+    wanted: Wanted
+
+    def backward(self, saved: tuple, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight) from (rows_n, dH of those rows, dW); only the upstream factor is missing."""
+        rows_n, hidden_nD, weight_UD = saved
+        if self.wanted.weight and self.wanted.main_grad_UD is not None:
+            torch._assert_async(d_loss == 1, "weight_main_grad already holds dW: scale the weights, not the loss")
+        d_hidden_ND = d_weight_UD = None
+        if hidden_nD is not None:
+            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, self.dtype), self.tokens)
+        if weight_UD is not None:
+            d_weight_UD = scaled(weight_UD, d_loss, self.dtype)
+        return d_hidden_ND, d_weight_UD

@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_head, check_policy, check_vocab_size
+from .checks import check_filter, check_head, check_main_grad, check_policy, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, chunk_statistics, resident_chunks, scaled, scatter_rows
+from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
+from .operators import fake, gradient_outputs, gradient_shapes, register_backward
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
-from .vocab import VocabShard, vocab_shard
+from .vocab import VocabShard, group_name, group_named, vocab_shard
 
 __all__ = ["PolicyLoss", "PolicyTerms", "linear_policy_loss"]
 
@@ -40,8 +41,7 @@ class _Options:
     budget: ChunkBudget
     eps_low: float
     eps_high: float
-    wanted: tuple[bool, bool]
-    """Whether hidden and weight want a gradient."""
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,22 @@ def _one_pass(
     return rows_n, per_token, gradients
 
 
+def _results(rows_n: Tensor, per_token: _PerToken, gradients: HeadGradients, tokens: int) -> tuple[Tensor, ...]:
+    """The fields of `PolicyLoss`. The gradients must be finished."""
+    pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
+    return (
+        pg_loss + kl_loss,
+        per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.logp),
+        per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.entropy),
+        pg_loss,
+        kl_loss,
+        per_token.clip_low.sum(),
+        per_token.clip_high.sum(),
+        per_token.kl_old.sum(),
+        gradients.dropped_mass,
+    )
+
+
 def _empty_per_token(tokens: int, like: Tensor) -> _PerToken:
     fields = {name: like.new_zeros(tokens) for name in _PerToken.__dataclass_fields__}
     counts = {name: like.new_zeros(tokens, dtype=torch.bool) for name in ("clip_low", "clip_high")}
@@ -134,31 +150,57 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND: Tensor, weight_UD: Tensor, target_N: Tensor, terms: PolicyTerms, options: _Options):
         rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
         ctx.save_for_backward(rows_n, *gradients.finish())
-        ctx.tokens, ctx.dtype = len(hidden_ND), hidden_ND.dtype
-        pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
-        detached = (
-            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.logp),
-            per_token.logp.new_zeros(ctx.tokens).index_copy_(0, rows_n, per_token.entropy),
-            pg_loss,
-            kl_loss,
-            per_token.clip_low.sum(),
-            per_token.clip_high.sum(),
-            per_token.kl_old.sum(),
-        )
+        loss, *detached = _results(rows_n, per_token, gradients, len(hidden_ND))
         ctx.mark_non_differentiable(*detached)
-        return pg_loss + kl_loss, *detached
+        ctx.one_pass = OnePass(len(hidden_ND), hidden_ND.dtype, options.wanted)
+        return loss, *detached
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss: Tensor, *_):
         """The gradients exist already; only the upstream factor is missing. (Masks and 1/Z belong in the weights.)"""
-        rows_n, hidden_nD, weight_UD = ctx.saved_tensors
-        d_hidden_ND = d_weight_UD = None
-        if hidden_nD is not None:
-            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, ctx.dtype), ctx.tokens)
-        if weight_UD is not None:
-            d_weight_UD = scaled(weight_UD, d_loss, ctx.dtype)
-        return d_hidden_ND, d_weight_UD, None, None, None
+        return *ctx.one_pass.backward(ctx.saved_tensors, d_loss), None, None, None
+
+
+# The same pass as an operator that torch.compile holds without looking inside. Eager calls take the class above.
+
+
+@torch.library.custom_op("vold_kernels::linear_policy_loss", mutates_args=())
+def _policy_loss_op(
+    hidden_ND: Tensor,
+    weight_UD: Tensor,
+    target_N: Tensor,
+    logp_old_N: Tensor | None,
+    logp_teacher_N: Tensor | None,
+    advantage_N: Tensor,
+    pg_weight_N: Tensor,
+    kl_weight_N: Tensor,
+    wanted: list[bool],
+    vocab_size: int | None,
+    group: str | None,
+    budget: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `PolicyLoss`, dH [N, D] and dW as accumulated; a side that is not wanted has no elements."""
+    terms = PolicyTerms(logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N)
+    shard = vocab_shard(weight_UD, vocab_size, group_named(group))
+    temperature, eps_low, eps_high, filter_eps = numbers
+    wants = Wanted(*wanted, filter_eps=filter_eps)
+    options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, wants)
+    rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
+    d_head = gradient_outputs(rows_n, gradients, len(hidden_ND))
+    return *_results(rows_n, per_token, gradients, len(hidden_ND)), *d_head
+
+
+@_policy_loss_op.register_fake
+def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, wanted, *_):
+    one, each, shapes = (), target_N.shape, gradient_shapes(hidden_ND, weight_UD, wanted)
+    loss, logp_N, entropy_N, pg_loss, kl_loss, *rest = fake(hidden_ND, one, each, each, one, one, one, one, *shapes)
+    clips = (torch.empty_like(loss, dtype=torch.int64) for _ in range(2))
+    return loss, logp_N, entropy_N, pg_loss, kl_loss, *clips, *rest
+
+
+register_backward(_policy_loss_op)
 
 
 def linear_policy_loss(
@@ -173,6 +215,8 @@ def linear_policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     budget: ChunkBudget | None = None,
+    weight_main_grad: Tensor | None = None,
+    filter_eps: float = 0.0,
 ) -> PolicyLoss:
     """The loss at the top of this file, its gradients formed on the way.
 
@@ -180,16 +224,35 @@ def linear_policy_loss(
     terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
         NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
     eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high].
+    weight_main_grad [V, D], fp32 (fp64 for fp64): dW is added to it in place, straight from the matmul, and autograd
+        gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
+        the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
+        the two weights instead. Read only where the weight requires grad.
+    filter_eps in [0, 1): 0 is exact. Else dH and dW of a chunk are restricted to the vocabulary columns that matter;
+        the others hold at most filter_eps of the chunk's Σ|dL/dlogit| together. `dropped_mass` of the result says how
+        much that was in all, and bounds the error: ‖ΔdH‖ ≤ dropped_mass · max‖weight row‖, ‖ΔdW‖ ≤ dropped_mass ·
+        max‖hidden row‖. The host waits once a chunk. With tp_group each rank filters its own columns.
     Returns `PolicyLoss`. With terms.logp_old_N None the ratio is exactly 1; with a logp_old from `linear_logprob` of
     the same weights it is 1 within the matmul's rounding.
     Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
     upstream factor. A side that requires no grad costs no matmul; under `torch.no_grad` none does.
+    Inside torch.compile the call is one opaque operator, with the same bits; weight_main_grad has no place there.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    check_head(hidden_ND, weight_VD, target_N, temperature=temperature)
+    check_head(hidden_ND, weight_VD, temperature=temperature)
+    check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
+    check_main_grad(weight_main_grad, weight_VD)
+    check_filter(filter_eps)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
+    budget = budget or default_budget(hidden_ND.device)
+    if torch.compiler.is_compiling():
+        sizes, numbers = list(vars(budget).values()), [float(x) for x in (temperature, eps_low, eps_high, filter_eps)]
+        constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)
+        fields = _policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2]
+        return PolicyLoss(*fields)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
-    options = _Options(shard, temperature, budget or default_budget(hidden_ND.device), eps_low, eps_high, wanted)
+    wanted = Wanted(*wanted, weight_main_grad, filter_eps)
+    options = _Options(shard, temperature, budget, eps_low, eps_high, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

@@ -1,4 +1,4 @@
-"""What goes into and comes out of the policy loss. Shape letters: N packed response tokens."""
+"""What goes into and comes out of the losses. Shape letters: N packed response tokens."""
 
 from dataclasses import dataclass
 
@@ -45,3 +45,17 @@ class PolicyLoss:
     """[] number of tokens with pg_weight ≠ 0, A > 0 and ratio > 1 + eps_high: the upper bound took their gradient."""
     kl_old: Tensor
     """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): the k1 estimate of KL(old‖now), a sum, no mean."""
+    dropped_mass: Tensor
+    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 when exact."""
+
+
+@dataclass(frozen=True)
+class KLLoss:
+    """Only `loss` carries a gradient. All are fp32 (fp64 for fp64 inputs)."""
+
+    loss: Tensor
+    """[] Σ weight · KL, differentiable with respect to the student's hidden and weight."""
+    kl_N: Tensor
+    """[N] divergence (nats), ≥ 0 up to rounding. Exactly 0 where the weight is 0: those rows are never computed."""
+    dropped_mass: Tensor
+    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 when exact."""

@@ -1,13 +1,16 @@
 """The specification, in plain torch: logits are materialised, autograd does the rest, nothing is clever.
 
 Shape letters: N tokens, D hidden, V vocabulary rows, n tokens that carry weight. Computes in fp32, or in fp64 when
-given fp64. The formulas are those of VOLD (L_pg, L_kl) with the weights pulled out; see `linear_policy_loss.py`.
+given fp64. The formulas are those of VOLD (L_pg, L_kl) with the weights pulled out, see `linear_policy_loss.py`, and of
+the divergences in `linear_kl.py`.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from .records import PolicyLoss, PolicyTerms
+from .records import KLLoss, PolicyLoss, PolicyTerms
 
 
 def linear_logprob(
@@ -19,10 +22,7 @@ def linear_logprob(
     return_entropy: bool = False,
     vocab_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    weight_VD = weight_VD[:vocab_size]
-    logits_NV = hidden_ND.to(dtype) @ weight_VD.to(dtype).T / temperature
-    logp_NV = logits_NV.log_softmax(dim=-1)
+    logp_NV = _log_softmax(hidden_ND, weight_VD[:vocab_size], temperature)
     logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
     if not return_entropy:
         return logp_N
@@ -73,4 +73,51 @@ def linear_policy_loss(
         clip_low=((ratio < 1 - eps_low) & (advantage < 0)).sum(),
         clip_high=((ratio > 1 + eps_high) & (advantage > 0)).sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
+        dropped_mass=torch.zeros_like(pg_loss),
     )
+
+
+def linear_kl(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_VE: Tensor,
+    *,
+    weight_N: Tensor,
+    divergence: str = "reverse",
+    alpha: float = 0.5,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> KLLoss:
+    kept_N = weight_N != 0
+    logp_student = _log_softmax(student_hidden_ND[kept_N], student_weight_VD[:vocab_size], temperature)
+    logp_teacher = _log_softmax(teacher_hidden_NE[kept_N], teacher_weight_VE[:vocab_size], temperature).detach()
+    if top_k is not None and top_k < logp_student.shape[1]:
+        top_nk = logp_student.topk(top_k).indices
+        logp_student, logp_teacher = (_top_and_tail(logp, top_nk) for logp in (logp_student, logp_teacher))
+    if divergence == "reverse":
+        kl_n = _kl(logp_student, logp_teacher)
+    elif divergence == "forward":
+        kl_n = _kl(logp_teacher, logp_student)
+    else:
+        mixture = torch.logaddexp(logp_teacher + math.log(alpha), logp_student + math.log(1 - alpha))
+        kl_n = alpha * _kl(logp_teacher, mixture) + (1 - alpha) * _kl(logp_student, mixture)
+    kl_N = kl_n.new_zeros(len(weight_N)).masked_scatter(kept_N, kl_n)
+    loss = (weight_N[kept_N].to(kl_n.dtype) * kl_n).sum()
+    return KLLoss(loss=loss, kl_N=kl_N.detach(), dropped_mass=torch.zeros_like(loss))
+
+
+def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    return (hidden_ND.to(dtype) @ weight_VD.to(dtype).T / temperature).log_softmax(dim=-1)
+
+
+def _top_and_tail(logp_nV: Tensor, top_nk: Tensor) -> Tensor:
+    """[n, k + 1]: the log-probs at the given columns, and the log of what all other columns share."""
+    others_nV = logp_nV.scatter(1, top_nk, float("-inf"))
+    return torch.cat((logp_nV.gather(1, top_nk), others_nV.logsumexp(dim=1, keepdim=True)), dim=1)
+
+
+def _kl(logp_nB: Tensor, other_nB: Tensor) -> Tensor:
+    return (logp_nB.exp() * (logp_nB - other_nB)).sum(dim=1)

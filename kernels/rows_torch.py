@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from .chunks import TILE_COLUMNS, slices
+from .chunks import slices
 from .rows import Statistics
+
+BLOCK = 2048  # divides chunks.TILE_COLUMNS; a block of a chunk stays in a core's cache between its passes
 
 
 def fold_(folded_4C: Tensor, z_CB: Tensor, target_C: Tensor, real: Tensor, first: int) -> None:
     padding_B = torch.arange(first, first + z_CB.shape[1], device=z_CB.device) >= real
-    for block in slices(z_CB.shape[1], TILE_COLUMNS):
+    for block in slices(z_CB.shape[1], BLOCK):
         top_C, total_C, spread_C = folded_4C[:3].clone()
         gap_Cb = z_CB[:, block].masked_fill(padding_B[block], float("-inf"))
         new_top_C = torch.maximum(top_C, gap_Cb.amax(dim=1))
@@ -36,8 +38,8 @@ def dlogits_(
 ) -> None:
     assert dz_CU.data_ptr() == z_CU.data_ptr() and dz_CU.dtype == z_CU.dtype
     padding_U = torch.arange(z_CU.shape[1], device=z_CU.device) >= real
-    for block in slices(z_CU.shape[1], TILE_COLUMNS):
-        logp_Cb = (z_CU[:, block] - statistics.top_C[:, None]) - statistics.log_total_C[:, None]
+    for block in slices(z_CU.shape[1], BLOCK):
+        logp_Cb = (z_CU[:, block] - statistics.top_C[:, None]).sub_(statistics.log_total_C[:, None])
         p_Cb = logp_Cb.exp()
         dz_Cb = -d_logp_C[:, None] * p_Cb
         if d_entropy_C is not None:

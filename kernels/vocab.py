@@ -26,6 +26,7 @@ class VocabShard:
     """[] int64, how many of this rank's rows are real (from the front); the rest is padding."""
     total: Tensor
     """[] int64, real rows of all ranks together."""
+    rank: int
     group: dist.ProcessGroup | None
 
     def widest(self) -> int:
@@ -43,13 +44,29 @@ def vocab_shard(weight_UD: Tensor, vocab_size: int | None, group: dist.ProcessGr
     offset, total = sizes_R[:rank].sum(), sizes_R.sum()
     if vocab_size is not None:
         total = total.clamp(max=vocab_size)
-    return VocabShard(rows, sizes_R, offset, (total - offset).clamp(0, rows), total, group)
+    return VocabShard(rows, sizes_R, offset, (total - offset).clamp(0, rows), total, rank, group)
+
+
+def group_name(group: dist.ProcessGroup | None) -> str | None:
+    """What an operator of torch.library takes in place of a group; `group_named` is the way back."""
+    return None if group is None else group.group_name
+
+
+def group_named(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
 
 
 def all_reduce_(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, op, group=group)
     return tensor
+
+
+def gather(mine: Tensor, shard: VocabShard) -> Tensor:
+    """[R, ...] what every rank brings, of one shape. One SUM: adding to zeros moves bits, infinities included."""
+    everyone = mine.new_zeros(len(shard.sizes_R), *mine.shape)
+    everyone[shard.rank] = mine
+    return all_reduce_(everyone, shard.group)
 
 
 def merge(folded_4C: Tensor, group: dist.ProcessGroup | None) -> Tensor:

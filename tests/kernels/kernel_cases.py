@@ -48,6 +48,42 @@ def problem(tokens: int, vocab: int, *, width: int = 6, dtype: torch.dtype = tor
     return Problem(hidden_ND.to(DEVICE), weight_VD.to(DEVICE), target_N.to(DEVICE)).to(dtype)
 
 
+@dataclass(frozen=True)
+class PairProblem:
+    """A student's and a teacher's head of different widths. Only the student's tensors are leaves."""
+
+    student_hidden_ND: Tensor
+    student_weight_VD: Tensor
+    teacher_hidden_NE: Tensor
+    teacher_weight_VE: Tensor
+
+    def to(self, dtype: torch.dtype) -> "PairProblem":
+        values = [x.detach().to(dtype) for x in self]
+        return PairProblem(*(x.requires_grad_() for x in values[:2]), *values[2:])
+
+    def __iter__(self):
+        return iter(vars(self).values())
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden_ND, self.student_weight_VD
+
+
+def pair_problem(
+    tokens: int, vocab: int, *, width: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> PairProblem:
+    torch.manual_seed(seed)
+    student = torch.randn(tokens, width), torch.randn(vocab, width)
+    teacher = torch.randn(tokens, width + 3), torch.randn(vocab, width + 3)
+    return PairProblem(*(x.to(DEVICE) for x in (*student, *teacher))).to(dtype)
+
+
+def token_weights(tokens: int, *, seed: int = 2) -> Tensor:
+    """Of every three tokens the second has no weight; some weights are negative."""
+    torch.manual_seed(seed)
+    return (torch.randn(tokens, dtype=torch.float64) * (torch.arange(tokens) % 3 != 1)).to(DEVICE)
+
+
 def policy_terms(case: Problem, *, temperature: float = 1.0, seed: int = 1) -> PolicyTerms:
     """Off-policy by ±0.3, so that both clip bounds bite; of every four tokens one has no weight, two have one."""
     torch.manual_seed(seed)
@@ -78,7 +114,7 @@ def with_fields(terms: PolicyTerms, rows: Tensor | slice, **values: float) -> Po
     return replace(terms, **changed)
 
 
-def gradients(loss: Tensor, case: Problem) -> tuple[Tensor, Tensor]:
+def gradients(loss: Tensor, case: Problem | PairProblem) -> tuple[Tensor, Tensor]:
     return torch.autograd.grad(loss, case.leaves)
 
 

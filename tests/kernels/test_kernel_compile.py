@@ -10,7 +10,8 @@ from kernel_cases import INTERPRETED
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vold_kernels import rows_triton
+from vold_kernels import pairs_triton, rows_triton
+from vold_kernels.pairs import KINDS
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -31,6 +32,16 @@ DLOGITS = {"DZ": "*{dz}", "Z": "*{acc}", "TARGET": "*i64", "REAL": "*i64", "TOP"
     "HAS_ENTROPY": "constexpr",
     "BLOCK": "constexpr",
 }
+DIVERGENCE = {"Z": "*{acc}", "T": "*{acc}", "REAL": "*i64", "NORM": "*{acc}", "ALPHA": "*{acc}"} | {
+    "z_stride": "i32",
+    "t_stride": "i32",
+    "norm_stride": "i32",
+    "columns": "i32",
+    "KIND": "constexpr",
+    "BLOCK": "constexpr",
+}
+DIVERGENCE_SUMS = {"SUMS": "*{acc}", "sums_stride": "i32", **DIVERGENCE}
+DIVERGENCE_DLOGITS = {"DZ": "*{dz}", "OWN": "*{acc}", "WEIGHT": "*{acc}", "dz_stride": "i32", **DIVERGENCE}
 KERNELS = {
     "fold fp32": ("fold_kernel", FOLD, {"acc": "fp32"}, {}),
     "fold fp64": ("fold_kernel", FOLD, {"acc": "fp64"}, {}),
@@ -39,6 +50,11 @@ KERNELS = {
     "dlogits fp32 entropy": ("dlogits_kernel", DLOGITS, {"acc": "fp32", "dz": "fp32"}, {"HAS_ENTROPY": True}),
     "dlogits fp64 entropy": ("dlogits_kernel", DLOGITS, {"acc": "fp64", "dz": "fp64"}, {"HAS_ENTROPY": True}),
 }
+for kind in KINDS:
+    for acc, dz in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
+        dtypes, constants = {"acc": acc, "dz": dz}, {"KIND": kind}
+        KERNELS[f"{kind} {acc}"] = ("divergence_kernel", DIVERGENCE_SUMS, dtypes, constants)
+        KERNELS[f"{kind} dlogits {dz}"] = ("divergence_dlogits_kernel", DIVERGENCE_DLOGITS, dtypes, constants)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
@@ -46,9 +62,10 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles(name: str, capability: int, tmp_path: Path):
     kernel, signature, dtypes, constants = KERNELS[name]
+    function = getattr(rows_triton, kernel, None) or getattr(pairs_triton, kernel)
     source = ASTSource(
-        fn=getattr(rows_triton, kernel),
-        signature={argument: kind.format(**dtypes) for argument, kind in signature.items()},
+        fn=function,
+        signature={argument: signature[argument].format(**dtypes) for argument in function.arg_names},
         constexprs={"BLOCK": rows_triton.BLOCK, **constants},
     )
     target = GPUTarget("cuda", capability, 32)

@@ -12,10 +12,11 @@ import pytest
 from kernel_cases import DEVICE, INTERPRETED
 
 HERE = Path(__file__).parent
+NAMES = ["test_linear_logprob", "test_linear_policy_loss", "test_linear_kl", "test_kernel_parallel"]
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels are being tested directly already")
-@pytest.mark.parametrize("name", ["test_linear_logprob", "test_linear_policy_loss", "test_kernel_parallel"])
+@pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name: str):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / f"{name}.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

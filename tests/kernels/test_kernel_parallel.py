@@ -8,17 +8,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from kernel_cases import (
     CLIP,
+    PairProblem,
     Problem,
     assert_near,
     assert_same_record,
     gradients,
+    pair_problem,
     policy_terms,
     problem,
     relative,
     small_chunks,
+    token_weights,
 )
 
 from vold_kernels import reference
+from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
@@ -46,6 +50,10 @@ def _worker(rank: int, rendezvous: str) -> None:
         if rank < len(sizes):
             _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
             _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_kl(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_filter(sizes, rank, groups[len(sizes)])
+    if rank < 2:
+        _check_compiled(rank, groups[2])
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,3 +96,51 @@ def _check_policy_loss(sizes: tuple[int, ...], rank: int, vocab_size: int | None
     assert_same_record(actual, expected, 1e-12)
     actual, expected = (gradients(-1.7 * record.loss, case) for record, case in ((actual, shard), (expected, whole)))
     _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
+    whole, weight_N = pair_problem(11, sum(sizes)), token_weights(11)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    shard = PairProblem(
+        *(x[mine] if "weight" in name else x for name, x in vars(whole).items()),
+    ).to(torch.float64)
+    for divergence, top_k in (("reverse", None), ("forward", None), ("jsd", None), ("forward", 5), ("jsd", 58)):
+        keywords = {"weight_N": weight_N, "divergence": divergence, "alpha": 0.3, "top_k": top_k, "temperature": 0.7}
+        keywords |= {"vocab_size": vocab_size}
+        actual = linear_kl(*shard, **keywords, tp_group=group, budget=small_chunks(47, tokens=6))
+        expected = reference.linear_kl(*whole, **keywords)
+        assert expected.loss != 0
+        assert_near(actual.loss, expected.loss, 1e-12)
+        assert_near(actual.kl_N, expected.kl_N, 1e-12)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
+        _check_gradients(actual, expected, mine, vocab_size)
+
+
+def _check_filter(sizes: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> None:
+    whole, shard, mine = _whole_and_shard(sizes, rank, None)
+    whole, shard = (
+        Problem(x.hidden_ND, 4 * x.weight_VD.detach(), x.target_N).to(torch.float64) for x in (whole, shard)
+    )
+    terms = policy_terms(whole)
+    filtered = linear_policy_loss(*shard, terms, **CLIP, tp_group=group, filter_eps=0.2)
+    exact = gradients(reference.linear_policy_loss(*whole, terms, **CLIP).loss, whole)
+    d_hidden_ND, d_weight_UD = gradients(filtered.loss, shard)
+    assert filtered.dropped_mass > 0
+    longest_weight, longest_hidden = (x.norm(dim=1).max() for x in (whole.weight_VD, whole.hidden_ND))
+    assert 0 < (d_hidden_ND - exact[0]).norm() <= filtered.dropped_mass * longest_weight
+    squared = (d_weight_UD - exact[1][mine]).square().sum()
+    dist.all_reduce(squared, group=group)
+    assert 0 < squared.sqrt() <= filtered.dropped_mass * longest_hidden
+
+
+def _check_compiled(rank: int, group: dist.ProcessGroup) -> None:
+    _, shard, _ = _whole_and_shard((30, 47), rank, None)
+
+    def loss(hidden_ND, weight_VD, target_N):
+        return linear_logprob(hidden_ND, weight_VD, target_N, tp_group=group).square().sum()
+
+    expected = loss(*shard)
+    actual = torch.compile(loss, backend="aot_eager", fullgraph=True)(*shard)
+    assert torch.equal(actual, expected)
+    for a, b in zip(gradients(actual, shard), gradients(expected, shard), strict=True):
+        assert torch.equal(a, b)

@@ -20,7 +20,8 @@ from kernel_cases import (
     with_fields,
 )
 
-from vold_kernels import reference
+from vold_kernels import matmuls, reference
+from vold_kernels.head import negligible_below
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
 
@@ -295,6 +296,115 @@ def test_no_tensor_is_as_large_as_the_logits():
     assert recorder.largest == 4 * max(vocab * width, CHUNK * vocab, tokens * width) < 4 * tokens * vocab / 10
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 4e-3)]
+)
+def test_main_grad_receives_dw_in_place(dtype, tolerance):
+    case = problem(9, 77, dtype=dtype)
+
+    def loss(**keywords) -> torch.Tensor:
+        return linear_policy_loss(*case, policy_terms(case), **CLIP, budget=small_chunks(77), **keywords).loss
+
+    d_hidden_ND, d_weight_VD = gradients(loss(), case)
+    start_VD = torch.randn(77, 6, device=DEVICE).to(torch.promote_types(dtype, torch.float32))
+    buffers = [start_VD.clone(), start_VD.clone()]
+    for buffer_VD in buffers:
+        for _microbatch in range(2):
+            case.hidden_ND.grad = None
+            loss(weight_main_grad=buffer_VD).backward()
+            assert case.weight_VD.grad is None and torch.equal(case.hidden_ND.grad, d_hidden_ND)
+    assert torch.equal(*buffers)
+    assert relative(buffers[0] - start_VD, 2 * d_weight_VD) <= tolerance
+    with pytest.raises(RuntimeError, match="scale the weights, not the loss"):
+        (2 * loss(weight_main_grad=buffers[0])).backward()
+
+
+def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
+    case = problem(3, 77)
+    terms, main_grad_VD = policy_terms(case), torch.zeros(77, 6, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        linear_policy_loss(*case, terms, **CLIP, weight_main_grad=main_grad_VD)
+    case.weight_VD.requires_grad_(False)
+    linear_policy_loss(*case, terms, **CLIP, weight_main_grad=main_grad_VD).loss.backward()
+    assert torch.all(main_grad_VD == 0) and case.hidden_ND.grad.abs().sum() > 0
+
+
+def confident_case(tokens: int, vocab: int) -> Problem:
+    """Each token knows a handful of columns. Hidden is one-hot over tokens: dW are the dlogits."""
+    torch.manual_seed(0)
+    logits_NV = torch.randn(tokens, vocab, dtype=torch.float64)
+    logits_NV.scatter_add_(1, torch.randint(0, vocab, (tokens, 5)), torch.full((tokens, 5), 9.0, dtype=torch.float64))
+    eye_NN = torch.eye(tokens, dtype=torch.float64)
+    target_N = logits_NV.topk(2).indices[:, 1]
+    return Problem(eye_NN.to(DEVICE), logits_NV.T.contiguous().to(DEVICE), target_N.to(DEVICE)).to(torch.float64)
+
+
+@pytest.mark.parametrize("eps", [0.3, 0.1, 0.02])
+def test_the_filtered_backward_measures_and_bounds_what_it_drops(eps, monkeypatch):
+    case = confident_case(9, 1000)
+    terms = policy_terms(case)
+    exact = linear_policy_loss(*case, terms, **CLIP)
+    exact_hidden_ND, dlogits_VN = gradients(exact.loss, case)
+    columns, matmul = [], matmuls.add_weight_gradient_
+    monkeypatch.setattr(
+        matmuls, "add_weight_gradient_", lambda dw, dz, h: (columns.append(dz.shape[1]), matmul(dw, dz, h))
+    )
+    filtered = linear_policy_loss(*case, terms, **CLIP, filter_eps=eps)
+    d_hidden_ND, d_weight_VN = gradients(filtered.loss, case)
+    assert torch.equal(filtered.loss, exact.loss) and torch.equal(filtered.logp_N, exact.logp_N)
+    assert exact.dropped_mass == 0 < filtered.dropped_mass <= eps * dlogits_VN.abs().sum() * (1 + 1e-12)
+    assert_near((d_weight_VN - dlogits_VN).abs().sum(), filtered.dropped_mass, 1e-12)
+    assert len(columns) == 1 and (d_weight_VN != 0).any(dim=1).sum() == columns[0] <= 1000 * (
+        0.05 if eps > 0.02 else 0.5
+    )
+    longest = case.weight_VD.norm(dim=1).max()
+    assert 0 < (d_hidden_ND - exact_hidden_ND).norm() <= filtered.dropped_mass * longest
+    again = linear_policy_loss(*case, terms, **CLIP, filter_eps=eps)
+    assert torch.equal(again.dropped_mass, filtered.dropped_mass)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(again.loss, case), (d_hidden_ND, d_weight_VN), strict=True))
+
+
+def test_the_filtered_backward_over_chunks_and_into_main_grad():
+    case = confident_case(9, 1000)
+    terms, budget = policy_terms(case), small_chunks(1000, tokens=2)
+    main_grad_VN = torch.zeros_like(case.weight_VD, requires_grad=False)
+    exact = gradients(linear_policy_loss(*case, terms, **CLIP).loss, case)
+    record = linear_policy_loss(*case, terms, **CLIP, budget=budget, filter_eps=0.1)
+    filtered = gradients(record.loss, case)
+    assert_near((filtered[1] - exact[1]).abs().sum(), record.dropped_mass, 1e-12)
+    assert 0 < record.dropped_mass <= 0.1 * exact[1].abs().sum()
+    keywords = {"budget": budget, "filter_eps": 0.1, "weight_main_grad": main_grad_VN}
+    linear_policy_loss(*case, terms, **CLIP, **keywords).loss.backward()
+    assert torch.equal(main_grad_VN, filtered[1]) and torch.equal(case.hidden_ND.grad, filtered[0])
+
+
+def test_the_filter_is_exact_where_every_column_matters_or_none_does():
+    case = problem(9, 77)
+    terms = policy_terms(case)
+    none = with_fields(terms, slice(None), advantage_N=0.0, kl_weight_N=0.0)
+    for each in (terms, none):
+        records = [linear_policy_loss(*case, each, **CLIP, filter_eps=eps) for eps in (0.0, 1e-6)]
+        assert records[1].dropped_mass == 0
+        for a, b in zip(*(gradients(record.loss, case) for record in records), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", ["equal", "one", "decaying", "zero"])
+@pytest.mark.parametrize("eps", [1e-6, 0.01, 0.5])
+def test_the_threshold_never_drops_more_than_its_share(shape, eps):
+    for columns in (1, 77, 5000):
+        mass_U = {
+            "equal": torch.ones(columns),
+            "one": torch.zeros(columns).index_fill_(0, torch.tensor([0]), 1.0),
+            "decaying": torch.exp(-0.1 * torch.arange(columns)),
+            "zero": torch.zeros(columns),
+        }[shape].to(DEVICE)
+        dropped_U = mass_U < negligible_below(mass_U, eps)
+        assert mass_U[dropped_U].sum() <= eps * mass_U.sum() and (mass_U.sum() == 0) == (not mass_U[~dropped_U].any())
+        if shape == "decaying" and columns == 5000:
+            assert dropped_U.sum() > 4800
+
+
 def test_mistakes_are_named():
     case = problem(5, 77)
     terms = policy_terms(case)
@@ -302,3 +412,9 @@ def test_mistakes_are_named():
         linear_policy_loss(*case, replace(terms, advantage_N=terms.advantage_N[:4]), **CLIP)
     with pytest.raises(ValueError, match=r"eps_low is -0.1"):
         linear_policy_loss(*case, terms, eps_low=-0.1, eps_high=0.2)
+    with pytest.raises(
+        ValueError, match=r"weight_main_grad is torch.float32 \(77, 6\) on .*; it must be torch.float64"
+    ):
+        linear_policy_loss(*case, terms, **CLIP, weight_main_grad=torch.zeros(77, 6, device=DEVICE))
+    with pytest.raises(ValueError, match=r"filter_eps is 1; it must lie in \[0, 1\)"):
+        linear_policy_loss(*case, terms, **CLIP, filter_eps=1)

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel path on a CPU: three gloo processes, groups of 1, 2 and 3, unequal and all-padding shards."""
+"""The vocabulary-parallel path on a CPU: four gloo processes, groups of 1 to 4, unequal and all-padding shards."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
-WORLD = 3
+WORLD = 4
 CASES = (  # rows of each rank, vocab_size
     ((77,), None),
     ((77,), 60),
@@ -34,6 +34,8 @@ CASES = (  # rows of each rank, vocab_size
     ((60, 17), 60),  # the second shard is all padding
     ((50, 7, 20), None),
     ((50, 7, 20), 53),  # the second shard is part padding, the third all
+    ((31, 9, 25, 12), None),
+    ((20, 30, 7, 20), 45),  # the last two shards are all padding
 )
 
 

@@ -187,6 +187,9 @@ class _Worker:
         return f"no answer in {self.patience_s:.0f} s"
 
     def close(self) -> None:
+        """A closed pipe ends a healthy process; any other is killed."""
+        self.connection.close()
+        self.process.join(5)
         self.process.kill()
         self.process.join()
 
@@ -204,7 +207,7 @@ def _serve(connection: Connection, name: str, case: Case, path: Path, device: to
         baseline = _rest(device)
         while connection.recv() == "run":
             connection.send(_turn(step, problem, case, plan, baseline))
-    except EOFError:  # the parent is done
+    except (EOFError, BrokenPipeError):  # the parent is done
         pass
     except Exception as error:
         connection.send(_why(error))

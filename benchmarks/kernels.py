@@ -1,7 +1,8 @@
 """Every kernel beside its peers; then the ahead-of-time table, the summary and the plots.
 
-    python -m benchmarks.kernels                        the sweep of this machine: CPU under 10 minutes, or GPU
-    python -m benchmarks.kernels --tokens 64 --hidden 32 --vocab 512 --out /tmp/bench          one small cell
+    python -m benchmarks.kernels                                    this machine's sweep: CPU (under 10 minutes) or GPU
+    python -m benchmarks.kernels --head student --tokens 8192       part of it
+    python -m benchmarks.kernels --shape 64 32 512 --out /tmp/b     one small cell
 
 Writes kernels-cpu.csv or kernels-cuda.csv (one file is one run), aot.csv, SUMMARY.md and the plots into --out.
 """
@@ -31,28 +32,24 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    return [
-        Case(head, mode, tokens, hidden, VOCAB, "bfloat16")
-        for mode in ("full", "forward", "ce")
-        for head, hidden in HEADS.items()
-        for tokens in TOKENS
-    ]
+    cells = [(mode, head) for mode in ("full", "forward") for head in HEADS] + [("ce", "student")]
+    return [Case(head, mode, tokens, HEADS[head], VOCAB, "bfloat16") for mode, head in cells for tokens in TOKENS]
+
+
+def plan_of(case: Case, options: argparse.Namespace, device: torch.device) -> Plan:
+    if device.type == "cpu":
+        return Plan(rounds=options.rounds or 5, threads=options.threads)
+    long = case.tokens > 8192
+    return Plan(rounds=options.rounds or 6, runs=2 if long else 5, warm=1 if long else 2, threads=options.threads)
 
 
 def main() -> None:
     options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = cpu_cases() if device.type == "cpu" else gpu_cases()
-    if options.tokens:
-        dtype = cases[0].dtype
-        cases = [Case("one", m, options.tokens, options.hidden, options.vocab, dtype) for m in ("full", "forward")]
-    cases = [case for case in cases if options.mode in (None, case.mode)]
-    plan = Plan(rounds=options.rounds or 5, threads=options.threads)
-    if device.type == "cuda":
-        plan = Plan(rounds=options.rounds or 6, runs=5, warm=2, threads=options.threads)
-    known, found = facts(device, plan.threads), []
-    for case in cases:
-        fresh = rows(case, measure(case, options.providers or list(PROVIDERS), device, plan), known)
+    known, found = facts(device, options.threads), []
+    for case in _chosen(cpu_cases() if device.type == "cpu" else gpu_cases(), options):
+        results = measure(case, options.providers or list(PROVIDERS), device, plan_of(case, options, device))
+        fresh = rows(case, results, known)
         found += fresh
         write_rows(options.out / f"kernels-{device.type}.csv", found)
         _show(case, fresh)
@@ -60,7 +57,14 @@ def main() -> None:
         aot.write(options.out / "aot.csv")
     plot.write(options.out)
     summary.write(options.out)
-    print(f"{options.out / 'SUMMARY.md'}")
+    print(options.out / "SUMMARY.md")
+
+
+def _chosen(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    if options.shape:
+        cases = [Case("one", mode, *options.shape, cases[0].dtype) for mode in ("full", "forward")]
+    wanted = {"mode": options.mode, "head": options.head, "tokens": options.tokens}
+    return [case for case in cases if all(getattr(case, key) in value for key, value in wanted.items() if value)]
 
 
 def _show(case: Case, fresh: list[dict[str, object]]) -> None:
@@ -75,10 +79,10 @@ def _show(case: Case, fresh: list[dict[str, object]]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, help="one cell instead of the sweep")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=VOCAB)
-    parser.add_argument("--mode", choices=("full", "forward", "ce"))
+    parser.add_argument("--shape", nargs=3, type=int, metavar=("N", "D", "V"), help="one cell instead of the sweep")
+    parser.add_argument("--mode", nargs="*", choices=("full", "forward", "ce"))
+    parser.add_argument("--head", nargs="*")
+    parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--providers", nargs="*", choices=PROVIDERS)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -25,7 +25,8 @@ from .summary import MODES, Row
 INK, QUIET, ACCENT = "#222222", "#9aa5b1", "#d1495b"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "vold"}
 PEERS = [name for name in PROVIDERS if name not in (OURS, FLOOR)]
-COLORS = {OURS: ACCENT, FLOOR: INK} | {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(PEERS)}
+SHADES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#7a5195", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+COLORS = {OURS: ACCENT, FLOOR: INK} | dict(zip(PEERS, SHADES, strict=True))
 
 
 def write(folder: Path) -> None:
@@ -99,7 +100,7 @@ def _lines(time_axes: Axes, memory_axes: Axes, found: list[Row]) -> None:
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.25)
-    time_axes.legend(frameon=False, fontsize=8)
+    time_axes.figure.legend(loc="outside right center", frameon=False)
     _label(time_axes, memory_axes, found[0], vertical=True)
 
 

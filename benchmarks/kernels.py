@@ -38,7 +38,7 @@ def gpu_cases() -> list[Case]:
 
 def plan_of(case: Case, options: argparse.Namespace, device: torch.device) -> Plan:
     if device.type == "cpu":
-        return Plan(rounds=options.rounds or 5, threads=options.threads)
+        return Plan(rounds=options.rounds or 4, threads=options.threads)
     long = case.tokens > 8192
     return Plan(rounds=options.rounds or 6, runs=2 if long else 5, warm=1 if long else 2, threads=options.threads)
 

@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 PY     := $(VENV)/bin/python
+BENCH  := .venv-bench
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
@@ -34,8 +35,18 @@ test-vllm: env       ## real vLLM on the CPU, in an environment of its own
 check: env           ## style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-bench: env           ## kernels beside their peers: benchmarks/results/
-	$(PY) -m benchmarks.kernels
+bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its own: benchmarks/results/
+	OMP_NUM_THREADS=$$(nproc) $(BENCH)/bin/python -m benchmarks.kernels
+
+$(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		torch numpy triton transformers matplotlib
+	grep -v '^#' constraints-bench.txt | xargs -n 1 $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+		|| echo "some peers are missing: their rows will say so"
+	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(BENCH) build *.egg-info

@@ -1,147 +1,93 @@
-"""The policy loss, forward and backward, beside materialised logits in eager torch: time and peak memory.
+"""Every kernel beside its peers; then the ahead-of-time table, the summary and the plots.
 
-    python -m benchmarks.kernels [--tokens 1024] [--repeats 5]
+    python -m benchmarks.kernels                                    this machine's sweep: CPU (under 10 minutes) or GPU
+    python -m benchmarks.kernels --head student --tokens 8192       part of it
+    python -m benchmarks.kernels --shape 64 32 512 --out /tmp/b     one small cell
 
-Both are timed in one run, alternating, and compared by the ratio of their medians. Rows go to
-benchmarks/results/kernels.csv with device, versions and commit.
+Writes kernels-cpu.csv or kernels-cuda.csv (one file is one run), aot.csv, SUMMARY.md and the plots into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import statistics
-import subprocess
-import threading
-import time
-from collections.abc import Callable
+import os
 from pathlib import Path
 
-import psutil
 import torch
-from torch import Tensor
 
-from vold_kernels import reference
-from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+from . import aot, plot, summary
+from .harness import Plan, facts, measure, rows, write_rows
+from .problem import Case
+from .providers import PROVIDERS
 
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+RESULTS = Path(__file__).parent / "results"
+VOCAB = 151936
+HEADS = {"student": 2048, "teacher": 4096}
+TOKENS = (2048, 8192, 32768, 131072)
+
+
+def cpu_cases() -> list[Case]:
+    """The issue's shape."""
+    return [Case("small", mode, 2048, 256, VOCAB, "float32") for mode in ("full", "forward")]
+
+
+def gpu_cases() -> list[Case]:
+    cells = [(mode, head) for mode in ("full", "forward") for head in HEADS] + [("ce", "student")]
+    return [Case(head, mode, tokens, HEADS[head], VOCAB, "bfloat16") for mode, head in cells for tokens in TOKENS]
+
+
+def plan_of(case: Case, options: argparse.Namespace, device: torch.device) -> Plan:
+    if device.type == "cpu":
+        return Plan(rounds=options.rounds or 4, threads=options.threads)
+    long = case.tokens > 8192
+    return Plan(rounds=options.rounds or 6, runs=2 if long else 5, warm=1 if long else 2, threads=options.threads)
 
 
 def main() -> None:
     options = _options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hidden, weight, target, terms = inputs(options.tokens, options.hidden, options.vocab, device)
-
-    def fused():
-        linear_policy_loss(hidden, weight, target, terms, eps_low=0.2, eps_high=0.3).loss.backward()
-
-    def eager():
-        reference.linear_policy_loss(hidden, weight, target, terms, eps_low=0.2, eps_high=0.3).loss.backward()
-
-    def reset():
-        hidden.grad = weight.grad = None
-
-    providers = {"vold_kernels": fused, "eager, materialised": eager}
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    memory = {}
-    for name, run in providers.items():  # warm-up, and the peak
-        memory[name] = peak_bytes(run, device)
-        reset()
-    for _ in range(options.repeats):
-        for name, run in providers.items():
-            seconds[name].append(timed(run, device))
-            reset()
-    report(options, device, seconds, memory)
+    known, found = facts(device, options.threads), []
+    for case in _chosen(cpu_cases() if device.type == "cpu" else gpu_cases(), options):
+        results = measure(case, options.providers or list(PROVIDERS), device, plan_of(case, options, device))
+        fresh = rows(case, results, known)
+        found += fresh
+        write_rows(options.out / f"kernels-{device.type}.csv", found)
+        _show(case, fresh)
+    if not options.no_aot:
+        aot.write(options.out / "aot.csv")
+    plot.write(options.out)
+    summary.write(options.out)
+    print(options.out / "SUMMARY.md")
 
 
-def inputs(tokens: int, hidden: int, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PolicyTerms]:
-    """Logits of standard deviation about 3; a third of the tokens distilled, all with an advantage."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
-    hidden_ND = draw(tokens, hidden).requires_grad_()
-    weight_VD = (draw(vocab, hidden) * 3 / hidden**0.5).requires_grad_()
-    target_N = torch.randint(vocab, (tokens,), generator=generator).to(device)
-    logp_N = draw(tokens) - 12
-    kl_weight_N = (torch.arange(tokens, device=device) % 3 == 0) * 0.1 / tokens
-    ones_N = torch.full((tokens,), 1.0 / tokens, device=device)
-    return hidden_ND, weight_VD, target_N, PolicyTerms(None, logp_N, draw(tokens), ones_N, kl_weight_N)
+def _chosen(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    if options.shape:
+        cases = [Case("one", mode, *options.shape, cases[0].dtype) for mode in ("full", "forward")]
+    wanted = {"mode": options.mode, "head": options.head, "tokens": options.tokens}
+    return [case for case in cases if all(getattr(case, key) in value for key, value in wanted.items() if value)]
 
 
-def timed(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """Memory above what was resident before: allocator peak on a GPU, sampled resident set on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, process.memory_info().rss - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return peak
-
-
-def report(options: argparse.Namespace, device: torch.device, seconds: dict[str, list[float]], memory: dict) -> None:
-    facts = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        **{"tokens": options.tokens, "hidden": options.hidden, "vocab": options.vocab, "dtype": "float32"},
-    }
-    rows = [
-        {
-            "kernel": "linear_policy_loss, forward + backward",
-            "provider": name,
-            "median_s": f"{statistics.median(found):.4f}",
-            "p20_s": f"{statistics.quantiles(found, n=5)[0]:.4f}",
-            "p80_s": f"{statistics.quantiles(found, n=5)[3]:.4f}",
-            "peak_extra_mib": f"{memory[name] / 2**20:.0f}",
-            **facts,
-        }
-        for name, found in seconds.items()
-    ]
-    new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        spread = f"[{row['p20_s']}, {row['p80_s']}]"
-        print(f"{row['provider']:<22} {row['median_s']:>9} s  {spread}  {row['peak_extra_mib']:>6} MiB")
-    ours, theirs = (statistics.median(found) for found in seconds.values())
-    less = memory["vold_kernels"] / memory["eager, materialised"]
-    print(f"ratio of medians {ours / theirs:.2f}, of peak memory {less:.2f}")
+def _show(case: Case, fresh: list[dict[str, object]]) -> None:
+    print(f"\n{case.head} {case.mode}: N {case.tokens}, D {case.hidden}, V {case.vocab}, {case.dtype}", flush=True)
+    for row in fresh:
+        if row["status"] != "measured":
+            print(f"  {row['provider']:<18} {row['status']}: {row['reason']}", flush=True)
+            continue
+        times = f"{row['median_s']} s [{row['p20_s']}, {row['p80_s']}]"
+        print(f"  {row['provider']:<18} {times}  {row['peak_extra_mib']:>8} MiB", flush=True)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("tokens", 1024), ("hidden", 256), ("vocab", 151936), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs=3, type=int, metavar=("N", "D", "V"), help="one cell instead of the sweep")
+    parser.add_argument("--mode", nargs="*", choices=("full", "forward", "ce"))
+    parser.add_argument("--head", nargs="*")
+    parser.add_argument("--tokens", nargs="*", type=int)
+    parser.add_argument("--providers", nargs="*", choices=PROVIDERS)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-aot", action="store_true", help="skip the ahead-of-time table")
     return parser.parse_args()
 
 

@@ -1,0 +1,162 @@
+"""Every Triton kernel of kernels/ compiled for A100 and H200 without either: does it fit, does it spill?
+
+    python -m benchmarks.aot [--out benchmarks/results/aot.csv]
+
+`VARIANTS` lists the dtypes and switches in use; row counts are the grid and strides are arguments, so one binary serves
+every shape, and its block is a constant of the kernel's file. A kernel without a variant gets a row that says so.
+Registers and spills are read from the cubin by the cuobjdump that Triton carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import vold_kernels
+
+CHIPS = {80: "A100", 90: "H200"}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes one block may use."""
+COLUMNS = (
+    *("kernel", "variant", "chip", "sm", "status", "block", "warps", "shared_bytes", "shared_limit"),
+    *("registers", "spill_bytes", "stack_bytes", "ptx_bytes", "triton"),
+)
+ROWS_TRITON = "rows_triton"
+
+
+@dataclass(frozen=True)
+class Variant:
+    module: str
+    kernel: str
+    name: str
+    types: dict[str, str]
+    """Argument -> Triton type."""
+    constants: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Usage:
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    ptx_bytes: int
+
+
+def _fold(acc: str) -> dict[str, str]:
+    tensors = {"FOLDED": f"*{acc}", "Z": f"*{acc}", "TARGET": "*i64", "REAL": "*i64"}
+    return tensors | dict.fromkeys(("folded_stride", "z_stride", "first", "columns"), "i32")
+
+
+def _dlogits(acc: str, dz: str) -> dict[str, str]:
+    tensors = {"DZ": f"*{dz}", "Z": f"*{acc}", "TARGET": "*i64", "REAL": "*i64"}
+    tensors |= dict.fromkeys(("TOP", "LOG_TOTAL", "D_LOGP", "ENTROPY", "D_ENTROPY"), f"*{acc}")
+    return tensors | dict.fromkeys(("dz_stride", "z_stride", "columns"), "i32")
+
+
+VARIANTS = [
+    *(Variant(ROWS_TRITON, "fold_kernel", acc, _fold(acc)) for acc in ("fp32", "fp64")),
+    *(
+        Variant(
+            ROWS_TRITON,
+            "dlogits_kernel",
+            f"{acc} to {dz}{', entropy' * entropy}",
+            _dlogits(acc, dz),
+            {"HAS_ENTROPY": entropy},
+        )
+        for acc, dz in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))
+        for entropy in (False, True)
+    ),
+]
+
+
+def modules() -> list[str]:
+    """The files of kernels/ that hold Triton kernels."""
+    folders = [Path(folder) for folder in vold_kernels.__path__]
+    return sorted(x.stem for folder in folders for x in folder.glob("*.py") if "@triton.jit" in x.read_text())
+
+
+def kernels() -> Iterator[tuple[str, str]]:
+    """(module, kernel) of everything that is launched: a jitted function that stores."""
+    from triton.runtime.jit import JITFunction
+
+    for module in modules():
+        for name, value in vars(importlib.import_module(f"vold_kernels.{module}")).items():
+            if isinstance(value, JITFunction) and value.__module__.endswith(module) and "tl.store(" in value.src:
+                yield module, name
+
+
+def compiled(variant: Variant, sm: int):
+    """The compiled kernel, as `triton.compile` returns it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"vold_kernels.{variant.module}")
+    function = getattr(module, variant.kernel)
+    constants = {"BLOCK": module.BLOCK} | variant.constants
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": module.WARPS})
+
+
+def usage(kernel) -> Usage | None:
+    """None where Triton carries no cuobjdump."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [cuobjdump, "-res-usage", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, spill = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return Usage(kernel.metadata.shared, registers, stack, spill, len(kernel.asm["ptx"]))
+
+
+def rows() -> Iterator[dict[str, object]]:
+    import triton
+
+    listed = {(variant.module, variant.kernel) for variant in VARIANTS}
+    for variant in VARIANTS:
+        module = importlib.import_module(f"vold_kernels.{variant.module}")
+        for sm, chip in CHIPS.items():
+            kernel = compiled(variant, sm)
+            row = {
+                "kernel": variant.kernel,
+                "variant": variant.name,
+                "chip": chip,
+                "sm": sm,
+                "triton": triton.__version__,
+            }
+            row |= {"block": module.BLOCK, "warps": module.WARPS, "shared_limit": SHARED_LIMIT[sm]}
+            found = usage(kernel)
+            fits = kernel.metadata.shared <= SHARED_LIMIT[sm] and not (found and found.spill_bytes + found.stack_bytes)
+            yield row | {"status": "fits" if fits else "does not fit"} | (vars(found) if found else {})
+    for module, name in kernels():
+        if (module, name) not in listed:
+            yield {"kernel": name, "status": f"not listed in benchmarks/aot.py ({module}.py)"}
+
+
+def write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/aot.csv")
+    write(parser.parse_args().out)

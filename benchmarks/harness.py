@@ -1,0 +1,331 @@
+"""Times providers side by side: a process each, one run at a time, in turns.
+
+A process of its own keeps one provider's freed memory from hiding another's peak, and one provider's crash from ending
+the run. Turns make drift of the machine common to all: only ratios within one run are claims. A provider is timed only
+after its answer agreed with fp64 (`problem.py`). Its peak is what it needs beyond its inputs, in the timed runs
+themselves: the allocator's on CUDA, the kernel's high-water mark of the resident set on Linux CPUs.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import importlib.metadata
+import multiprocessing as mp
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from .problem import Case, Problem, disagreement, errors, make_problem
+from .providers import FLOOR, PROVIDERS, Step
+
+COLUMNS = (
+    *("head", "mode", "tokens", "hidden", "vocab", "dtype", "provider", "status", "reason"),
+    *("median_s", "p20_s", "p80_s", "runs", "floor_s", "over_floor", "peak_extra_mib", "gradients_mib"),
+    *("logp_error", "loss_error", "d_hidden_error", "d_weight_error"),
+    *("device", "torch", "triton", "package", "package_version", "python", "commit", "started"),
+)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often each provider runs."""
+
+    rounds: int
+    """Turns; the providers alternate within each."""
+    runs: int = 1
+    """Timed runs of a turn."""
+    warm: int = 0
+    """Untimed runs of a turn, before the timed ones."""
+    threads: int = 1
+    patience_s: float = 300
+    """No answer for this long: the provider is given up."""
+
+
+@dataclass
+class Measured:
+    """Of one provider in one case."""
+
+    reason: str = ""
+    """Why there is no time. Empty: there is."""
+    seconds: list[float] | None = None
+    peak_bytes: int = 0
+    errors: dict[str, float] | None = None
+
+
+def measure(case: Case, names: Sequence[str], device: torch.device, plan: Plan) -> dict[str, Measured]:
+    """Every provider on the same problem, in turns."""
+    torch.set_num_threads(plan.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "problem.pt"
+        make_problem(case, device).save(path)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        found = {name: Measured(PROVIDERS[name].why_not(case, device)) for name in names}
+        workers = {name: _Worker(name, case, path, device, plan) for name in _available(found)}
+        try:
+            _take_turns(workers, found, plan)
+            return found
+        finally:
+            for worker in workers.values():
+                worker.close()
+
+
+def rows(case: Case, found: dict[str, Measured], facts: dict[str, str]) -> list[dict[str, object]]:
+    """The CSV's rows of one case."""
+    floor = found.get(FLOOR)
+    floor_s = statistics.median(floor.seconds) if floor and floor.seconds else None
+    return [_row(case, name, result, floor_s) | facts for name, result in found.items()]
+
+
+def write_rows(path: Path, found: Sequence[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def facts(device: torch.device, threads: int) -> dict[str, str]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {threads} threads",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+    }
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """(median, p20, p80)."""
+    if len(seconds) == 1:
+        return (seconds[0],) * 3
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return statistics.median(seconds), fifths[0], fifths[3]
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def _take_turns(workers: dict[str, _Worker], found: dict[str, Measured], plan: Plan) -> None:
+    for name, worker in workers.items():  # all import at once, then run one at a time
+        found[name].reason = worker.answer()
+    for name in _available(found):
+        workers[name].ask("check")
+        answer = workers[name].answer()
+        if isinstance(answer, str):
+            found[name].reason = answer
+        else:
+            found[name].errors, found[name].seconds = answer, []
+    for _ in range(plan.rounds):
+        for name in _available(found):
+            workers[name].ask("run")
+            answer = workers[name].answer()
+            if isinstance(answer, str):
+                found[name].reason, found[name].seconds = answer, None
+                continue
+            found[name].seconds += answer[0]
+            found[name].peak_bytes = max(found[name].peak_bytes, answer[1])
+
+
+def _available(found: dict[str, Measured]) -> list[str]:
+    return [name for name, result in found.items() if not result.reason]
+
+
+class _Worker:
+    """The parent's side of one provider's process. Every answer that is a non-empty string says why it stopped."""
+
+    def __init__(self, name: str, case: Case, path: Path, device: torch.device, plan: Plan):
+        context = mp.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, name, case, path, device, plan)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.patience_s = plan.patience_s
+        self.process.start()
+        theirs.close()
+
+    def ask(self, what: str) -> None:
+        self.connection.send(what)
+
+    def answer(self):
+        try:
+            if self.connection.poll(self.patience_s):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            return f"the process ended with code {self.process.exitcode}"
+        self.close()
+        return f"no answer in {self.patience_s:.0f} s"
+
+    def close(self) -> None:
+        """A closed pipe ends a healthy process; any other is killed."""
+        self.connection.close()
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Connection, name: str, case: Case, path: Path, device: torch.device, plan: Plan) -> None:
+    torch.set_num_threads(plan.threads)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers that outlives this process
+    try:
+        step = PROVIDERS[name].load(case)
+        problem = Problem.load(path, device, gradients=case.mode != "forward")
+        connection.send("")
+        assert connection.recv() == "check"
+        found = _answer_errors(step, problem, case, name)
+        connection.send(disagreement(case, found) or found)
+        baseline = _rest(device)
+        while connection.recv() == "run":
+            connection.send(_turn(step, problem, case, plan, baseline))
+    except (EOFError, BrokenPipeError):  # the parent is done
+        pass
+    except Exception as error:
+        connection.send(_why(error))
+
+
+def _answer_errors(step: Step, problem: Problem, case: Case, name: str) -> dict[str, float]:
+    answer = _run(step, problem, case)
+    found = {} if name == FLOOR else errors(problem, answer.detach())
+    _forget(problem)
+    return found
+
+
+def _turn(step: Step, problem: Problem, case: Case, plan: Plan, baseline: int) -> tuple[list[float], int]:
+    """(seconds of each timed run, peak bytes above the inputs). Nothing is cached from one turn to the next."""
+    device = problem.hidden_ND.device
+    for _ in range(plan.warm):
+        _run(step, problem, case)
+        _forget(problem)
+    if not plan.warm:
+        _rest(device)
+    _reset_peak(device)
+    found = []
+    for _ in range(plan.runs):
+        found.append(seconds(lambda: _run(step, problem, case), device))
+        _forget(problem)
+    peak = _peak(device) - baseline
+    _rest(device)
+    return found, peak
+
+
+def _run(step: Step, problem: Problem, case: Case) -> torch.Tensor:
+    if case.mode == "forward":
+        with torch.no_grad():
+            return step(problem)
+    loss = step(problem)
+    if loss.requires_grad:  # the floor has no graph
+        loss.backward()
+    return loss
+
+
+def _forget(problem: Problem) -> None:
+    problem.hidden_ND.grad = problem.weight_VD.grad = None
+
+
+def _rest(device: torch.device) -> int:
+    """Gives back whatever is cached; the bytes still resident."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
+    """0 where there is no /proc: the memory column is then 0 for all."""
+    if platform.system() != "Linux":
+        return 0
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+
+
+def _row(case: Case, name: str, result: Measured, floor_s: float | None) -> dict[str, object]:
+    row: dict[str, object] = asdict(case) | {"provider": name, "status": "not available", "reason": result.reason}
+    row |= {"package": PROVIDERS[name].package, "package_version": _version(PROVIDERS[name].package)}
+    if not result.seconds:
+        return row
+    median, p20, p80 = spread(result.seconds)
+    itemsize = getattr(torch, case.dtype).itemsize
+    gradients = 0 if case.mode == "forward" else (case.tokens + case.vocab) * case.hidden * itemsize
+    row |= {"status": "measured", "median_s": f"{median:.6f}", "p20_s": f"{p20:.6f}", "p80_s": f"{p80:.6f}"}
+    row |= {"runs": len(result.seconds), "peak_extra_mib": f"{result.peak_bytes / MIB:.1f}"}
+    row |= {"gradients_mib": f"{gradients / MIB:.1f}"}
+    row |= {f"{key}_error": f"{value:.1e}" for key, value in (result.errors or {}).items()}
+    if floor_s:
+        row |= {"floor_s": f"{floor_s:.6f}", "over_floor": f"{median / floor_s:.3f}"}
+    return row
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """Short hash, with -dirty when anything that is measured differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../kernels", "*.py")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vold_kernels
+from vold_kernels.pairs import KINDS
 
 CHIPS = {80: "A100", 90: "H200"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -28,7 +29,7 @@ COLUMNS = (
     *("kernel", "variant", "chip", "sm", "status", "block", "warps", "shared_bytes", "shared_limit"),
     *("registers", "spill_bytes", "stack_bytes", "ptx_bytes", "triton"),
 )
-ROWS_TRITON = "rows_triton"
+ROWS_TRITON, PAIRS_TRITON = "rows_triton", "pairs_triton"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ def _dlogits(acc: str, dz: str) -> dict[str, str]:
     return tensors | dict.fromkeys(("dz_stride", "z_stride", "columns"), "i32")
 
 
+def _divergence(acc: str) -> dict[str, str]:
+    tensors = dict.fromkeys(("Z", "T", "NORM", "ALPHA"), f"*{acc}") | {"REAL": "*i64"}
+    return tensors | dict.fromkeys(("z_stride", "t_stride", "norm_stride", "columns"), "i32")
+
+
+def _divergence_sums(acc: str) -> dict[str, str]:
+    return {"SUMS": f"*{acc}", "sums_stride": "i32"} | _divergence(acc)
+
+
+def _divergence_dlogits(acc: str, dz: str) -> dict[str, str]:
+    return {"DZ": f"*{dz}", "OWN": f"*{acc}", "WEIGHT": f"*{acc}", "dz_stride": "i32"} | _divergence(acc)
+
+
+DTYPES = (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))  # of the logits, of their gradient
 VARIANTS = [
     *(Variant(ROWS_TRITON, "fold_kernel", acc, _fold(acc)) for acc in ("fp32", "fp64")),
     *(
@@ -71,8 +86,24 @@ VARIANTS = [
             _dlogits(acc, dz),
             {"HAS_ENTROPY": entropy},
         )
-        for acc, dz in (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))
+        for acc, dz in DTYPES
         for entropy in (False, True)
+    ),
+    *(
+        Variant(PAIRS_TRITON, "divergence_kernel", f"{kind}, {acc}", _divergence_sums(acc), {"KIND": kind})
+        for kind in KINDS
+        for acc in ("fp32", "fp64")
+    ),
+    *(
+        Variant(
+            PAIRS_TRITON,
+            "divergence_dlogits_kernel",
+            f"{kind}, {acc} to {dz}",
+            _divergence_dlogits(acc, dz),
+            {"KIND": kind},
+        )
+        for kind in KINDS
+        for acc, dz in DTYPES
     ),
 ]
 

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parent / "models"))  # `import tiny` from any test
+sys.path.insert(0, str(Path(__file__).parent / "trainer"))  # `import steps`
 
 import pytest
 import torch

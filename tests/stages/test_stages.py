@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.checkpoint import verify
 from vold.trainer.run_log import read_rows
@@ -47,11 +48,17 @@ def test_traces_then_sft_on_them(load, tmp_path, layout):
 
 
 def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout, world):
-    config = load("sft", tmp_path / "sft", "steps=12", "optimizer.lr=3e-3")
+    image = f"{{path: {world.data / 'val_image.jsonl'}, layout: geometry3k}}"
+    sampling = "{max_new_tokens: 4, temperature: 0.0}"
+    evaluated = [f"evaluation={{every: 6, sampling: {sampling}, sets: {{image: {image}}}}}"]
+    config = load("sft", tmp_path / "sft", "steps=12", "optimizer.lr=3e-3", *evaluated)
     sft.run(config)
     rows = read_rows(config.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    handed_over = [row for row in rows if "parity_error" in row]
+    assert [row["step"] for row in handed_over] == [6, 12] and all(row["parity_max"] < 1e-4 for row in handed_over)
+    assert all(0.0 <= row["accuracy_image"] <= 1.0 for row in handed_over)
     model = AutoModelForImageTextToText.from_pretrained(config.run_dir / "model")
     before = AutoModelForImageTextToText.from_pretrained(world.student).state_dict()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -91,6 +98,35 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
     assert timeless(read_rows(whole / "metrics.jsonl")) == timeless(read_rows(rl_run.run_dir / "metrics.jsonl"))
     assert read_rows(whole / "samples.jsonl") == read_rows(rl_run.run_dir / "samples.jsonl")
     assert same_tensors(whole / "model" / "model.safetensors", rl_run.run_dir / "model" / "model.safetensors")
+
+
+def test_sampler_and_trainer_agree_at_another_temperature(load, tmp_path, layout):
+    """Rollout, student and teacher log-probs are all at the rollout's temperature; the parity probe is at 1."""
+    config = load("rl", tmp_path / "hot", "rollout.temperature=0.7", "steps=2", "evaluation.every=0")
+    rl.run(config)
+    for row in read_rows(config.run_dir / "metrics.jsonl"):
+        assert row["mismatch_max"] < 1e-4 and row["parity_max"] < 1e-4
+
+
+def test_stale_weights_raise_the_alarm(world, layout):
+    """A sampler that missed an update is found out; one that got it is not."""
+    from steps import OPTIMIZER, batch_of, make_groups, weigh
+
+    from vold.rollout import ParityProbe, TransformersSampler
+    from vold.trainer.engine import Trainer
+
+    sampler = TransformersSampler(world.student, dtype=torch.float32, device=torch.device("cpu"))
+    numbers = dict(steps=5, dtype=torch.float32, vocab_size=54)
+    trainer = Trainer(world.student, layout, OPTIMIZER.model_copy(update={"lr": 0.05}), **numbers)
+    groups = make_groups([[1.0, 0.0, 0.0]])
+    rollout = groups[0].rollouts[0]
+    probe = ParityProbe([(rollout.prompt, rollout.response_ids)], encode_text, 1.05)
+    assert probe.check(sampler, trainer.logprobs)["parity_max"] < 1e-4
+    trainer.step(batch_of(weigh("grpo", groups)))
+    with pytest.raises(ValueError, match=r"disagree after a weight sync.*parity_limit = 1.05"):
+        probe.check(sampler, trainer.logprobs)
+    sampler.load_weights(trainer.weights())
+    assert probe.check(sampler, trainer.logprobs)["parity_max"] < 1e-4
 
 
 def test_export_of_a_checkpoint_equals_the_exported_model(rl_run, tmp_path):

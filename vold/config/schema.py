@@ -61,7 +61,6 @@ class RolloutConfig(SamplingConfig):
 
     engine: Literal["transformers"] = "transformers"
     responses_per_prompt: Annotated[int, Field(ge=1)] = 5
-    alarm_error: Annotated[float, Field(gt=1.0)] = 1.05  # mean exp|logp sampler - logp trainer| a sync may leave
 
     @model_validator(mode="after")
     def _rollouts_are_sampled(self):
@@ -121,6 +120,7 @@ class TrainConfig(RunConfig):
     microbatch_tokens: Positive = 16384  # packed tokens of one forward/backward pass
     save_every: NonNegative = 0  # steps; the last step is always saved
     keep_checkpoints: Positive = 2
+    parity_limit: Annotated[float, Field(gt=1.0)] = 1.05  # mean exp|logp sampler - logp trainer| after a weight sync
     evaluation: EvaluationConfig = EvaluationConfig()
 
 

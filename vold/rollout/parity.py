@@ -32,6 +32,6 @@ class ParityProbe:
         if not error <= self._limit:
             raise ValueError(
                 f"sampler and trainer disagree after a weight sync: mean exp|logp difference| = {error:.4f}, "
-                f"rollout.alarm_error = {self._limit}; the sampler's weights are stale or its model differs"
+                f"parity_limit = {self._limit}; the sampler's weights are stale or its model differs"
             )
         return {"parity_error": error, "parity_max": max(gaps)}

@@ -36,13 +36,13 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, vocab_size)
     sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
-    probe = build_probe(config, prompts, evaluator, sampler)
+    probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun(
         config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
     )
     if resume:
         training.resume()
-    sampler.load_weights(trainer.weights())
+    training.hand_over(sampler, probe)
 
     with Grader(workers=config.grader_workers) as grader:
         for step in training.steps():
@@ -63,8 +63,7 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
             with job.log.phase("train"):
                 report = trainer.step(batch)
             with job.log.phase("sync"):
-                sampler.load_weights(trainer.weights())
-                parity = probe.check(sampler, trainer.logprobs)
+                parity = training.hand_over(sampler, probe)
             metrics = group_metrics(groups, job.sum) | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)

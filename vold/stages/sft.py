@@ -12,6 +12,7 @@ from vold.objectives import likelihood
 from vold.rollout import TransformersSampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.job import open_job
+from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
@@ -37,9 +38,10 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
     training = TrainingRun(
         config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
     )
-    sampler = None
+    sampler = probe = None
     if training.evaluates_after(config.steps - 1):
         sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
+        probe = build_probe(samples[0].prompt, evaluator, sampler, parity_limit=config.parity_limit)
     if resume:
         training.resume()
 
@@ -50,9 +52,9 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
             batch = pack(mine, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
             with job.log.phase("train"):
                 report = trainer.step(batch)
-            if training.evaluates_after(step):
-                sampler.load_weights(trainer.weights())
             metrics = {**report.metrics, "loss": report.metrics["nll"]}
+            if training.evaluates_after(step):
+                metrics |= training.hand_over(sampler, probe)
             metrics["response_tokens"] = report.metrics["gradient_tokens"]
             training.finish_step(step, metrics, [], sampler, grader)
     training.export()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vold.config.schema import TrainConfig
 from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.rollout import Sampler
+from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator, summarise
 from vold.stages.job import Job, peak_memory_gib
 from vold.trainer.checkpoint import Checkpoints
@@ -42,6 +42,11 @@ class TrainingRun:
         """Whether an evaluation is due once 0-based `step` is done."""
         done, settings = step + 1, self.config.evaluation
         return bool(settings.every and settings.sets) and (done % settings.every == 0 or done == self.config.steps)
+
+    def hand_over(self, sampler: Sampler, probe: ParityProbe) -> dict[str, float]:
+        """The trained weights to the sampler, and the proof that they arrived."""
+        sampler.load_weights(self.trainer.weights())
+        return probe.check(sampler, self.trainer.logprobs)
 
     def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
         """Evaluate and save where due, then write the step: what is on disk is what has happened."""

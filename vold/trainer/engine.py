@@ -131,7 +131,8 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
-        """Sample place -> log-probability (nats) of each response token under the current weights; images allowed."""
+        """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights;
+        images allowed."""
         found: dict[int, list[float]] = {}
         for micro in batch_to(batch, self._layout.device).micro_batches:
             logp_N = self._micro_logprobs(micro)
@@ -146,7 +147,6 @@ class Trainer:
             hidden_TD[micro.source_N],
             unwrap(self._model).head_weight(),
             micro.target_N,
-            temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
         )

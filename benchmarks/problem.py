@@ -13,7 +13,7 @@ Shape letters: N tokens, C tokens of a chunk, D hidden, V vocabulary, r checked 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -178,7 +178,3 @@ def disagreement(case: Case, found: dict[str, float]) -> str:
 
 def _relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
-
-
-def describe(case: Case) -> dict[str, object]:
-    return asdict(case)

@@ -78,10 +78,11 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
         line = f"unknown key {field}" + (f"; did you mean {close[0]}?" if close else "; remove it")
     elif first["type"] == "missing":
         line = f"{field} is missing; add it or give {field}=VALUE on the command line"
+    elif first["type"] == "value_error":  # a validator of ours: it names field, value and fix itself
+        line = first["msg"].removeprefix("Value error, ")
     else:
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"]
         line = f"{field} = {first['input']!r}: {message[0].lower()}{message[1:]}"
-        line = message if first["type"] == "value_error" else line
     return line + (f" (and {len(rest)} more)" if rest else "")
 
 

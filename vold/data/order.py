@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -16,13 +18,6 @@ def _row(position: int, rows: int, seed: int) -> int:
     return int(_permutation(rows, seed, epoch)[offset])
 
 
-_CACHE: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=8)
 def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    key = (rows, seed, epoch)
-    if key not in _CACHE:
-        if len(_CACHE) > 8:
-            _CACHE.clear()
-        _CACHE[key] = np.random.default_rng([seed, epoch, rows]).permutation(rows)
-    return _CACHE[key]
+    return np.random.default_rng([seed, epoch, rows]).permutation(rows)

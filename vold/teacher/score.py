@@ -16,6 +16,7 @@ from vold.models.language_model import build_language_model, hidden_states
 from vold.models.weights import load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, PackedTokens
+from vold.trainer.device import batch_to
 from vold_kernels.linear_logprob import linear_logprob
 
 
@@ -32,7 +33,7 @@ class Teacher:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with logp_teacher_N filled in: nats, 0 where the KL weight is 0."""
-        return Batch(tuple(self._score(micro) for micro in batch.micro_batches))
+        return Batch(tuple(self._score(micro) for micro in batch_to(batch, self._layout.device).micro_batches))
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch) -> MicroBatch:
@@ -40,11 +41,11 @@ class Teacher:
         scored_N = (micro.kl_weight_N != 0).nonzero()[:, 0]
         if scored_N.numel():
             tokens, source_N = only_sequences(micro, scored_N)
-            hidden_TD = hidden_states(self._model, _to(tokens, self._layout.device))
+            hidden_TD = hidden_states(self._model, tokens)
             logp = linear_logprob(
-                hidden_TD[source_N.to(hidden_TD.device)],
+                hidden_TD[source_N],
                 self._model.head_weight(),
-                micro.target_N[scored_N].to(hidden_TD.device),
+                micro.target_N[scored_N],
                 temperature=self._temperature,
                 tp_group=self._layout.tp_group,
                 vocab_size=self._vocab_size,
@@ -76,7 +77,3 @@ def only_sequences(micro: MicroBatch, rows_N: Tensor) -> tuple[PackedTokens, Ten
         cu_seqlens=cu_seqlens.to(torch.int32),
     )
     return tokens, place_T[micro.source_N[rows_N]]
-
-
-def _to(tokens: PackedTokens, device: torch.device) -> PackedTokens:
-    return PackedTokens(tokens.input_ids_T.to(device), tokens.position_ids_3T.to(device), tokens.cu_seqlens.to(device))

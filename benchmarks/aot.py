@@ -51,13 +51,13 @@ class Usage:
     ptx_bytes: int
 
 
-def _fold(acc: str) -> dict[str, str]:
-    tensors = {"FOLDED": f"*{acc}", "Z": f"*{acc}", "TARGET": "*i64", "REAL": "*i64"}
+def _fold(acc: str, z: str) -> dict[str, str]:
+    tensors = {"FOLDED": f"*{acc}", "Z": f"*{z}", "TARGET": "*i64", "REAL": "*i64"}
     return tensors | dict.fromkeys(("folded_stride", "z_stride", "first", "columns"), "i32")
 
 
-def _dlogits(acc: str, dz: str) -> dict[str, str]:
-    tensors = {"DZ": f"*{dz}", "Z": f"*{acc}", "TARGET": "*i64", "REAL": "*i64"}
+def _dlogits(acc: str, z: str, dz: str) -> dict[str, str]:
+    tensors = {"DZ": f"*{dz}", "Z": f"*{z}", "TARGET": "*i64", "REAL": "*i64"}
     tensors |= dict.fromkeys(("TOP", "LOG_TOTAL", "D_LOGP", "ENTROPY", "D_ENTROPY"), f"*{acc}")
     return tensors | dict.fromkeys(("dz_stride", "z_stride", "columns"), "i32")
 
@@ -77,16 +77,19 @@ def _divergence_dlogits(acc: str, dz: str) -> dict[str, str]:
 
 DTYPES = (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))  # of the logits, of their gradient
 VARIANTS = [
-    *(Variant(ROWS_TRITON, "fold_kernel", acc, _fold(acc)) for acc in ("fp32", "fp64")),
+    *(
+        Variant(ROWS_TRITON, "fold_kernel", z, _fold(acc, z))
+        for acc, z in (("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64"))
+    ),
     *(
         Variant(
             ROWS_TRITON,
             "dlogits_kernel",
-            f"{acc} to {dz}{', entropy' * entropy}",
-            _dlogits(acc, dz),
+            f"{z} to {dz}{', entropy' * entropy}",
+            _dlogits(acc, z, dz),
             {"HAS_ENTROPY": entropy},
         )
-        for acc, dz in DTYPES
+        for acc, z, dz in [(acc, acc, dz) for acc, dz in DTYPES] + [("fp32", "bf16", "bf16")]
         for entropy in (False, True)
     ),
     *(

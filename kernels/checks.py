@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .chunks import ChunkBudget
 from .matmuls import accumulator_dtype
 from .pairs import KINDS, Divergence
 from .records import PolicyTerms
@@ -59,6 +60,11 @@ def check_main_grad(main_grad_UD: Tensor | None, weight_UD: Tensor) -> None:
 def check_filter(filter_eps: float) -> None:
     if not 0 <= filter_eps < 1:
         raise ValueError(f"filter_eps is {filter_eps}; it must lie in [0, 1), and 0 is exact")
+
+
+def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
+    if budget.bf16_logits and hidden_ND.dtype != torch.bfloat16:
+        raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
 
 
 def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float) -> None:

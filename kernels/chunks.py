@@ -15,13 +15,16 @@ TILE_COLUMNS = 8192  # a multiple of the row kernel's block
 
 @dataclass(frozen=True)
 class ChunkBudget:
-    """Bytes of fp32 logits alive at once. Results do not depend on it beyond rounding."""
+    """Bytes of logits alive at once. Results do not depend on them beyond rounding."""
 
     resident_bytes: int
     tile_bytes: int = 64 << 20
     """64 MiB is 2048 tokens × 8192 columns."""
     tile_columns: int = TILE_COLUMNS
     max_tokens: int = 8192
+    bf16_logits: bool = False
+    """Round logits to bf16: half the bytes and traffic, log-probs off by up to 2^-8 of the largest logit. Needs bf16
+    inputs. The old and the new log-probs of a ratio must be made alike. (A CPU rounds too, but stores fp32.)"""
 
     def resident_tokens(self, columns: int, itemsize: int) -> int:
         return _tokens(self.resident_bytes, columns * itemsize, self.max_tokens)
@@ -34,8 +37,10 @@ class ChunkBudget:
 
 def default_budget(device: torch.device) -> ChunkBudget:
     """A GPU gets 2 GiB, 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows. A CPU gets
-    256 MiB: its caches are far smaller than any chunk, so larger ones would only cost memory."""
-    return ChunkBudget(resident_bytes=(2 << 30) if device.type == "cuda" else (256 << 20))
+    256 MiB, 384 of them, and tiles that its caches hold."""
+    if device.type == "cuda":
+        return ChunkBudget(resident_bytes=2 << 30)
+    return ChunkBudget(resident_bytes=256 << 20, tile_bytes=3 << 20, tile_columns=2048)
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

@@ -24,18 +24,31 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What logits, statistics and gradients are computed in."""
+        """What statistics and gradients are computed in."""
         return matmuls.accumulator_dtype(self.weight_UD.dtype)
 
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """What logits are stored in: `dtype` unless the budget asks for bf16 on a GPU."""
+        return torch.bfloat16 if self.budget.bf16_logits and matmuls.tensor_core(self.weight_UD) else self.dtype
+
+    def resident_tokens(self, rows: int) -> int:
+        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize)
+
     def buffer(self, tokens: int, columns: int) -> Tensor:
-        return torch.empty(tokens * columns, dtype=self.dtype, device=self.weight_UD.device)
+        return torch.empty(tokens * columns, dtype=self.logits_dtype, device=self.weight_UD.device)
 
     def logits(self, buffer: Tensor, hidden_CD: Tensor, tile: slice) -> Tensor:
         """[C, B] logits after temperature, in the reused buffer."""
         weight_BD = self.weight_UD[tile]
         shape = (hidden_CD.shape[0], weight_BD.shape[0])
-        z_CB = buffer[: shape[0] * shape[1]].view(shape)
-        return matmuls.logits_(z_CB, hidden_CD, weight_BD, temperature=self.temperature)
+        return self.logits_(buffer[: shape[0] * shape[1]].view(shape), hidden_CD, weight_BD)
+
+    def logits_(self, z_CB: Tensor, hidden_CD: Tensor, weight_BD: Tensor) -> Tensor:
+        matmuls.logits_(z_CB, hidden_CD, weight_BD, temperature=self.temperature)
+        if self.budget.bf16_logits and z_CB.dtype != torch.bfloat16:
+            z_CB.copy_(z_CB.bfloat16())
+        return z_CB
 
     def local(self, target_N: Tensor) -> Tensor:
         """Target ids as rows of this rank's shard; those of other ranks fall outside it."""
@@ -59,7 +72,7 @@ def finish(head: Head, folded_4N: Tensor, target_N: Tensor) -> Statistics:
 
 def stream(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Statistics:
     """Statistics of every token through one reused tile; ranks meet once, at the end."""
-    tokens, columns = head.budget.tile(head.shard.rows, head.dtype.itemsize)
+    tokens, columns = head.budget.tile(head.shard.rows, head.logits_dtype.itemsize)
     buffer = head.buffer(min(tokens, len(target_N)), columns)
     folded_4N = head.new_statistics(len(target_N))
     local_target_N = head.local(target_N)
@@ -94,13 +107,6 @@ def resident_chunks(
         hidden_CD = hidden_ND.index_select(0, rows_C)
         z_CU = head.logits(buffer, hidden_CD, slice(None))
         yield Resident(where, rows_C, hidden_CD, target_N[rows_C], z_CU)
-
-
-def chunk_statistics(head: Head, chunk: Resident) -> Statistics:
-    """One MAX and one SUM all-reduce: every rank must be at the same chunk."""
-    folded_4C = head.new_statistics(len(chunk.rows_C))
-    head.fold_(folded_4C, chunk.z_CU, head.local(chunk.target_C), 0)
-    return finish(head, folded_4C, chunk.target_C)
 
 
 @dataclass(frozen=True)
@@ -229,9 +235,11 @@ class OnePass:
         rows_n, hidden_nD, weight_UD = saved
         if self.wanted.weight and self.wanted.main_grad_UD is not None:
             torch._assert_async(d_loss == 1, "weight_main_grad already holds dW: scale the weights, not the loss")
+        # On a CPU looking at the factor costs nothing, and dW of a real head is too large to copy for nothing.
+        factor = None if d_loss.device.type == "cpu" and d_loss == 1 else d_loss
         d_hidden_ND = d_weight_UD = None
         if hidden_nD is not None:
-            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, d_loss, self.dtype), self.tokens)
+            d_hidden_ND = scatter_rows(rows_n, scaled(hidden_nD, factor, self.dtype), self.tokens)
         if weight_UD is not None:
-            d_weight_UD = scaled(weight_UD, d_loss, self.dtype)
+            d_weight_UD = scaled(weight_UD, factor, self.dtype)
         return d_hidden_ND, d_weight_UD

@@ -280,6 +280,8 @@ def linear_kl(
     main_grad = None if weight_main_grad is None else weight_main_grad[:rows]
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in student]
     budget = budget or default_budget(student_hidden_ND.device)
+    if budget.bf16_logits:
+        raise ValueError("budget.bf16_logits is True; linear_kl compares two full distributions and needs fp32 logits")
     heads = (student_hidden_ND, student_weight_VD[:rows], teacher_hidden_NE.detach(), teacher_weight_VE[:rows].detach())
     if torch.compiler.is_compiling():
         sizes, numbers = list(vars(budget).values()), [float(x) for x in (alpha, temperature, filter_eps)]

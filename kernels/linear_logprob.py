@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import matmuls
-from .checks import check_head, check_target, check_vocab_size
+from .checks import check_budget, check_head, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, Wanted, resident_chunks, scaled, scatter_rows, stream
 from .rows import Statistics
@@ -64,7 +64,7 @@ def _recompute(
         d_logp_N = torch.zeros_like(d_entropy_N)
     rows_n = _rows_with_gradient(d_logp_N, d_entropy_N)
     gradients = HeadGradients(head, len(rows_n), wanted)
-    tokens = head.budget.resident_tokens(head.shard.rows, head.dtype.itemsize)
+    tokens = head.resident_tokens(head.shard.rows)
     for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
         d_entropy_C = None if d_entropy_N is None else d_entropy_N[chunk.rows_C]
         gradients.add_(chunk, statistics.rows(chunk.rows_C), d_logp_N[chunk.rows_C], d_entropy_C)
@@ -184,6 +184,7 @@ def linear_logprob(
     check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
     budget = budget or default_budget(hidden_ND.device)
+    check_budget(budget, hidden_ND)
     if torch.compiler.is_compiling():
         constants = (float(temperature), vocab_size, group_name(tp_group), list(vars(budget).values()))
         _, _, logp_N, entropy_N = _logprob_op(hidden_ND, weight_VD, target_N, *constants)

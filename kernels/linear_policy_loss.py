@@ -23,9 +23,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_filter, check_head, check_main_grad, check_policy, check_target, check_vocab_size
+from .checks import (
+    check_budget,
+    check_filter,
+    check_head,
+    check_main_grad,
+    check_policy,
+    check_target,
+    check_vocab_size,
+)
 from .chunks import ChunkBudget, default_budget
-from .head import Head, HeadGradients, OnePass, Wanted, chunk_statistics, resident_chunks
+from .head import Head, HeadGradients, OnePass, Wanted
+from .one_pass import one_pass
 from .operators import fake, gradient_outputs, gradient_shapes, register_backward
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
@@ -110,16 +119,15 @@ def _one_pass(
     # How many rows are left is a shape, so the host waits here, once a step; `widest` (tp > 1) waits for nothing more.
     # Chunks are those of the widest shard, so that all ranks meet at the same ones.
     rows_n = ((terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)).nonzero()[:, 0]
-    tokens = head.budget.resident_tokens(head.shard.widest(), head.dtype.itemsize)
+    tokens = head.resident_tokens(head.shard.widest())
     terms = _kept_terms(terms, rows_n, head.dtype)
     gradients = HeadGradients(head, len(rows_n), options.wanted)
     per_token = _empty_per_token(len(rows_n), terms.pg_weight_N)
-    for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
-        statistics = chunk_statistics(head, chunk)
-        result = surrogate(statistics, _chunk_of(terms, chunk.where), options)
-        gradients.add_(chunk, statistics, result.d_logp)
+    for where, statistics, add_gradient in one_pass(head, hidden_ND, target_N, rows_n, gradients, tokens=tokens):
+        result = surrogate(statistics, _chunk_of(terms, where), options)
+        add_gradient(result.d_logp)
         for name, value in vars(result).items():
-            getattr(per_token, name)[chunk.where] = value
+            getattr(per_token, name)[where] = value
     return rows_n, per_token, gradients
 
 
@@ -247,6 +255,7 @@ def linear_policy_loss(
     check_filter(filter_eps)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
     budget = budget or default_budget(hidden_ND.device)
+    check_budget(budget, hidden_ND)
     if torch.compiler.is_compiling():
         sizes, numbers = list(vars(budget).values()), [float(x) for x in (temperature, eps_low, eps_high, filter_eps)]
         constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)

@@ -31,14 +31,14 @@ def logits_(z_CB: Tensor, hidden_CD: Tensor, weight_BD: Tensor, *, temperature: 
     return z_CB
 
 
-def hidden_gradient_(d_hidden_CD: Tensor, d_logits_CU: Tensor, weight_UD: Tensor) -> None:
-    """d_hidden = d_logits weight (this rank's rows of it)."""
+def hidden_gradient_(d_hidden_CD: Tensor, d_logits_CU: Tensor, weight_UD: Tensor, *, accumulate: bool = False) -> None:
+    """d_hidden = (d_hidden +) d_logits weight, over this rank's rows."""
     if tensor_core(weight_UD):
-        _addmm_(d_hidden_CD, d_logits_CU, weight_UD, beta=0.0)
+        _addmm_(d_hidden_CD, d_logits_CU, weight_UD, beta=float(accumulate))
         return
     for tile in slices(weight_UD.shape[0], TILE_COLUMNS):
         weight_BD = weight_UD[tile].to(d_hidden_CD.dtype)
-        _addmm_(d_hidden_CD, d_logits_CU[:, tile], weight_BD, beta=float(tile.start > 0))
+        _addmm_(d_hidden_CD, d_logits_CU[:, tile], weight_BD, beta=float(accumulate or tile.start > 0))
 
 
 def add_weight_gradient_(d_weight_UD: Tensor, d_logits_CU: Tensor, hidden_CD: Tensor) -> None:

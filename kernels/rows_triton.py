@@ -19,7 +19,7 @@ WARPS = 8
 @triton.jit
 def fold_kernel(
     FOLDED,  # [4, C] Acc, row stride folded_stride: top, total, spread, target; read and written
-    Z,  # [C, B] Acc, row stride z_stride
+    Z,  # [C, B] Acc or bf16, row stride z_stride
     TARGET,  # [C] int64, column within the rank's rows
     REAL,  # [] int64, real columns of the rank
     folded_stride,
@@ -59,7 +59,7 @@ def fold_kernel(
 @triton.jit
 def dlogits_kernel(
     DZ,  # [C, U] Acc or bf16, row stride dz_stride; may alias Z, each row from the same byte on
-    Z,  # [C, U] Acc, row stride z_stride
+    Z,  # [C, U] Acc or bf16, row stride z_stride
     TARGET,  # [C] int64, column within the rank's rows
     REAL,  # [] int64, real columns of the rank
     TOP,  # [C] Acc
@@ -74,7 +74,7 @@ def dlogits_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    Acc = Z.dtype.element_ty
+    Acc = TOP.dtype.element_ty
     Z += row * z_stride
     DZ += row * dz_stride
     real = tl.minimum(tl.load(REAL), columns)

@@ -1,6 +1,7 @@
 """linear_logprob against the specification. The same file runs in plain torch, through the interpreter and on a GPU."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,6 +222,40 @@ def test_narrow_dlogits_overwrite_the_logits_without_reading_what_they_wrote():
     functions.dlogits_(narrow_CU, z_CU, target_C, real, statistics, d_logp_C, None)
     assert narrow_CU.data_ptr() == z_CU.data_ptr() and torch.all(narrow_CU[:, -3:] == 0)
     assert torch.all((narrow_CU.float() - wide_CU).abs() <= wide_CU.abs() / 128)  # the interpreter truncates
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE != "cuda", reason="plain torch stores fp32 logits only")
+def test_the_row_functions_take_bfloat16_logits():
+    torch.manual_seed(0)
+    z_CU, real = torch.randn(3, 5000).to(DEVICE, torch.bfloat16), torch.tensor(4997).to(DEVICE)
+    target_C, d_logp_C = torch.tensor([0, 4000, 4996]).to(DEVICE), torch.tensor([1.0, -2.0, 0.5]).to(DEVICE)
+    functions, folded = rows.row_functions(z_CU.device), []
+    for logits_CU in (z_CU, z_CU.float()):
+        folded.append(rows.new_statistics(3, z_CU, torch.float32))
+        functions.fold_(folded[-1], logits_CU, target_C, real, 0)
+    assert torch.equal(*folded) and torch.all(folded[0][1] > 1)
+    log_total_C = folded[0][1].log()
+    statistics = rows.Statistics(folded[0][0], log_total_C, folded[0][3] - log_total_C, log_total_C)
+    wide_CU = torch.empty(z_CU.shape, device=DEVICE)
+    functions.dlogits_(wide_CU, z_CU.float(), target_C, real, statistics, d_logp_C, None)
+    functions.dlogits_(z_CU, z_CU, target_C, real, statistics, d_logp_C, None)
+    assert torch.all((z_CU.float() - wide_CU).abs() <= wide_CU.abs() / 128)  # the interpreter truncates
+
+
+def test_bfloat16_logits_are_what_rounding_makes_of_them():
+    case = problem(9, 1000, width=32, dtype=torch.bfloat16)
+    budget = replace(small_chunks(1000), bf16_logits=True)
+    logp_N, entropy_N = linear_logprob(*case, return_entropy=True, budget=budget)
+    z_NV = (case.hidden_ND.float() @ case.weight_VD.float().T).bfloat16().double()
+    expected = z_NV.log_softmax(-1)
+    assert_near(logp_N.double(), expected.gather(1, case.target_N[:, None])[:, 0], 1e-5)
+    assert_near(entropy_N.double(), -(expected.exp() * expected).sum(-1), 1e-5)
+    assert (logp_N - linear_logprob(*case)).abs().max() > 1e-3 and torch.all(logp_N <= 0)
+    exact = gradients(linear_logprob(*case).sum(), case)
+    for a, b in zip(gradients(logp_N.sum(), case), exact, strict=True):
+        assert 0 < relative(a, b) < 2e-2
+    with pytest.raises(ValueError, match="bf16_logits is True and hidden is"):
+        linear_logprob(*case.to(torch.float64), budget=budget)
 
 
 def test_no_tokens_at_all():

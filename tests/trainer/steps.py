@@ -56,8 +56,7 @@ def weigh(preset: str, groups: list[Group], beta: float = 0.3, sum_over_ranks=la
 
 def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
     """Main gradients after forward and backward (and the data-parallel reduction), without an update."""
-    trainer._model.zero_grad_buffer()
-    trainer._forward_backward(batch)
+    trainer.accumulate_gradients(batch)
     return {name: parameter.main_grad.clone() for name, parameter in trainer.parameters.items()}
 
 

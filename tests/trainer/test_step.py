@@ -24,7 +24,6 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
 from vold.records import Batch
-from vold.trainer.engine import unwrap
 from vold.trainer.optimizer import optimizer_state
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
@@ -192,7 +191,7 @@ def test_norms_and_biases_are_not_decayed(trainer):
 
 def as_megatron(model, trainer) -> dict[str, torch.Tensor]:
     """A transformers model's gradients under Megatron's names and layout."""
-    language_model = unwrap(trainer._model)
+    [language_model] = trainer.chunks
     by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
     return {
         name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)

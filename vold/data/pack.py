@@ -51,6 +51,11 @@ def pack(
     return Batch(tuple(_micro_batch([(place, samples[place]) for place in places], encode) for places in bins))
 
 
+def filler() -> MicroBatch:
+    """A micro-batch of one token and no target: the least a model runs, without loss or gradient."""
+    return _micro_batch([], encode_text)
+
+
 def _fill(lengths: dict[int, int], max_tokens: int, at_least: int) -> list[list[int]]:
     """Longest first into the emptiest of k bins; k grows until everything fits."""
     count = max(at_least, -(-sum(lengths.values()) // max_tokens))

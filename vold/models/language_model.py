@@ -41,16 +41,20 @@ class LanguageModel(GPTModel):
         return self.output_layer.weight
 
 
+def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
+    """This rank's part of the model: one chunk, or with virtual stages `layout.vpp` of them, in the order of their
+    layers. Weights are uninitialised: call `load_pretrained` next."""
+    stages = [None] if layout.vpp is None else range(layout.vpp)
+    return [build_language_model(arch, layout, dtype, vp_stage) for vp_stage in stages]
+
+
 def build_language_model(
-    arch: Architecture,
-    layout: Layout,
-    dtype: torch.dtype,
-    *,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
+    arch: Architecture, layout: Layout, dtype: torch.dtype, vp_stage: int | None = None
 ) -> LanguageModel:
-    """One stage of the model on `layout.device`, weights uninitialised: call `load_pretrained` next."""
+    """One chunk of the model on `layout.device`, weights uninitialised. The first of all holds the embedding, the last
+    the final norm and the head."""
+    pre_process = layout.is_first_stage and vp_stage in (None, 0)
+    post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
     model = LanguageModel(
         config,

@@ -10,12 +10,15 @@ import os
 import random
 import socket
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from vold.parallel import cpu
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
+
+    def from_last_stage(self, value: ValueT) -> ValueT:
+        """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call."""
+        if self.pp == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
 
 
 def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, sp: bool = False) -> Layout:

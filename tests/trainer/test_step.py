@@ -107,8 +107,8 @@ def test_self_teacher_has_no_kl(tiny_student_dir, layout, self_teacher):
 def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
     samples = weigh("vold", make_groups(MIXED))
     whole = gradients(trainer, teacher.score(batch_of(samples)))
-    for max_tokens, at_least in ((60, 1), (30, 1), (1 << 20, len(samples) + 2)):
-        batch = batch_of(samples, max_tokens=max_tokens, max_over_ranks=lambda n, least=at_least: max(n, least))
+    for max_tokens, fillers in ((60, 0), (30, 0), (1, 2)):
+        batch = batch_of(samples, max_tokens=max_tokens, fillers=fillers)
         assert len(batch.micro_batches) > 1
         assert relative(gradients(trainer, teacher.score(batch)), whole) < 1e-5
     assert any(micro.target_N.numel() == 0 for micro in batch.micro_batches), "an all-masked micro-batch was tried"
@@ -132,7 +132,7 @@ def test_masks_come_from_lengths_not_from_values(trainer):
 
 
 def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
-    samples = likelihood(weigh("grpo", make_groups(MIXED)), lambda value: value)
+    samples = likelihood(weigh("grpo", make_groups(MIXED)))
     found = gradients(trainer, batch_of(samples, max_tokens=50))
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     tokens = sum(len(s.response_ids) for s in samples)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -70,7 +72,17 @@ def build_language_model(
     )
     model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_section, layout.device)
     model.arch, model.layout = arch, layout
+    _mark_shards(model)
     return model.to(layout.device)
+
+
+def _mark_shards(model: LanguageModel) -> None:
+    """Megatron marks a weight as divided over the tp group while it initialises it, and our weights come from a
+    checkpoint. Without the mark the gradient norm takes one rank's share for a replica of the whole."""
+    divided = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in divided and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, divided[type(module)], 1)
 
 
 def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTower | None = None) -> Tensor:

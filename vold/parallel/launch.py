@@ -42,6 +42,7 @@ class Layout:
     """How the world is divided: tensor (tp), pipeline (pp) and data (dp) parallel sizes, ranks and groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
+    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
     """
 
     tp: int
@@ -56,6 +57,8 @@ class Layout:
     device: torch.device
     vpp: int | None = None
     sp: bool = False
+    distributed_optimizer: bool = False
+    recompute: str = "none"
 
     @property
     def is_first_stage(self) -> bool:
@@ -75,7 +78,16 @@ class Layout:
         return box[0]
 
 
-def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, sp: bool = False) -> Layout:
+def initialise(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    seed: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    distributed_optimizer: bool = False,
+    recompute: str = "none",
+) -> Layout:
     """Create (or reuse) the process groups, seed every generator and return this rank's place.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
@@ -87,7 +99,7 @@ def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, s
     _start_world(facts)
     _build_groups(tp, pp, vpp)
     _seed(seed)
-    return _layout(facts.device, vpp, sp)
+    return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
 def shutdown() -> None:
@@ -162,7 +174,7 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
+def _layout(device: torch.device, **choices) -> Layout:
     from megatron.core import parallel_state as mpu
 
     return Layout(
@@ -176,6 +188,5 @@ def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         device=device,
-        vpp=vpp,
-        sp=sp,
+        **choices,
     )

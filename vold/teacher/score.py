@@ -5,11 +5,13 @@ Reward-gated: only sequences whose KL weight is not zero are read at all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_chunks
@@ -22,16 +24,25 @@ from vold_kernels.linear_logprob import linear_logprob
 
 
 class Teacher:
-    """A text-only teacher in the student's layout. `vocab_size`: ids both models really have."""
+    """A text-only teacher in the student's layout. `vocab_size`: ids both models really have; `offload`: its weights
+    wait in CPU memory between calls."""
 
     def __init__(
-        self, checkpoint: Path, layout: Layout, *, dtype: torch.dtype, vocab_size: int, temperature: float = 1.0
+        self,
+        checkpoint: Path,
+        layout: Layout,
+        *,
+        dtype: torch.dtype,
+        vocab_size: int,
+        temperature: float = 1.0,
+        offload: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
             chunk.requires_grad_(False).eval()
+        self._waiting = _host_copies(self._chunks) if offload else []
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
@@ -44,7 +55,8 @@ class Teacher:
             for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
             if rows_n.numel()
         ]
-        found = iter(run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True))
+        with self._present():
+            found = iter(run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True))
         if not self._layout.is_last_stage:
             return batch
         return Batch(
@@ -53,6 +65,15 @@ class Teacher:
                 for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
             )
         )
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Offloaded weights are on the device inside. They never change, so nothing has to travel back."""
+        for parameter, host in self._waiting:
+            parameter.data = host.to(self._layout.device, non_blocking=True)
+        yield
+        for parameter, host in self._waiting:
+            parameter.data = host
 
     def _logprobs(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         logp_n = linear_logprob(
@@ -71,6 +92,16 @@ class NoTeacher:
 
     def score(self, batch: Batch) -> Batch:
         return batch
+
+
+def _host_copies(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every parameter moved to CPU memory, pinned where there is a GPU."""
+    copies = []
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        host = parameter.data.cpu()
+        parameter.data = host.pin_memory() if torch.cuda.is_available() else host
+        copies.append((parameter, parameter.data))
+    return copies
 
 
 def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBatch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from vold.config.schema import OptimizerConfig
+from vold.data.pack import Replicas
 from vold.models.architecture import Architecture
 from vold.models.language_model import LanguageModel, build_chunks, unwrap
 from vold.models.vision import FrozenVisionTower
@@ -23,7 +25,7 @@ from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
-from vold.trainer.flops import training_flops
+from vold.trainer.flops import sequence_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
@@ -77,7 +79,7 @@ class Trainer:
         group = self._layout.dp_group
         metrics = reduce_tallies(tallies, group, train_tflop=self._useful_flops(batch) / 1e12)
         metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
-        return StepReport(metrics, mean_kl(batch.micro_batches, tallies))
+        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = linear_policy_loss(
@@ -116,6 +118,12 @@ class Trainer:
         """Of this rank's share; one-token fillers have no target and do not count."""
         work = [micro.tokens.cu_seqlens for micro in batch.micro_batches if micro.sample_B]
         return sum(training_flops(self.chunks[0].arch, cu_seqlens) for cu_seqlens in work)
+
+    @property
+    def replicas(self) -> Replicas:
+        """How `pack` divides a step among the data-parallel copies."""
+        cost = partial(sequence_flops, self.chunks[0].arch)
+        return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
@@ -187,7 +195,9 @@ def load_student(checkpoint: Path, layout: Layout, dtype: torch.dtype) -> list[L
 
 def _wrap(chunks: Sequence[LanguageModel]) -> list[DistributedDataParallel]:
     """Megatron's data parallelism around each chunk: gradients live in fp32 buffers, `parameter.main_grad`."""
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=chunks[0].layout.distributed_optimizer
+    )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     for chunk in wrapped:
         chunk.config.finalize_model_grads_func = finalize_model_grads

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from vold.data.pack import filler
@@ -47,11 +49,34 @@ def run_pipeline(
         data_iterator=[iter(fed) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(fed),
+        **_neighbours(chunks[0], layout),
         seq_length=1,  # unused: every micro-batch has its own length
         micro_batch_size=1,
         forward_only=forward_only,
     )
     return results[: len(micro_batches)]
+
+
+class _TwoStages(P2PCommunicator):
+    """Forward, then backward messages. With two interleaved stages the next and the previous rank are one and the same,
+    and Megatron posts both directions at once: the activation of one and the gradient of the other then swap places.
+    """
+
+    def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **rest):
+        towards_next = dict(tensor_send_next=tensor_send_next, recv_prev=recv_prev)
+        towards_prev = dict(tensor_send_prev=tensor_send_prev, recv_next=recv_next)
+        nothing = dict(tensor_send_next=None, tensor_send_prev=None, recv_prev=False, recv_next=False)
+        received_prev, _, _ = super()._communicate(**nothing | towards_next, **rest)
+        _, received_next, _ = super()._communicate(**nothing | towards_prev, **rest)
+        return received_prev, received_next, None
+
+
+def _neighbours(chunk: nn.Module, layout: Layout) -> dict:
+    """What replaces Megatron's own communication between stages, where that is needed."""
+    if layout.pp != 2 or layout.vpp is None:
+        return {}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return {"p2p_communicator": _TwoStages(layout.pp_group, chunk.config), "pg_collection": groups}
 
 
 def _fillers(count: int, layout: Layout) -> list[MicroBatch]:

@@ -205,3 +205,11 @@ def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:
         for micro in batch.micro_batches
         for row, place in enumerate(micro.sample_B)
     }
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir, layout, recompute):
+    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    again = make_trainer(tiny_student_dir, replace(layout, recompute=recompute))
+    assert relative(gradients(again, batch), gradients(trainer, batch)) < 1e-6
+    assert again.logprobs(batch) == trainer.logprobs(batch)

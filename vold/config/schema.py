@@ -29,7 +29,7 @@ class ParallelConfig(Strict):
     vpp: Annotated[int, Field(ge=2)] | None = None  # interleaved stages a rank holds
     sp: bool = False  # norms and residuals divided over the tp ranks too
     distributed_optimizer: bool = False  # fp32 masters and Adam's moments divided over the data-parallel ranks
-    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward: norms, layers
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
 
 
 class DataConfig(Strict):

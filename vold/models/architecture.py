@@ -161,8 +161,9 @@ _PLAIN_TORCH_FLAGS = {
 
 _RECOMPUTE_FLAGS = {
     "none": {},
-    # What costs little to compute again for the memory it takes: the norms' outputs and the attention scores.
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]},
+    # The MLPs, whose activations are the largest. (Flash attention recomputes its scores anyway, and Megatron's
+    # recomputation of norms needs TransformerEngine.)
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     # Every layer from its input.
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }

@@ -250,11 +250,11 @@ def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterato
         models = folder / head
         student(tied=head == "tied").save_pretrained(models / "student")
         teacher().save_pretrained(models / "teacher")
-        _run(1, train_transformers, models, folder / "transformers")
-        _run(1, train_vold, Layout(), models, folder / "one process")
+        run_world(1, train_transformers, models, folder / "transformers")
+        run_world(1, train_vold, Layout(), models, folder / "one process")
         yield _row("one process", Layout(), head, folder, ["transformers"])
         for name in names:
-            _run(LAYOUTS[name].world, train_vold, LAYOUTS[name], models, folder / name)
+            run_world(LAYOUTS[name].world, train_vold, LAYOUTS[name], models, folder / name)
             yield _row(name, LAYOUTS[name], head, folder, REFERENCES)
 
 
@@ -269,7 +269,7 @@ def _row(name: str, layout: Layout, head: str, folder: Path, references: Sequenc
     return row | {"verdict": "ok" if ok else "OVER"}
 
 
-def _run(world: int, body: Callable, *arguments) -> None:
+def run_world(world: int, body: Callable, *arguments) -> None:
     """`body` on every rank of a fresh world. Forked, because importing Megatron takes longer than all that follows."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -250,7 +250,7 @@ LAYOUTS = {
 
 
 def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
-    """torchrun over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one process."""
+    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one."""
     from vold.config import load_config, schema
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
@@ -259,10 +259,11 @@ def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tm
     rl.run(alone)
     expected = timeless(read_rows(alone.run_dir / "metrics.jsonl"))
     model = load_file(alone.run_dir / "model" / "model.safetensors")
-    for name, overrides in LAYOUTS.items():
+    each = [word for name, overrides in LAYOUTS.items() for word in ("--", f"run_dir={tmp_path / name}", *overrides)]
+    run = torchrun(1, Path(__file__).with_name("layouts.py"), config, *settings, *each)
+    assert run.returncode == 0 and run.stdout.endswith("ok\n"), run.stdout + run.stderr
+    for name in LAYOUTS:
         run_dir = tmp_path / name
-        run = torchrun(2, "-m", "vold", "rl", config, *settings, f"run_dir={run_dir}", *overrides)
-        assert run.returncode == 0, name + run.stderr
         for row, wanted in zip(timeless(read_rows(run_dir / "metrics.jsonl")), expected, strict=True):
             assert row.keys() == wanted.keys()
             assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5), name

@@ -24,7 +24,9 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
 from vold.records import Batch
+from vold.trainer import engine
 from vold.trainer.optimizer import optimizer_state
+from vold_kernels.linear_policy_loss import linear_policy_loss
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 
@@ -213,3 +215,18 @@ def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir
     again = make_trainer(tiny_student_dir, replace(layout, recompute=recompute))
     assert relative(gradients(again, batch), gradients(trainer, batch)) < 1e-6
     assert again.logprobs(batch) == trainer.logprobs(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_gradient_goes_straight_into_main_grad(tiny_student_dir, layout, monkeypatch, dtype):
+    """Against the ordinary way through autograd, which rounds it to bf16 in a bf16 model."""
+    trainer = make_trainer(tiny_student_dir, layout, dtype=dtype)
+    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    straight = gradients(trainer, batch)
+
+    def through_autograd(*arguments, weight_main_grad, **keywords):
+        assert weight_main_grad is trainer.chunks[-1].head_weight().main_grad
+        return linear_policy_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "linear_policy_loss", through_autograd)
+    assert relative(straight, gradients(trainer, batch)) < (1e-6 if dtype == torch.float32 else 1e-2)

@@ -82,9 +82,10 @@ class Trainer:
         return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weight = self.chunks[-1].head_weight()
         out = linear_policy_loss(
             hidden_TD[batch.source_N],
-            self.chunks[-1].head_weight(),
+            weight,
             batch.target_N,
             PolicyTerms(
                 batch.logp_old_N, batch.logp_teacher_N, batch.advantage_N, batch.pg_weight_N, batch.kl_weight_N
@@ -94,6 +95,9 @@ class Trainer:
             temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
+            # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
+            # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
+            weight_main_grad=weight.main_grad,
         )
         return out.loss, tally(out, batch)
 

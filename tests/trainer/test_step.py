@@ -24,8 +24,10 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
 from vold.records import Batch
+from vold.teacher import Teacher
 from vold.trainer import engine
 from vold.trainer.optimizer import optimizer_state
+from vold.trainer.tally import reduce_tallies
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
@@ -117,10 +119,25 @@ def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
 
 
 def test_samples_without_gradient_are_left_out_exactly(trainer, teacher):
-    groups = make_groups([*MIXED, [1.0, 1.0, 1.0]])
-    samples = weigh("vold", groups)
-    batch = teacher.score(batch_of(samples))
-    assert sum(len(micro.sample_B) for micro in batch.micro_batches) == len(samples) - 3, "the solved group"
+    """Neither gradient nor metrics change when they run through the backbone after all; only the tokens run do."""
+    samples = weigh("vold", make_groups([*MIXED, [1.0, 1.0, 1.0]]))
+    lean = teacher.score(batch_of(samples))
+    everything = batch_of([replace(s, pg_weight=1.0) for s in samples])
+    weights = {kind: [torch.tensor(getattr(s, kind)) for s in samples] for kind in ("pg_weight", "kl_weight")}
+    full = teacher.score(Batch(tuple(_with_weights(micro, weights) for micro in everything.micro_batches)))
+    assert _sequences(lean) == len(samples) - 3 < _sequences(full) == len(samples), "without the solved group"
+    assert relative(gradients(trainer, lean), gradients(trainer, full)) < 1e-6
+    found, expected = (reduce_tallies(trainer.accumulate_gradients(b), None, train_tflop=0.0) for b in (lean, full))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def _sequences(batch: Batch) -> int:
+    return sum(len(micro.sample_B) for micro in batch.micro_batches)
+
+
+def _with_weights(micro, weights):
+    places = torch.tensor(micro.sample_B)[micro.sequence_N]
+    return replace(micro, **{f"{kind}_N": torch.stack(of)[places].float() for kind, of in weights.items()})
 
 
 def test_masks_come_from_lengths_not_from_values(trainer):
@@ -230,3 +247,11 @@ def test_the_head_gradient_goes_straight_into_main_grad(tiny_student_dir, layout
 
     monkeypatch.setattr(engine, "linear_policy_loss", through_autograd)
     assert relative(straight, gradients(trainer, batch)) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_an_offloaded_teacher_scores_the_same_and_leaves_the_device(teacher, tiny_teacher_dir, layout):
+    batch = batch_of(weigh("vold", make_groups(MIXED)), max_tokens=60)
+    offloaded = Teacher(tiny_teacher_dir, layout, dtype=torch.float32, vocab_size=VOCAB_SIZE, offload=True)
+    for found, expected in zip(offloaded.score(batch).micro_batches, teacher.score(batch).micro_batches, strict=True):
+        assert torch.equal(found.logp_teacher_N, expected.logp_teacher_N)
+    assert all(parameter.device.type == "cpu" for chunk in offloaded._chunks for parameter in chunk.parameters())

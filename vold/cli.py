@@ -11,7 +11,7 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,6 +52,18 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 def export(config: Config, overrides: Overrides = None) -> None:
     """A run's checkpoint as a directory for transformers and vLLM."""
     _stage("export").run(load_config(schema.ExportConfig, config, overrides or ()))
+
+
+@app.command()
+def check(
+    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="how many would be launched: nodes x GPUs")] = 1,
+) -> None:
+    """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
+    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
+    _stage("check").run(load_config(of, config, overrides or ()), processes)
 
 
 @app.command()

@@ -5,6 +5,7 @@ One Megatron parameter is one or several Hugging Face tensors, joined by a `Rule
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -111,6 +112,26 @@ def _group_rows(arch: Architecture) -> list[int]:
     return [arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim]
 
 
+def full_tensors(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Short name, full shape, and how many elements of it these chunks hold; a tied head counts with its embedding."""
+    for name, shape, _, _, rule in _pieces(chunks):
+        parts = 1 if rule.split is None else chunks[0].layout.tp
+        yield name, shape, math.prod(shape) // parts
+
+
+def _pieces(
+    chunks: Sequence[LanguageModel],
+) -> Iterator[tuple[str, tuple[int, ...], int, nn.Parameter, Rule]]:
+    """Every Hugging Face tensor in these chunks: short name, full shape, its place in the parameter, that, its rule."""
+    for chunk in chunks:
+        for _name, parameter, rule in named_rules(chunk):
+            if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
+                continue
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            for place, (short, shape) in enumerate(zip(rule.names, shapes, strict=True)):
+                yield short, shape, place, parameter, rule
+
+
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +166,12 @@ class CheckpointReader:
             self._handles[file] = self._open_files.enter_context(handle)
         return self._handles[file].get_slice(name)
 
+    def check_shape(self, short: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
+        found = tuple(self.slice(short).get_shape())
+        if found != shape:
+            raise ValueError(f"{self.where(short)} has shape {found} but config.json asks for {shape}")
+
     def where(self, short: str) -> str:
         name = self._name_of[short]
         return f"{self.dir / self._file_of[name]}: tensor {name}"
@@ -166,10 +193,8 @@ def load_pretrained(stage: LanguageModel, checkpoint_dir: str | Path) -> None:
 
 
 def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, stage: LanguageModel):
+    reader.check_shape(name, shape)
     lazy = reader.slice(name)
-    found = tuple(lazy.get_shape())
-    if found != shape:
-        raise ValueError(f"{reader.where(name)} has shape {found} but config.json asks for {shape}")
     if split is None or stage.layout.tp == 1:
         return lazy[:]
     rows = shape[split] // stage.layout.tp
@@ -204,18 +229,13 @@ def _own_tensors(
     chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]
 ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
     """Short name, full shape, dtype and the way to the full tensor of everything in this rank's chunks."""
-    for chunk in chunks:
-        for _name, parameter, rule in named_rules(chunk):
-            if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
-                continue
-            tensor = value(parameter)
-            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
-            for place, (short, shape) in enumerate(zip(rule.names, shapes, strict=True)):
-                yield short, shape, tensor.dtype, partial(_full_piece, rule, tensor, place, chunk)
+    for short, shape, place, parameter, rule in _pieces(chunks):
+        tensor = value(parameter)
+        yield short, shape, tensor.dtype, partial(_full_piece, rule, tensor, place, chunks[0])
 
 
-def _full_piece(rule: Rule, tensor: Tensor, place: int, chunk: LanguageModel) -> Tensor:
-    return _gathered(split_pieces(rule, tensor, chunk.arch)[place], rule.split, chunk)
+def _full_piece(rule: Rule, tensor: Tensor, place: int, stage: LanguageModel) -> Tensor:
+    return _gathered(split_pieces(rule, tensor, stage.arch)[place], rule.split, stage)
 
 
 def _from_all_stages(own: Iterator, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -102,6 +102,19 @@ def initialise(
     return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
+def pretend(rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices) -> Layout:
+    """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
+    a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _check_sizes(world, tp, pp, vpp, sp)
+    shutdown()
+    cpu.install()
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    _build_groups(tp, pp, vpp)
+    return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
+
+
 def shutdown() -> None:
     """Destroy all groups; safe to call twice."""
     from megatron.core import parallel_state
@@ -161,7 +174,10 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
             return
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        create_gloo_process_groups=dist.get_backend() != "fake",
     )
 
 

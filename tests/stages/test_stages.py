@@ -14,7 +14,6 @@ from transformers import AutoModelForImageTextToText
 
 from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
-from vold.trainer.checkpoint import verify
 from vold.trainer.run_log import read_rows
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
@@ -92,8 +91,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
     metrics = (rl_run.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (rl_run.run_dir / "metrics.jsonl").write_text("".join(metrics[:3]) + '{"step": 4, "rew')
     rl.run(rl_run, resume=True)
-    for name in ("model-tp0-pp0.safetensors", "optimizer-tp0-pp0.safetensors"):
-        assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (whole, rl_run.run_dir)))
+    name = "rank-00000.safetensors"
+    assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (whole, rl_run.run_dir)))
     state = [json.loads((run / "checkpoints/step-000004/state.json").read_text()) for run in (whole, rl_run.run_dir)]
     assert state[0] == state[1]
     assert timeless(read_rows(whole / "metrics.jsonl")) == timeless(read_rows(rl_run.run_dir / "metrics.jsonl"))
@@ -159,31 +158,6 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
-
-
-def test_a_damaged_checkpoint_is_refused_by_name(rl_run, tmp_path):
-    path = tmp_path / "step-000002"
-    shutil.copytree(rl_run.run_dir / "checkpoints" / "step-000002", path)
-    verify(path)
-    file = path / "model-tp0-pp0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is damaged"):
-        verify(path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is missing"):
-        verify(path)
-
-
-@pytest.mark.parametrize("garbage", ["", "999999", "step-999999", "../../x", "step-000002/../.."])
-def test_a_garbage_pointer_is_refused(rl_run, layout, garbage, tmp_path):
-    from vold.trainer.checkpoint import Checkpoints
-
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text(garbage)
-    with pytest.raises(ValueError, match="which is no checkpoint here"):
-        Checkpoints(tmp_path, layout).latest_step()
 
 
 @pytest.mark.parametrize(

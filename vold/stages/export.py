@@ -11,7 +11,7 @@ from vold.config.schema import ExportConfig
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
-from vold.trainer.checkpoint import Checkpoints, load_parameters
+from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import load_student
 
 
@@ -30,6 +30,6 @@ def run(config: ExportConfig) -> None:
         raise ValueError(f"run = {config.run} has no checkpoint yet")
     student = Path(settings["student"])
     chunks = load_student(student, layout, getattr(torch, settings["dtype"]))
-    load_parameters(dict(chunks[0].named_parameters()), checkpoints.model_file(step))
+    checkpoints.load_weights(chunks, step)
     export_checkpoint(student, config.out, export_weights(chunks))
     print(f"{config.out}: step {step} of {config.run}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from vold.config.schema import RunConfig
 from vold.parallel.launch import Layout, initialise
+from vold.parallel.together import together
 from vold.trainer.flops import peak_flops
 from vold.trainer.run_log import RunLog
 
@@ -59,7 +60,7 @@ def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) 
     peak = peak_flops(layout.device)
     peak = peak and peak * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
-    _together(lambda: log.open(resume=resume))
+    together(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
 
 
@@ -68,17 +69,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _together(action) -> None:
-    """Run on all ranks; one rank's ValueError becomes everybody's, so that none waits for ever."""
-    message = ""
-    try:
-        action()
-    except ValueError as error:
-        message = str(error)
-    messages: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for text in messages:
-        if text:
-            raise ValueError(text)

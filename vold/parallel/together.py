@@ -1,0 +1,45 @@
+"""What all ranks decide together: an action that fails anywhere fails everywhere, and who no longer answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+ResultT = TypeVar("ResultT")
+
+
+def together(action: Callable[[], ResultT]) -> list[ResultT]:
+    """Run on all ranks; every rank's result. One rank's ValueError becomes everybody's, so that none waits for ever."""
+    try:
+        mine = (action(), "")
+    except ValueError as error:
+        mine = (None, str(error))
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for _, message in everyone:
+        if message:
+            raise ValueError(message)
+    return [result for result, _ in everyone]
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank died or did not come (gloo raises plain RuntimeErrors)."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def roll_call(seconds: float) -> list[int]:
+    """Ranks that do not answer within `seconds`: dead, or stuck outside a collective.
+
+    Called by a rank whose collective failed. Those that wait for a lost rank fail within one time-out of each other
+    and arrive here too. Uses the rendezvous store; the process groups are beyond use by now.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"roll-call/{dist.get_rank()}", "here")
+    absent, deadline = list(range(dist.get_world_size())), time.monotonic() + seconds
+    while absent and time.monotonic() < deadline:
+        absent = [rank for rank in absent if not store.check([f"roll-call/{rank}"])]
+        time.sleep(0.2)
+    return absent

@@ -164,14 +164,14 @@ class Checkpoints:
         """Parameters only, for an export."""
         path = self._root / _name(step)
         together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
-        with PieceReader(_shard_files(path)) as reader:
+        with PieceReader(shard_files(path)) as reader:
             load_weights(chunks, reader)
 
     def _restore(self, trainer: Trainer, path: Path, step: int) -> None:
         state = json.loads((path / "state.json").read_text())
         if state["step"] != step:
             raise ValueError(f"{path} holds step {state['step']}: it was renamed; give it its own name back")
-        with PieceReader(_shard_files(path)) as reader:
+        with PieceReader(shard_files(path)) as reader:
             load_weights(trainer.chunks, reader)
             load_optimizer(trainer.chunks, trainer.optimizer, reader, state["updates"])
             if state["layout"] == _sizes(self._layout):
@@ -222,7 +222,7 @@ def _manifest(path: Path) -> dict[str, str]:
     return digests
 
 
-def _shard_files(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
     return [path / name for name in sorted(_manifest(path)) if name.endswith(".safetensors")]
 
 

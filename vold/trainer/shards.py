@@ -196,14 +196,14 @@ def _read(reader: PieceReader, field: str, parameter: nn.Parameter, rule: Rule, 
         rule = EMBEDDING_RULE
     dim, pieces = rule.split or 0, []
     parts, rank = (1, 0) if rule.split is None else (chunk.layout.tp, chunk.layout.tp_rank)
-    for name, shape in zip(rule.names, piece_shapes(rule, parameter.shape, chunk.arch, tp=1), strict=True):
-        key = f"{field}/{name}"
-        if key in reader and reader.size(key, dim) != parts * shape[dim]:
+    for name, shape in zip(rule.names, piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp), strict=True):
+        key, size = f"{field}/{name}", shape[dim] // parts
+        if key in reader and reader.size(key, dim) != shape[dim]:
             raise ValueError(
-                f"the checkpoint's {key} is {reader.size(key, dim)} long in dimension {dim}, the model's "
-                f"{parts * shape[dim]}: it is of another model; resume with the run's own student"
+                f"the checkpoint's {key} is {reader.size(key, dim)} long in dimension {dim}, the model's {shape[dim]}: "
+                "it is of another model; resume with the run's own student"
             )
-        pieces.append(reader.read(key, shape, dim, rank * shape[dim]))
+        pieces.append(reader.read(key, [*shape[:dim], size, *shape[dim + 1 :]], dim, rank * size))
     return join_pieces(rule, pieces, chunk.arch)
 
 

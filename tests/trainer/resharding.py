@@ -19,7 +19,7 @@ SAMPLES = weigh("grpo", make_groups([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0
 def link(student: Path, parallel: dict, dtype: str, distributed_optimizer: bool, run_dir: Path, step: int) -> None:
     """Load `step` (0: start), save it again unchanged to run_dir/again, train one step and save it, train one more.
 
-    Writes run_dir/losses-{step}.json: the losses of the two steps, the rates, and the batch's first ids.
+    Writes run_dir/losses-{step}.json: loss and rate of the two steps.
     """
     layout = initialise(**parallel, seed=step)
     if distributed_optimizer:
@@ -34,7 +34,7 @@ def link(student: Path, parallel: dict, dtype: str, distributed_optimizer: bool,
     checkpoints.save(trainer, step + 1)
     reports.append(trainer.step(batch))
     if dist.get_rank() == 0:
-        numbers = {name: [report.metrics[name] for report in reports] for name in ("nll", "lr", "grad_norm")}
+        numbers = {name: [report.metrics[name] for report in reports] for name in ("nll", "lr")}
         (run_dir / f"losses-{step}.json").write_text(json.dumps(numbers))
     dist.barrier()
     shutdown()

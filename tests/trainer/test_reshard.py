@@ -34,21 +34,17 @@ def whole_tensors(path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(True, "float32"), (False, "bfloat16")])
-def test_a_chain_of_layouts(tied, dtype, tmp_path):
+@pytest.mark.parametrize(("tied", "dtype", "tolerance"), [(True, "float32", 1e-6), (False, "bfloat16", 1e-2)])
+def test_a_chain_of_layouts(tied, dtype, tolerance, tmp_path):
     student = tiny.save(tiny.qwen3(tied=tied, num_hidden_layers=4), tmp_path / "student")
     run_dir = tmp_path / "run"
     for step, (world, layout, distributed) in enumerate(CHAIN):
-        print(step)
         ranks.run(world, resharding.link, student, layout, dtype, distributed, run_dir, step, logs=tmp_path / f"{step}")
-    losses = [json.loads((run_dir / f"losses-{step}.json").read_text()) for step in range(len(CHAIN))]
+    steps = [json.loads((run_dir / f"losses-{step}.json").read_text()) for step in range(len(CHAIN))]
     for step in range(1, len(CHAIN)):
         saved = whole_tensors(run_dir / f"checkpoints/step-{step:06d}")
         again = whole_tensors(run_dir / f"again-{step}/checkpoints/step-{step:06d}")
         assert saved.keys() == again.keys()
         assert all(torch.equal(saved[name], again[name]) for name in saved), f"{CHAIN[step - 1]} -> {CHAIN[step]}"
-        print(step, losses[step - 1], losses[step])
-        for name in ("nll", "lr", "grad_norm"):
-            assert losses[step][name][0] == pytest.approx(
-                losses[step - 1][name][1], rel=1e-6 if dtype == "float32" else 1e-2
-            )
+        assert steps[step]["lr"][0] == steps[step - 1]["lr"][1]
+        assert steps[step]["nll"][0] == pytest.approx(steps[step - 1]["nll"][1], rel=tolerance)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -32,6 +34,9 @@ class Ranks:
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in late:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # where it stands, into its log
+        time.sleep(1 if late else 0)
         for process in self.processes:
             process.kill()
             process.join()
@@ -70,6 +75,7 @@ def _enter(rank: int, world: int, port: int, log: Path, body: Callable, argument
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),

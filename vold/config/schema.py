@@ -30,6 +30,7 @@ class ParallelConfig(Strict):
     sp: bool = False  # norms and residuals divided over the tp ranks too
     distributed_optimizer: bool = False  # fp32 masters and Adam's moments divided over the data-parallel ranks
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
+    timeout_seconds: Positive = 1800  # a rank that makes the others wait longer ends the job, and is named
 
 
 class DataConfig(Strict):
@@ -123,6 +124,7 @@ class TrainConfig(RunConfig):
     steps: Positive
     microbatch_tokens: Positive = 16384  # packed tokens of one forward/backward pass
     save_every: NonNegative = 0  # steps; the last step is always saved
+    save_async: bool = False  # train on while a checkpoint is written; its state is held in host memory meanwhile
     keep_checkpoints: Positive = 2
     parity_limit: Annotated[float, Field(gt=1.0)] = 1.05  # mean exp|logp sampler - logp trainer| after a weight sync
     evaluation: EvaluationConfig = EvaluationConfig()

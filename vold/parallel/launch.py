@@ -87,8 +87,10 @@ def initialise(
     sp: bool = False,
     distributed_optimizer: bool = False,
     recompute: str = "none",
+    timeout_seconds: float = 1800,
 ) -> Layout:
-    """Create (or reuse) the process groups, seed every generator and return this rank's place.
+    """Create (or reuse) the process groups, seed every generator and return this rank's place. A collective that takes
+    longer than `timeout_seconds` fails.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
@@ -96,8 +98,8 @@ def initialise(
     facts = LaunchFacts.from_environment()
     _check_sizes(facts.world, tp, pp, vpp, sp)
     cpu.install()
-    _start_world(facts)
-    _build_groups(tp, pp, vpp)
+    _start_world(facts, timeout_seconds)
+    _build_groups(tp, pp, vpp, timeout_seconds)
     _seed(seed)
     return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
@@ -139,7 +141,7 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(facts: LaunchFacts) -> None:
+def _start_world(facts: LaunchFacts, timeout_seconds: float) -> None:
     if facts.device.type == "cuda":
         torch.cuda.set_device(facts.device)
     else:
@@ -150,9 +152,8 @@ def _start_world(facts: LaunchFacts) -> None:
         raise ValueError(f"WORLD_SIZE={facts.world} but MASTER_ADDR is not set: start with torchrun")
     backend = "nccl" if facts.device.type == "cuda" else "gloo"
     where = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
-    dist.init_process_group(
-        backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=datetime.timedelta(minutes=30)
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=timeout)
 
 
 def _free_port() -> int:
@@ -161,7 +162,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
+def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -178,6 +179,7 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         create_gloo_process_groups=dist.get_backend() != "fake",
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
 
 

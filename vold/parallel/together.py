@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 ResultT = TypeVar("ResultT")
@@ -25,20 +26,28 @@ def together(action: Callable[[], ResultT]) -> list[ResultT]:
     return [result for result, _ in everyone]
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank."""
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank died or did not come (gloo raises plain RuntimeErrors)."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def roll_call(seconds: float) -> list[int]:
-    """Ranks that do not answer within `seconds`: dead, or stuck outside a collective.
+def absent_ranks() -> list[int]:
+    """Who does not answer a roll call within the job's time-out: dead, or stuck outside a collective.
 
     Called by a rank whose collective failed. Those that wait for a lost rank fail within one time-out of each other
-    and arrive here too. Uses the rendezvous store; the process groups are beyond use by now.
+    and answer here too. Goes over the rendezvous store; the process groups are beyond use by now.
     """
     store = dist.distributed_c10d._get_default_store()
     store.set(f"roll-call/{dist.get_rank()}", "here")
-    absent, deadline = list(range(dist.get_world_size())), time.monotonic() + seconds
+    absent = list(range(dist.get_world_size()))
+    deadline = time.monotonic() + store.timeout.total_seconds()
     while absent and time.monotonic() < deadline:
         absent = [rank for rank in absent if not store.check([f"roll-call/{rank}"])]
         time.sleep(0.2)

@@ -20,7 +20,6 @@ from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
 from vold.teacher import NoTeacher, Teacher
-from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 
 
@@ -37,9 +36,7 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
     teacher = _teacher(config, job, objective, vocab_size)
     sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
-    training = TrainingRun(
-        config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
-    )
+    training = TrainingRun.open(config, job, trainer, evaluator)
     if resume:
         training.resume()
     training.hand_over(sampler, probe)

@@ -9,12 +9,13 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 IMPORTED = ["torch", "ranks", "steps", "vold.cli", "vold.stages.sft", "vold.stages.rl", "vold.trainer.checkpoint"]
 _FORKS = multiprocessing.get_context("forkserver")
@@ -27,20 +28,23 @@ class Ranks:
 
     processes: list[BaseProcess]
     logs: list[Path]
+    store: TCPStore
 
-    def join(self, timeout: float = 120.0) -> list[int]:
-        """Exit codes; a rank that is still there after `timeout` seconds is killed and fails the test."""
+    def join(self, timeout: float = 240.0, hung: Sequence[int] = ()) -> list[int]:
+        """Exit codes, once all but the `hung` have ended; those are killed. A rank that is still there after `timeout`
+        seconds writes where it stands to its log, is killed, and fails the test."""
         deadline = time.monotonic() + timeout
-        for process in self.processes:
+        waited = [process for rank, process in enumerate(self.processes) if rank not in hung]
+        for process in waited:
             process.join(max(0.0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for rank in late:
-            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # where it stands, into its log
+        late = [process for process in waited if process.is_alive()]
+        for process in late:
+            os.kill(process.pid, signal.SIGUSR1)
         time.sleep(1 if late else 0)
         for process in self.processes:
             process.kill()
             process.join()
-        assert not late, f"ranks {late} did not end within {timeout} s:\n{self.said()}"
+        assert not late, f"{len(late)} ranks did not end within {timeout} s:\n{self.said()}"
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int | None = None) -> str:
@@ -50,20 +54,19 @@ class Ranks:
 def start(world: int, body: Callable, *arguments, logs: Path) -> Ranks:
     """Run body(*arguments) on `world` ranks; output goes to files below `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun's agent does: the rendezvous store outlives every rank.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [logs / f"rank{rank}.log" for rank in range(world)]
     processes = [
-        _FORKS.Process(target=_enter, args=(rank, world, port, file, body, arguments), daemon=True)
+        _FORKS.Process(target=_enter, args=(rank, world, store.port, file, body, arguments))
         for rank, file in enumerate(files)
     ]
     for process in processes:
         process.start()
-    return Ranks(processes, files)
+    return Ranks(processes, files, store)
 
 
-def run(world: int, body: Callable, *arguments, logs: Path, timeout: float = 120.0) -> Ranks:
+def run(world: int, body: Callable, *arguments, logs: Path, timeout: float = 240.0) -> Ranks:
     """`start`, and every rank must end well."""
     ranks = start(world, body, *arguments, logs=logs)
     codes = ranks.join(timeout)
@@ -82,6 +85,7 @@ def _enter(rank: int, world: int, port: int, log: Path, body: Callable, argument
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     body(*arguments)

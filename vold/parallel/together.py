@@ -39,16 +39,21 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def absent_ranks() -> list[int]:
-    """Who does not answer a roll call within the job's time-out: dead, or stuck outside a collective.
+    """Who does not answer a roll call: dead, or stuck outside a collective.
 
-    Called by a rank whose collective failed. Those that wait for a lost rank fail within one time-out of each other
-    and answer here too. Goes over the rendezvous store; the process groups are beyond use by now.
+    Called by a rank whose collective failed, at once (the peer it talked to is dead) or after the job's time-out. A
+    rank that waits for one of these fails within a time-out of them, so the call lasts a little longer than that. Goes
+    over the rendezvous store; the process groups are beyond use by now.
     """
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"roll-call/{dist.get_rank()}", "here")
-    absent = list(range(dist.get_world_size()))
-    deadline = time.monotonic() + store.timeout.total_seconds()
-    while absent and time.monotonic() < deadline:
-        absent = [rank for rank in absent if not store.check([f"roll-call/{rank}"])]
-        time.sleep(0.2)
+    absent = [0]
+    try:
+        store.set(f"roll-call/{dist.get_rank()}", "here")
+        absent = list(range(dist.get_world_size()))
+        deadline = time.monotonic() + 1.5 * store.timeout.total_seconds()
+        while absent and time.monotonic() < deadline:
+            absent = [rank for rank in absent if not store.check([f"roll-call/{rank}"])]
+            time.sleep(0.2)
+    except dist.DistError:  # without torchrun's agent rank 0 keeps the store, and has ended
+        pass
     return absent

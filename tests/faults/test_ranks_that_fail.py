@@ -59,8 +59,8 @@ def test_one_run_survives_everything(arguments, tmp_path):
     )
     assert latest(run_dir) == "step-000002"
 
-    # killed in a save: the step never becomes the latest
-    codes, said = vold(run_dir, {1: (sabotage.dies_in_save, 1)}, "--resume")
+    # killed in a save, here one in the background: the step never becomes the latest
+    codes, said = vold(run_dir, {1: (sabotage.dies_in_save, 1)}, "--resume", "save_async=true")
     assert codes == [1, -9, 1, 1] and said.count("rank 1 died or hangs") == 3, said
     assert latest(run_dir) == "step-000002" and not (run_dir / "checkpoints" / "step-000004").exists()
 
@@ -94,8 +94,8 @@ def test_not_a_number_on_one_rank_changes_nothing_anywhere(arguments, tmp_path):
     """Data parallel, optimizer divided: rank 1 alone sees it. One step is skipped and counted; three in a row end the
     run, on both ranks, with the last good state saved."""
 
-    def vold(run_dir: Path, count: int) -> tuple[list[int], str]:
-        given = [*arguments, "steps=4", f"run_dir={run_dir}", "save_every=1", "keep_checkpoints=9"]
+    def vold(run_dir: Path, count: int, *extra: str) -> tuple[list[int], str]:
+        given = [*arguments, "steps=4", f"run_dir={run_dir}", "save_every=1", "keep_checkpoints=9", *extra]
         given += ["parallel.distributed_optimizer=true"]
         world = ranks.start(2, sabotage.run_verb, given, {1: (sabotage.sees_nan, 2, count)}, logs=tmp_path)
         return world.join(), world.said()
@@ -112,3 +112,11 @@ def test_not_a_number_on_one_rank_changes_nothing_anywhere(arguments, tmp_path):
     assert codes == [2, 2], said
     assert "vold: gradient norm was nan for 3 steps in a row (optimizer.max_bad_steps)" in said
     assert same_tensors(steps[0], tmp_path / "thrice" / "checkpoints" / "step-000003", world=2)
+
+    # and a damaged file is refused by every rank, whichever of them read it
+    file = tmp_path / "thrice" / "checkpoints" / "step-000003" / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    codes, said = vold(tmp_path / "thrice", 0, "--resume")
+    assert codes == [2, 2] and said.count(f"{file} is damaged (SHA-256 differs); resume from another checkpoint") == 2

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
-from vold.trainer.run_log import read_rows
+from vold.trainer.run_log import check_run_dir, read_rows
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
@@ -158,6 +158,12 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
+    elsewhere = load("rl", rl_run.run_dir, "parallel.tp=2", "parallel.pp=2", "save_async=true")
+    check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged; write the run's own config back"):
+        check_run_dir(load("rl", tmp_path / "damaged"), "rl", resume=True)
 
 
 @pytest.mark.parametrize(

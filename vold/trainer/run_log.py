@@ -91,13 +91,23 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    before, now = yaml.safe_load(saved.read_text()), yaml.safe_load(dump_config(config, verb))
+    before, now = _read_config(saved), yaml.safe_load(dump_config(config, verb))
     for key in sorted((before.keys() | now.keys()) - set(FREE_KEYS)):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
                 f"{saved}, or start another run_dir"
             )
+
+
+def _read_config(saved: Path) -> dict:
+    try:
+        found = yaml.safe_load(saved.read_bytes())
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--resume: {saved} is damaged; write the run's own config back, or start another run_dir")
+    return found
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -104,7 +104,17 @@ def initialise(
     return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
-def pretend(rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices) -> Layout:
+def pretend(
+    rank: int,
+    world: int,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    timeout_seconds: float = 1800,
+    **choices,
+) -> Layout:
     """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
     a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -113,7 +123,7 @@ def pretend(rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, 
     shutdown()
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    _build_groups(tp, pp, vpp)
+    _build_groups(tp, pp, vpp, timeout_seconds)
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
 

@@ -1,4 +1,5 @@
-"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback.
+"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback. A rank that
+died or hangs is named and ends the job with exit code 1; SIGTERM ends training after the step, saved, with 143.
 
 torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
 """
@@ -6,12 +7,13 @@ torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +57,18 @@ def export(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def check(
+    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="how many would be launched: nodes x GPUs")] = 1,
+) -> None:
+    """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
+    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
+    _stage("check").run(load_config(of, config, overrides or ()), processes)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
@@ -90,6 +104,28 @@ def main() -> None:
     except ValueError as error:
         print(f"vold{_speaker()}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        _name_lost_ranks(error)
+        raise
+
+
+def _name_lost_ranks(error: RuntimeError) -> None:
+    """A collective failed because a rank died or hangs: say which, and end. Returns when that is not what happened."""
+    together = sys.modules.get("vold.parallel.together")
+    if together is None or not together.is_lost_peer(error):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end us first: it names the dead itself
+    if not (absent := together.absent_ranks()):
+        return
+    names = ", ".join(map(str, absent))
+    print(
+        f"vold (rank {os.environ.get('RANK', '0')}): rank {names} died or hangs (no answer for "
+        "parallel.timeout_seconds); the job ends, --resume continues after its latest checkpoint. What failed here: "
+        + " ".join(str(error).split())[:200],
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # an orderly exit would wait for the broken process groups
 
 
 def _speaker() -> str:

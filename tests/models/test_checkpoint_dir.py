@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -33,7 +35,7 @@ def trained(directory, layout):
 def test_from_pretrained_of_the_export_gives_the_trained_logits(family, tied, options, tmp_path, layout):
     source = tiny.save(tiny.FAMILIES[family](tied=tied), tmp_path / "source", **options)
     model = trained(source, layout)
-    target = export_checkpoint(source, tmp_path / "out" / "target", export_weights(model))
+    target = export_checkpoint(source, tmp_path / "out" / "target", export_weights([model]))
     reference = CLASSES[family].from_pretrained(target).eval()
     rows = [tiny.text_row(6)]
     if family == "qwen2_5_vl":
@@ -51,6 +53,22 @@ def test_tokenizer_template_and_processor_are_copied(tiny_student_dir, tmp_path)
     assert source_files == {p.name: p.read_bytes() for p in target.iterdir() if p.suffix != ".safetensors"}
     assert "preprocessor_config.json" in source_files
     assert AutoTokenizer.from_pretrained(target).chat_template
+
+
+def test_one_tensor_at_a_time_is_held(tmp_path):
+    source = tiny.save(tiny.qwen3(tied=False), tmp_path / "source", max_shard_size="50KB")
+    alive = []
+
+    def stream():
+        for name, tensor in tiny.qwen3(tied=False).state_dict().items():
+            assert sum(reference() is not None for reference in alive) <= 1, "the one just written"
+            copy = 2 * tensor
+            alive.append(weakref.ref(copy))
+            yield name, copy
+            del copy
+
+    exported = Qwen3ForCausalLM.from_pretrained(export_checkpoint(source, tmp_path / "target", stream())).state_dict()
+    assert all(torch.equal(exported[name], 2 * tensor) for name, tensor in tiny.qwen3(tied=False).state_dict().items())
 
 
 def test_an_occupied_target_is_refused_and_left_alone(tmp_path):

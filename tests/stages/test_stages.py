@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
-from vold.trainer.checkpoint import verify
-from vold.trainer.run_log import read_rows
+from vold.trainer.run_log import check_run_dir, read_rows
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory")
 
@@ -91,8 +91,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
     metrics = (rl_run.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (rl_run.run_dir / "metrics.jsonl").write_text("".join(metrics[:3]) + '{"step": 4, "rew')
     rl.run(rl_run, resume=True)
-    for name in ("model-tp0-pp0.safetensors", "optimizer-tp0-pp0.safetensors"):
-        assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (whole, rl_run.run_dir)))
+    name = "rank-00000.safetensors"
+    assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (whole, rl_run.run_dir)))
     state = [json.loads((run / "checkpoints/step-000004/state.json").read_text()) for run in (whole, rl_run.run_dir)]
     assert state[0] == state[1]
     assert timeless(read_rows(whole / "metrics.jsonl")) == timeless(read_rows(rl_run.run_dir / "metrics.jsonl"))
@@ -158,31 +158,12 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
-
-
-def test_a_damaged_checkpoint_is_refused_by_name(rl_run, tmp_path):
-    path = tmp_path / "step-000002"
-    shutil.copytree(rl_run.run_dir / "checkpoints" / "step-000002", path)
-    verify(path)
-    file = path / "model-tp0-pp0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is damaged"):
-        verify(path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"model-tp0-pp0.safetensors is missing"):
-        verify(path)
-
-
-@pytest.mark.parametrize("garbage", ["", "999999", "step-999999", "../../x", "step-000002/../.."])
-def test_a_garbage_pointer_is_refused(rl_run, layout, garbage, tmp_path):
-    from vold.trainer.checkpoint import Checkpoints
-
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text(garbage)
-    with pytest.raises(ValueError, match="which is no checkpoint here"):
-        Checkpoints(tmp_path, layout).latest_step()
+    elsewhere = load("rl", rl_run.run_dir, "parallel.tp=2", "parallel.pp=2", "save_async=true")
+    check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config.yaml is damaged; write the run's own config back"):
+        check_run_dir(load("rl", tmp_path / "damaged"), "rl", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -227,14 +208,44 @@ def test_a_mistake_on_two_ranks_is_one_sentence(world, torchrun, tmp_path):
     assert {line.split(": ", 1)[1] for line in lines} == {"data file nothing.json does not exist"}
 
 
-def test_two_ranks_run_the_same_stage(world, torchrun, tmp_path):
-    """torchrun over gloo: the prompts are shared out, every prompt is answered once, both ranks end well."""
-    run_dir = tmp_path / "dp2"
-    run = torchrun(2, "-m", "vold", "rl", "configs/miniature/rl.yaml", *world.overrides("rl", run_dir), "steps=2")
-    assert run.returncode == 0, run.stderr
-    rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert rows[0]["mismatch_max"] < 1e-4 and rows[0]["response_length"] * 12 == pytest.approx(
-        rows[0]["response_tokens"]
-    )
-    assert (run_dir / "model" / "model.safetensors").exists()
+@pytest.fixture(scope="module")
+def even_world(world, tmp_path_factory):
+    """The world with students and teachers of an even number of layers."""
+    from vold.miniature import models
+
+    made = {}
+    for name, config in {"student": models.base_config(), "teacher": models.teacher_config()}.items():
+        config.get_text_config().num_hidden_layers = 4
+        config.get_text_config().layer_types = ["full_attention"] * 4
+        made[name] = tmp_path_factory.mktemp(name)
+        models.save_checkpoint(models.new_model(config, seed=0), made[name])
+    return replace(world, **made)
+
+
+LAYOUTS = {
+    "dp2": ["parallel.distributed_optimizer=true"],
+    "tp2": ["parallel.tp=2", "parallel.sp=true", "parallel.recompute=selective"],
+    "pp2": ["parallel.pp=2", "parallel.vpp=2", "teacher_offload=true", "parallel.recompute=full"],
+}
+
+
+def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
+    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one."""
+    from vold.config import load_config, schema
+
+    settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
+    config = Path("configs/miniature/rl.yaml").resolve()
+    alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
+    rl.run(alone)
+    expected = timeless(read_rows(alone.run_dir / "metrics.jsonl"))
+    model = load_file(alone.run_dir / "model" / "model.safetensors")
+    each = [word for name, overrides in LAYOUTS.items() for word in ("--", f"run_dir={tmp_path / name}", *overrides)]
+    run = torchrun(1, Path(__file__).with_name("layouts.py"), config, *settings, *each)
+    assert run.returncode == 0 and run.stdout.endswith("ok\n"), run.stdout + run.stderr
+    for name in LAYOUTS:
+        run_dir = tmp_path / name
+        for row, wanted in zip(timeless(read_rows(run_dir / "metrics.jsonl")), expected, strict=True):
+            assert row.keys() == wanted.keys()
+            assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+        for key, tensor in load_file(run_dir / "model" / "model.safetensors").items():
+            torch.testing.assert_close(tensor, model[key], rtol=0, atol=1e-4, msg=f"{name} {key}")

@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 # Text tensors as transformers spelled them over the years, on disk and in `state_dict()`.
 TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head)|model\.)")
-# Weights are rewritten or would be stale copies; everything else in the source belongs to the checkpoint.
+# Weights in other formats would be stale copies; everything else in the source belongs to the checkpoint.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 
 
@@ -50,22 +50,20 @@ def export_checkpoint(
 ) -> Path:
     """Write `source_dir` with some of its tensors replaced: what `from_pretrained` loads at once.
 
-    Files, shards, tensor names and dtypes are those of the source; config, tokenizer, processor and chat template are
-    copied, and so are tensors not in `tensors` (the vision tower). `amend` may edit the directory before it appears.
-    The directory is written aside and renamed when complete. The new tensors are held in CPU memory meanwhile.
+    The source is copied: shards, tensor names and dtypes, config, tokenizer, processor, chat template. Each of
+    `tensors` then overwrites its place in the copy, so that one at a time is in memory; the others (the vision tower)
+    stay. `amend` may edit the directory before it appears. It is written aside and renamed when complete.
     Raises ValueError when the target holds something, or when a tensor is unknown to the source or has another shape.
     """
     source, target = Path(source_dir), Path(target_dir)
     _refuse_occupied(target)
     files = tensor_files(source)
-    replaced = _by_source_name(tensors, files, source)
     aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _copy_other_files(source, aside)
-        for file in sorted(set(files.values())):
-            _write_shard(source / file, aside / file, replaced)
+        _copy_files(source, aside, set(files.values()))
+        _overwrite(aside, files, tensors, source)
         if amend is not None:
             amend(aside)
         _sync_directory(aside)
@@ -82,34 +80,34 @@ def _refuse_occupied(target: Path) -> None:
         raise ValueError(f"{target} is not empty: export to a new directory")
 
 
-def _by_source_name(tensors: Iterable[tuple[str, Tensor]], files: dict[str, str], source: Path) -> dict[str, Tensor]:
-    spelling = {short_name(name): name for name in files}
-    replaced = {}
-    for name, tensor in tensors:
-        key = spelling.get(short_name(name))
-        if key is not None:
-            replaced[key] = tensor.detach().cpu()
-        elif short_name(name) != "lm_head.weight":  # a tied head is not stored
-            raise ValueError(f"{source} has no tensor {name}: export to a copy of the checkpoint that was trained")
-    return replaced
-
-
-def _copy_other_files(source: Path, target: Path) -> None:
+def _copy_files(source: Path, target: Path, shards: set[str]) -> None:
     for path in sorted(source.iterdir()):
-        if path.name == INDEX or (path.is_file() and not path.name.endswith(NOT_COPIED)):
+        if path.name in (INDEX, *shards) or (path.is_file() and not path.name.endswith(NOT_COPIED)):
             shutil.copyfile(path, target / path.name)
 
 
-def _write_shard(source: Path, target: Path, replaced: dict[str, Tensor]) -> None:
-    tensors = {}
-    with safe_open(source, framework="pt", device="cpu") as handle:
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            original = handle.get_tensor(name)
-            new = replaced.get(name, original)
-            if new.shape != original.shape:
-                raise ValueError(f"{source}: tensor {name} is {tuple(original.shape)}, the new one {tuple(new.shape)}")
-            tensors[name] = new.to(original.dtype).contiguous()
-        save_file(tensors, target, metadata={"format": "pt", **(handle.metadata() or {})})
+def _overwrite(target: Path, files: dict[str, str], tensors: Iterable[tuple[str, Tensor]], source: Path) -> None:
+    spelling = {short_name(name): name for name in files}
+    for name, tensor in tensors:
+        key = spelling.get(short_name(name))
+        if key is not None:
+            _overwrite_tensor(target / files[key], key, tensor.detach(), source / files[key])
+        elif short_name(name) != "lm_head.weight":  # a tied head is not stored
+            raise ValueError(f"{source} has no tensor {name}: export to a copy of the checkpoint that was trained")
+
+
+def _overwrite_tensor(path: Path, name: str, new: Tensor, origin: Path) -> None:
+    with safe_open(path, framework="pt", device="cpu") as handle:
+        stored = handle.get_slice(name)
+        shape, dtype = tuple(stored.get_shape()), stored[:0].dtype
+    if new.shape != shape:
+        raise ValueError(f"{origin}: tensor {name} is {shape}, the new one {tuple(new.shape)}")
+    content = new.to("cpu", dtype).contiguous().view(torch.uint8).numpy()
+    with path.open("r+b") as file:  # a safetensors file: length of the header, header (JSON), tensors
+        length = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin)
+        file.write(content)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -47,7 +47,7 @@ class Rotary(nn.Module):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         # Plain attributes, not buffers: a later `.to(bfloat16)` of the model must not touch them.
         self.inverse_frequency = (1.0 / (theta**exponent)).to(device)
-        self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
+        self.axis = torch.tensor([axis for axis, count in enumerate(section) for _ in range(count)], device=device)
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group=None) -> Tensor:

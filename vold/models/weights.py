@@ -5,10 +5,12 @@ One Megatron parameter is one or several Hugging Face tensors, joined by a `Rule
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name, tensor_files
-from vold.models.language_model import LanguageModel, unwrap
+from vold.models.language_model import LanguageModel
+from vold.parallel.launch import Layout
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -109,6 +112,26 @@ def _group_rows(arch: Architecture) -> list[int]:
     return [arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim]
 
 
+def full_tensors(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Short name, full shape, and how many elements of it these chunks hold; a tied head counts with its embedding."""
+    for name, shape, _, _, rule in _pieces(chunks):
+        parts = 1 if rule.split is None else chunks[0].layout.tp
+        yield name, shape, math.prod(shape) // parts
+
+
+def _pieces(
+    chunks: Sequence[LanguageModel],
+) -> Iterator[tuple[str, tuple[int, ...], int, nn.Parameter, Rule]]:
+    """Every Hugging Face tensor in these chunks: short name, full shape, its place in the parameter, that, its rule."""
+    for chunk in chunks:
+        for _name, parameter, rule in named_rules(chunk):
+            if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
+                continue
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            for place, (short, shape) in enumerate(zip(rule.names, shapes, strict=True)):
+                yield short, shape, place, parameter, rule
+
+
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
@@ -143,18 +166,23 @@ class CheckpointReader:
             self._handles[file] = self._open_files.enter_context(handle)
         return self._handles[file].get_slice(name)
 
+    def check_shape(self, short: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
+        found = tuple(self.slice(short).get_shape())
+        if found != shape:
+            raise ValueError(f"{self.where(short)} has shape {found} but config.json asks for {shape}")
+
     def where(self, short: str) -> str:
         name = self._name_of[short]
         return f"{self.dir / self._file_of[name]}: tensor {name}"
 
 
 @torch.no_grad()
-def load_pretrained(model: nn.Module, checkpoint_dir: str | Path) -> None:
-    """Fill every parameter of this stage from a Hugging Face checkpoint directory, reading only this tp rank's share.
+def load_pretrained(stage: LanguageModel, checkpoint_dir: str | Path) -> None:
+    """Fill every parameter of this chunk from a Hugging Face checkpoint directory, reading only this tp rank's share.
 
     Raises ValueError naming the tensor and the file when one is missing or has another shape.
     """
-    stage = unwrap(model)
     with CheckpointReader(checkpoint_dir) as reader:
         for _name, parameter, rule in named_rules(stage):
             if rule == HEAD_RULE and stage.arch.tied:  # the last of several pipeline stages keeps its own copy
@@ -165,10 +193,8 @@ def load_pretrained(model: nn.Module, checkpoint_dir: str | Path) -> None:
 
 
 def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, stage: LanguageModel):
+    reader.check_shape(name, shape)
     lazy = reader.slice(name)
-    found = tuple(lazy.get_shape())
-    if found != shape:
-        raise ValueError(f"{reader.where(name)} has shape {found} but config.json asks for {shape}")
     if split is None or stage.layout.tp == 1:
         return lazy[:]
     rows = shape[split] // stage.layout.tp
@@ -180,24 +206,53 @@ def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], spl
 
 
 @torch.no_grad()
-def export_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def export_weights(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
     """Stream (Hugging Face name, full tensor) of the text model, with the names transformers writes today.
 
-    Every tp rank must iterate: shares are gathered over the tp group. The stream of a tied model also carries
-    lm_head.weight, because a sampler that is updated in place goes silently wrong without it. At tp = 1 the tensors
-    are views of the live parameters: use or copy them before the next optimiser step.
+    Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
+    from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
+    sampler that is updated in place goes silently wrong without it. At tp = pp = 1 the tensors are views of the live
+    parameters: use or copy them before the next optimiser step. `value`: what of each parameter is exported, of its
+    shape; its gradient, say.
     """
-    stage = unwrap(model)
-    if stage.layout.pp != 1:
-        raise ValueError(f"pp={stage.layout.pp}: weights can be exported only with pp=1 so far: set pp to 1")
-    prefix = "model.language_model." if stage.arch.vision else "model."
-    for _name, parameter, rule in named_rules(stage):
-        pieces = split_pieces(rule, parameter.detach(), stage.arch)
-        for short, piece in zip(rule.names, pieces, strict=True):
-            full = _gathered(piece, rule.split, stage)
-            yield (short if short == "lm_head.weight" else prefix + short), full
-            if stage.arch.tied and short == "embed_tokens.weight":
-                yield "lm_head.weight", full
+    arch, layout = chunks[0].arch, chunks[0].layout
+    prefix = "model.language_model." if arch.vision else "model."
+    for short, full in _from_all_stages(_own_tensors(chunks, value), layout):
+        yield (short if short == "lm_head.weight" else prefix + short), full
+        if arch.tied and short == "embed_tokens.weight":
+            yield "lm_head.weight", full
+
+
+def _own_tensors(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
+    """Short name, full shape, dtype and the way to the full tensor of everything in this rank's chunks."""
+    for short, shape, place, parameter, rule in _pieces(chunks):
+        tensor = value(parameter)
+        yield short, shape, tensor.dtype, partial(_full_piece, rule, tensor, place, chunks[0])
+
+
+def _full_piece(rule: Rule, tensor: Tensor, place: int, stage: LanguageModel) -> Tensor:
+    return _gathered(split_pieces(rule, tensor, stage.arch)[place], rule.split, stage)
+
+
+def _from_all_stages(own: Iterator, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every stage's tensors on every stage: what they are is agreed once, then they follow one by one."""
+    if layout.pp == 1:
+        yield from ((short, full()) for short, _, _, full in own)
+        return
+    own = list(own)
+    tables: list = [None] * layout.pp
+    dist.all_gather_object(tables, [entry[:3] for entry in own], group=layout.pp_group)
+    for stage, table in enumerate(tables):
+        source = dist.get_global_rank(layout.pp_group, stage)
+        for place, (short, shape, dtype) in enumerate(table):
+            mine = stage == layout.pp_rank
+            tensor = own[place][3]().contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+            dist.broadcast(tensor, src=source, group=layout.pp_group)
+            yield short, tensor
 
 
 def _gathered(piece: Tensor, split: int | None, stage: LanguageModel) -> Tensor:

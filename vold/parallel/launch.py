@@ -10,12 +10,15 @@ import os
 import random
 import socket
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from vold.parallel import cpu
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Layout:
     """How the world is divided: tensor (tp), pipeline (pp) and data (dp) parallel sizes, ranks and groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
+    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
     """
 
     tp: int
@@ -53,6 +57,8 @@ class Layout:
     device: torch.device
     vpp: int | None = None
     sp: bool = False
+    distributed_optimizer: bool = False
+    recompute: str = "none"
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,9 +68,29 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    def from_last_stage(self, value: ValueT) -> ValueT:
+        """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call."""
+        if self.pp == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
 
-def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, sp: bool = False) -> Layout:
-    """Create (or reuse) the process groups, seed every generator and return this rank's place.
+
+def initialise(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    seed: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    distributed_optimizer: bool = False,
+    recompute: str = "none",
+    timeout_seconds: float = 1800,
+) -> Layout:
+    """Create (or reuse) the process groups, seed every generator and return this rank's place. A collective that takes
+    longer than `timeout_seconds` fails.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
@@ -72,10 +98,33 @@ def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, s
     facts = LaunchFacts.from_environment()
     _check_sizes(facts.world, tp, pp, vpp, sp)
     cpu.install()
-    _start_world(facts)
-    _build_groups(tp, pp, vpp)
+    _start_world(facts, timeout_seconds)
+    _build_groups(tp, pp, vpp, timeout_seconds)
     _seed(seed)
-    return _layout(facts.device, vpp, sp)
+    return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
+
+
+def pretend(
+    rank: int,
+    world: int,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    timeout_seconds: float = 1800,
+    **choices,
+) -> Layout:
+    """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
+    a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    _check_sizes(world, tp, pp, vpp, sp)
+    shutdown()
+    cpu.install()
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    _build_groups(tp, pp, vpp, timeout_seconds)
+    return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
 
 def shutdown() -> None:
@@ -102,7 +151,7 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(facts: LaunchFacts) -> None:
+def _start_world(facts: LaunchFacts, timeout_seconds: float) -> None:
     if facts.device.type == "cuda":
         torch.cuda.set_device(facts.device)
     else:
@@ -113,9 +162,8 @@ def _start_world(facts: LaunchFacts) -> None:
         raise ValueError(f"WORLD_SIZE={facts.world} but MASTER_ADDR is not set: start with torchrun")
     backend = "nccl" if facts.device.type == "cuda" else "gloo"
     where = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
-    dist.init_process_group(
-        backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=datetime.timedelta(minutes=30)
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=timeout)
 
 
 def _free_port() -> int:
@@ -124,7 +172,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
+def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -137,7 +185,11 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
             return
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        create_gloo_process_groups=dist.get_backend() != "fake",
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
 
 
@@ -150,7 +202,7 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
+def _layout(device: torch.device, **choices) -> Layout:
     from megatron.core import parallel_state as mpu
 
     return Layout(
@@ -164,6 +216,5 @@ def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         device=device,
-        vpp=vpp,
-        sp=sp,
+        **choices,
     )

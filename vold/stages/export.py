@@ -11,7 +11,7 @@ from vold.config.schema import ExportConfig
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
-from vold.trainer.checkpoint import Checkpoints, load_parameters
+from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import load_student
 
 
@@ -29,7 +29,7 @@ def run(config: ExportConfig) -> None:
     if step is None:
         raise ValueError(f"run = {config.run} has no checkpoint yet")
     student = Path(settings["student"])
-    model = load_student(student, layout, getattr(torch, settings["dtype"]))
-    load_parameters(dict(model.named_parameters()), checkpoints.model_file(step))
-    export_checkpoint(student, config.out, export_weights(model))
+    chunks = load_student(student, layout, getattr(torch, settings["dtype"]))
+    checkpoints.load_weights(chunks, step)
+    export_checkpoint(student, config.out, export_weights(chunks))
     print(f"{config.out}: step {step} of {config.run}")

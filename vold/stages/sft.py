@@ -14,7 +14,6 @@ from vold.stages.evaluate import Evaluator
 from vold.stages.job import open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
-from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 
 
@@ -35,9 +34,7 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
         config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
-    training = TrainingRun(
-        config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
-    )
+    training = TrainingRun.open(config, job, trainer, evaluator)
     sampler = probe = None
     if training.evaluates_after(config.steps - 1):
         sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
@@ -48,8 +45,8 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
     with Grader() as grader:
         for step in training.steps():
             rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=config.seed)
-            mine = likelihood(job.share([samples[row] for row in rows]), job.sum)
-            batch = pack(mine, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
+            weighed = likelihood([samples[row] for row in rows])
+            batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
             with job.log.phase("train"):
                 report = trainer.step(batch)
             metrics = {**report.metrics, "loss": report.metrics["nll"]}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vold.config.schema import TrainConfig
 from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
+from vold.parallel.together import any_rank
 from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator, summarise
 from vold.stages.job import Job, peak_memory_gib
@@ -25,6 +27,12 @@ class TrainingRun:
     evaluator: Evaluator
     checkpoints: Checkpoints
     done: int = 0  # completed steps
+    asked_to_stop: bool = False
+
+    @classmethod
+    def open(cls, config: TrainConfig, job: Job, trainer: Trainer, evaluator: Evaluator) -> TrainingRun:
+        checkpoints = Checkpoints(config.run_dir, job.layout, config.keep_checkpoints, asynchronous=config.save_async)
+        return cls(config, job, trainer, evaluator, checkpoints)
 
     def resume(self) -> None:
         """Continue after the latest checkpoint; from the start when none was saved yet."""
@@ -35,8 +43,17 @@ class TrainingRun:
         self.job.log.rewind(self.done)
 
     def steps(self) -> Iterator[int]:
-        """0-based steps still to do."""
-        yield from range(self.done, self.config.steps)
+        """0-based steps still to do. SIGTERM lets the step under way finish (see finish_step); a second one kills."""
+
+        def ask_to_stop(*_signal) -> None:
+            self.asked_to_stop = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        signal.signal(signal.SIGTERM, ask_to_stop)
+        try:
+            yield from range(self.done, self.config.steps)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due once 0-based `step` is done."""
@@ -49,7 +66,8 @@ class TrainingRun:
         return probe.check(sampler, self.trainer.logprobs)
 
     def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
-        """Evaluate and save where due, then write the step: what is on disk is what has happened."""
+        """Evaluate and save where due, then write the step: what is on disk is what has happened. When a rank was sent
+        SIGTERM, all save and end with exit code 143."""
         done, total = step + 1, self.config.steps
         if self.evaluates_after(step):
             with self.job.log.phase("evaluate"):
@@ -57,12 +75,24 @@ class TrainingRun:
             metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
         metrics["peak_memory_gib"] = peak_memory_gib(self.job.layout.device)
         self.job.log.write(done, metrics, rows)
-        if done == total or (self.config.save_every and done % self.config.save_every == 0):
+        stop = any_rank(self.asked_to_stop, self.job.layout.device)
+        if done == total or stop or (self.config.save_every and done % self.config.save_every == 0):
             self.checkpoints.save(self.trainer, done)
+        else:
+            self.checkpoints.poll()
+        if done == total or stop:
+            self.checkpoints.wait()
+        if stop:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def export(self) -> None:
         """The trained model as an ordinary checkpoint directory: run_dir/model."""
         target = self.config.run_dir / "model"
-        if self.job.is_writer and not target.exists():
-            export_checkpoint(self.config.student, target, self.trainer.weights())
+        if not self.job.from_writer(target.exists()):
+            weights = self.trainer.weights()
+            if self.job.is_writer:
+                export_checkpoint(self.config.student, target, weights)
+            else:
+                for _ in weights:  # the shares this rank holds
+                    pass
         self.job.log.close()

@@ -1,8 +1,11 @@
 """Checkpoints that are whole or absent: fresh directory -> fsync -> rename -> pointer, each file's SHA-256 on record.
 
-    checkpoints/step-000040/  model-tp0-pp0.safetensors  optimizer-tp0-pp0.safetensors  state.json  manifest.json
+    checkpoints/step-000040/  rank-00000.safetensors ...  state.json  manifest.json
     checkpoints/latest        the name of the newest complete one
 
+Every rank writes its own pieces (vold.trainer.shards), at once or in a background thread; rank 0 commits when all have
+reported. What is in state.json: step (which is also the data position: rows and sampling seeds are functions of it, and
+so would be a schedule of beta), schedule, Adam's update count, layout, versions. Objectives keep no state.
 Only safetensors and JSON: loading a checkpoint never runs code from it.
 """
 
@@ -12,137 +15,227 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from vold.models.language_model import LanguageModel
 from vold.parallel.launch import Layout
+from vold.parallel.together import together
 from vold.trainer.engine import Trainer
-from vold.trainer.optimizer import load_optimizer_state, optimizer_state
-
-RNG_KEY = "rng/torch"
+from vold.trainer.optimizer import updates_made
+from vold.trainer.shards import (
+    Piece,
+    PieceReader,
+    load_optimizer,
+    load_random_state,
+    load_weights,
+    random_state,
+    snapshot,
+    write_pieces,
+)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; the newest `keep` stay."""
+    """The checkpoints of one run directory; the newest `keep` stay. Every method but `latest_step` is called by all
+    ranks. `asynchronous`: `save` returns once the state is copied to the CPU; `poll` commits it when it is written."""
 
-    def __init__(self, run_dir: Path, layout: Layout, keep: int = 2):
-        self._root, self._layout, self._keep = run_dir / "checkpoints", layout, keep
+    def __init__(self, run_dir: Path, layout: Layout, keep: int = 2, *, asynchronous: bool = False):
+        self._root, self._layout, self._keep, self._asynchronous = run_dir / "checkpoints", layout, keep, asynchronous
+        self._pending: _Write | None = None
 
-    def save(self, trainer: Trainer, step: int) -> Path:
-        """Write step `step` (completed updates). Visible to a reader only once every file is on disk."""
-        target = self._root / _name(step)
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Save step `step` (completed updates) unless it is saved already. Visible to a reader only once every file of
+        every rank is on disk. Raises ValueError on all ranks when any could not write."""
+        self.wait()
+        if together(self.latest_step)[0] == step:
+            return
         partial = self._root / f".partial-{_name(step)}"
-        writer = dist.get_rank() == 0
-        if writer:
-            shutil.rmtree(partial, ignore_errors=True)
+        together(lambda: self._start_directory(partial))
+        pieces = {**snapshot(trainer.chunks, trainer.optimizer), **random_state()}
+        updates = max(together(lambda: updates_made(trainer.optimizer)))
+        state = {
+            "step": step,
+            "updates": updates,
+            "schedule": trainer.schedule.state_dict(),
+            "layout": _sizes(self._layout),
+            "versions": {name: version(name) for name in ("vold", "torch", "megatron-core")},
+        }
+        self._pending = _Write(partial, state, pieces)
+        if not self._asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Commit the background save if every rank has written; raise ValueError if one could not."""
+        if self._pending is not None and all(together(lambda: not self._pending.is_alive())):
+            self.wait()
+
+    def wait(self) -> None:
+        """Finish the save under way, if there is one. Called before the next save and before the run ends."""
+        write, self._pending = self._pending, None
+        if write is None:
+            return
+        write.join()
+        outcomes = together(lambda: (write.error, write.bytes, write.digest))
+        errors = [error for error, _, _ in outcomes if error]
+        if not errors:
+            digests = {_file(rank): digest for rank, (_, _, digest) in enumerate(outcomes)}
+            errors = [error for error in together(lambda: self._commit(write, digests)) if error]
+        if errors:
+            self._give_up(write, errors[0], sum(size for _, size, _ in outcomes))
+
+    def _start_directory(self, partial: Path) -> None:
+        if dist.get_rank() == 0:
+            for leftover in self._root.glob(".partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
-        if self._layout.dp_rank == 0:
-            self._write_shard(trainer, partial)
-        dist.barrier()
-        if writer:
-            _write_json(partial / "state.json", {"step": step, "schedule": trainer.schedule.state_dict()})
-            self._commit(partial, target)
-        dist.barrier()
-        return target
+
+    def _commit(self, write: _Write, digests: dict[str, str]) -> str:
+        """On rank 0: state, manifest, rename, pointer, and only then what is no longer kept. Returns an error or ''."""
+        if dist.get_rank() != 0:
+            return ""
+        partial, target = write.directory, self._root / _name(write.state["step"])
+        try:
+            _write_durably(partial / "state.json", json.dumps(write.state, indent=1))
+            digests = {**digests, "state.json": _digest(partial / "state.json")}
+            _write_durably(partial / "manifest.json", json.dumps({"sha256": digests}, indent=1))
+            _fsync(partial)
+            if target.exists():  # written by a run that died before its pointer moved, or gone back behind
+                self._remove(target)
+            os.replace(partial, target)
+            _fsync(self._root)
+            _write_durably(self._root / ".latest", target.name + "\n")
+            os.replace(self._root / ".latest", self._root / "latest")
+            _fsync(self._root)
+            for old in self._obsolete(target):
+                self._remove(old)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _obsolete(self, newest: Path) -> list[Path]:
+        """All but the newest `keep`; steps beyond the newest belong to a continuation that was given up."""
+        steps = sorted(self._root.glob("step-*"))
+        kept = [path for path in steps if path.name <= newest.name][-self._keep :]
+        return [path for path in steps if path not in kept]
+
+    def _remove(self, path: Path) -> None:
+        """Out of sight first: a kill in the middle leaves no half checkpoint under a step's name."""
+        aside = self._root / f".partial-removed-{path.name}"
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+
+    def _give_up(self, write: _Write, error: str, needed: int) -> None:
+        step, free = write.state["step"], shutil.disk_usage(self._root).free
+        if dist.get_rank() == 0:
+            shutil.rmtree(write.directory, ignore_errors=True)
+        before = self.latest_step()
+        raise ValueError(
+            f"step {step} could not be saved: {error}; it needs {needed} bytes and {self._root} has {free} free; make "
+            f"room, then --resume continues after " + (f"step {before}" if before is not None else "the start")
+        )
+
+    # -- loading ---------------------------------------------------------------------------------------------------
 
     def latest_step(self) -> int | None:
         """The step `latest` points at, or None without a checkpoint. Raises ValueError for a broken pointer."""
         pointer = self._root / "latest"
-        if not pointer.is_file():
+        if not pointer.exists():
             return None
-        name = pointer.read_text().strip()
-        if not name.startswith("step-") or not name[5:].isdigit() or not (self._root / name).is_dir():
+        name = pointer.read_bytes()[:40].decode(errors="replace").strip()
+        if not name.startswith("step-") or not name[5:].isdecimal() or not (self._root / name).is_dir():
             known = ", ".join(sorted(p.name for p in self._root.glob("step-*"))) or "none"
-            raise ValueError(f"{pointer} names {name[:40]!r}, which is no checkpoint here (there are: {known})")
+            raise ValueError(f"{pointer} names {name!r}, which is no checkpoint here (there are: {known})")
         return int(name[5:])
 
     def load(self, trainer: Trainer, step: int) -> None:
-        """Restore parameters, optimizer, schedule and random state; every file is checked against the manifest."""
+        """Restore parameters, optimizer, schedule and, at an unchanged layout, random state; every file is checked
+        against the manifest first. Raises ValueError on all ranks, naming the file, when one is not as it was."""
         path = self._root / _name(step)
-        verify(path)
-        parameters, optimizer = self._shard_names(path)
-        load_parameters(trainer.parameters, parameters)
-        state = _load_tensors(optimizer)
-        torch.set_rng_state(state.pop(RNG_KEY))
-        load_optimizer_state(trainer.optimizer, trainer.parameters, state)
-        trainer.schedule.load_state_dict(json.loads((path / "state.json").read_text())["schedule"])
+        together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
+        together(lambda: self._restore(trainer, path, step))
 
-    def model_file(self, step: int) -> Path:
-        """The verified weights of this rank's shard."""
+    def load_weights(self, chunks: Sequence[LanguageModel], step: int) -> None:
+        """Parameters only, for an export."""
         path = self._root / _name(step)
-        verify(path)
-        return self._shard_names(path)[0]
+        together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
+        with PieceReader(shard_files(path)) as reader:
+            load_weights(chunks, reader)
 
-    def _shard_names(self, path: Path) -> tuple[Path, Path]:
-        shard = f"tp{self._layout.tp_rank}-pp{self._layout.pp_rank}.safetensors"
-        return path / f"model-{shard}", path / f"optimizer-{shard}"
-
-    def _write_shard(self, trainer: Trainer, partial: Path) -> None:
-        model, optimizer = self._shard_names(partial)
-        save_file({name: p.data.contiguous() for name, p in trainer.parameters.items()}, model)
-        state = optimizer_state(trainer.optimizer, trainer.parameters)
-        state = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-        save_file({**state, RNG_KEY: torch.get_rng_state()}, optimizer)
-
-    def _commit(self, partial: Path, target: Path) -> None:
-        files = sorted(p for p in partial.iterdir() if p.is_file())
-        _write_json(partial / "manifest.json", {"sha256": {p.name: _digest(p) for p in files}})
-        for path in [*partial.iterdir(), partial]:
-            _fsync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        _fsync(self._root)
-        pointer = self._root / ".latest"
-        pointer.write_text(target.name + "\n")
-        _fsync(pointer)
-        os.replace(pointer, self._root / "latest")
-        _fsync(self._root)
-        for old in sorted(self._root.glob("step-*"))[: -self._keep]:
-            if old != target:
-                shutil.rmtree(old)
+    def _restore(self, trainer: Trainer, path: Path, step: int) -> None:
+        state = json.loads((path / "state.json").read_text())
+        if state["step"] != step:
+            raise ValueError(f"{path} holds step {state['step']}: it was renamed; give it its own name back")
+        with PieceReader(shard_files(path)) as reader:
+            load_weights(trainer.chunks, reader)
+            load_optimizer(trainer.chunks, trainer.optimizer, reader, state["updates"])
+            if state["layout"] == _sizes(self._layout):
+                load_random_state(reader)
+        trainer.schedule.num_steps = 0  # Megatron's load adds to it
+        trainer.schedule.load_state_dict(state["schedule"])
 
 
-def load_parameters(parameters: dict[str, torch.nn.Parameter], file: Path) -> None:
-    """Copy a saved shard into live parameters; raises ValueError naming a missing or misshapen tensor."""
-    saved = _load_tensors(file)
-    if saved.keys() != parameters.keys():
-        odd = sorted(saved.keys() ^ parameters.keys())[0]
-        raise ValueError(f"{file} and the model differ in {odd!r}; the checkpoint is of another student or layout")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if saved[name].shape != parameter.shape:
-                raise ValueError(f"{file}: {name} is {tuple(saved[name].shape)}, the model's {tuple(parameter.shape)}")
-            parameter.copy_(saved[name])
+class _Write(threading.Thread):
+    """One rank's file, written in the background. `error` is empty when it is safely on disk."""
+
+    def __init__(self, directory: Path, state: dict, pieces: dict[str, Piece]):
+        super().__init__(name="checkpoint", daemon=True)
+        self.directory, self.state, self._pieces = directory, state, pieces
+        self.error, self.digest = "", ""
+        self.bytes = sum(piece.tensor.nbytes for piece in pieces.values())
+        self.start()
+
+    def run(self) -> None:
+        file = self.directory / _file(dist.get_rank())
+        try:
+            write_pieces(file, self._pieces)
+            _fsync(file)
+            self.digest = _digest(file)
+        except Exception as error:  # it must reach the main thread whatever it is
+            self.error = str(error) or repr(error)
+        self._pieces = {}
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest. Raises ValueError naming the first that differs."""
-    manifest = path / "manifest.json"
-    try:
-        digests = json.loads(manifest.read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{manifest} is missing or unreadable; this is not a checkpoint vold wrote") from None
-    for name, digest in digests.items():
+def verify(path: Path, rank: int = 0, world: int = 1) -> None:
+    """Compare the files with the manifest, every world-th one. Raises ValueError naming the first that differs."""
+    for name, digest in sorted(_manifest(path).items())[rank::world]:
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing; restore it, or resume from another checkpoint")
         if _digest(path / name) != digest:
             raise ValueError(f"{path / name} is damaged (SHA-256 differs); resume from another checkpoint")
 
 
-def _load_tensors(file: Path) -> dict[str, torch.Tensor]:
+def _manifest(path: Path) -> dict[str, str]:
+    """File name -> SHA-256."""
+    manifest = path / "manifest.json"
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        digests = json.loads(manifest.read_bytes())["sha256"]
+        if "state.json" not in digests or any(Path(name).name != name for name in digests):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is missing or unreadable; this is not a checkpoint vold wrote") from None
+    return digests
+
+
+def shard_files(path: Path) -> list[Path]:
+    return [path / name for name in sorted(_manifest(path)) if name.endswith(".safetensors")]
 
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _sizes(layout: Layout) -> dict[str, int | None]:
+    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dp": layout.dp}
 
 
 def _digest(path: Path) -> str:
@@ -150,8 +243,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text + ("" if text.endswith("\n") else "\n"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fsync(path: Path) -> None:

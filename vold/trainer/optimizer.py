@@ -8,15 +8,19 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vold.config.schema import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16."""
+    """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16. Its state is divided
+    over the data-parallel ranks where their wrapper divides the gradients."""
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -29,7 +33,7 @@ def build_optimizer(
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         ),
         list(chunks),
     )
@@ -55,44 +59,72 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps:
     )
 
 
-def optimizer_state(optimizer: MegatronOptimizer, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Adam's state by parameter name: `{name}/{exp_avg | exp_avg_sq | step | main}`; empty before the first update."""
-    states = _states(optimizer)
-    flat: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        main = _main(parameter)
-        for key, value in states.get(main, {}).items():
-            flat[f"{name}/{key}"] = torch.as_tensor(value)
-        if main is not parameter:
-            flat[f"{name}/main"] = main.data
-    return flat
+# Adam's state by model parameter, however Megatron keeps it -----------------------------------------------------------
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether each data-parallel rank keeps only its share of the state."""
+    return isinstance(_inner(optimizer), DistributedOptimizer)
+
+
+def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice:
+    """Which elements of the flattened parameter this rank keeps state for: all, or its data-parallel share."""
+    if not is_distributed(optimizer):
+        return slice(0, parameter.numel())
+    if _main(optimizer, parameter) is None:
+        return slice(0, 0)
+    share = _inner(optimizer)._get_model_param_range_map(parameter)["param"]
+    return slice(share.start, share.end)
+
+
+def state_fields(parameter: torch.nn.Parameter) -> tuple[str, ...]:
+    """The tensors Adam keeps for a parameter; `main` is the fp32 master of a bfloat16 one."""
+    return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, "main")
+
+
+def optimizer_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """field -> the elements of `owned_range`, flat, fp32, live. Zeros stand for moments before the first update."""
+    main = _main(optimizer, parameter)
+    if main is None:
+        return {field: torch.empty(0, device=parameter.device) for field in state_fields(parameter)}
+    state = {"main": main.detach(), **_inner(optimizer).optimizer.state.get(main, {})}
+    return {field: state.get(field, torch.zeros_like(main)).flatten() for field in state_fields(parameter)}
 
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: MegatronOptimizer, parameters: dict[str, torch.nn.Parameter], flat: dict[str, torch.Tensor]
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, values: dict[str, torch.Tensor], updates: int
 ) -> None:
-    """The inverse of optimizer_state; raises ValueError for a name this model does not have."""
-    states = _states(optimizer)
-    for key, value in flat.items():
-        name, _, field = key.rpartition("/")
-        if name not in parameters:
-            raise ValueError(f"optimiser state {key!r} belongs to no parameter of this model")
-        main = _main(parameters[name])
-        if field == "main":
-            main.data.copy_(value)
-        else:
-            states[main][field] = value.to(main.device) if field != "step" else value.clone()
+    """The inverse: `values` holds the elements of `owned_range`; `updates` Adam has made so far."""
+    main = _main(optimizer, parameter)
+    if main is None:
+        return
+    state = _inner(optimizer).optimizer.state[main]
+    for field, value in values.items():
+        target = main if field == "main" else state.setdefault(field, torch.empty_like(main))
+        target.copy_(value.view(main.shape))
+    on_device = any(_inner(optimizer).optimizer.defaults.get(flag) for flag in ("fused", "capturable"))
+    state["step"] = torch.tensor(float(updates), device=main.device if on_device else "cpu")
 
 
-def _states(optimizer: MegatronOptimizer) -> dict:
-    """parameter -> Adam state, live. Megatron chains optimizers even when there is one."""
+def updates_made(optimizer: MegatronOptimizer) -> int:
+    """Adam's own step count (skipped updates do not count), as this rank knows it."""
+    return int(max((state["step"] for state in _inner(optimizer).optimizer.state.values()), default=0))
+
+
+def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """Megatron chains optimizers even when there is one."""
     inner = getattr(optimizer, "chained_optimizers", [optimizer])
     if len(inner) != 1:
         raise ValueError(f"expected one optimizer for a dense model, Megatron built {len(inner)}")
-    return inner[0].optimizer.state
+    return inner[0]
 
 
-def _main(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The fp32 master of a bfloat16 parameter; the parameter itself in fp32."""
-    return getattr(parameter, "main_param", parameter)
+def _main(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The tensor Adam updates: the fp32 master of a bfloat16 parameter, the parameter itself in fp32; with the
+    distributed optimizer this rank's flat share of either, None where it has none."""
+    inner = _inner(optimizer)
+    if not isinstance(inner, DistributedOptimizer):
+        return getattr(parameter, "main_param", parameter)
+    place = inner.model_param_group_index_map.get(parameter)
+    return None if place is None else inner.optimizer.param_groups[place[0]]["params"][place[1]]

@@ -20,7 +20,7 @@ from vold.config.schema import RunConfig
 # what shows that a run got somewhere
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
 # keys that may differ between a run and its resumption
-FREE_KEYS = ("save_every", "keep_checkpoints", "samples_per_step", "grader_workers")
+FREE_KEYS = ("parallel", "save_every", "save_async", "keep_checkpoints", "samples_per_step", "grader_workers")
 
 
 class RunLog:
@@ -39,7 +39,7 @@ class RunLog:
         if self._writer:
             check_run_dir(self._config, self._verb, resume)
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(self._config, self._verb))
+            _replace(self.path / "config.yaml", dump_config(self._config, self._verb))
         self._progress.start()
 
     def rewind(self, step: int) -> None:
@@ -50,9 +50,7 @@ class RunLog:
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                os.replace(partial, path)
+                _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._progress.update(self._task, completed=step)
 
     @contextmanager
@@ -93,13 +91,23 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    before, now = yaml.safe_load(saved.read_text()), yaml.safe_load(dump_config(config, verb))
+    before, now = _read_config(saved), yaml.safe_load(dump_config(config, verb))
     for key in sorted((before.keys() | now.keys()) - set(FREE_KEYS)):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
                 f"{saved}, or start another run_dir"
             )
+
+
+def _read_config(saved: Path) -> dict:
+    try:
+        found = yaml.safe_load(saved.read_bytes())
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--resume: {saved} is damaged; write the run's own config back, or start another run_dir")
+    return found
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -138,6 +146,13 @@ def _progress(writer: bool) -> Progress:
         console=Console(file=sys.stderr),
         disable=not (writer and sys.stderr.isatty()),
     )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _append(path: Path, rows: list[dict]) -> None:

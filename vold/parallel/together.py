@@ -1,0 +1,59 @@
+"""What all ranks decide together: an action that fails anywhere fails everywhere, and who no longer answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+ResultT = TypeVar("ResultT")
+
+
+def together(action: Callable[[], ResultT]) -> list[ResultT]:
+    """Run on all ranks; every rank's result. One rank's ValueError becomes everybody's, so that none waits for ever."""
+    try:
+        mine = (action(), "")
+    except ValueError as error:
+        mine = (None, str(error))
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for _, message in everyone:
+        if message:
+            raise ValueError(message)
+    return [result for result, _ in everyone]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank."""
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank died or did not come (gloo raises plain RuntimeErrors)."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def absent_ranks() -> list[int]:
+    """Who does not answer a roll call: dead, or stuck outside a collective.
+
+    Called by a rank whose collective failed, at once (the peer it talked to is dead) or after the job's time-out. A
+    rank that waits for one of these fails within a time-out of them, so the call lasts a little longer than that. Goes
+    over the rendezvous store; the process groups are beyond use by now.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    absent = [0]
+    try:
+        store.set(f"roll-call/{dist.get_rank()}", "here")
+        absent = list(range(dist.get_world_size()))
+        deadline = time.monotonic() + 1.5 * store.timeout.total_seconds()
+        while absent and time.monotonic() < deadline:
+            absent = [rank for rank in absent if not store.check([f"roll-call/{rank}"])]
+            time.sleep(0.2)
+    except dist.DistError:  # without torchrun's agent rank 0 keeps the store, and has ended
+        pass
+    return absent

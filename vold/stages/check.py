@@ -1,0 +1,112 @@
+"""`vold check`: what every process of a launch would hold, built on one CPU without a weight or a second process."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vold.config.schema import ParallelConfig, RlConfig, SftConfig
+from vold.models.architecture import Architecture
+from vold.models.language_model import build_chunks
+from vold.models.weights import CheckpointReader, full_tensors
+from vold.parallel.launch import Layout, pretend, shutdown
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Held:
+    """One rank's part of a model. `tensors`: short name -> (shape of the whole, elements held here); `parameters` also
+    counts the last stage's copy of a tied embedding."""
+
+    layout: Layout
+    parameters: int
+    tensors: dict[str, tuple[tuple[int, ...], int]]
+
+
+def run(config: SftConfig | RlConfig, processes: int) -> None:
+    """Print bytes by rank. Raises ValueError where the layout fits neither the processes nor the models, or where a
+    checkpoint's tensors are not those of its config.json."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    paths = {"student": config.student, "teacher": getattr(config, "teacher", None)}
+    held = {}
+    for role, path in paths.items():
+        if path is not None:
+            held[role] = every_rank(Architecture.from_pretrained(path), config.parallel, processes)
+            check_tensors(held[role], path)
+    _show(held, config, processes)
+
+
+def every_rank(arch: Architecture, parallel: ParallelConfig, processes: int) -> list[Held]:
+    """What each of `processes` ranks would build. Leaves this process without process groups."""
+    held = []
+    for rank in range(processes):
+        layout = pretend(rank, processes, **parallel.model_dump())
+        with torch.device("meta"):
+            chunks = build_chunks(arch, layout, torch.bfloat16)
+        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        held.append(Held(layout, count, {name: (shape, here) for name, shape, here in full_tensors(chunks)}))
+    shutdown()
+    return held
+
+
+def check_tensors(held: Sequence[Held], checkpoint: Path) -> None:
+    """Raises ValueError naming the first tensor of the checkpoint that has another shape than the model's."""
+    with CheckpointReader(checkpoint) as reader:
+        for name, shape in _shapes(held).items():
+            reader.check_shape(name, shape)
+
+
+def bytes_of_student(rank: Held, dtype: str) -> dict[str, float]:
+    """Weights, fp32 gradients, fp32 masters (of a bfloat16 model) and Adam's moments; the last two divided over the
+    data-parallel ranks by a distributed optimizer."""
+    size = getattr(torch, dtype).itemsize
+    masters = 4 if size < 4 else 0
+    sharing = rank.layout.dp if rank.layout.distributed_optimizer else 1
+    return {
+        "weights": rank.parameters * size,
+        "gradients": rank.parameters * 4,
+        "optimizer": rank.parameters * (masters + 8) / sharing,
+    }
+
+
+def _rows(held: dict[str, list[Held]], config: SftConfig | RlConfig) -> Iterator[tuple[str, ...]]:
+    """One for each place in a model copy; its data-parallel ranks hold the same."""
+    size = getattr(torch, config.dtype).itemsize
+    teachers = held.get("teacher") or [None] * len(held["student"])
+    samples = isinstance(config, RlConfig) or bool(config.evaluation.every and config.evaluation.sets)
+    sampler = samples * size * sum(math.prod(shape) for shape in _shapes(held["student"]).values())
+    for student, teacher in zip(held["student"], teachers, strict=True):
+        if student.layout.dp_rank:
+            continue
+        needs = bytes_of_student(student, config.dtype)
+        needs["teacher"] = teacher.parameters * size if teacher else 0.0
+        needs["sampler"] = float(sampler)
+        place = f"tp {student.layout.tp_rank} pp {student.layout.pp_rank}"
+        yield place, *(f"{value / GIB:.2f}" for value in (*needs.values(), sum(needs.values())))
+
+
+def _shapes(held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for rank in held for name, (shape, _) in rank.tensors.items()}
+
+
+def _show(held: dict[str, list[Held]], config: SftConfig | RlConfig, processes: int) -> None:
+    copies = held["student"][0].layout.dp
+    caption = "Language models only; activations and the sampler's cache come on top."
+    if getattr(config, "teacher_offload", False):
+        caption += " The teacher waits in CPU memory while the student trains."
+    table = Table(
+        *("rank", "weights", "gradients", "optimizer", "teacher", "sampler", "sum"),
+        title=f"{processes} processes, {copies} copies of the model, GiB on each rank",
+        caption=caption,
+    )
+    for row in _rows(held, config):
+        table.add_row(*row)
+    Console().print(table)

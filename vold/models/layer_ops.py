@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,14 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def sdpa_attention(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    """One scaled_dot_product_attention per sequence."""
-    lengths = cu_seqlens.diff().tolist()
-    parts = [x.split(lengths) for x in (q_TAH, k_TKH, v_TKH)]
+    """One scaled_dot_product_attention for each run of sequences of equal length (`pack` lays them side by side)."""
+    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
+    parts = [x.split([length * count for length, count in runs]) for x in (q_TAH, k_TKH, v_TKH)]
     outs = []
-    for q, k, v in zip(*parts, strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 

@@ -36,8 +36,9 @@ import torch
 
 from .harness import facts, read_rows, spread, write_rows
 
-RESULTS = Path(__file__).parent / "results"
-CONFIG = Path(__file__).parents[1] / "configs" / "miniature" / "rl.yaml"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIG = ROOT / "configs" / "miniature" / "rl.yaml"
 EQUAL, NATURAL = "equal work", "as it comes"
 OURS, PEER = "vold", "TRL GRPOTrainer"
 COLUMNS = (
@@ -58,6 +59,7 @@ class Job:
     responses_per_prompt: int
     max_new_tokens: int
     trl_batch: int  # responses of one of TRL's forward passes
+    microbatch_tokens: int  # of one of vold's
 
     def overrides(self, run_dir: str) -> list[str]:
         return [
@@ -71,6 +73,7 @@ class Job:
             f"prompts_per_step={self.prompts_per_step}",
             f"rollout.responses_per_prompt={self.responses_per_prompt}",
             f"rollout.max_new_tokens={self.max_new_tokens}",
+            f"microbatch_tokens={self.microbatch_tokens}",
             "evaluation={}",
         ]
 
@@ -93,7 +96,8 @@ class Turn:
 
     def over(self, **more: object) -> None:
         print(json.dumps({"seconds": perf_counter() - self._started, **self.work, **more}), flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # the parent has what it wanted
+            raise SystemExit
         self._started = perf_counter()
 
 
@@ -263,25 +267,22 @@ def measure(job: Job, trainers: Sequence[str]) -> list[dict[str, object]]:
 def _workers(job: Job, trainers: Sequence[str]) -> Iterator[dict[str, subprocess.Popen]]:
     """Started one after the other; each stands at the end of its first step until it is asked for."""
     running: dict[str, subprocess.Popen] = {}
-    try:
-        for name in trainers:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.end_to_end",
-                "--worker",
-                name,
-                "--job",
-                json.dumps(asdict(job)),
-            ]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            running[name] = subprocess.Popen(command, text=True, cwd=Path(__file__).parents[1], **pipes)
-            running[name].first = running[name].stdout.readline()
-        yield running
-    finally:
-        for worker in running.values():
-            worker.kill()
-            worker.communicate()
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            for name in trainers:
+                command = [sys.executable, "-m", "benchmarks.end_to_end", "--worker", name]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+                worker = subprocess.Popen([*command, "--job", json.dumps(asdict(job))], text=True, cwd=ROOT, **pipes)
+                worker.first, worker.errors = worker.stdout.readline(), errors
+                running[name] = worker
+            yield running
+        finally:
+            for worker in running.values():
+                worker.stdin.close()  # it leaves by itself and takes its graders along
+                try:
+                    worker.wait(30)
+                except subprocess.TimeoutExpired:
+                    worker.kill()
 
 
 def _next_step(name: str, worker: subprocess.Popen) -> dict[str, object]:
@@ -292,7 +293,8 @@ def _next_step(name: str, worker: subprocess.Popen) -> dict[str, object]:
         line = worker.stdout.readline()
     worker.first = None
     if not line:
-        raise RuntimeError(f"{name} stopped: {worker.stderr.read()[-3000:]}")
+        worker.errors.seek(0)
+        raise RuntimeError(f"{name} stopped: {worker.errors.read()[-3000:]}")
     return json.loads(line)
 
 
@@ -372,7 +374,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         student, data = (options.student, options.data) if options.student else untrained_world(Path(folder))
         for kind in [EQUAL, NATURAL] if options.student else [EQUAL]:
-            shape = (options.prompts, options.responses, options.new_tokens, options.trl_batch)
+            batches = (options.trl_batch, options.microbatch_tokens)
+            shape = (options.prompts, options.responses, options.new_tokens, *batches)
             rows = measure(Job(student, data, kind, options.steps + 1, *shape), options.trainers)
             found += [row | {"package_version": _package(row["trainer"])} | known for row in rows]
     path = options.out / f"end_to_end-{'cuda' if torch.cuda.is_available() else 'cpu'}.csv"
@@ -396,6 +399,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--responses", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--trl-batch", type=int, default=240, help="TRL's per_device_train_batch_size")
+    parser.add_argument(
+        "--microbatch-tokens", type=int, default=4096, help="vold's; both defaults are the fastest here"
+    )
     parser.add_argument("--trainers", nargs="*", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)

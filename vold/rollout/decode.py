@@ -110,7 +110,7 @@ def _draw(logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, allo
     if allowed.banned:
         banned = torch.tensor(allowed.banned, device=logp_RV.device)
         scores_RV = logp_RV.index_fill(1, banned, -torch.inf)
-    drawn_R = torch.multinomial(warp(None, scores_RV).softmax(-1), 1)[:, 0] if temperature else scores_RV.argmax(-1)
+    drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1)[:, 0] if temperature else scores_RV.argmax(-1)
     return drawn_R, logp_RV.gather(1, drawn_R[:, None])[:, 0]
 
 

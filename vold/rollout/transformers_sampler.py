@@ -18,6 +18,7 @@ from transformers import (
 from vold.config.schema import SamplingConfig
 from vold.models.images import ImageReader
 from vold.models.tokenizer import load_tokenizer
+from vold.parallel import cpu
 from vold.records import Prompt, Rollout
 from vold.rollout.decode import GROUPED_SDPA, Vocabulary, decode
 
@@ -45,7 +46,7 @@ class TransformersSampler:
         """See Sampler. Sampling never touches the global random state."""
         repeated = (prompt for prompt in prompts for _ in range(responses))
         rollouts: list[Rollout] = []
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+        with cpu.paused(), torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(seed)
             while chunk := list(islice(repeated, config.sequences_per_call)):
                 rollouts += self._generate(chunk, config)

@@ -122,8 +122,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for this rank's
-    samples (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2."""
+    """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for the samples of
+    all ranks (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2."""
 
     metrics: dict[str, float]
     mean_kl: dict[int, float] = field(default_factory=dict)

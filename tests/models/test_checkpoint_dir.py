@@ -33,7 +33,7 @@ def trained(directory, layout):
 def test_from_pretrained_of_the_export_gives_the_trained_logits(family, tied, options, tmp_path, layout):
     source = tiny.save(tiny.FAMILIES[family](tied=tied), tmp_path / "source", **options)
     model = trained(source, layout)
-    target = export_checkpoint(source, tmp_path / "out" / "target", export_weights(model))
+    target = export_checkpoint(source, tmp_path / "out" / "target", export_weights([model]))
     reference = CLASSES[family].from_pretrained(target).eval()
     rows = [tiny.text_row(6)]
     if family == "qwen2_5_vl":

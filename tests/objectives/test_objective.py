@@ -20,7 +20,7 @@ def group(rewards, lengths=None, name="p"):
 
 
 def weigh(preset, groups, **numbers):
-    return build_objective(ObjectiveConfig(preset=preset, **numbers)).weigh(groups, lambda value: value)
+    return build_objective(ObjectiveConfig(preset=preset, **numbers)).weigh(groups)
 
 
 def test_group_normalised_uses_the_unbiased_std():
@@ -62,9 +62,8 @@ def test_a_response_the_grader_broke_on_is_neither_in_the_baseline_nor_in_the_co
     assert samples[0].advantage == pytest.approx(-samples[1].advantage)
 
 
-def test_the_normaliser_is_shared_by_all_ranks():
-    objective = build_objective(ObjectiveConfig(preset="vold", beta=1.0))
-    samples = objective.weigh([group([1.0, 0.0], lengths=[2, 2])], lambda value: value + 12.0)
+def test_the_normaliser_is_shared_by_all_groups_of_the_step():
+    samples = weigh("vold", [group([1.0, 0.0], lengths=[2, 2]), group([1.0, 1.0], lengths=[5, 7])], beta=1.0)
     assert samples[0].pg_weight == pytest.approx(1 / 16)
 
 
@@ -76,5 +75,5 @@ def test_unknown_preset_names_the_choices():
 def test_likelihood_is_the_policy_gradient_with_unit_advantage():
     prompt = Prompt("p", (1,), "q")
     samples = [Sample(prompt, (1, 2, 3), 0, 0, 0), Sample(prompt, (1,), 0, 0, 0)]
-    weighted = likelihood(samples, lambda value: value)
+    weighted = likelihood(samples)
     assert [(s.advantage, s.pg_weight, s.kl_weight) for s in weighted] == [(1.0, 0.25, 0.0)] * 2

@@ -67,7 +67,7 @@ def tensor_parallel(family: str, sp: bool, directory: str) -> None:
     assert error <= 1e-4, (name, error)
 
     stored = {k: v for k, v in reference.state_dict().items() if "visual" not in k}
-    exported = dict(export_weights(model))
+    exported = dict(export_weights([model]))
     assert exported.keys() == stored.keys() and all(torch.equal(exported[k], stored[k]) for k in stored)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,14 +228,44 @@ def test_a_mistake_on_two_ranks_is_one_sentence(world, torchrun, tmp_path):
     assert {line.split(": ", 1)[1] for line in lines} == {"data file nothing.json does not exist"}
 
 
-def test_two_ranks_run_the_same_stage(world, torchrun, tmp_path):
-    """torchrun over gloo: the prompts are shared out, every prompt is answered once, both ranks end well."""
-    run_dir = tmp_path / "dp2"
-    run = torchrun(2, "-m", "vold", "rl", "configs/miniature/rl.yaml", *world.overrides("rl", run_dir), "steps=2")
-    assert run.returncode == 0, run.stderr
-    rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert rows[0]["mismatch_max"] < 1e-4 and rows[0]["response_length"] * 12 == pytest.approx(
-        rows[0]["response_tokens"]
-    )
-    assert (run_dir / "model" / "model.safetensors").exists()
+@pytest.fixture(scope="module")
+def even_world(world, tmp_path_factory):
+    """The world with students and teachers of an even number of layers."""
+    from vold.miniature import models
+
+    made = {}
+    for name, config in {"student": models.base_config(), "teacher": models.teacher_config()}.items():
+        config.get_text_config().num_hidden_layers = 4
+        config.get_text_config().layer_types = ["full_attention"] * 4
+        made[name] = tmp_path_factory.mktemp(name)
+        models.save_checkpoint(models.new_model(config, seed=0), made[name])
+    return replace(world, **made)
+
+
+LAYOUTS = {
+    "dp2": ["parallel.distributed_optimizer=true"],
+    "tp2": ["parallel.tp=2", "parallel.sp=true", "parallel.recompute=selective"],
+    "pp2": ["parallel.pp=2", "parallel.vpp=2", "teacher_offload=true", "parallel.recompute=full"],
+}
+
+
+def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
+    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one."""
+    from vold.config import load_config, schema
+
+    settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
+    config = Path("configs/miniature/rl.yaml").resolve()
+    alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
+    rl.run(alone)
+    expected = timeless(read_rows(alone.run_dir / "metrics.jsonl"))
+    model = load_file(alone.run_dir / "model" / "model.safetensors")
+    each = [word for name, overrides in LAYOUTS.items() for word in ("--", f"run_dir={tmp_path / name}", *overrides)]
+    run = torchrun(1, Path(__file__).with_name("layouts.py"), config, *settings, *each)
+    assert run.returncode == 0 and run.stdout.endswith("ok\n"), run.stdout + run.stderr
+    for name in LAYOUTS:
+        run_dir = tmp_path / name
+        for row, wanted in zip(timeless(read_rows(run_dir / "metrics.jsonl")), expected, strict=True):
+            assert row.keys() == wanted.keys()
+            assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+        for key, tensor in load_file(run_dir / "model" / "model.safetensors").items():
+            torch.testing.assert_close(tensor, model[key], rtol=0, atol=1e-4, msg=f"{name} {key}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vold.config.schema import ObjectiveConfig, OptimizerConfig
-from vold.data.pack import pack
+from vold.data.pack import filler, pack
 from vold.objectives import build_objective
 from vold.records import Batch, Group, Prompt, Rollout, Sample, Verdict
 from vold.teacher import Teacher
@@ -50,19 +50,19 @@ def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
     return groups
 
 
-def weigh(preset: str, groups: list[Group], beta: float = 0.3, sum_over_ranks=lambda value: value) -> list[Sample]:
-    return build_objective(ObjectiveConfig(preset=preset, beta=beta)).weigh(groups, sum_over_ranks)
+def weigh(preset: str, groups: list[Group], beta: float = 0.3) -> list[Sample]:
+    return build_objective(ObjectiveConfig(preset=preset, beta=beta)).weigh(groups)
 
 
 def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
     """Main gradients after forward and backward (and the data-parallel reduction), without an update."""
-    trainer._model.zero_grad_buffer()
-    trainer._forward_backward(batch)
+    trainer.accumulate_gradients(batch)
     return {name: parameter.main_grad.clone() for name, parameter in trainer.parameters.items()}
 
 
-def batch_of(samples: list[Sample], *, max_tokens: int = 1 << 20, max_over_ranks=lambda count: count) -> Batch:
-    return pack(samples, max_tokens=max_tokens, max_over_ranks=max_over_ranks)
+def batch_of(samples: list[Sample], *, max_tokens: int = 1 << 20, fillers: int = 0) -> Batch:
+    """One replica's batch, with micro-batches in which nothing is learnt behind it."""
+    return Batch((*pack(samples, max_tokens=max_tokens).micro_batches, *[filler()] * fillers))
 
 
 def relative(found: dict, expected: dict) -> float:

@@ -24,8 +24,9 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
 from vold.records import Batch
-from vold.trainer.engine import unwrap
+from vold.trainer import engine
 from vold.trainer.optimizer import optimizer_state
+from vold_kernels.linear_policy_loss import linear_policy_loss
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 
@@ -108,8 +109,8 @@ def test_self_teacher_has_no_kl(tiny_student_dir, layout, self_teacher):
 def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
     samples = weigh("vold", make_groups(MIXED))
     whole = gradients(trainer, teacher.score(batch_of(samples)))
-    for max_tokens, at_least in ((60, 1), (30, 1), (1 << 20, len(samples) + 2)):
-        batch = batch_of(samples, max_tokens=max_tokens, max_over_ranks=lambda n, least=at_least: max(n, least))
+    for max_tokens, fillers in ((60, 0), (30, 0), (1, 2)):
+        batch = batch_of(samples, max_tokens=max_tokens, fillers=fillers)
         assert len(batch.micro_batches) > 1
         assert relative(gradients(trainer, teacher.score(batch)), whole) < 1e-5
     assert any(micro.target_N.numel() == 0 for micro in batch.micro_batches), "an all-masked micro-batch was tried"
@@ -133,7 +134,7 @@ def test_masks_come_from_lengths_not_from_values(trainer):
 
 
 def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
-    samples = likelihood(weigh("grpo", make_groups(MIXED)), lambda value: value)
+    samples = likelihood(weigh("grpo", make_groups(MIXED)))
     found = gradients(trainer, batch_of(samples, max_tokens=50))
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     tokens = sum(len(s.response_ids) for s in samples)
@@ -192,7 +193,7 @@ def test_norms_and_biases_are_not_decayed(trainer):
 
 def as_megatron(model, trainer) -> dict[str, torch.Tensor]:
     """A transformers model's gradients under Megatron's names and layout."""
-    language_model = unwrap(trainer._model)
+    [language_model] = trainer.chunks
     by_name = {short_name(name): p.grad for name, p in model.named_parameters()}
     return {
         name: join_pieces(rule, [by_name[short] for short in rule.names], language_model.arch)
@@ -206,3 +207,26 @@ def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:
         for micro in batch.micro_batches
         for row, place in enumerate(micro.sample_B)
     }
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir, layout, recompute):
+    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    again = make_trainer(tiny_student_dir, replace(layout, recompute=recompute))
+    assert relative(gradients(again, batch), gradients(trainer, batch)) < 1e-6
+    assert again.logprobs(batch) == trainer.logprobs(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_gradient_goes_straight_into_main_grad(tiny_student_dir, layout, monkeypatch, dtype):
+    """Against the ordinary way through autograd, which rounds it to bf16 in a bf16 model."""
+    trainer = make_trainer(tiny_student_dir, layout, dtype=dtype)
+    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    straight = gradients(trainer, batch)
+
+    def through_autograd(*arguments, weight_main_grad, **keywords):
+        assert weight_main_grad is trainer.chunks[-1].head_weight().main_grad
+        return linear_policy_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "linear_policy_loss", through_autograd)
+    assert relative(straight, gradients(trainer, batch)) < (1e-6 if dtype == torch.float32 else 1e-2)

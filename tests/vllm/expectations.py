@@ -62,7 +62,7 @@ def _exported(config, target: Path, layout: Layout) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
-    return export_checkpoint(source, target, export_weights(model))
+    return export_checkpoint(source, target, export_weights([model]))
 
 
 def _prompts(student_dir: Path, out: Path) -> list[Prompt]:

@@ -22,10 +22,14 @@ class Strict(BaseModel):
 
 
 class ParallelConfig(Strict):
-    """Ranks of one model copy; the rest of the world is data parallel."""
+    """How one model copy is divided, student and teacher alike; the rest of the world is data parallel."""
 
-    tp: Positive = 1
-    pp: Positive = 1
+    tp: Positive = 1  # ranks that share each layer
+    pp: Positive = 1  # consecutive stages of layers
+    vpp: Annotated[int, Field(ge=2)] | None = None  # interleaved stages a rank holds
+    sp: bool = False  # norms and residuals divided over the tp ranks too
+    distributed_optimizer: bool = False  # fp32 masters and Adam's moments divided over the data-parallel ranks
+    recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
 
 
 class DataConfig(Strict):
@@ -146,6 +150,7 @@ class RlConfig(TrainConfig):
     """Stage 2: rollouts used twice."""
 
     teacher: Path | None = None  # needed when the objective has a KL term
+    teacher_offload: bool = False  # its weights wait in CPU memory while it does not score
     prompts_per_step: Positive = 256  # over all ranks
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()

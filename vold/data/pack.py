@@ -1,4 +1,5 @@
-"""Samples -> Batch: sequences laid end to end in micro-batches of bounded length. B sequences, T tokens, N targets."""
+"""Samples -> Batch: sequences laid end to end in micro-batches of bounded length, divided among the data-parallel
+replicas so that all have equally much work. B sequences, T tokens, N targets."""
 
 from __future__ import annotations
 
@@ -24,6 +25,16 @@ class Encoded:
 Encoder = Callable[[Prompt, Sequence[int]], Encoded]
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """`count` data-parallel copies of the model share a step; this is number `rank`. `cost`: work that a sequence of so
+    many tokens is, in any unit."""
+
+    count: int = 1
+    rank: int = 0
+    cost: Callable[[int], float] = float
+
+
 def encode_text(prompt: Prompt, response_ids: Sequence[int]) -> Encoded:
     """Text only: positions count up, the same in all three planes."""
     if prompt.images:
@@ -36,33 +47,53 @@ def pack(
     samples: Sequence[Sample],
     *,
     max_tokens: int,
-    max_over_ranks: Callable[[int], int] = lambda count: count,
+    replicas: Replicas = Replicas(),
     encode: Encoder = encode_text,
 ) -> Batch:
-    """Micro-batches of at most `max_tokens`, equally many on every rank, filled longest sequence first.
+    """This replica's share of a step's samples in micro-batches of at most `max_tokens`, equally many on every replica.
 
-    A sample whose two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser
-    already). A rank with too few sequences gets micro-batches of one token and no target.
+    Every replica passes the same samples and plans the whole division, so that none has to ask another. A sample whose
+    two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
+    with too few sequences gets micro-batches of one token and no target.
     """
     learning = [place for place, sample in enumerate(samples) if sample.pg_weight or sample.kl_weight]
     lengths = {place: len(samples[place].prompt.token_ids) + len(samples[place].response_ids) for place in learning}
-    bins = _fill(lengths, max_tokens, 1)
-    bins = _fill(lengths, max_tokens, max_over_ranks(len(bins)))
-    return Batch(tuple(_micro_batch([(place, samples[place]) for place in places], encode) for places in bins))
+    mine = _divide(lengths, max_tokens, replicas)[replicas.rank]
+    return Batch(tuple(_micro_batch([(place, samples[place]) for place in places], encode) for places in mine))
 
 
-def _fill(lengths: dict[int, int], max_tokens: int, at_least: int) -> list[list[int]]:
-    """Longest first into the emptiest of k bins; k grows until everything fits."""
-    count = max(at_least, -(-sum(lengths.values()) // max_tokens))
-    while True:
-        bins, fill = [[] for _ in range(count)], [0] * count
-        for place in sorted(lengths, key=lambda place: (-lengths[place], place)):
-            emptiest = fill.index(min(fill))
-            bins[emptiest].append(place)
-            fill[emptiest] += lengths[place]
-        if max(fill) <= max_tokens or count > len(lengths):
-            return bins
-        count += 1
+def filler() -> MicroBatch:
+    """A micro-batch of one token and no target: the least a model runs, without loss or gradient."""
+    return _micro_batch([], encode_text)
+
+
+def _divide(lengths: dict[int, int], max_tokens: int, replicas: Replicas) -> list[list[list[int]]]:
+    """Places by replica and micro-batch. Costliest sequence first into the micro-batch with the least work that has
+    room; micro-batches are added, one a replica, until everything fits. Then the costliest are dealt out to the
+    replicas to and fro, which evens their sums."""
+    each = max(1, -(-sum(lengths.values()) // (max_tokens * replicas.count)))
+    while (bins := _fill(lengths, max_tokens, each * replicas.count, replicas.cost)) is None:
+        each += 1
+    bins.sort(key=lambda places: -sum(replicas.cost(lengths[place]) for place in places))
+    order = [*range(replicas.count), *reversed(range(replicas.count))]
+    shares: list[list[list[int]]] = [[] for _ in range(replicas.count)]
+    for number, places in enumerate(bins):
+        shares[order[number % len(order)]].append(places)
+    return shares
+
+
+def _fill(lengths: dict[int, int], max_tokens: int, count: int, cost: Callable[[int], float]) -> list[list[int]] | None:
+    """The places in `count` bins of at most `max_tokens` (a longer sequence lies alone), or None: they do not fit."""
+    bins, fill, work = [[] for _ in range(count)], [0] * count, [0.0] * count
+    for place in sorted(lengths, key=lambda place: (-lengths[place], place)):
+        room = [b for b in range(count) if not bins[b] or fill[b] + lengths[place] <= max_tokens]
+        if not room:
+            return None
+        emptiest = min(room, key=work.__getitem__)
+        bins[emptiest].append(place)
+        fill[emptiest] += lengths[place]
+        work[emptiest] += cost(lengths[place])
+    return bins
 
 
 def _micro_batch(placed: list[tuple[int, Sample]], encode: Encoder) -> MicroBatch:

@@ -143,6 +143,7 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         **_parallel_flags(layout),
+        **_RECOMPUTE_FLAGS[layout.recompute],
         **_PLAIN_TORCH_FLAGS,
     )
 
@@ -157,6 +158,15 @@ _PLAIN_TORCH_FLAGS = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+}
+
+_RECOMPUTE_FLAGS = {
+    "none": {},
+    # The MLPs, whose activations are the largest. (Flash attention recomputes its scores anyway, and Megatron's
+    # recomputation of norms needs TransformerEngine.)
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    # Every layer from its input.
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
@@ -41,16 +43,20 @@ class LanguageModel(GPTModel):
         return self.output_layer.weight
 
 
+def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
+    """This rank's part of the model: one chunk, or with virtual stages `layout.vpp` of them, in the order of their
+    layers. Weights are uninitialised: call `load_pretrained` next."""
+    stages = [None] if layout.vpp is None else range(layout.vpp)
+    return [build_language_model(arch, layout, dtype, vp_stage) for vp_stage in stages]
+
+
 def build_language_model(
-    arch: Architecture,
-    layout: Layout,
-    dtype: torch.dtype,
-    *,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
+    arch: Architecture, layout: Layout, dtype: torch.dtype, vp_stage: int | None = None
 ) -> LanguageModel:
-    """One stage of the model on `layout.device`, weights uninitialised: call `load_pretrained` next."""
+    """One chunk of the model on `layout.device`, weights uninitialised. The first of all holds the embedding, the last
+    the final norm and the head."""
+    pre_process = layout.is_first_stage and vp_stage in (None, 0)
+    post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
     model = LanguageModel(
         config,
@@ -66,7 +72,17 @@ def build_language_model(
     )
     model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_section, layout.device)
     model.arch, model.layout = arch, layout
+    _mark_shards(model)
     return model.to(layout.device)
+
+
+def _mark_shards(model: LanguageModel) -> None:
+    """Megatron marks a weight as divided over the tp group while it initialises it, and our weights come from a
+    checkpoint. Without the mark the gradient norm takes one rank's share for a replica of the whole."""
+    divided = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in divided and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, divided[type(module)], 1)
 
 
 def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTower | None = None) -> Tensor:

@@ -6,9 +6,10 @@ One Megatron parameter is one or several Hugging Face tensors, joined by a `Rule
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name, tensor_files
-from vold.models.language_model import LanguageModel, unwrap
+from vold.models.language_model import LanguageModel
+from vold.parallel.launch import Layout
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -149,12 +151,11 @@ class CheckpointReader:
 
 
 @torch.no_grad()
-def load_pretrained(model: nn.Module, checkpoint_dir: str | Path) -> None:
-    """Fill every parameter of this stage from a Hugging Face checkpoint directory, reading only this tp rank's share.
+def load_pretrained(stage: LanguageModel, checkpoint_dir: str | Path) -> None:
+    """Fill every parameter of this chunk from a Hugging Face checkpoint directory, reading only this tp rank's share.
 
     Raises ValueError naming the tensor and the file when one is missing or has another shape.
     """
-    stage = unwrap(model)
     with CheckpointReader(checkpoint_dir) as reader:
         for _name, parameter, rule in named_rules(stage):
             if rule == HEAD_RULE and stage.arch.tied:  # the last of several pipeline stages keeps its own copy
@@ -180,24 +181,58 @@ def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], spl
 
 
 @torch.no_grad()
-def export_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def export_weights(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
     """Stream (Hugging Face name, full tensor) of the text model, with the names transformers writes today.
 
-    Every tp rank must iterate: shares are gathered over the tp group. The stream of a tied model also carries
-    lm_head.weight, because a sampler that is updated in place goes silently wrong without it. At tp = 1 the tensors
-    are views of the live parameters: use or copy them before the next optimiser step.
+    Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
+    from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
+    sampler that is updated in place goes silently wrong without it. At tp = pp = 1 the tensors are views of the live
+    parameters: use or copy them before the next optimiser step. `value`: what of each parameter is exported, of its
+    shape; its gradient, say.
     """
-    stage = unwrap(model)
-    if stage.layout.pp != 1:
-        raise ValueError(f"pp={stage.layout.pp}: weights can be exported only with pp=1 so far: set pp to 1")
-    prefix = "model.language_model." if stage.arch.vision else "model."
-    for _name, parameter, rule in named_rules(stage):
-        pieces = split_pieces(rule, parameter.detach(), stage.arch)
-        for short, piece in zip(rule.names, pieces, strict=True):
-            full = _gathered(piece, rule.split, stage)
-            yield (short if short == "lm_head.weight" else prefix + short), full
-            if stage.arch.tied and short == "embed_tokens.weight":
-                yield "lm_head.weight", full
+    arch, layout = chunks[0].arch, chunks[0].layout
+    prefix = "model.language_model." if arch.vision else "model."
+    for short, full in _from_all_stages(_own_tensors(chunks, value), layout):
+        yield (short if short == "lm_head.weight" else prefix + short), full
+        if arch.tied and short == "embed_tokens.weight":
+            yield "lm_head.weight", full
+
+
+def _own_tensors(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
+    """Short name, full shape, dtype and the way to the full tensor of everything in this rank's chunks."""
+    for chunk in chunks:
+        for _name, parameter, rule in named_rules(chunk):
+            if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
+                continue
+            tensor = value(parameter)
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            for place, (short, shape) in enumerate(zip(rule.names, shapes, strict=True)):
+                yield short, shape, tensor.dtype, partial(_full_piece, rule, tensor, place, chunk)
+
+
+def _full_piece(rule: Rule, tensor: Tensor, place: int, chunk: LanguageModel) -> Tensor:
+    return _gathered(split_pieces(rule, tensor, chunk.arch)[place], rule.split, chunk)
+
+
+def _from_all_stages(own: Iterator, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every stage's tensors on every stage: what they are is agreed once, then they follow one by one."""
+    if layout.pp == 1:
+        yield from ((short, full()) for short, _, _, full in own)
+        return
+    own = list(own)
+    tables: list = [None] * layout.pp
+    dist.all_gather_object(tables, [entry[:3] for entry in own], group=layout.pp_group)
+    for stage, table in enumerate(tables):
+        source = dist.get_global_rank(layout.pp_group, stage)
+        for place, (short, shape, dtype) in enumerate(table):
+            mine = stage == layout.pp_rank
+            tensor = own[place][3]().contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+            dist.broadcast(tensor, src=source, group=layout.pp_group)
+            yield short, tensor
 
 
 def _gathered(piece: Tensor, split: int | None, stage: LanguageModel) -> Tensor:

@@ -19,8 +19,6 @@ from vold.config.schema import ObjectiveConfig
 from vold.objectives import advantages, routing
 from vold.records import Group, Sample
 
-SumOverRanks = Callable[[float], float]
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -36,15 +34,15 @@ class Objective:
     def needs_teacher(self) -> bool:
         return self.beta > 0.0 and self.route is not routing.nowhere
 
-    def weigh(self, groups: Sequence[Group], sum_over_ranks: SumOverRanks) -> list[Sample]:
+    def weigh(self, groups: Sequence[Group]) -> list[Sample]:
         """One Sample per graded response, in order; responses whose grader broke are left out of group and loss.
 
-        The normaliser is the response-token count of all ranks, shared by both terms, counted before any
-        micro-batch exists, so that no split of the batch can change the gradient.
+        `groups` are those of the whole step. The normaliser is their response-token count, shared by both terms,
+        counted before any micro-batch exists, so that no split of the batch can change the gradient.
         """
         samples = [sample for group in groups for sample in self._of_group(group)]
-        tokens = sum_over_ranks(float(sum(len(sample.response_ids) for sample in samples)))
-        return [_scaled(sample, 1.0 / max(tokens, 1.0)) for sample in samples]
+        scale = 1.0 / max(_tokens(samples), 1)
+        return [_scaled(sample, scale) for sample in samples]
 
     def _of_group(self, group: Group) -> list[Sample]:
         graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
@@ -60,6 +58,10 @@ class Objective:
             )
             for (rollout, reward), advantage in zip(graded, advantages_G, strict=True)
         ]
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.response_ids) for sample in samples)
 
 
 def _scaled(sample: Sample, scale: float) -> Sample:
@@ -82,8 +84,8 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return replace(PRESETS[config.preset], **numbers)
 
 
-def likelihood(responses: Sequence[Sample], sum_over_ranks: SumOverRanks) -> list[Sample]:
+def likelihood(responses: Sequence[Sample]) -> list[Sample]:
     """Stage 1's weights (VOLD Eq. 4): at ratio 1 and A = 1 the policy gradient *is* the gradient of the mean
-    negative log-likelihood, so SFT runs through the same fused loss."""
-    tokens = sum_over_ranks(float(sum(len(sample.response_ids) for sample in responses)))
-    return [replace(sample, advantage=1.0, pg_weight=1.0 / max(tokens, 1.0), kl_weight=0.0) for sample in responses]
+    negative log-likelihood, so SFT runs through the same fused loss. `responses` are those of the whole step."""
+    weight = 1.0 / max(_tokens(responses), 1)
+    return [replace(sample, advantage=1.0, pg_weight=weight, kl_weight=0.0) for sample in responses]

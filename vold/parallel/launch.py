@@ -10,12 +10,15 @@ import os
 import random
 import socket
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from vold.parallel import cpu
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Layout:
     """How the world is divided: tensor (tp), pipeline (pp) and data (dp) parallel sizes, ranks and groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
+    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
     """
 
     tp: int
@@ -53,6 +57,8 @@ class Layout:
     device: torch.device
     vpp: int | None = None
     sp: bool = False
+    distributed_optimizer: bool = False
+    recompute: str = "none"
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,8 +68,26 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    def from_last_stage(self, value: ValueT) -> ValueT:
+        """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call."""
+        if self.pp == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
 
-def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, sp: bool = False) -> Layout:
+
+def initialise(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    seed: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    distributed_optimizer: bool = False,
+    recompute: str = "none",
+) -> Layout:
     """Create (or reuse) the process groups, seed every generator and return this rank's place.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
@@ -75,7 +99,7 @@ def initialise(tp: int = 1, pp: int = 1, *, seed: int, vpp: int | None = None, s
     _start_world(facts)
     _build_groups(tp, pp, vpp)
     _seed(seed)
-    return _layout(facts.device, vpp, sp)
+    return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
 def shutdown() -> None:
@@ -150,7 +174,7 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
+def _layout(device: torch.device, **choices) -> Layout:
     from megatron.core import parallel_state as mpu
 
     return Layout(
@@ -164,6 +188,5 @@ def _layout(device: torch.device, vpp: int | None, sp: bool) -> Layout:
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         device=device,
-        vpp=vpp,
-        sp=sp,
+        **choices,
     )

@@ -29,7 +29,7 @@ def run(config: ExportConfig) -> None:
     if step is None:
         raise ValueError(f"run = {config.run} has no checkpoint yet")
     student = Path(settings["student"])
-    model = load_student(student, layout, getattr(torch, settings["dtype"]))
-    load_parameters(dict(model.named_parameters()), checkpoints.model_file(step))
-    export_checkpoint(student, config.out, export_weights(model))
+    chunks = load_student(student, layout, getattr(torch, settings["dtype"]))
+    load_parameters(dict(chunks[0].named_parameters()), checkpoints.model_file(step))
+    export_checkpoint(student, config.out, export_weights(chunks))
     print(f"{config.out}: step {step} of {config.run}")

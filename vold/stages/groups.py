@@ -1,12 +1,20 @@
-"""Rollouts -> graded groups, and what a step shows of them."""
+"""Prompts -> rollouts -> graded groups, and what a step shows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from vold.config.schema import RolloutConfig
 from vold.grading import Grader
-from vold.records import Group, Rollout, Sample, Verdict
+from vold.records import Group, Prompt, Rollout, Sample, Verdict
 from vold.stages.evaluate import answer_row
+
+
+def rollout_calls(prompts: Sequence[Prompt], config: RolloutConfig, ranks: int) -> list[tuple[int, list[Prompt]]]:
+    """A step's prompts in numbered portions, one `sample` call each: of at most `sequences_per_call` responses, and as
+    many that no rank is idle. A call's seed comes from its number: what is drawn does not depend on who draws it."""
+    each = max(1, min(config.sequences_per_call // config.responses_per_prompt, -(-len(prompts) // ranks)))
+    return [(first // each, list(prompts[first : first + each])) for first in range(0, len(prompts), each)]
 
 
 def grade_groups(rollouts: Sequence[Rollout], grader: Grader, responses: int) -> list[Group]:
@@ -23,22 +31,21 @@ def _group(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> Group:
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
 
-def group_metrics(groups: Sequence[Group], sum_over_ranks: Callable[[float], float]) -> dict[str, float]:
-    """Reward, length and shares over all ranks."""
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Reward, length and shares of a step's groups."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
     solved = [set(group.rewards) == {1.0} for group in groups]
     failed = [set(group.rewards) == {0.0} for group in groups]
-    tokens = sum_over_ranks(float(sum(len(rollout.response_ids) for rollout in rollouts)))
-    responses, graded, prompts = (sum_over_ranks(float(len(x))) for x in (rollouts, rewards, groups))
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return {
-        "reward": sum_over_ranks(sum(rewards)) / max(graded, 1.0),
-        "response_tokens": tokens,
-        "response_length": tokens / max(responses, 1.0),
-        "truncated": sum_over_ranks(float(sum(r.finish_reason == "length" for r in rollouts))) / max(responses, 1.0),
-        "broken": responses - graded,
-        "groups_solved": sum_over_ranks(float(sum(solved))) / max(prompts, 1.0),
-        "groups_failed": sum_over_ranks(float(sum(failed))) / max(prompts, 1.0),
+        "reward": sum(rewards) / max(len(rewards), 1),
+        "response_tokens": float(tokens),
+        "response_length": tokens / len(rollouts),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "broken": float(len(rollouts) - len(rewards)),
+        "groups_solved": sum(solved) / len(groups),
+        "groups_failed": sum(failed) / len(groups),
     }
 
 

@@ -30,48 +30,37 @@ class Job:
     def is_writer(self) -> bool:
         return dist.get_rank() == 0
 
+    @property
+    def world(self) -> int:
+        return dist.get_world_size()
+
     def share(self, items: Sequence[ItemT]) -> list[ItemT]:
-        """This data-parallel rank's items: every dp-th one."""
-        return list(items[self.layout.dp_rank :: self.layout.dp])
+        """What this rank samples and grades: every world-th item. Each rank has a sampler of its own, also where
+        several share a copy of the trained model, so none waits."""
+        return list(items[dist.get_rank() :: self.world])
 
-    def sum(self, value: float) -> float:
-        """Sum over data-parallel ranks."""
-        total = torch.tensor(value, dtype=torch.float64, device=self.layout.device)
-        dist.all_reduce(total, group=self.layout.dp_group)
-        return float(total)
-
-    def max(self, value: int) -> int:
-        """Maximum over data-parallel ranks."""
-        largest = torch.tensor(value, dtype=torch.int64, device=self.layout.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp_group)
-        return int(largest)
+    def from_writer(self, value: ItemT) -> ItemT:
+        """The writing rank's `value` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.layout.device)
+        return box[0]
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """Every rank's small objects, interleaved so that `share` is undone."""
-        shares: list[list[Any]] = [[] for _ in range(self.layout.dp)]
-        dist.all_gather_object(shares, items, group=self.layout.dp_group)
+        """Every rank's small objects on every rank, interleaved so that `share` is undone."""
+        shares: list[list[Any]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(shares, items)
         longest = max(map(len, shares))
         return [share[row] for row in range(longest) for share in shares if row < len(share)]
 
 
 def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
     """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
-    _check_parallel(config)
-    layout = initialise(config.parallel.tp, config.parallel.pp, seed=config.seed)
+    layout = initialise(**config.parallel.model_dump(), seed=config.seed)
     peak = peak_flops(layout.device)
     peak = peak and peak * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
     _together(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
-
-
-def _check_parallel(config: RunConfig) -> None:
-    """The models run at any tp and pp; the stages around them (rollouts, saving) do not yet."""
-    if config.parallel.tp * config.parallel.pp > 1:
-        raise ValueError(
-            f"parallel.tp = {config.parallel.tp}, parallel.pp = {config.parallel.pp}: stages run at tp = pp = 1 so "
-            "far; set both to 1, all processes are then data parallel"
-        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

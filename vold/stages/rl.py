@@ -15,7 +15,7 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import TransformersSampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import grade_groups, group_metrics, group_rows
+from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
@@ -44,27 +44,31 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
         training.resume()
     training.hand_over(sampler, probe)
 
+    responses = config.rollout.responses_per_prompt
     with Grader(workers=config.grader_workers) as grader:
         for step in training.steps():
             rows = rows_of_step(step, rows=len(prompts), per_step=config.prompts_per_step, seed=config.seed)
+            calls = job.share(rollout_calls([prompts[row] for row in rows], config.rollout, job.world))
             with job.log.phase("rollout"):
-                rollouts = sampler.sample(
-                    job.share([prompts[row] for row in rows]),
-                    config.rollout,
-                    responses=config.rollout.responses_per_prompt,
-                    seed=_sampling_seed(config.seed, step, job.layout.dp_rank),
-                )
+                rollouts = [
+                    sampler.sample(
+                        asked, config.rollout, responses=responses, seed=_sampling_seed(config.seed, step, number)
+                    )
+                    for number, asked in calls
+                ]
             with job.log.phase("grade"):
-                groups = grade_groups(rollouts, grader, config.rollout.responses_per_prompt)
-            samples = objective.weigh(groups, job.sum)
-            batch = pack(samples, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
+                graded = [grade_groups(found, grader, responses) for found in rollouts]
+            with job.log.phase("gather"):
+                groups = [group for call in job.gather(graded) for group in call]
+            samples = objective.weigh(groups)
+            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
             with job.log.phase("teacher"):
                 batch = teacher.score(batch)
             with job.log.phase("train"):
                 report = trainer.step(batch)
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups, job.sum) | report.metrics | parity
+            metrics = group_metrics(groups) | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -99,10 +103,15 @@ def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
     if not objective.needs_teacher:
         return NoTeacher()
     return Teacher(
-        config.teacher, job.layout, dtype=job.dtype, vocab_size=vocab_size, temperature=config.rollout.temperature
+        config.teacher,
+        job.layout,
+        dtype=job.dtype,
+        vocab_size=vocab_size,
+        temperature=config.rollout.temperature,
+        offload=config.teacher_offload,
     )
 
 
-def _sampling_seed(seed: int, step: int, dp_rank: int) -> int:
+def _sampling_seed(seed: int, step: int, call: int) -> int:
     """A pure function of where we are, so that a resumed run draws what the uninterrupted one would have."""
-    return int(np.random.SeedSequence([seed, step, dp_rank]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, step, call]).generate_state(1)[0])

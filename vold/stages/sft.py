@@ -48,8 +48,8 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
     with Grader() as grader:
         for step in training.steps():
             rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=config.seed)
-            mine = likelihood(job.share([samples[row] for row in rows]), job.sum)
-            batch = pack(mine, max_tokens=config.microbatch_tokens, max_over_ranks=job.max)
+            weighed = likelihood([samples[row] for row in rows])
+            batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
             with job.log.phase("train"):
                 report = trainer.step(batch)
             metrics = {**report.metrics, "loss": report.metrics["nll"]}

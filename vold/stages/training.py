@@ -63,6 +63,11 @@ class TrainingRun:
     def export(self) -> None:
         """The trained model as an ordinary checkpoint directory: run_dir/model."""
         target = self.config.run_dir / "model"
-        if self.job.is_writer and not target.exists():
-            export_checkpoint(self.config.student, target, self.trainer.weights())
+        if not self.job.from_writer(target.exists()):
+            weights = self.trainer.weights()
+            if self.job.is_writer:
+                export_checkpoint(self.config.student, target, weights)
+            else:
+                for _ in weights:  # the shares this rank holds
+                    pass
         self.job.log.close()

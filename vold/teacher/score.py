@@ -5,53 +5,86 @@ Reward-gated: only sequences whose KL weight is not zero are read at all.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_language_model, hidden_states
+from vold.models.language_model import build_chunks
 from vold.models.weights import load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, PackedTokens
 from vold.trainer.device import batch_to
+from vold.trainer.pipeline import run_pipeline
 from vold_kernels.linear_logprob import linear_logprob
 
 
 class Teacher:
-    """A text-only teacher in the student's layout. `vocab_size`: ids both models really have."""
+    """A text-only teacher in the student's layout. `vocab_size`: ids both models really have; `offload`: its weights
+    wait in CPU memory between calls."""
 
     def __init__(
-        self, checkpoint: Path, layout: Layout, *, dtype: torch.dtype, vocab_size: int, temperature: float = 1.0
+        self,
+        checkpoint: Path,
+        layout: Layout,
+        *,
+        dtype: torch.dtype,
+        vocab_size: int,
+        temperature: float = 1.0,
+        offload: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
-        self._model = build_language_model(Architecture.from_pretrained(checkpoint), layout, dtype)
-        load_pretrained(self._model, checkpoint)
-        self._model.requires_grad_(False).eval()
-
-    def score(self, batch: Batch) -> Batch:
-        """The batch with logp_teacher_N filled in: nats, 0 where the KL weight is 0."""
-        return Batch(tuple(self._score(micro) for micro in batch_to(batch, self._layout.device).micro_batches))
+        self._chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
+        for chunk in self._chunks:
+            load_pretrained(chunk, checkpoint)
+            chunk.requires_grad_(False).eval()
+        self._waiting = _host_copies(self._chunks) if offload else []
 
     @torch.no_grad()
-    def _score(self, micro: MicroBatch) -> MicroBatch:
-        logp_teacher_N = torch.zeros_like(micro.kl_weight_N)
-        scored_N = (micro.kl_weight_N != 0).nonzero()[:, 0]
-        if scored_N.numel():
-            tokens, source_N = only_sequences(micro, scored_N)
-            hidden_TD = hidden_states(self._model, tokens)
-            logp = linear_logprob(
-                hidden_TD[source_N],
-                self._model.head_weight(),
-                micro.target_N[scored_N],
-                temperature=self._temperature,
-                tp_group=self._layout.tp_group,
-                vocab_size=self._vocab_size,
+    def score(self, batch: Batch) -> Batch:
+        """The batch with logp_teacher_N filled in on the last pipeline stage, where the student's loss is: nats, 0
+        where the KL weight is 0. All ranks of one model copy pass the same batch."""
+        batch = batch_to(batch, self._layout.device)
+        scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
+        read = [
+            only_sequences(micro, rows_n)
+            for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
+            if rows_n.numel()
+        ]
+        with self._present():
+            found = iter(run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True))
+        if not self._layout.is_last_stage:
+            return batch
+        return Batch(
+            tuple(
+                _filled(micro, rows_n, next(found) if rows_n.numel() else None)
+                for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
             )
-            logp_teacher_N[scored_N] = logp.to(logp_teacher_N)
-        return replace(micro, logp_teacher_N=logp_teacher_N)
+        )
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Offloaded weights are on the device inside. They never change, so nothing has to travel back."""
+        for parameter, host in self._waiting:
+            parameter.data = host.to(self._layout.device, non_blocking=True)
+        yield
+        for parameter, host in self._waiting:
+            parameter.data = host
+
+    def _logprobs(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        logp_n = linear_logprob(
+            hidden_TD[micro.source_N],
+            self._chunks[-1].head_weight(),
+            micro.target_N,
+            temperature=self._temperature,
+            tp_group=self._layout.tp_group,
+            vocab_size=self._vocab_size,
+        )
+        return hidden_TD, logp_n
 
 
 class NoTeacher:
@@ -61,13 +94,30 @@ class NoTeacher:
         return batch
 
 
-def only_sequences(micro: MicroBatch, rows_N: Tensor) -> tuple[PackedTokens, Tensor]:
-    """The packing reduced to the sequences that own `rows_N`, and where those rows' source positions lie in it."""
+def _host_copies(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every parameter moved to CPU memory, pinned where there is a GPU."""
+    copies = []
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        host = parameter.data.cpu()
+        parameter.data = host.pin_memory() if torch.cuda.is_available() else host
+        copies.append((parameter, parameter.data))
+    return copies
+
+
+def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBatch:
+    logp_teacher_N = torch.zeros_like(micro.kl_weight_N)
+    if logp_n is not None:
+        logp_teacher_N[rows_n] = logp_n.to(logp_teacher_N)
+    return replace(micro, logp_teacher_N=logp_teacher_N)
+
+
+def only_sequences(micro: MicroBatch, rows_n: Tensor) -> MicroBatch:
+    """The packing reduced to the sequences that own `rows_n` of its N targets, and the targets to those."""
     if micro.tokens.pixel_values is not None:
         raise ValueError("a text-only teacher cannot score sequences with images")
     lengths_B = micro.tokens.cu_seqlens.diff().long()
     kept_B = torch.zeros_like(lengths_B, dtype=torch.bool)
-    kept_B[micro.sequence_N[rows_N]] = True
+    kept_B[micro.sequence_N[rows_n]] = True
     kept_T = kept_B.repeat_interleave(lengths_B)
     place_T = kept_T.cumsum(0) - 1
     cu_seqlens = torch.cat([lengths_B.new_zeros(1), lengths_B[kept_B].cumsum(0)])
@@ -76,4 +126,4 @@ def only_sequences(micro: MicroBatch, rows_N: Tensor) -> tuple[PackedTokens, Ten
         position_ids_3T=micro.tokens.position_ids_3T[:, kept_T],
         cu_seqlens=cu_seqlens.to(torch.int32),
     )
-    return tokens, place_T[micro.source_N[rows_N]]
+    return replace(micro, tokens=tokens, source_N=place_T[micro.source_N[rows_n]], target_N=micro.target_N[rows_n])

@@ -7,25 +7,27 @@ fused `linear_policy_loss` on the hidden states of the last stage; logits never 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from vold.config.schema import OptimizerConfig
+from vold.data.pack import Replicas
 from vold.models.architecture import Architecture
-from vold.models.language_model import LanguageModel, build_language_model, hidden_states, unwrap
+from vold.models.language_model import LanguageModel, build_chunks, unwrap
 from vold.models.vision import FrozenVisionTower
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
-from vold.trainer.flops import training_flops
+from vold.trainer.flops import sequence_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
+from vold.trainer.pipeline import run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
@@ -48,8 +50,8 @@ class Trainer:
     ):
         self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
         self._student, self._dtype = student, dtype
-        self._model = self._wrap(load_student(student, layout, dtype))
-        self._optimizer = build_optimizer([self._model], optimizer, dtype)
+        self._chunks = _wrap(load_student(student, layout, dtype))
+        self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self._vision: FrozenVisionTower | None = None
@@ -58,34 +60,32 @@ class Trainer:
 
     def step(self, batch: Batch) -> StepReport:
         """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
-        self._model.zero_grad_buffer()
-        self._optimizer.zero_grad()
         batch = batch_to(batch, self._layout.device)
-        tallies = self._forward_backward(batch)
+        tallies = self.accumulate_gradients(batch)
         grad_norm = self._update()
-        metrics = reduce_tallies(tallies, self._layout.dp_group, train_tflop=self._useful_flops(batch) / 1e12)
+        report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
+        return self._layout.from_last_stage(report)
+
+    def accumulate_gradients(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Forward and backward of all micro-batches, reduced over all groups into each parameter's `main_grad`.
+        Returns a tally of each micro-batch on the last pipeline stage, nothing elsewhere."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss)
+
+    def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
+        """On the last pipeline stage; a collective over its data-parallel group."""
+        group = self._layout.dp_group
+        metrics = reduce_tallies(tallies, group, train_tflop=self._useful_flops(batch) / 1e12)
         metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
-        return StepReport(metrics, mean_kl(batch.micro_batches, tallies))
+        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
 
-    def _forward_backward(self, batch: Batch) -> list[dict[str, Tensor]]:
-        return get_forward_backward_func()(
-            forward_step_func=self._forward,
-            data_iterator=iter(batch.micro_batches),
-            model=self._model,
-            num_microbatches=len(batch.micro_batches),
-            seq_length=1,  # unused: every micro-batch has its own length
-            micro_batch_size=1,
-            forward_only=False,
-        )
-
-    def _forward(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):
-        batch = next(batches)
-        return hidden_states(model, batch.tokens), partial(self._loss, batch)
-
-    def _loss(self, batch: MicroBatch, hidden_TD: Tensor):
+    def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weight = self.chunks[-1].head_weight()
         out = linear_policy_loss(
             hidden_TD[batch.source_N],
-            unwrap(self._model).head_weight(),
+            weight,
             batch.target_N,
             PolicyTerms(
                 batch.logp_old_N, batch.logp_teacher_N, batch.advantage_N, batch.pg_weight_N, batch.kl_weight_N
@@ -95,12 +95,11 @@ class Trainer:
             temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
+            # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
+            # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
+            weight_main_grad=weight.main_grad,
         )
-        # Megatron divides gradients by the token count a loss returns; ours is inside the weights. Returning 0 tokens
-        # is its "do not divide". (calculate_per_token_loss=True keeps it from dividing by the micro-batch count and
-        # makes data parallelism sum, not average.)
-        no_rescaling = torch.zeros((), dtype=torch.int, device=hidden_TD.device)
-        return out.loss, no_rescaling, tally(out, batch)
+        return out.loss, tally(out, batch)
 
     def _update(self) -> float:
         """Clip, check, advance the schedule, update. Returns the gradient norm before clipping."""
@@ -122,7 +121,13 @@ class Trainer:
     def _useful_flops(self, batch: Batch) -> float:
         """Of this rank's share; one-token fillers have no target and do not count."""
         work = [micro.tokens.cu_seqlens for micro in batch.micro_batches if micro.sample_B]
-        return sum(training_flops(unwrap(self._model).arch, cu_seqlens) for cu_seqlens in work)
+        return sum(training_flops(self.chunks[0].arch, cu_seqlens) for cu_seqlens in work)
+
+    @property
+    def replicas(self) -> Replicas:
+        """How `pack` divides a step among the data-parallel copies."""
+        cost = partial(sequence_flops, self.chunks[0].arch)
+        return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 
     def _lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
@@ -131,29 +136,30 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
-        """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights;
-        images allowed."""
-        found: dict[int, list[float]] = {}
-        for micro in batch_to(batch, self._layout.device).micro_batches:
-            logp_N = self._micro_logprobs(micro)
-            for sequence, place in enumerate(micro.sample_B):
-                found[place] = logp_N[micro.sequence_N == sequence].tolist()
-        return found
+        """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
+        every rank; images allowed. All ranks of one model copy pass the same batch."""
+        batch = batch_to(batch, self._layout.device)
+        sees = any(micro.tokens.pixel_values is not None for micro in batch.micro_batches)
+        vision = self._tower() if sees and self._layout.is_first_stage else None
+        found = run_pipeline(
+            self._chunks, batch.micro_batches, self._layout, self._read, forward_only=True, vision=vision
+        )
+        return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
-    def _micro_logprobs(self, micro: MicroBatch) -> Tensor:
-        vision = self._tower() if micro.tokens.pixel_values is not None else None
-        hidden_TD = hidden_states(self._model, micro.tokens, vision)
-        return linear_logprob(
+    def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
+        logp_N = linear_logprob(
             hidden_TD[micro.source_N],
-            unwrap(self._model).head_weight(),
+            self.chunks[-1].head_weight(),
             micro.target_N,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
         )
+        places = enumerate(micro.sample_B)
+        return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Trained weights by transformers' names, streamed. The frozen vision tower is not among them."""
-        return export_weights(unwrap(self._model))
+        return export_weights(self.chunks)
 
     def _tower(self) -> FrozenVisionTower:
         if self._vision is None:
@@ -163,24 +169,41 @@ class Trainer:
     # -- for checkpoints -------------------------------------------------------------------------------------------
 
     @property
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """This rank's trained parameters by Megatron's names."""
-        return dict(unwrap(self._model).named_parameters())
+    def chunks(self) -> list[LanguageModel]:
+        """This rank's part of the student, without Megatron's wrappers: one chunk, or one per virtual stage."""
+        return [unwrap(chunk) for chunk in self._chunks]
 
     @property
-    def optimizer(self):
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's trained parameters by Megatron's names, which number the layers of a chunk from 0; with several
+        chunks behind `chunk{i}.`. A tied head on a stage of its own is a second parameter, `output_layer.weight`."""
+        prefix = "chunk{}." if len(self._chunks) > 1 else ""
+        return {
+            prefix.format(number) + name: parameter
+            for number, chunk in enumerate(self.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
         return self._optimizer
 
-    def _wrap(self, model: LanguageModel) -> DistributedDataParallel:
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-        wrapped = DistributedDataParallel(model.config, settings, model)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        wrapped.train()
-        return wrapped
+
+def load_student(checkpoint: Path, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
+    """This rank's part of the student's language model with a checkpoint directory's weights."""
+    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
+    for chunk in chunks:
+        load_pretrained(chunk, checkpoint)
+    return chunks
 
 
-def load_student(checkpoint: Path, layout: Layout, dtype: torch.dtype) -> LanguageModel:
-    """The student's language model with a checkpoint directory's weights."""
-    model = build_language_model(Architecture.from_pretrained(checkpoint), layout, dtype)
-    load_pretrained(model, checkpoint)
-    return model
+def _wrap(chunks: Sequence[LanguageModel]) -> list[DistributedDataParallel]:
+    """Megatron's data parallelism around each chunk: gradients live in fp32 buffers, `parameter.main_grad`."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=chunks[0].layout.distributed_optimizer
+    )
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.train()
+    return wrapped

@@ -14,11 +14,15 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 def training_flops(arch: Architecture, cu_seqlens: Tensor) -> float:
     """Forward and backward over packed sequences: 6 per weight and token, plus causal attention; recomputation and
     padding do not count."""
-    lengths = cu_seqlens.diff().double()
+    return sum(sequence_flops(arch, length) for length in cu_seqlens.diff().tolist())
+
+
+def sequence_flops(arch: Architecture, length: int) -> float:
+    """Of one sequence: linear in its length for the weights, quadratic for attention."""
     attention = arch.heads * arch.head_dim
     per_layer = arch.hidden * (2 * attention + 2 * arch.kv_heads * arch.head_dim) + 3 * arch.hidden * arch.ffn
     weights = arch.layers * per_layer + arch.vocab * arch.hidden
-    return float(6 * weights * lengths.sum() + 6 * arch.layers * attention * lengths.square().sum())
+    return float(6 * weights * length + 6 * arch.layers * attention * length**2)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -16,7 +16,8 @@ from vold.config.schema import OptimizerConfig
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16."""
+    """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16. Its state is divided
+    over the data-parallel ranks where their wrapper divides the gradients."""
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -29,7 +30,7 @@ def build_optimizer(
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
         ),
         list(chunks),
     )

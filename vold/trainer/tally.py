@@ -97,11 +97,16 @@ def reduce_tallies(
     return metrics
 
 
-def mean_kl(batches: Sequence[MicroBatch], tallies: Sequence[dict[str, Tensor]]) -> dict[int, float]:
-    """Sample place -> mean 1/2 (logp - logp_teacher)^2 over its tokens, for the samples that had a KL term."""
+def mean_kl(
+    batches: Sequence[MicroBatch], tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup
+) -> dict[int, float]:
+    """Sample place -> mean 1/2 (logp - logp_teacher)^2 over its tokens, for the samples of all ranks of `group` that
+    had a KL term."""
     means: dict[int, float] = {}
     for batch, t in zip(batches, tallies, strict=True):
         for place, total, count in zip(batch.sample_B, t["kl_B"].tolist(), t["kl_count_B"].tolist(), strict=True):
             if count:
                 means[place] = total / count
-    return means
+    shares: list[dict[int, float]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(shares, means, group=group)
+    return {place: mean for share in shares for place, mean in share.items()}

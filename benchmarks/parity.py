@@ -1,0 +1,335 @@
+"""Every layout against one process, and against transformers: loss, every gradient, parameters after three updates.
+
+    python -m benchmarks.parity                                        the table, in about two minutes on two cores
+    python -m benchmarks.parity --layouts tp2+sp pp2-vpp2 --heads tied
+
+Real process groups over gloo, one model copy or two, fp32, the VOLD loss: unequal lengths, a clipped gradient, padded
+vocabulary rows, a micro-batch in which nothing is learnt, in the second step a replica in which nothing is. Each
+difference is the largest over tensors, relative to that tensor's largest magnitude; the loss's is relative to the loss.
+Writes parity.csv and parity.md into --out, prints the table and exits with 1 when a difference is over its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from vold.config.schema import OptimizerConfig
+from vold.data.pack import filler, pack
+from vold.models.weights import export_weights
+from vold.parallel.launch import initialise
+from vold.records import Batch, MicroBatch, Prompt, Sample
+from vold.teacher import Teacher
+from vold.trainer.engine import Trainer
+
+from .harness import facts
+
+RESULTS = Path(__file__).parent / "results"
+LIMITS = {"loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
+REFERENCES = ("one process", "transformers")
+VOCAB = 120  # ids that exist; both heads are padded beyond
+STEPS = 3
+EMPTY_REPLICA_STEP = 1
+MICROBATCH_TOKENS = 48
+BETA = 0.3
+# eps: at 1e-8 AdamW divides rounding noise by itself wherever a gradient is nothing else, and the same arithmetic in
+# another order parts by a share of the learning rate: one process and transformers by 1.7e-5, tp2 by 7.1e-5 (measured).
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, schedule="constant", clip_grad=0.5)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes as vold's config has them; `world` processes."""
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    sp: bool = False
+    distributed_optimizer: bool = False
+
+
+LAYOUTS = {
+    "tp2": Layout(2, tp=2),
+    "tp2+sp": Layout(2, tp=2, sp=True),
+    "pp2": Layout(2, pp=2),
+    "pp2-vpp2": Layout(2, pp=2, vpp=2),
+    "tp2-pp2": Layout(4, tp=2, pp=2),
+    "tp2-pp2+sp": Layout(4, tp=2, pp=2, sp=True),
+    "tp2-dp2": Layout(4, tp=2),
+    "pp2-dp2": Layout(4, pp=2),
+    "tp2-pp2-dp2": Layout(8, tp=2, pp=2),
+    "dp2+distopt": Layout(2, distributed_optimizer=True),
+    "tp2-pp2-dp2+sp+distopt": Layout(8, tp=2, pp=2, sp=True, distributed_optimizer=True),
+}
+
+
+# The problem ---------------------------------------------------------------------------------------------------------
+
+
+def student(tied: bool) -> PreTrainedModel:
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=tied,
+    )
+    return _perturbed(Qwen2ForCausalLM, config, seed=0)
+
+
+def teacher() -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=136,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=False,
+    )
+    return _perturbed(Qwen3ForCausalLM, config, seed=1)
+
+
+def _perturbed(cls: type, config, seed: int) -> PreTrainedModel:
+    """float32, with norms and biases that matter and logits that are not flat."""
+    torch.manual_seed(seed)
+    model = cls(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3)
+    return model
+
+
+def samples_of_step(step: int) -> list[Sample]:
+    """Twelve responses of unequal length; a third has no KL term, one has nothing at all."""
+    draw = random.Random(step)
+    ids = lambda low, high: tuple(draw.randrange(VOCAB) for _ in range(draw.randint(low, high)))  # noqa: E731
+    samples = []
+    for number in range(12):
+        failed = number % 3 > 0
+        advantage = draw.uniform(-1.5, -0.5) if failed else draw.uniform(0.5, 1.5)
+        samples.append(Sample(Prompt(str(number), ids(2, 9), ""), ids(1, 17), advantage, 1.0, BETA * failed))
+    samples[4] = replace(samples[4], pg_weight=0.0, kl_weight=0.0)
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    return [replace(s, pg_weight=s.pg_weight / tokens, kl_weight=s.kl_weight / tokens) for s in samples]
+
+
+def batch_of_step(step: int, trainer: Trainer) -> Batch:
+    """This replica's share, and a micro-batch of tokens in which nothing is learnt."""
+    samples, replicas = samples_of_step(step), trainer.replicas
+    if step == EMPTY_REPLICA_STEP and replicas.count > 1:
+        whole = pack(samples, max_tokens=MICROBATCH_TOKENS).micro_batches
+        return Batch((*(whole if replicas.rank == 0 else [filler()] * len(whole)), _masked(whole[0])))
+    share = pack(samples, max_tokens=MICROBATCH_TOKENS, replicas=replicas).micro_batches
+    return Batch((*share, _masked(share[0])))
+
+
+def _masked(micro: MicroBatch) -> MicroBatch:
+    return replace(micro, pg_weight_N=0 * micro.pg_weight_N, kl_weight_N=0 * micro.kl_weight_N)
+
+
+# Both sides ----------------------------------------------------------------------------------------------------------
+
+
+def train_vold(layout: Layout, models: Path, out: Path) -> None:
+    """One rank. Rank 0 writes what `differences` reads."""
+    sizes = {key: value for key, value in vars(layout).items() if key != "world"}
+    place = initialise(**sizes, seed=0)
+    trainer = Trainer(models / "student", place, OPTIMIZER, steps=STEPS, dtype=torch.float32, vocab_size=VOCAB)
+    scorer = Teacher(models / "teacher", place, dtype=torch.float32, vocab_size=VOCAB)
+    found = {}
+    for step in range(STEPS):
+        batch = scorer.score(batch_of_step(step, trainer))
+        trainer.accumulate_gradients(batch)
+        if not layout.distributed_optimizer:  # whose ranks hold only their own share of the sum
+            found |= _named(f"gradient/{step}", export_weights(trainer.chunks, lambda p: p.main_grad))
+        report = trainer.step(batch)
+        reports: list = [None] * layout.world
+        dist.all_gather_object(reports, report)
+        assert all(other == report for other in reports), "every rank reports the same numbers"
+        found[f"loss/{step}"] = torch.tensor(report.metrics["loss"], dtype=torch.float64)
+    found |= _named("parameter", export_weights(trainer.chunks))
+    if place.is_last_stage and trainer.chunks[-1].arch.tied:
+        own = trainer.chunks[-1].head_weight()
+        share = found["parameter/lm_head.weight"].chunk(place.tp)[place.tp_rank]
+        assert torch.equal(own, share), "the tied head left its embedding"
+    if int(os.environ["RANK"]) == 0:
+        save_file(found, out)
+
+
+def _named(kind: str, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": tensor.clone() for name, tensor in tensors}
+
+
+def train_transformers(models: Path, out: Path) -> None:
+    """The same three steps in plain torch: sequence by sequence, on materialised logits, with torch's AdamW."""
+    learner = Qwen2ForCausalLM.from_pretrained(models / "student", dtype=torch.float32)
+    scorer = Qwen3ForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32)
+    matrices = [p for p in learner.parameters() if p.ndim > 1]
+    vectors = [p for p in learner.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+    )
+    found = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = sum(_sequence_loss(learner, scorer, sample) for sample in samples_of_step(step))
+        loss.backward()
+        found[f"loss/{step}"] = loss.detach().double()
+        named = dict(learner.named_parameters(remove_duplicate=False))
+        found |= _named(f"gradient/{step}", ((name, p.grad) for name, p in named.items()))
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), OPTIMIZER.clip_grad)
+        optimizer.step()
+    found |= _named("parameter", ((name, p.detach()) for name, p in named.items()))
+    save_file(found, out)
+
+
+def _sequence_loss(learner: PreTrainedModel, scorer: PreTrainedModel, sample: Sample) -> Tensor:
+    """VOLD Eq. 6 at ratio 1."""
+    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+    target_L = torch.tensor(sample.response_ids)
+    first = len(sample.prompt.token_ids) - 1
+    logp_L, logp_teacher_L = (
+        model(ids).logits[0, first:-1, :VOCAB].log_softmax(-1).gather(1, target_L[:, None])[:, 0]
+        for model in (learner, scorer)
+    )
+    policy = -sample.advantage * (logp_L - logp_L.detach()).exp()
+    return (sample.pg_weight * policy + sample.kl_weight * 0.5 * (logp_L - logp_teacher_L.detach()) ** 2).sum()
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def differences(found: Path, expected: Path) -> dict[str, float | None]:
+    """The largest relative difference of each kind; None where `found` has nothing of it."""
+    ours, theirs = load_file(found), load_file(expected)
+    worst: dict[str, float | None] = dict.fromkeys(LIMITS)
+    for name, tensor in ours.items():
+        kind = name.split("/")[0]
+        error = float((tensor - theirs[name]).abs().max() / theirs[name].abs().max())
+        worst[kind] = max(worst[kind] or 0.0, error)
+    return worst
+
+
+def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterator[dict[str, str]]:
+    """A row for each head and layout, as it is finished."""
+    for head in heads:
+        models = folder / head
+        student(tied=head == "tied").save_pretrained(models / "student")
+        teacher().save_pretrained(models / "teacher")
+        run_world(1, train_transformers, models, folder / "transformers")
+        run_world(1, train_vold, Layout(), models, folder / "one process")
+        yield _row("one process", Layout(), head, folder, ["transformers"])
+        for name in names:
+            run_world(LAYOUTS[name].world, train_vold, LAYOUTS[name], models, folder / name)
+            yield _row(name, LAYOUTS[name], head, folder, REFERENCES)
+
+
+def _row(name: str, layout: Layout, head: str, folder: Path, references: Sequence[str]) -> dict[str, str]:
+    row, ok = {"layout": name, "processes": str(layout.world), "head": head}, True
+    for reference in REFERENCES:
+        found = differences(folder / name, folder / reference) if reference in references else {}
+        for kind, limit in LIMITS.items():
+            error = found.get(kind)
+            row[f"{kind} vs {reference}"] = "" if error is None else f"{error:.1e}"
+            ok &= error is None or error <= limit
+    return row | {"verdict": "ok" if ok else "OVER"}
+
+
+def run_world(world: int, body: Callable, *arguments) -> None:
+    """`body` on every rank of a fresh world. Forked, because importing Megatron takes longer than all that follows."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.start_processes(_rank, (world, port, body, arguments), nprocs=world, start_method="fork")
+
+
+def _rank(rank: int, world: int, port: int, body: Callable, arguments: tuple) -> None:
+    here = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in here.items()}
+    body(*arguments)
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def write(rows: Sequence[dict[str, str]], out: Path, stamp: dict[str, str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "parity.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *stamp])
+        writer.writeheader()
+        writer.writerows(row | stamp for row in rows)
+    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    limits = ", ".join(f"{kind} {limit:.0e}" for kind, limit in LIMITS.items())
+    text = [
+        "# Layouts beside one process and beside transformers",
+        "",
+        "Generated by `python -m benchmarks.parity`. Largest relative differences over three AdamW steps of the VOLD",
+        f"loss in fp32; limits: {limits}. Gradients under a distributed optimizer are spread over ranks: there the",
+        f"parameters speak for them. {', '.join(f'{key} {value}' for key, value in stamp.items() if value)}.",
+        "",
+        line(rows[0]),
+        line(["---"] * len(rows[0])),
+        *(line(row.values()) for row in rows),
+        "",
+    ]
+    (out / "parity.md").write_text("\n".join(text))
+
+
+def show(rows: Sequence[dict[str, str]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--heads", nargs="+", choices=("tied", "untied"), default=["tied", "untied"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(measure(options.layouts, options.heads, Path(folder)))
+    show(rows)
+    known = facts(torch.device("cpu"), threads=1)
+    write(rows, options.out, {key: known[key] for key in ("device", "torch", "commit", "started") if key in known})
+    sys.exit(any(row["verdict"] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

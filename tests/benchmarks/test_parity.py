@@ -1,0 +1,20 @@
+"""The layouts that hold every mechanism between them (the whole table is `python -m benchmarks.parity`)."""
+
+from __future__ import annotations
+
+import csv
+
+LAYOUTS = ("tp2+sp", "pp2-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
+
+
+def test_layouts_equal_one_process_and_transformers(torchrun, tmp_path):
+    arguments = ("--layouts", *LAYOUTS, "--heads", "tied", "--out", tmp_path)
+    run = torchrun(1, "-m", "benchmarks.parity", *arguments)
+    assert run.returncode == 0, run.stdout + run.stderr
+    with (tmp_path / "parity.csv").open() as file:
+        rows = {row["layout"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"one process", *LAYOUTS}
+    for name, row in rows.items():
+        compared = {key for key, value in row.items() if " vs " in key and value}
+        assert {"loss vs transformers", "parameter vs transformers"} <= compared, name
+        assert "distopt" in name or "gradient vs transformers" in compared, name

@@ -17,7 +17,7 @@ from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.checkpoint import verify
 from vold.trainer.run_log import read_rows
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory")
+TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib")
 
 
 def timeless(rows: list[dict]) -> list[dict]:

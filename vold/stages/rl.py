@@ -22,10 +22,11 @@ from vold.stages.training import TrainingRun
 from vold.teacher import NoTeacher, Teacher
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
+from vold.trainer.step_profiler import StepProfiler
 
 
-def run(config: RlConfig, *, resume: bool = False) -> None:
-    """Train, evaluate and save as the config says; ends with run_dir/model."""
+def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
     objective = build_objective(config.objective)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
@@ -37,9 +38,8 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
     teacher = _teacher(config, job, objective, vocab_size)
     sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
-    training = TrainingRun(
-        config, job, trainer, evaluator, Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
-    )
+    checkpoints = Checkpoints(config.run_dir, job.layout, config.keep_checkpoints)
+    training = TrainingRun(config, job, trainer, evaluator, checkpoints, profiler=profiler)
     if resume:
         training.resume()
     training.hand_over(sampler, probe)

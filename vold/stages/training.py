@@ -10,9 +10,10 @@ from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator, summarise
-from vold.stages.job import Job, peak_memory_gib
+from vold.stages.job import Job
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
+from vold.trainer.step_profiler import StepProfiler
 
 
 @dataclass
@@ -25,6 +26,10 @@ class TrainingRun:
     evaluator: Evaluator
     checkpoints: Checkpoints
     done: int = 0  # completed steps
+    profiler: StepProfiler | None = None  # then nothing is saved or exported
+
+    def __post_init__(self) -> None:
+        self.trainer.phases = self.job.log.phase
 
     def resume(self) -> None:
         """Continue after the latest checkpoint; from the start when none was saved yet."""
@@ -55,13 +60,16 @@ class TrainingRun:
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
             metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
-        metrics["peak_memory_gib"] = peak_memory_gib(self.job.layout.device)
-        self.job.log.write(done, metrics, rows)
-        if done == total or (self.config.save_every and done % self.config.save_every == 0):
+        row = self.job.log.write(done, metrics, rows)
+        if self.profiler:
+            self.profiler.step(row)
+        elif done == total or (self.config.save_every and done % self.config.save_every == 0):
             self.checkpoints.save(self.trainer, done)
 
     def export(self) -> None:
         """The trained model as an ordinary checkpoint directory: run_dir/model."""
+        if self.profiler:
+            return self.job.log.close()
         target = self.config.run_dir / "model"
         if not self.job.from_writer(target.exists()):
             weights = self.trainer.weights()

@@ -111,20 +111,21 @@ def as_csv(rows: Sequence[PhaseRow]) -> str:
 
 
 def figure(ranks: Sequence[Sequence[Row]], *, fmt: Format = "svg") -> bytes:
-    """Left: rank 0's steps, phases stacked. Right: every rank's median step. One legend, in the order of a step."""
+    """Left: rank 0's steps, phases stacked. Right: every rank's mean step (means of parts add up, medians do not)."""
     names = [name for name in COLOURS if any(split(row).get(name, 0.0) > 0 for rows in ranks for row in rows)]
     steps = [split(row) for row in ranks[0]]
-    medians = [{name: statistics.median(split(row).get(name, 0.0) for row in rows) for name in names} for rows in ranks]
+    means = [{name: statistics.fmean(split(row).get(name, 0.0) for row in rows) for name in names} for rows in ranks]
     with matplotlib.rc_context(_RC):
         drawing = _figure(9.6, 1.9 + 0.34 * max(len(steps), len(ranks), 3))
         left, right = drawing.subplots(1, 2, width_ratios=(3, 2))
         _bars(left, steps, [str(int(row["step"])) for row in ranks[0]], names)
-        _bars(right, medians, [f"rank {rank}" for rank in range(len(ranks))], names)
+        _bars(right, means, [f"rank {rank}" for rank in range(len(ranks))], names)
         left.set_title("Rank 0, step by step", loc="left", fontsize=10.5, fontweight="bold")
-        right.set_title("Median step of each rank", loc="left", fontsize=10.5, fontweight="bold")
+        right.set_title("Mean step of each rank", loc="left", fontsize=10.5, fontweight="bold")
         left.set_ylabel("step")
         handles, labels = left.get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8.5)
+        look = {"frameon": False, "fontsize": 8.5, "handlelength": 1.0, "columnspacing": 1.2}
+        drawing.legend(handles, labels, loc="outside lower center", ncols=len(names), **look)
         return _bytes(drawing, fmt)
 
 

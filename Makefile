@@ -6,7 +6,7 @@ BENCH  := .venv-bench
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: env demo reproduce test test-vllm check bench clean
+.PHONY: env demo reproduce test test-vllm check bench bench-rl clean
 
 env: $(VENV)/.ready
 
@@ -38,6 +38,9 @@ check: env           ## style
 bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its own: benchmarks/results/
 	OMP_NUM_THREADS=$$(nproc) $(BENCH)/bin/python -m benchmarks.kernels
 
+bench-rl: $(BENCH)/.ready  ## the miniature RL step beside TRL's GRPOTrainer (add ARGS="--student … --data …" after `make demo`)
+	$(BENCH)/bin/python -m benchmarks.end_to_end $(ARGS)
+
 $(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
@@ -45,7 +48,8 @@ $(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
 		torch numpy triton transformers matplotlib
 	grep -v '^#' constraints-bench.txt | xargs -n 1 $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 		|| echo "some peers are missing: their rows will say so"
-	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core
+	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
 	touch $@
 
 clean:

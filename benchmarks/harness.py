@@ -90,10 +90,10 @@ def rows(case: Case, found: dict[str, Measured], facts: dict[str, str]) -> list[
     return [_row(case, name, result, floor_s) | facts for name, result in found.items()]
 
 
-def write_rows(path: Path, found: Sequence[dict[str, object]]) -> None:
+def write_rows(path: Path, found: Sequence[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(found)
 
@@ -327,5 +327,5 @@ def _commit() -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "../kernels", "*.py")
+    changed = git("status", "--porcelain", "--", "../kernels", "../vold", "*.py")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

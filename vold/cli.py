@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vold.config import load_config, schema
+from vold.config import load_config, load_training_config, schema
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -54,6 +54,16 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 def export(config: Config, overrides: Overrides = None) -> None:
     """A run's checkpoint as a directory for transformers and vLLM."""
     _stage("export").run(load_config(schema.ExportConfig, config, overrides or ()))
+
+
+@app.command("profile")
+def profile_steps(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps; three more are run around them")] = 5,
+) -> None:
+    """Where the time and memory of an rl or sft config's steps go; writes run_dir/profile."""
+    _stage("profile").run(load_training_config(config, overrides or ()), steps=steps)
 
 
 @app.command()

@@ -11,7 +11,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
-from vold.models.layers import Rotary, attend_flash, attend_sdpa, attend_torch_varlen
+from vold.models.layer_ops import flash_attention, sdpa_attention, varlen_attention
+from vold.models.layers import Rotary
 from vold.models.weights import load_pretrained
 
 LENGTHS = (5, 1, 130, 64)
@@ -37,20 +38,20 @@ def attention_by_hand(q_TAH, k_TKH, v_TKH, scale):
 
 def test_sdpa_attends_causally_inside_each_sequence():
     qkv, cu_seqlens = packed_qkv()
-    out = attend_sdpa(*qkv, cu_seqlens, max(LENGTHS), 0.1)
+    out = sdpa_attention(*qkv, cu_seqlens, max(LENGTHS), 0.1)
     torch.testing.assert_close(out.double(), attention_by_hand(*qkv, 0.1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("attend", [attend_torch_varlen, attend_flash])
+@pytest.mark.parametrize("attend", [varlen_attention, flash_attention])
 def test_gpu_kernels_are_as_accurate_as_sdpa(attend):
-    if attend is attend_flash and importlib.util.find_spec("flash_attn") is None:
+    if attend is flash_attention and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
     qkv, cu_seqlens = packed_qkv("cuda", torch.bfloat16)
     expected = attention_by_hand(*qkv, 0.1)
     results = {}
-    for name, f in {"ours": attend, "sdpa": attend_sdpa}.items():
+    for name, f in {"ours": attend, "sdpa": sdpa_attention}.items():
         out = f(*qkv, cu_seqlens, max(LENGTHS), 0.1)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results[name] = (out.double().cpu() - expected, *torch.autograd.grad(out, qkv, upstream))
@@ -64,12 +65,12 @@ def test_rotary_angles_are_bit_equal_to_transformers():
     positions = torch.randint(0, 40_000, (3, 1, 50), generator=torch.Generator().manual_seed(0))
     cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), positions)
     rotary = Rotary(16, 1e6, (2, 3, 3), torch.device("cpu")).to(torch.bfloat16)  # must stay float32
-    angles = rotary(positions, [2, 3, 3])[:, 0, 0]
+    ours = rotary(positions, [2, 3, 3])[:, :, 0, 0]
     if cos.dim() == 4:  # per axis: choose as apply_multimodal_rotary_pos_emb does
         axis = torch.tensor([0] * 2 + [1] * 3 + [2] * 3).repeat(2)
         cos, sin = (x[axis, 0, :, torch.arange(16)].T[None] for x in (cos, sin))
-    assert angles.dtype == torch.float32
-    assert torch.equal(angles.cos(), cos[0]) and torch.equal(angles.sin(), sin[0])
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

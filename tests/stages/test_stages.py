@@ -16,7 +16,7 @@ from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory")
+TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib")
 
 
 def timeless(rows: list[dict]) -> list[dict]:

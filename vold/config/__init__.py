@@ -1,5 +1,5 @@
 """Strict schemas and their loader."""
 
-from vold.config.load import dump_config, load_config
+from vold.config.load import dump_config, load_config, load_training_config
 
-__all__ = ["dump_config", "load_config"]
+__all__ = ["dump_config", "load_config", "load_training_config"]

@@ -10,16 +10,30 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vold.config.schema import Strict
+from vold.config.schema import RlConfig, SftConfig, Strict
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
 
 
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path`, apply `a.b=value` overrides (values are YAML), validate. Raises ValueError with one line."""
+    return _validate(schema, _read_tree(path, overrides), path)
+
+
+def load_training_config(path: Path, overrides: Sequence[str] = ()) -> RlConfig | SftConfig:
+    """The same for a config of either training stage; only `rl` has rollouts."""
+    tree = _read_tree(path, overrides)
+    return _validate(RlConfig if "rollout" in tree else SftConfig, tree, path)
+
+
+def _read_tree(path: Path, overrides: Sequence[str]) -> dict:
     tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
+    return tree
+
+
+def _validate(schema: type[ConfigT], tree: dict, path: Path) -> ConfigT:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:

@@ -131,6 +131,7 @@ def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -
         layernorm_epsilon=arch.rms_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # "the layer spec brings the activation module": ours, see layers.SwiGLU
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,

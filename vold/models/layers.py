@@ -1,17 +1,15 @@
-"""Our modules in Megatron's layer spec: RMSNorm, attention over packed sequences, rotary embedding.
+"""Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences.
 
-T packed tokens, A query heads, K key/value heads, H head width, B sequences. Packing is the only input format: Megatron
-calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing.
+T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width, B sequences. Packing is the only
+input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses
+packing. What computes each piece is chosen in one place, `vold.models.layer_ops`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -19,19 +17,32 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from vold.models.layer_ops import layer_ops
+
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with the mark by which Megatron sums the weight's gradient over a sequence-parallel group."""
+    """RMSNorm with the mark by which Megatron sums the weight's gradient over a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_ops(x.device.type, x.dtype).rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(MegatronModule):
+    """silu(gate) * up; the activation slot of Megatron's MLP, which hands over both halves in one buffer."""
+
+    def forward(self, gate_up_T2F: Tensor) -> Tensor:
+        return layer_ops(gate_up_T2F.device.type, gate_up_T2F.dtype).swiglu(gate_up_T2F)
 
 
 class Rotary(nn.Module):
@@ -51,10 +62,33 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group=None) -> Tensor:
-        """position_ids int64 [3, 1, T] -> angles float32 [T, 1, 1, H], in the layout Megatron's rope expects."""
+        """position_ids int64 [3, 1, T] -> cosines and sines float32 [2, T, 1, 1, H], once for all layers."""
         positions_TF = position_ids[self.axis, 0].T.float()
         angles_TF = positions_TF * self.inverse_frequency
-        return torch.cat((angles_TF, angles_TF), dim=-1)[:, None, None, :]
+        angles_TH = torch.cat((angles_TF, angles_TF), dim=-1)
+        return torch.stack((angles_TH.cos(), angles_TH.sin()))[:, :, None, None, :]
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self attention with queries and keys turned together, where they are made.
+
+    Megatron turns them one after the other, computes cosine and sine again for each and in every layer, and asks for
+    the packing on the host. Turning outside the core attention also keeps an in-place kernel out of what selective
+    recomputation runs twice.
+    """
+
+    def forward(self, hidden_states: Tensor, *args, rotary_pos_emb: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        self._cos_sin = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
+        finally:
+            self._cos_sin = None
+
+    def get_query_key_value_tensors(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
+        q_T1AH, k_T1KH, v_T1KH = super().get_query_key_value_tensors(*args, **kwargs)
+        cos_T11H, sin_T11H = self._cos_sin.to(q_T1AH.dtype)
+        rope = layer_ops(q_T1AH.device.type, q_T1AH.dtype).rope
+        return *rope(q_T1AH, k_T1KH, cos_T11H, sin_T11H), v_T1KH
 
 
 class PackedAttention(nn.Module):
@@ -75,50 +109,11 @@ class PackedAttention(nn.Module):
         **_,
     ) -> Tensor:
         """Returns [T, A * H]."""
-        attend = _attention_for(q_TAH.device.type, q_TAH.dtype)
+        attend = layer_ops(q_TAH.device.type, q_TAH.dtype).attention
         out_TAH = attend(
             q_TAH, k_TKH, v_TKH, packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q, self.scale
         )
         return out_TAH.reshape(q_TAH.shape[0], -1)
-
-
-@cache
-def _attention_for(device: str, dtype: torch.dtype):
-    """The fastest implementation this machine has for a device and dtype; SDPA is the one that runs anywhere."""
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return attend_sdpa
-    return attend_flash if importlib.util.find_spec("flash_attn") else attend_torch_varlen
-
-
-def attend_sdpa(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    """One scaled_dot_product_attention per sequence."""
-    lengths = cu_seqlens.diff().tolist()
-    parts = [x.split(lengths) for x in (q_TAH, k_TKH, v_TKH)]
-    outs = []
-    for q, k, v in zip(*parts, strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
-def attend_flash(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        q_TAH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
-    )
-
-
-def attend_torch_varlen(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    """torch.nn.attention.varlen; key and value heads are repeated, as not every torch since 2.11 takes fewer."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = q_TAH.shape[1] // k_TKH.shape[1]
-    k_TAH, v_TAH = (x.repeat_interleave(groups, dim=1) for x in (k_TKH, v_TKH))
-    return varlen_attn(
-        q_TAH, k_TAH, v_TAH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
-    )
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -136,12 +131,12 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+            self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(MLP, submodules=mlp),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .read import RunRecord, as_number
-from .style import HEALTH, PALETTE, PHASES, Metric, colours, label, metric
+from .style import HEALTH, PALETTE, PHASES, TRAIN_PARTS, Metric, colours, label, metric
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def phases(run: RunRecord) -> list[Phase]:
     totals = {
         key.removeprefix("seconds_"): _total(values)
         for key, values in run.metrics.items()
-        if key.startswith("seconds_") and _total(values) > 0
+        if key.startswith("seconds_") and key.removeprefix("seconds_") not in TRAIN_PARTS and _total(values) > 0
     }
     whole = _total(run.metrics.get("seconds", ()))
     name = "other" if totals else "step"

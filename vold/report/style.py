@@ -77,6 +77,7 @@ HEALTH = (
 )
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 PHASES = ("rollout", "grade", "teacher", "train", "sync")
+TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
 
 
 def metric(key: str) -> Metric:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -62,10 +61,3 @@ def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) 
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
     together(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

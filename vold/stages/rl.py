@@ -21,10 +21,11 @@ from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
 from vold.teacher import NoTeacher, Teacher
 from vold.trainer.engine import Trainer
+from vold.trainer.step_profiler import StepProfiler
 
 
-def run(config: RlConfig, *, resume: bool = False) -> None:
-    """Train, evaluate and save as the config says; ends with run_dir/model."""
+def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
     objective = build_objective(config.objective)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
@@ -36,7 +37,7 @@ def run(config: RlConfig, *, resume: bool = False) -> None:
     teacher = _teacher(config, job, objective, vocab_size)
     sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
-    training = TrainingRun.open(config, job, trainer, evaluator)
+    training = TrainingRun.open(config, job, trainer, evaluator, profiler)
     if resume:
         training.resume()
     training.hand_over(sampler, probe)

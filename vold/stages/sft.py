@@ -15,10 +15,11 @@ from vold.stages.job import open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
 from vold.trainer.engine import Trainer
+from vold.trainer.step_profiler import StepProfiler
 
 
-def run(config: SftConfig, *, resume: bool = False) -> None:
-    """Train, evaluate and save as the config says; ends with run_dir/model."""
+def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
     if config.max_tokens > config.microbatch_tokens:
         raise ValueError(
             f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
@@ -34,7 +35,7 @@ def run(config: SftConfig, *, resume: bool = False) -> None:
         config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
-    training = TrainingRun.open(config, job, trainer, evaluator)
+    training = TrainingRun.open(config, job, trainer, evaluator, profiler)
     sampler = probe = None
     if training.evaluates_after(config.steps - 1):
         sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)

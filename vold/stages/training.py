@@ -12,9 +12,10 @@ from vold.models.checkpoint_dir import export_checkpoint
 from vold.parallel.together import any_rank
 from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator, summarise
-from vold.stages.job import Job, peak_memory_gib
+from vold.stages.job import Job
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
+from vold.trainer.step_profiler import StepProfiler
 
 
 @dataclass
@@ -28,11 +29,15 @@ class TrainingRun:
     checkpoints: Checkpoints
     done: int = 0  # completed steps
     asked_to_stop: bool = False
+    profiler: StepProfiler | None = None  # then nothing is saved or exported
 
     @classmethod
-    def open(cls, config: TrainConfig, job: Job, trainer: Trainer, evaluator: Evaluator) -> TrainingRun:
+    def open(
+        cls, config: TrainConfig, job: Job, trainer: Trainer, evaluator: Evaluator, profiler: StepProfiler | None
+    ) -> TrainingRun:
         checkpoints = Checkpoints(config.run_dir, job.layout, config.keep_checkpoints, asynchronous=config.save_async)
-        return cls(config, job, trainer, evaluator, checkpoints)
+        trainer.phases = job.log.phase
+        return cls(config, job, trainer, evaluator, checkpoints, profiler=profiler)
 
     def resume(self) -> None:
         """Continue after the latest checkpoint; from the start when none was saved yet."""
@@ -73,10 +78,11 @@ class TrainingRun:
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
             metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
-        metrics["peak_memory_gib"] = peak_memory_gib(self.job.layout.device)
-        self.job.log.write(done, metrics, rows)
+        row = self.job.log.write(done, metrics, rows)
         stop = any_rank(self.asked_to_stop, self.job.layout.device)
-        if done == total or stop or (self.config.save_every and done % self.config.save_every == 0):
+        if self.profiler:
+            self.profiler.step(row)
+        elif done == total or stop or (self.config.save_every and done % self.config.save_every == 0):
             self.checkpoints.save(self.trainer, done)
         else:
             self.checkpoints.poll()
@@ -87,6 +93,8 @@ class TrainingRun:
 
     def export(self) -> None:
         """The trained model as an ordinary checkpoint directory: run_dir/model."""
+        if self.profiler:
+            return self.job.log.close()
         target = self.config.run_dir / "model"
         if not self.job.from_writer(target.exists()):
             weights = self.trainer.weights()

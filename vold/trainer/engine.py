@@ -27,6 +27,7 @@ from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
 from vold.trainer.flops import sequence_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
+from vold.trainer.phases import Phases
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
@@ -55,6 +56,7 @@ class Trainer:
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self._vision: FrozenVisionTower | None = None
+        self.phases = Phases()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,8 @@ class Trainer:
         """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
         batch = batch_to(batch, self._layout.device)
         tallies = self.accumulate_gradients(batch)
-        grad_norm = self._update()
+        with self.phases("optimizer"):
+            grad_norm = self._update()
         report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
@@ -72,7 +75,9 @@ class Trainer:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss)
+        forward = partial(self.phases, "student_forward")
+        with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
+            return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss, timed=forward)
 
     def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group."""

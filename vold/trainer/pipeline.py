@@ -6,6 +6,7 @@ T packed tokens, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -35,17 +36,19 @@ def run_pipeline(
     *,
     forward_only: bool = False,
     vision: FrozenVisionTower | None = None,
+    timed: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[ResultT]:
     """`head`'s result of each micro-batch, in order; an empty list off the last stage.
 
     All ranks of one model copy pass the same micro-batches. `vision` is needed on the first stage where they hold
-    images. Without `forward_only`, gradients are reduced over all groups when it returns.
+    images. `timed` is entered around every forward pass. Without `forward_only`, gradients are reduced over all groups
+    when it returns.
     """
     if not micro_batches:
         return []
     fed = [*micro_batches, *_fillers(len(micro_batches), layout)]
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, head, vision),
+        forward_step_func=partial(_forward_step, head, vision, timed),
         data_iterator=[iter(fed) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(fed),
@@ -85,14 +88,16 @@ def _fillers(count: int, layout: Layout) -> list[MicroBatch]:
     return [micro_batch_to(filler(), layout.device)] * missing
 
 
-def _forward_step(head: Head, vision: FrozenVisionTower | None, batches: Iterator[MicroBatch], chunk: nn.Module):
+def _forward_step(head: Head, vision, timed, batches: Iterator[MicroBatch], chunk: nn.Module):
     batch = next(batches)
-    return hidden_states(chunk, batch.tokens, vision), partial(_head_step, head, batch)
+    with timed():
+        return hidden_states(chunk, batch.tokens, vision), partial(_head_step, head, timed, batch)
 
 
-def _head_step(head: Head, batch: MicroBatch, hidden_TD: Tensor):
+def _head_step(head: Head, timed, batch: MicroBatch, hidden_TD: Tensor):
     """Megatron divides gradients by the token count that a loss returns; ours is inside the weights. Returning 0
     tokens is its "do not divide". (calculate_per_token_loss=True keeps it from dividing by the micro-batch count and
     makes data parallelism sum, not average.)"""
-    loss, result = head(batch, hidden_TD)
+    with timed():
+        loss, result = head(batch, hidden_TD)
     return loss, torch.zeros((), dtype=torch.int, device=hidden_TD.device), result

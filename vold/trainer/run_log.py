@@ -6,8 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
+from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
@@ -31,7 +31,7 @@ class RunLog:
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="")
-        self._seconds: dict[str, float] = {}
+        self.phase = Phases()
         self._step_started = time.perf_counter()
 
     def open(self, *, resume: bool) -> None:
@@ -53,28 +53,22 @@ class RunLog:
                 _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._progress.update(self._task, completed=step)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds inside to this step's `seconds_<name>`."""
-        started = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def write(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> None:
-        """Append one finished step (1-based) and move the progress line."""
+    def write(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
+        """Append one finished step (1-based) and move the progress line. Returns this rank's row: seconds and memory
+        are its own."""
+        phases = self.phase.read()
         now = time.perf_counter()
         seconds, self._step_started = now - self._step_started, now
-        row = {"step": step, "seconds": seconds, **metrics}
-        row |= {f"seconds_{name}": value for name, value in self._seconds.items()}
+        row = {"step": step, "seconds": seconds, **metrics, **phases, "peak_memory_gib": self.phase.peak_gib}
         if "response_tokens" in metrics:
             row["tokens_per_second"] = metrics["response_tokens"] / seconds
         if self._peak_flops and "train_tflop" in metrics:
-            row["mfu"] = metrics["train_tflop"] * 1e12 / self._seconds["train"] / self._peak_flops
-        self._seconds = {}
+            row["mfu"] = metrics["train_tflop"] * 1e12 / row["seconds_train"] / self._peak_flops
         if self._writer:
             _append(self.path / "metrics.jsonl", [row])
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._progress.update(self._task, completed=step, note=progress_note(row))
+        return row
 
     def close(self) -> None:
         self._progress.stop()

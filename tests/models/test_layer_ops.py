@@ -1,0 +1,133 @@
+"""Liger's and flash-attn's pieces give the numbers torch's give: each piece, and the whole model through all of them.
+
+On a CPU, Liger's Triton kernels run through the interpreter, in a process of their own: TRITON_INTERPRET has to be set
+before the first `import triton`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from vold.models import layer_ops, layers
+from vold.models.architecture import Architecture
+from vold.models.language_model import build_language_model, hidden_states
+from vold.models.layer_ops import LayerOps, sdpa_attention
+from vold.models.weights import load_pretrained
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LIGER = importlib.util.find_spec("liger_kernel") is not None
+runs_liger = pytest.mark.skipif(
+    not LIGER or not (CUDA or INTERPRETED), reason="needs liger-kernel, and CUDA or Triton's interpreter"
+)
+TORCH_OPS = LayerOps(layer_ops.torch_rms_norm, layer_ops.torch_swiglu, layer_ops.torch_rope, sdpa_attention)
+LIGER_OPS = LayerOps(layer_ops.liger_rms_norm, layer_ops.liger_swiglu, layer_ops.liger_rope, sdpa_attention)
+
+
+@pytest.fixture(autouse=True)
+def interpreter_speaks_libdevice(monkeypatch):
+    """What Triton's interpreter lacks of a compiled launch: float arguments as fp32 scalars, libdevice's rsqrt."""
+    if not (INTERPRETED and LIGER):
+        return
+    import liger_kernel.ops.rms_norm as norm
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument):
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    monkeypatch.setattr(norm, "rsqrt", lambda x: tl.math.rsqrt(x))  # looked up late: the interpreter patches it
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE).requires_grad_()
+
+
+def cases():
+    """piece, arguments that need a gradient, the others; shapes on and off the kernels' block edges."""
+    for width in (64, 100):
+        yield pytest.param("rms_norm", (draw(7, 1, width), draw(width, seed=1)), (1e-6,), id=f"norm-{width}")
+        yield pytest.param("swiglu", (draw(7, 1, 2 * width),), (), id=f"swiglu-{width}")
+    for heads, groups in ((4, 2), (3, 3)):
+        angles = draw(7, 1, 1, 16, seed=2).detach().repeat(1, 1, 1, 2)
+        q_and_k = (draw(7, 1, heads, 32), draw(7, 1, groups, 32, seed=1))
+        yield pytest.param("rope", q_and_k, (angles.cos(), angles.sin()), id=f"rope-{heads}-{groups}")
+
+
+@runs_liger
+@pytest.mark.parametrize(("piece", "inputs", "others"), cases())
+def test_liger_agrees_with_torch(piece, inputs, others):
+    found = {}
+    for name, ops in (("liger", LIGER_OPS), ("torch", TORCH_OPS)):
+        outs = getattr(ops, piece)(*(x * 1 for x in inputs), *others)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        upstream = [draw(*out.shape, seed=3 + i).detach() for i, out in enumerate(outs)]
+        found[name] = (*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, upstream))
+    for ours, expected in zip(found["liger"], found["torch"], strict=True):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@runs_liger
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
+def test_a_model_through_liger_has_transformers_gradients(family, tmp_path, layout, monkeypatch):
+    """qwen3: norms on queries and keys; qwen2.5-vl: biases, three-axis rotation with images' positions."""
+    monkeypatch.setattr(layers, "layer_ops", lambda device, dtype: LIGER_OPS)
+    reference = tiny.FAMILIES[family]()
+    directory = tiny.save(reference, tmp_path / "c")
+    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
+    load_pretrained(model, directory)
+    rows = [tiny.text_row(9), tiny.text_row(5, seed=2)]
+    upstream = [draw(len(row.ids), tiny.VOCAB, seed=i).detach() for i, row in enumerate(rows)]
+    reference.to(DEVICE)
+    for row, up in zip(rows, upstream, strict=True):
+        reference(row.ids[None].to(DEVICE)).logits[0].backward(up)
+    tokens = tiny.pack(rows)
+    tokens = type(tokens)(
+        tokens.input_ids_T.to(DEVICE), tokens.position_ids_3T.to(DEVICE), tokens.cu_seqlens.to(DEVICE)
+    )
+    (hidden_states(model, tokens) @ model.head_weight().T).backward(torch.cat(upstream))
+    error, name = tiny.worst_gradient_error(model, reference)
+    assert error <= 1e-5, name
+
+
+def test_one_choice_for_a_device_and_a_dtype(monkeypatch):
+    installed = set()
+    monkeypatch.setattr(layer_ops, "_installed", lambda package: package in installed)
+    choose = layer_ops.layer_ops.__wrapped__  # without its cache
+    assert str(choose("cpu", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention sdpa"
+    assert str(choose("cuda", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention varlen"
+    installed |= {"liger_kernel", "flash_attn"}
+    assert str(choose("cpu", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention sdpa"
+    assert str(choose("cuda", torch.bfloat16)) == "rms_norm liger, swiglu liger, rope liger, attention flash"
+    assert str(choose("cuda", torch.float32)) == "rms_norm liger, swiglu liger, rope liger, attention sdpa"
+
+
+def test_norm_weights_keep_their_names_and_their_sequence_parallel_mark(tmp_path, layout):
+    directory = tiny.save(tiny.qwen3(), tmp_path / "c")
+    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
+    names = [name for name, p in model.named_parameters() if hasattr(p, "sequence_parallel")]
+    assert sum("layernorm" in name for name in names) == 2 * 4 + 1
+    assert not any("activation" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.skipif(INTERPRETED or CUDA or not LIGER, reason="tested directly already, or liger-kernel is missing")
+def test_interpreted():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and " passed, 1 skipped" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,122 @@
+"""Our decoding loop draws what transformers' `generate` draws, and its log-probabilities are the model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from vold.config.schema import SamplingConfig
+from vold.records import Prompt
+from vold.rollout import TransformersSampler, decode
+
+GREEDY = SamplingConfig(max_new_tokens=21, temperature=0.0)
+SAMPLED = SamplingConfig(max_new_tokens=21, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_student_dir) -> TransformersSampler:
+    sampler = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():  # untrained logits are flat: ties would be decided by rounding
+        for name, parameter in sampler._model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(3)
+    return sampler
+
+
+def prompts(count: int = 4) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 9, 5, 14, 7, 2][:count]
+    return [Prompt(str(n), tuple(torch.randint(5, 50, (n,), generator=generator).tolist()), "") for n in lengths]
+
+
+def with_image(tmp_path) -> Prompt:
+    from PIL import Image
+
+    from vold.miniature.tokenizer import CLOSE, IMAGE, OPEN, TOKEN_ID
+
+    Image.new("RGB", (196, 28), (200, 30, 90)).save(tmp_path / "a.png")
+    ids = (7, TOKEN_ID[OPEN], TOKEN_ID[IMAGE], TOKEN_ID[CLOSE], 8, 9)
+    return Prompt("image", ids, "", images=(tmp_path / "a.png",))
+
+
+def generated(sampler: TransformersSampler, prompt: Prompt, config: SamplingConfig) -> list[int]:
+    """The greedy response of transformers' own loop, one prompt at a time."""
+    inputs = sampler._inputs([prompt])
+    vocabulary = sampler._vocabulary
+    real = list(range(vocabulary.real, sampler._model.get_output_embeddings().weight.shape[0]))
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(vocabulary.stop),
+        pad_token_id=0,
+        suppress_tokens=[*real, *vocabulary.banned],
+    )
+    out = sampler._model.generate(**inputs, generation_config=settings)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_greedy_ids_are_those_of_generate(sampler, tmp_path):
+    """Left-padded in one batch, with an image in it; responses that end early leave the batch."""
+    asked = [*prompts(), with_image(tmp_path)]
+    for rollout in sampler.sample(asked, GREEDY, responses=1, seed=0):
+        assert list(rollout.response_ids) == generated(sampler, rollout.prompt, GREEDY)
+
+
+def test_recorded_logprobs_are_the_models(sampler, tmp_path):
+    """Siblings share one reading of their prompt; the model reads each whole sequence alone."""
+    rollouts = sampler.sample([*prompts(), with_image(tmp_path)], SAMPLED, responses=3, seed=1)
+    assert [r.prompt.id for r in rollouts[:6]] == ["3"] * 3 + ["9"] * 3
+    assert len({r.response_ids for r in rollouts[:3]}) == 3
+    for rollout in rollouts:
+        expected = sampler.score(rollout.prompt, rollout.response_ids)
+        torch.testing.assert_close(torch.tensor(rollout.logp_rollout), torch.tensor(expected), rtol=0, atol=2e-5)
+
+
+def test_the_batch_size_of_a_call_changes_no_greedy_response(sampler):
+    whole = sampler.sample(prompts(6), GREEDY, responses=2, seed=0)
+    parts = sampler.sample(prompts(6), GREEDY.model_copy(update={"sequences_per_call": 5}), responses=2, seed=0)
+    assert [r.response_ids for r in whole] == [r.response_ids for r in parts]
+
+
+def test_finished_responses_leave_the_batch(sampler, monkeypatch):
+    """Every id stops: after the first look for finished responses nothing is left to draw."""
+    rows = []
+    forward = sampler._model.forward
+
+    def watched(*args, **kwargs):
+        rows.append(kwargs["input_ids"].shape[0])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(sampler._model, "forward", watched)
+    everything = replace(sampler._vocabulary, stop=tuple(range(sampler._vocabulary.real)))
+    monkeypatch.setattr(sampler, "_vocabulary", everything)
+    rollouts = sampler.sample(prompts(2), SAMPLED, responses=3, seed=0)
+    assert all(len(r.response_ids) == 1 and r.finish_reason == "stop" for r in rollouts)
+    assert rows == [2] + [6] * (decode.SWEEP_EVERY - 1)  # two prompts read once, then six responses until the look
+
+
+def test_padded_and_banned_ids_are_never_drawn_and_the_seed_decides(sampler):
+    config = SAMPLED.model_copy(update={"temperature": 5.0})
+    first, again, other = (sampler.sample(prompts(), config, responses=8, seed=seed) for seed in (3, 3, 4))
+    assert [r.response_ids for r in first] == [r.response_ids for r in again] != [r.response_ids for r in other]
+    drawn = {token for rollout in first for token in rollout.response_ids}
+    assert max(drawn) < sampler._vocabulary.real and not drawn & set(sampler._vocabulary.banned)
+
+
+def test_top_k_restricts_the_draw_but_not_the_logprob(sampler):
+    config = SAMPLED.model_copy(update={"top_k": 1})
+    greedy = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
+    chosen = sampler.sample(prompts(), config, responses=1, seed=7)
+    assert [r.response_ids for r in chosen] == [r.response_ids for r in greedy]
+    assert chosen[0].logp_rollout == pytest.approx(greedy[0].logp_rollout, abs=1e-5) and min(chosen[0].logp_rollout) < 0
+
+
+def test_the_cache_grows_beyond_its_room(monkeypatch, sampler):
+    expected = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
+    monkeypatch.setattr(decode.RoomyLayer, "ROOM", 2)
+    assert [r.response_ids for r in sampler.sample(prompts(), GREEDY, responses=1, seed=0)] == [
+        r.response_ids for r in expected
+    ]

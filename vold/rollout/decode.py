@@ -1,0 +1,167 @@
+"""Sampling from a transformers model, cheaper than its own `generate` where many responses share a prompt: the prompt
+is read once for all its responses, finished responses leave the batch, shared key heads are never repeated, and the
+log-probability of each drawn token is kept on the way.
+
+R responses side by side, W prompt width (left-padded), S new tokens at most, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    Cache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from vold.config.schema import SamplingConfig
+
+GROUPED_SDPA = "vold_grouped_sdpa"
+SWEEP_EVERY = 8  # steps between two looks for finished responses, each a wait for the device
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What may be drawn: ids below `real` that are not `banned`; one of `stop` ends a response."""
+
+    real: int
+    banned: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    copies: Sequence[int],
+    config: SamplingConfig,
+    allowed: Vocabulary,
+) -> tuple[Tensor, Tensor]:
+    """Draws `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) from the
+    global generator. Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the sampling
+    temperature, before top-p and top-k; what stands after a response's first stop token has no meaning.
+    """
+    prompt_of_R = torch.arange(len(copies)).repeat_interleave(torch.tensor(copies)).to(inputs["input_ids"].device)
+    cache, logits_PV, next_position_P = _read_prompts(model, inputs)
+    cache.batch_select_indices(prompt_of_R)
+    logits_RV, position_R = logits_PV[prompt_of_R], next_position_P[prompt_of_R]
+    seen_RW = inputs["attention_mask"][prompt_of_R].bool()
+
+    rows, steps = len(prompt_of_R), config.max_new_tokens
+    ids_RS = torch.zeros(rows, steps, dtype=torch.int64, device=logits_RV.device)
+    logp_RS = torch.zeros(rows, steps, dtype=torch.float32, device=logits_RV.device)
+    row_of_R = torch.arange(rows, device=logits_RV.device)  # which response each row of the batch still draws
+    stop = torch.tensor(allowed.stop, device=logits_RV.device)
+    finished_R = torch.zeros(rows, dtype=torch.bool, device=logits_RV.device)
+    warp = _warpers(config)
+    for step in range(steps):
+        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, allowed)
+        ids_RS[row_of_R, step], logp_RS[row_of_R, step] = drawn_R, drawn_logp_R
+        finished_R |= torch.isin(drawn_R, stop)
+        if step + 1 == steps:
+            break
+        if step % SWEEP_EVERY == SWEEP_EVERY - 1:
+            alive = (~finished_R).nonzero()[:, 0]
+            if not len(alive):
+                break
+            if len(alive) < len(row_of_R):
+                cache.batch_select_indices(alive)
+                row_of_R, drawn_R, position_R, seen_RW = (x[alive] for x in (row_of_R, drawn_R, position_R, seen_RW))
+                finished_R = finished_R[alive]
+        seen_RW = torch.nn.functional.pad(seen_RW, (0, 1), value=True)
+        out = model(
+            input_ids=drawn_R[:, None],
+            attention_mask=seen_RW[:, None, None, :],
+            position_ids=position_R[:, None],
+            past_key_values=cache,
+        )
+        logits_RV, position_R = out.logits[:, -1], position_R + 1
+    return ids_RS, logp_RS
+
+
+def _read_prompts(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, Tensor, Tensor]:
+    """(cache, logits [P, V] after each prompt, position [P] of the token that follows it)."""
+    cache, mask_PW = Cache(layer_class_to_replicate=RoomyLayer), inputs["attention_mask"]
+    position_P = mask_PW.sum(-1)
+    if "pixel_values" in inputs:  # the model finds image positions itself, and says by how much they shift the text
+        out = model(**inputs, past_key_values=cache, logits_to_keep=1)
+        position_P = position_P + model.base_model.rope_deltas.view(-1)
+    else:
+        positions_PW = (mask_PW.cumsum(-1) - 1).clamp_min(0)
+        out = model(**inputs, position_ids=positions_PW, past_key_values=cache, logits_to_keep=1)
+    return cache, out.logits[:, -1], position_P
+
+
+def _draw(logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, allowed: Vocabulary):
+    """One token a row with its log-probability; the most probable one at temperature 0."""
+    logits_RV = logits_RV[:, : allowed.real].float()
+    logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
+    scores_RV = logp_RV
+    if allowed.banned:
+        banned = torch.tensor(allowed.banned, device=logp_RV.device)
+        scores_RV = logp_RV.index_fill(1, banned, -torch.inf)
+    drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1)[:, 0] if temperature else scores_RV.argmax(-1)
+    return drawn_R, logp_RV.gather(1, drawn_R[:, None])[:, 0]
+
+
+def _warpers(config: SamplingConfig) -> LogitsProcessorList:
+    found = LogitsProcessorList()
+    if config.top_k:
+        found.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1.0:
+        found.append(TopPLogitsWarper(config.top_p))
+    return found
+
+
+class RoomyLayer(DynamicLayer):
+    """transformers' growing cache, but a token is written into room left for it: the parent copies all keys and values
+    for every new token."""
+
+    ROOM = 64  # tokens
+    _buffers: tuple[Tensor, Tensor] | None = None  # keys and values are the front of these
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(key_states, value_states)  # the prompt
+        length, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._buffers is None or self._buffers[0].shape[2] < total:
+            self._buffers = tuple(_with_room(kept, total + self.ROOM) for kept in (self.keys, self.values))
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, length:total] = new
+        self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+
+def _with_room(kept_BKLH: Tensor, length: int) -> Tensor:
+    buffer = kept_BKLH.new_empty(*kept_BKLH.shape[:2], length, kept_BKLH.shape[3])
+    buffer[:, :, : kept_BKLH.shape[2]] = kept_BKLH
+    return buffer
+
+
+def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """For one new token a row, the query heads that share a key head are queries of that head: transformers repeats
+    keys and values instead, which at this point of the loop costs more than attention itself."""
+    rows, heads, new, width = query.shape
+    if new > 1 or heads == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.view(rows, key.shape[1], -1, width)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return out.view(rows, 1, heads, width), None
+
+
+AttentionInterface.register(GROUPED_SDPA, _grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

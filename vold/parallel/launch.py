@@ -97,6 +97,8 @@ def initialise(
     """
     facts = LaunchFacts.from_environment()
     _check_sizes(facts.world, tp, pp, vpp, sp)
+    if tp > 1:  # Megatron asks for it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
     _start_world(facts, timeout_seconds)
     _build_groups(tp, pp, vpp, timeout_seconds)

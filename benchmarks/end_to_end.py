@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
+from typing import TextIO
 
 import torch
 
@@ -92,9 +92,10 @@ class Job:
 
 
 class Turn:
-    """One worker's side: times its steps and waits between them."""
+    """One worker's side: times its steps, reports them on `out` and waits between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self.work: dict[str, object] = {}
         self._started, self._cpu = perf_counter(), process_time()
 
@@ -106,7 +107,7 @@ class Turn:
 
     def over(self, **more: object) -> None:
         spent = {"seconds": perf_counter() - self._started, "cpu_seconds": process_time() - self._cpu}
-        print(json.dumps({**spent, **self.work, **more}), flush=True)
+        print(json.dumps({**spent, **self.work, **more}), file=self._out, flush=True)
         if not sys.stdin.readline():  # the parent has what it wanted
             raise SystemExit
         self._started, self._cpu = perf_counter(), process_time()
@@ -242,18 +243,9 @@ RUNNERS = {OURS: run_vold, PEER: run_trl}
 
 
 def work(trainer: str, job: Job) -> None:
-    """Body of a worker process. Its own standard output belongs to the parent."""
-    turn = Turn()
-    sys.stdout, out = sys.stderr, sys.stdout
-
-    def over(**more: object) -> None:
-        sys.stdout = out
-        try:
-            Turn.over(turn, **more)
-        finally:
-            sys.stdout = sys.stderr
-
-    turn.over = over
+    """Body of a worker process. Its standard output belongs to the parent; what libraries print is for people."""
+    turn = Turn(sys.stdout)
+    sys.stdout = sys.stderr
     RUNNERS[trainer](job, turn)
 
 
@@ -381,7 +373,7 @@ def main() -> None:
     options = _options()
     if options.worker:
         return work(options.worker, Job(**json.loads(options.job)))
-    known = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), int(os.environ["OMP_NUM_THREADS"]))
+    known = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads())
     found = []
     with tempfile.TemporaryDirectory() as folder:
         student, data = (options.student, options.data) if options.student else untrained_world(Path(folder))

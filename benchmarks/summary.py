@@ -33,6 +33,8 @@ def write(folder: Path) -> None:
         parts += _run(read_rows(path), path)
     if not (folder / "kernels-cuda.csv").exists():
         parts += ["## GPU", "", "Not measured. On a machine with a GPU: `make bench`.", ""]
+    if (folder / "filtered.csv").exists():
+        parts += _filtered(read_rows(folder / "filtered.csv"))
     if (folder / "aot.csv").exists():
         parts += _aot(read_rows(folder / "aot.csv"))
     (folder / "SUMMARY.md").write_text("\n".join(parts))
@@ -95,6 +97,22 @@ def _cell(common: Row, members: list[Row]) -> list[str]:
     missing = [f"{row['provider']} ({row['reason']})" for row in members if row["status"] != "measured"]
     parts += ["", verdict(members), ""]
     return parts + ([f"Not available: {', '.join(missing)}.", ""] if missing else [])
+
+
+def _filtered(found: list[Row]) -> list[str]:
+    first = found[0]
+    parts = ["## The filtered backward, before and after training", ""]
+    parts += [
+        f"`python -m benchmarks.filtered`, {first['device']}, torch {first['torch']}, commit `{first['commit']}`,"
+    ]
+    parts += [
+        f"{first['started']}. Mean p: of the trained head's targets; errors: relative, against the exact pass.",
+        "",
+    ]
+    keys = ("mean_p", "filter_eps", "columns_kept", "dropped_mass", "d_hidden_error", "d_weight_error")
+    header = [key.replace("_", " ") for key in keys]
+    parts += [_line([*header, "median s", "÷ exact"]), _line(["---"] * (len(keys) + 2))]
+    return [*parts, *(_line([row[key] for key in (*keys, "median_s", "over_exact")]) for row in found), ""]
 
 
 def _aot(found: list[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from vold.data.prompts import build_prompts
 from vold.data.traces import write_traces
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout
-from vold.rollout import TransformersSampler
+from vold.rollout import open_sampler
 from vold.stages.job import open_job
 
 
@@ -29,7 +29,7 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
         path = config.run_dir / "traces" / f"shard-{number:05d}.parquet"
         if path.exists():
             continue
-        sampler = sampler or TransformersSampler(config.teacher, dtype=job.dtype, device=job.layout.device)
+        sampler = sampler or open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
         with job.log.phase("rollout"):
             rollouts = sampler.sample(shard, config.sampling, responses=1, seed=config.seed * 1_000_003 + number)
         kept = [rollout for rollout in rollouts if _keeps(rollout, config.max_tokens)]

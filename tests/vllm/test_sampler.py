@@ -50,15 +50,17 @@ def pair(tiny_student_dir, layout):
     return vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
 
 
-def other_weights(checkpoint: Path, seed: int, *, spread: float = 0.1) -> list[tuple[str, torch.Tensor]]:
-    """Every weight but the vision tower's, changed: as `Trainer.weights` streams them."""
+def other_weights(checkpoint: Path, seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Every weight but the vision tower's, changed: as `Trainer.weights` streams them, a tied head by its own name."""
     model = TransformersSampler(checkpoint, dtype=torch.float32, device=CPU)._model
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (name, weight.detach() + spread * torch.randn(weight.shape, generator=generator))
-        for name, weight in model.named_parameters(remove_duplicate=False)
+    changed = {
+        name: weight.detach() + 0.1 * torch.randn(weight.shape, generator=generator)
+        for name, weight in model.named_parameters()
         if "visual" not in name
-    ]
+    }
+    embedding = next(weight for name, weight in changed.items() if name.endswith("embed_tokens.weight"))
+    return list(({"lm_head.weight": embedding} | changed).items())
 
 
 def agree(pair, prompts) -> list[tuple[int, ...]]:

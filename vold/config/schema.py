@@ -65,12 +65,13 @@ class VllmConfig(Strict):
     """vLLM's own settings, where `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
 
     urls: tuple[str, ...] = ()  # http://host:port of each engine; empty: inside the process
-    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 8.0  # memory for keys and values, of an engine inside the process
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 8.0  # an engine's memory for keys and values
     max_model_len: Positive | None = None  # prompt, image and response tokens; the model's own limit when absent
     enforce_eager: bool = False  # no CUDA graphs: less memory, slower decoding
     weights_dir: Path = Path("/dev/shm")  # where new weights lie until every engine of `urls` has read them
     timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds an engine of `urls` may take for one request
     retries: NonNegative = 2  # how often a request that failed is sent to another engine
+    restart_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # how long to wait for one when none of `urls` answers
 
 
 class EngineConfig(Strict):

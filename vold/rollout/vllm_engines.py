@@ -57,6 +57,22 @@ class Engines(Protocol):
         ...
 
 
+def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[str, Any]:
+    """vLLM's engine arguments, wherever the engine runs."""
+    return {
+        "model": str(checkpoint),
+        "dtype": dtype,
+        "max_model_len": settings.max_model_len,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+        "enforce_eager": settings.enforce_eager,
+        # vLLM 0.32 rewinds a seeded request's generator after each part of a prompt but the last: CPUs have no rewind.
+        "enable_chunked_prefill": None if torch.cuda.is_available() else False,
+        "generation_config": "vllm",
+        "limit_mm_per_prompt": {"video": 0},
+        "worker_extension_cls": WORKER,
+    }
+
+
 class ColocatedEngine:
     """vLLM in this process, on the device the rank trains on. Weights are handed over as live tensors."""
 
@@ -66,17 +82,10 @@ class ColocatedEngine:
             from vllm import LLM
 
             self._llm = LLM(
-                str(checkpoint),
-                dtype=str(dtype).removeprefix("torch."),
-                enforce_eager=settings.enforce_eager,
-                max_model_len=settings.max_model_len,
-                kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+                **engine_options(checkpoint, settings, str(dtype).removeprefix("torch.")),
                 # Several ranks: each has an engine of its own in the trainer's process group.
                 distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
-                generation_config="vllm",
-                worker_extension_cls=WORKER,
                 disable_log_stats=True,
-                limit_mm_per_prompt={"video": 0},
             )
             # Its clean-up destroys every process group of the process, the trainer's too.
             self._llm.llm_engine.engine_core._finalizer.detach()
@@ -93,7 +102,7 @@ class ColocatedEngine:
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See Engines."""
-        self._llm.collective_rpc("load_policy", args=(named_weights, version))
+        self._llm.collective_rpc("load_policy", args=(named_weights,))
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():

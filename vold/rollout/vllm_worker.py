@@ -22,11 +22,13 @@ GREEDY_BELOW = 1e-5
 class PolicyWorker:
     """Called by name through `collective_rpc`; `self.model_runner` is vLLM's."""
 
-    policy_version = -1  # of the checkpoint the engine was started from
+    _prepared = False
 
     def prepare_policy(self, real_ids: int) -> None:
-        """Once, after start: ids from `real_ids` on get no probability, and log-probs are at each request's own
+        """Before the first request: ids from `real_ids` on get no probability, and log-probs are at each request's own
         temperature, before top-p and top-k."""
+        if self._prepared:
+            return
         model, sampler = self.model_runner.get_model(), self.model_runner.sampler
         if not isinstance(sampler, nn.Module):
             raise ValueError("vLLM's second model runner has no sampler module; set VLLM_USE_V2_MODEL_RUNNER=0")
@@ -36,18 +38,15 @@ class PolicyWorker:
         sampler.register_forward_pre_hook(_at_its_temperature, with_kwargs=True)
         if len(heads) != 1:
             raise ValueError(f"vLLM's {type(model).__name__} has {len(heads)} LogitsProcessor modules, not one")
+        self._prepared = True
 
-    def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str, version: int) -> None:
+    def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str) -> None:
         """In place, layer by layer, by transformers' names: from a stream, or from the safetensors files of a
-        directory. What the stream leaves out (a frozen vision tower) stays as it is."""
+        directory. What is left out (a frozen vision tower) stays as it is. Caches are the caller's to empty."""
         if isinstance(named_weights, str):
-            named_weights = _read_directory(Path(named_weights))
+            tied = self.model_runner.model_config.hf_text_config.tie_word_embeddings
+            named_weights = _read_directory(Path(named_weights), tied)
         self.model_runner.reload_weights(weights_iterator=iter(named_weights))
-        self.policy_version = version
-
-    def get_policy_version(self) -> dict[str, int]:
-        """{"version": of the weights in use}."""
-        return {"version": self.policy_version}
 
 
 def _only_real(logits: Tensor | None, real_ids: int) -> Tensor | None:
@@ -68,8 +67,11 @@ def _at_its_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple
     return args, kwargs
 
 
-def _read_directory(directory: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_directory(directory: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """vLLM wants a tied head by its own name too, or goes on with the old one."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 yield name, handle.get_tensor(name)
+                if tied and name.endswith("embed_tokens.weight"):
+                    yield "lm_head.weight", handle.get_tensor(name)

@@ -54,7 +54,6 @@ def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, ca
 
     long = SamplingConfig(max_new_tokens=128)
     undisturbed = vllm.sample(prompts * 20, long, responses=4, seed=0)
-    assert len({rollout.response_ids for rollout in undisturbed}) == len(undisturbed)
     killer = threading.Timer(0.5, engines[0].kill)  # in the midst of some seconds of work
     killer.start()
     assert vllm.sample(prompts * 20, long, responses=4, seed=0) == undisturbed, "nothing is lost, the seeds are kept"

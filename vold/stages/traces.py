@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vold.config.schema import TracesConfig
@@ -19,7 +20,8 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
     """Writes run_dir/traces/shard-*.parquet and a data card; finished shards are kept on --resume."""
     job = open_job(config, "traces", total=0, resume=resume)
     tokenizer = load_tokenizer(config.teacher)
-    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    asked = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    prompts = _unique(asked)
     size = config.prompts_per_shard
     shards = [(number, prompts[first : first + size]) for number, first in enumerate(range(0, len(prompts), size))]
     job.log.rewind(0)
@@ -39,8 +41,16 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
         job.log.write(number + 1, {"kept": len(kept), "sampled": len(shard), "response_tokens": tokens})
     counted = job.gather(counts)
     if job.is_writer:
-        _write_card(config, prompts, counted)
+        _write_card(config, len(prompts), len(asked) - len(prompts), counted)
     job.log.close()
+
+
+def _unique(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of those that read the same."""
+    first: dict[tuple, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault((prompt.token_ids, prompt.images), prompt)
+    return list(first.values())
 
 
 def _keeps(rollout: Rollout, max_tokens: int) -> bool:
@@ -49,13 +59,15 @@ def _keeps(rollout: Rollout, max_tokens: int) -> bool:
     return rollout.finish_reason == "stop" and length <= max_tokens
 
 
-def _write_card(config: TracesConfig, prompts: list[Prompt], counts: list[dict]) -> None:
+def _write_card(config: TracesConfig, prompts: int, duplicates: int, counts: list[dict]) -> None:
     card = {
         "teacher": str(config.teacher),
         "prompts": str(config.data.path),
-        "prompt_count": len(prompts),
+        "prompt_count": prompts,
+        "duplicates_removed": duplicates,
         "sampled_now": sum(count["sampled"] for count in counts),
         "kept_now": sum(count["kept"] for count in counts),
+        "engine": config.engine,
         "sampling": config.sampling.model_dump(),
         "max_tokens": config.max_tokens,
         "seed": config.seed,

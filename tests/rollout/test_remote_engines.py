@@ -80,6 +80,11 @@ def test_nobody_there_is_one_line(two, connect):
         connect(two)
 
 
+def test_no_place_for_weights_is_one_line(two, connect, tmp_path):
+    with pytest.raises(ValueError, match=r"rollout.vllm.weights_dir = .*/none is no directory"):
+        connect(two, weights_dir=tmp_path / "none")
+
+
 def test_a_wrong_request_stops_the_run_and_costs_no_engine(two, connect):
     remote = connect(two)
     for engine in two:

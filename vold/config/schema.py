@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Url = Annotated[str, Field(pattern=r"^https?://[^/]+$")]
 
 
 class Strict(BaseModel):
@@ -64,7 +65,7 @@ class SamplingConfig(Strict):
 class VllmConfig(Strict):
     """vLLM's own settings, where `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
 
-    urls: tuple[str, ...] = ()  # http://host:port of each engine; empty: inside the process
+    urls: tuple[Url, ...] = ()  # http://host:port of each engine; empty: inside the process
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 8.0  # an engine's memory for keys and values
     max_model_len: Positive | None = None  # prompt, image and response tokens; the model's own limit when absent
     enforce_eager: bool = False  # no CUDA graphs: less memory, slower decoding

@@ -49,6 +49,8 @@ class RemoteEngines:
     """Every rank has one and asks the same engines; rank 0 gives them their weights."""
 
     def __init__(self, checkpoint: Path, settings: VllmConfig):
+        if not settings.weights_dir.is_dir():
+            raise ValueError(f"rollout.vllm.weights_dir = {settings.weights_dir} is no directory; choose another")
         self._settings = settings
         self._real_ids = len(load_tokenizer(checkpoint))
         self._leads = not dist.is_initialized() or dist.get_rank() == 0
@@ -111,7 +113,7 @@ class RemoteEngines:
     def _end_turn(self, url: str) -> None:
         with self._lock:
             if url in self._running:
-                self._running[url] -= 1
+                self._running[url] = max(self._running[url] - 1, 0)  # 0 already when it was lost and is back
 
     def _drop(self, url: str, reason: Exception) -> None:
         with self._lock:
@@ -137,7 +139,7 @@ class RemoteEngines:
         try:
             if self._leads:
                 self._provide(url)
-            return _get(url, "/weight_info")["weight_version"] == self._label
+            return _get(url, "/weight_info").get("weight_version") == self._label
         except EngineFailed:
             return False
 
@@ -173,7 +175,7 @@ class RemoteEngines:
     def _provide(self, url: str) -> None:
         """Weights of this version, all three caches emptied, then the version's name: in this order, so that an engine
         that fails on the way never claims to be up to date."""
-        if _get(url, "/weight_info")["weight_version"] == self._label:
+        if _get(url, "/weight_info").get("weight_version") == self._label:
             return
         limit = self._settings.timeout
         _call_workers(url, "prepare_policy", [self._real_ids], limit)

@@ -25,17 +25,16 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
     size = config.prompts_per_shard
     shards = [(number, prompts[first : first + size]) for number, first in enumerate(range(0, len(prompts), size))]
     job.log.rewind(0)
-    sampler = None
+    paths = {number: config.run_dir / "traces" / f"shard-{number:05d}.parquet" for number, _ in shards}
+    missing = [(number, shard) for number, shard in job.share(shards) if not paths[number].exists()]
     counts = []
-    for number, shard in job.share(shards):
-        path = config.run_dir / "traces" / f"shard-{number:05d}.parquet"
-        if path.exists():
-            continue
-        sampler = sampler or open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
+    if any(job.gather([bool(missing)])):  # an engine is opened by all ranks, or by none
+        sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
+    for number, shard in missing:
         with job.log.phase("rollout"):
             rollouts = sampler.sample(shard, config.sampling, responses=1, seed=config.seed * 1_000_003 + number)
         kept = [rollout for rollout in rollouts if _keeps(rollout, config.max_tokens)]
-        write_traces(kept, path)
+        write_traces(kept, paths[number])
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         counts.append({"kept": len(kept), "sampled": len(shard)})
         job.log.write(number + 1, {"kept": len(kept), "sampled": len(shard), "response_tokens": tokens})

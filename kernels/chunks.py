@@ -26,8 +26,13 @@ class ChunkBudget:
     """Round logits to bf16: half the bytes and traffic, log-probs off by up to 2^-8 of the largest logit. Needs bf16
     inputs. The old and the new log-probs of a ratio must be made alike. (A CPU rounds too, but stores fp32.)"""
 
-    def resident_tokens(self, columns: int, itemsize: int) -> int:
-        return _tokens(self.resident_bytes, columns * itemsize, self.max_tokens)
+    def resident_tokens(self, columns: int, itemsize: int, total: int) -> int:
+        """Of each chunk of `total` tokens: as few chunks as fit, of about equal size (a short last one would cost a
+        whole pass over dW)."""
+        most = max(1, min(self.resident_bytes // (columns * itemsize), self.max_tokens))
+        each = -(-max(total, 1) // -(-max(total, 1) // most))
+        step = 128 if most >= 1024 else 16  # rows that the matmul libraries take at a time
+        return min(-(-each // step) * step, most)
 
     def tile(self, columns: int, itemsize: int) -> tuple[int, int]:
         """(tokens, columns) of one tile."""
@@ -37,7 +42,7 @@ class ChunkBudget:
 
 def default_budget(device: torch.device) -> ChunkBudget:
     """A GPU gets 2 GiB, 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows. A CPU gets
-    256 MiB, 384 of them, and tiles that its caches hold."""
+    256 MiB, 441 of them, and tiles that its caches hold."""
     if device.type == "cuda":
         return ChunkBudget(resident_bytes=2 << 30)
     return ChunkBudget(resident_bytes=256 << 20, tile_bytes=3 << 20, tile_columns=2048)

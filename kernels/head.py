@@ -32,8 +32,8 @@ class Head:
         """What logits are stored in: `dtype` unless the budget asks for bf16 on a GPU."""
         return torch.bfloat16 if self.budget.bf16_logits and matmuls.tensor_core(self.weight_UD) else self.dtype
 
-    def resident_tokens(self, rows: int) -> int:
-        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize)
+    def resident_tokens(self, rows: int, total: int) -> int:
+        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize, total)
 
     def buffer(self, tokens: int, columns: int) -> Tensor:
         return torch.empty(tokens * columns, dtype=self.logits_dtype, device=self.weight_UD.device)

@@ -141,7 +141,7 @@ def _one_pass(
     heads = [Head(x[1], options.shard, options.temperature, options.budget) for x in (student, teacher)]
     # The host waits here, once; chunks are those of the widest shard (see `linear_policy_loss._one_pass`).
     rows_n = (weight_N != 0).nonzero()[:, 0]
-    tokens = options.budget.resident_tokens(2 * options.shard.widest(), heads[0].dtype.itemsize)
+    tokens = heads[0].resident_tokens(2 * options.shard.widest(), len(rows_n))
     weight_n = weight_N[rows_n].to(heads[0].dtype)
     kl_n = torch.empty_like(weight_n)
     nowhere_N = torch.full_like(weight_N, -1, dtype=torch.int64)

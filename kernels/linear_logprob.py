@@ -64,7 +64,7 @@ def _recompute(
         d_logp_N = torch.zeros_like(d_entropy_N)
     rows_n = _rows_with_gradient(d_logp_N, d_entropy_N)
     gradients = HeadGradients(head, len(rows_n), wanted)
-    tokens = head.resident_tokens(head.shard.rows)
+    tokens = head.resident_tokens(head.shard.rows, len(rows_n))
     for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
         d_entropy_C = None if d_entropy_N is None else d_entropy_N[chunk.rows_C]
         gradients.add_(chunk, statistics.rows(chunk.rows_C), d_logp_N[chunk.rows_C], d_entropy_C)

@@ -119,7 +119,7 @@ def _one_pass(
     # How many rows are left is a shape, so the host waits here, once a step; `widest` (tp > 1) waits for nothing more.
     # Chunks are those of the widest shard, so that all ranks meet at the same ones.
     rows_n = ((terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)).nonzero()[:, 0]
-    tokens = head.resident_tokens(head.shard.widest())
+    tokens = head.resident_tokens(head.shard.widest(), len(rows_n))
     terms = _kept_terms(terms, rows_n, head.dtype)
     gradients = HeadGradients(head, len(rows_n), options.wanted)
     per_token = _empty_per_token(len(rows_n), terms.pg_weight_N)

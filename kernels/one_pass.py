@@ -76,17 +76,19 @@ def _exponentials(
 ) -> tuple[_Exponentials, Tensor]:
     tokens, local_target_C = len(hidden_CD), head.local(target_C)
     mass_CU = buffer[: tokens * head.shard.rows].view(tokens, head.shard.rows)
-    folded_4C, pull_CD, tops = head.new_statistics(tokens), torch.zeros_like(hidden_CD), []
-    for tile in slices(head.shard.rows, rows_torch.BLOCK):
+    folded_4C, pull_CD = head.new_statistics(tokens), torch.zeros_like(hidden_CD)
+    tiles = list(slices(head.shard.rows, rows_torch.BLOCK))
+    top_tC = hidden_CD.new_empty(len(tiles), tokens)
+    for tile, top_C in zip(tiles, top_tC, strict=True):
         weight_BD, mass_CB = head.weight_UD[tile].to(head.dtype), mass_CU[:, tile]
         head.logits_(mass_CB, hidden_CD, weight_BD)
         before_C = folded_4C[0].clone()
         rows_torch.exponentiate_(folded_4C, mass_CB, local_target_C, head.shard.real, tile.start)
-        tops.append(folded_4C[0].clone())
+        top_C.copy_(folded_4C[0])
         if gradients.wanted.hidden:
-            pull_CD *= (before_C - tops[-1]).exp()[:, None]
+            pull_CD *= (before_C - top_C).exp()[:, None]
             matmuls.hidden_gradient_(pull_CD, mass_CB, weight_BD, accumulate=True)
-    return _Exponentials(where, hidden_CD, local_target_C, mass_CU, torch.stack(tops), pull_CD), folded_4C
+    return _Exponentials(where, hidden_CD, local_target_C, mass_CU, top_tC, pull_CD), folded_4C
 
 
 def _add_gradient(

@@ -143,7 +143,7 @@ def _name_lost_ranks(error: RuntimeError) -> None:
     names = ", ".join(map(str, absent))
     print(
         f"vold (rank {os.environ.get('RANK', '0')}): rank {names} died or hangs (no answer for "
-        "parallel.timeout_seconds); the job ends, --resume continues after its latest checkpoint. What failed here: "
+        "timeout_seconds); the job ends, --resume continues after its latest checkpoint. What failed here: "
         + " ".join(str(error).split())[:200],
         file=sys.stderr,
         flush=True,

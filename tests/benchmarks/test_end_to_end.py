@@ -35,7 +35,7 @@ def test_trainers_take_turns_at_the_same_work(world):
     found = end_to_end.measure(job(world), names)
     assert [(row["trainer"], row["step"]) for row in found] == [(name, 1) for name in names]
     for row in found:
-        assert row["prompts"] == 2 and row["responses"] == 4 and row["seconds"] > 0
+        assert row["prompts"] == 2 and row["responses"] == 4 and row["seconds"] > 0 and row["cpu_seconds"] > 0
         assert row["response_tokens"] == row["gradient_tokens"] == 4 * 5
 
 
@@ -63,10 +63,14 @@ def test_responses_of_unequal_length_are_refused_even_when_both_agree():
 def test_table_gives_the_ratio_of_medians(tmp_path: Path):
     def made_up(name: str, seconds: float) -> dict:
         row = dict.fromkeys(COLUMNS, "made up") | {"work": EQUAL, "trainer": name, "seconds": seconds}
-        return row | {"response_tokens": 100, "gradient_tokens": 100}
+        return row | {"cpu_seconds": seconds / 2, "response_tokens": 100, "gradient_tokens": 100}
 
     rows = [made_up(OURS, s) for s in (1.0, 2.0, 9.0)] + [made_up(PEER, s) for s in (5.0, 4.0, 4.0)]
     write_rows(tmp_path / "made_up.csv", rows, COLUMNS)
     lines = end_to_end.table(read_rows(tmp_path / "made_up.csv")).splitlines()
-    assert any(line.startswith(f"| {EQUAL} | {OURS} | 3 | 2.00 ") and line.endswith("| 2.00 |") for line in lines)
-    assert any(line.startswith(f"| {EQUAL} | {PEER} | 3 | 4.00 ") and line.endswith("| 1.00 |") for line in lines)
+    assert any(
+        line.startswith(f"| {EQUAL} | {OURS} | 3 | 2.00 ") and line.endswith("| 2.00 | 2.00 |") for line in lines
+    )
+    assert any(
+        line.startswith(f"| {EQUAL} | {PEER} | 3 | 4.00 ") and line.endswith("| 1.00 | 1.00 |") for line in lines
+    )

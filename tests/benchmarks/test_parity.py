@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 
-LAYOUTS = ("tp2+sp", "pp2-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
+LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
 
 
 def test_layouts_equal_one_process_and_transformers(torchrun, tmp_path):

@@ -28,5 +28,5 @@ def arguments(tmp_path_factory, tiny_student_dir) -> list[str]:
         "save_every=2",
         "optimizer.warmup_steps=2",
         "evaluation.every=0",
-        "parallel.timeout_seconds=10",
+        "timeout_seconds=10",
     ]

@@ -54,9 +54,7 @@ def test_one_run_survives_everything(arguments, tmp_path):
     # killed in a step: the others end within the time-out and say who
     codes, said = vold(run_dir, {2: (sabotage.dies_in_step, 4)})
     assert codes == [1, 1, -9, 1], said
-    assert said.count("rank 2 died or hangs (no answer for parallel.timeout_seconds); the job ends, --resume") == 3, (
-        said
-    )
+    assert said.count("rank 2 died or hangs (no answer for timeout_seconds); the job ends, --resume") == 3, said
     assert latest(run_dir) == "step-000002"
 
     # killed in a save, here one in the background: the step never becomes the latest

@@ -21,6 +21,7 @@ from kernel_cases import (
 )
 
 from vold_kernels import matmuls, reference
+from vold_kernels.chunks import ChunkBudget, slices
 from vold_kernels.head import negligible_below
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
@@ -276,6 +277,16 @@ def test_bfloat16_logits_serve_the_old_and_the_new_log_prob_alike():
     exact = gradients(linear_policy_loss(*case, terms, **CLIP).loss, case)
     for a, b in zip(gradients(record.loss, case), exact, strict=True):
         assert 0 < relative(a, b) < 3e-2
+
+
+@pytest.mark.parametrize("total", [0, 1, 100, 441, 442, 2048, 3456, 8192, 131072])
+@pytest.mark.parametrize("resident_bytes", [256 << 20, 2 << 30, 1])
+def test_chunks_are_as_few_as_fit_and_about_equal(resident_bytes, total):
+    most = max(1, min(resident_bytes // (151936 * 4), 8192))
+    tokens = ChunkBudget(resident_bytes).resident_tokens(151936, 4, total)
+    sizes = [part.stop - part.start for part in slices(total, tokens)]
+    assert 1 <= tokens <= most and len(sizes) == -(-total // most)
+    assert not sizes or max(sizes) - sizes[-1] < 128 * len(sizes)
 
 
 def test_backward_twice_gives_the_same_gradient_twice():

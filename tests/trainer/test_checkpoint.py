@@ -150,6 +150,12 @@ def test_the_newest_are_kept_and_only_a_commit_removes(copied, saved, monkeypatc
     assert names() == {"step-000002", "step-000003", "latest"}
 
 
+def test_what_the_file_system_refuses_is_one_line(saved, layout, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the directory belongs")
+    with pytest.raises(ValueError, match=rf"Not a directory: '{tmp_path}/checkpoints"):
+        Checkpoints(tmp_path, layout).save(saved[1], 3)
+
+
 def test_a_step_is_never_saved_over(copied, saved):
     root, checkpoints = copied
     before = (root / "step-000002" / "manifest.json").stat().st_mtime_ns

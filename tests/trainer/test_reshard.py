@@ -35,18 +35,20 @@ def whole_tensors(path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("tied", "dtype", "tolerance"), [(True, "float32", 1e-6), (False, "bfloat16", 1e-2)])
-def test_a_chain_of_layouts(tied, dtype, tolerance, tmp_path):
+@pytest.mark.parametrize(
+    ("tied", "dtype", "tolerance", "chain"), [(True, "float32", 1e-6, CHAIN), (False, "bfloat16", 1e-2, CHAIN[2:])]
+)
+def test_a_chain_of_layouts(tied, dtype, tolerance, chain, tmp_path):
     student = tiny.save(tiny.qwen3(tied=tied, num_hidden_layers=4), tmp_path / "student")
     run_dir = tmp_path / "run"
-    for step, (world, layout) in enumerate(CHAIN):
+    for step, (world, layout) in enumerate(chain):
         ranks.run(world, resharding.link, student, layout, dtype, run_dir, step, logs=tmp_path / f"{step}")
-    steps = [json.loads((run_dir / f"steps-{step}.json").read_text()) for step in range(len(CHAIN))]
-    for step in range(1, len(CHAIN)):
+    steps = [json.loads((run_dir / f"steps-{step}.json").read_text()) for step in range(len(chain))]
+    for step in range(1, len(chain)):
         saved = whole_tensors(run_dir / f"checkpoints/step-{step:06d}")
         again = whole_tensors(run_dir / f"again-{step}/checkpoints/step-{step:06d}")
         assert saved.keys() == again.keys() and len(saved) > 100
-        assert all(torch.equal(saved[name], again[name]) for name in saved), f"{CHAIN[step - 1]} -> {CHAIN[step]}"
+        assert all(torch.equal(saved[name], again[name]) for name in saved), f"{chain[step - 1]} -> {chain[step]}"
         before, after = steps[step - 1], steps[step]
         assert after["lr"][0] == before["lr"][1]
         assert after["nll"][0] == pytest.approx(before["nll"][1], rel=tolerance)

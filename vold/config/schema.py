@@ -31,7 +31,6 @@ class ParallelConfig(Strict):
     sp: bool = False  # norms and residuals divided over the tp ranks too
     distributed_optimizer: bool = False  # fp32 masters and Adam's moments divided over the data-parallel ranks
     recompute: Literal["none", "selective", "full"] = "none"  # what backward computes again: nothing, MLPs, layers
-    timeout_seconds: Positive = 1800  # a rank that makes the others wait longer ends the job, and is named
 
 
 class DataConfig(Strict):
@@ -132,6 +131,7 @@ class RunConfig(Strict):
     seed: NonNegative = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     parallel: ParallelConfig = ParallelConfig()
+    timeout_seconds: Positive = 1800  # a rank that makes the others wait longer ends the job, and is named
     prompt: PromptConfig = PromptConfig()
 
 

@@ -122,7 +122,7 @@ def full_tensors(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[i
 def _pieces(
     chunks: Sequence[LanguageModel],
 ) -> Iterator[tuple[str, tuple[int, ...], int, nn.Parameter, Rule]]:
-    """Every Hugging Face tensor in these chunks: short name, full shape, its place in the parameter, that, its rule."""
+    """Every Hugging Face tensor in these chunks: short name, full shape, place in its parameter, parameter, rule."""
     for chunk in chunks:
         for _name, parameter, rule in named_rules(chunk):
             if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding

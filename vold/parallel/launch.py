@@ -87,34 +87,24 @@ def initialise(
     sp: bool = False,
     distributed_optimizer: bool = False,
     recompute: str = "none",
-    timeout_seconds: float = 1800,
 ) -> Layout:
-    """Create (or reuse) the process groups, seed every generator and return this rank's place. A collective that takes
-    longer than `timeout_seconds` fails.
+    """Create (or reuse) the process groups, seed every generator and return this rank's place.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
     """
     facts = LaunchFacts.from_environment()
     _check_sizes(facts.world, tp, pp, vpp, sp)
+    if tp > 1:  # Megatron asks for it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
-    _start_world(facts, timeout_seconds)
-    _build_groups(tp, pp, vpp, timeout_seconds)
+    _start_world(facts)
+    _build_groups(tp, pp, vpp)
     _seed(seed)
     return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
-def pretend(
-    rank: int,
-    world: int,
-    *,
-    tp: int,
-    pp: int,
-    vpp: int | None = None,
-    sp: bool = False,
-    timeout_seconds: float = 1800,
-    **choices,
-) -> Layout:
+def pretend(rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices) -> Layout:
     """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
     a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -123,7 +113,7 @@ def pretend(
     shutdown()
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    _build_groups(tp, pp, vpp, timeout_seconds)
+    _build_groups(tp, pp, vpp)
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
 
@@ -151,7 +141,7 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(facts: LaunchFacts, timeout_seconds: float) -> None:
+def _start_world(facts: LaunchFacts) -> None:
     if facts.device.type == "cuda":
         torch.cuda.set_device(facts.device)
     else:
@@ -162,8 +152,9 @@ def _start_world(facts: LaunchFacts, timeout_seconds: float) -> None:
         raise ValueError(f"WORLD_SIZE={facts.world} but MASTER_ADDR is not set: start with torchrun")
     backend = "nccl" if facts.device.type == "cuda" else "gloo"
     where = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=timeout)
+    dist.init_process_group(
+        backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=datetime.timedelta(minutes=30)
+    )
 
 
 def _free_port() -> int:
@@ -172,7 +163,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float) -> None:
+def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -189,7 +180,6 @@ def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float) -> 
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         create_gloo_process_groups=dist.get_backend() != "fake",
-        distributed_timeout_minutes=timeout_seconds / 60,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,10 +14,11 @@ ResultT = TypeVar("ResultT")
 
 
 def together(action: Callable[[], ResultT]) -> list[ResultT]:
-    """Run on all ranks; every rank's result. One rank's ValueError becomes everybody's, so that none waits for ever."""
+    """Run on all ranks; every rank's result. A ValueError on one rank, or what its file system refuses, becomes a
+    ValueError on all: none waits for ever."""
     try:
         mine = (action(), "")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mine = (None, str(error))
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -33,9 +35,19 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
+def limit_waiting(seconds: float) -> None:
+    """From here on a collective that takes longer fails. Before, ranks may be minutes apart: they are starting."""
+    from megatron.core.parallel_state import update_pg_timeout
+
+    timeout = datetime.timedelta(seconds=seconds)
+    update_pg_timeout(timeout)
+    dist.distributed_c10d._get_default_store().set_timeout(timeout)
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another rank died or did not come (gloo raises plain RuntimeErrors)."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return failed and dist.is_initialized()
 
 
 def absent_ranks() -> list[int]:

@@ -30,7 +30,7 @@ GROUPED_SDPA = "vold_grouped_sdpa"
 SWEEP_EVERY = 8  # steps between two looks for finished responses, each a wait for the device
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
@@ -54,9 +54,9 @@ def decode(
     row_of_R = torch.arange(rows, device=logits_RV.device)  # which response each row of the batch still draws
     stop = torch.tensor(allowed.stop, device=logits_RV.device)
     finished_R = torch.zeros(rows, dtype=torch.bool, device=logits_RV.device)
-    warp = _warpers(config)
+    warp, ban_V = _warpers(config), _ban(allowed, logits_RV.device)
     for step in range(steps):
-        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, allowed)
+        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, ban_V)
         ids_RS[row_of_R, step], logp_RS[row_of_R, step] = drawn_R, drawn_logp_R
         finished_R |= torch.isin(drawn_R, stop)
         if step + 1 == steps:
@@ -93,14 +93,18 @@ def _read_prompts(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Ca
     return cache, out.logits[:, -1], position_P
 
 
-def _draw(logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, allowed: Vocabulary):
+def _ban(allowed: Vocabulary, device: torch.device) -> Tensor:
+    """[real ids], 0 where an id may be drawn."""
+    ban_V = torch.zeros(allowed.real)
+    ban_V[list(allowed.banned)] = -torch.inf
+    return ban_V.to(device)
+
+
+def _draw(logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, ban_V: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row with its log-probability; the most probable one at temperature 0."""
-    logits_RV = logits_RV[:, : allowed.real].float()
+    logits_RV = logits_RV[:, : len(ban_V)].float()
     logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
-    scores_RV = logp_RV
-    if allowed.banned:
-        banned = torch.tensor(allowed.banned, device=logp_RV.device)
-        scores_RV = logp_RV.index_fill(1, banned, -torch.inf)
+    scores_RV = logp_RV + ban_V
     drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1)[:, 0] if temperature else scores_RV.argmax(-1)
     return drawn_R, logp_RV.gather(1, drawn_R[:, None])[:, 0]
 
@@ -150,7 +154,13 @@ def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwa
     if new > 1 or heads == key.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.view(rows, key.shape[1], -1, width)
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    if query.device.type == "cpu":  # SDPA's kernel there is made for many queries
+        scores = (grouped * scaling) @ key.transpose(2, 3)
+        if attention_mask is not None:
+            scores.masked_fill_(~attention_mask, -torch.inf)
+        out = scores.softmax(-1) @ value
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return out.view(rows, 1, heads, width), None
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from vold.config.schema import RunConfig
 from vold.parallel.launch import Layout, initialise
-from vold.parallel.together import together
+from vold.parallel.together import limit_waiting, together
 from vold.trainer.flops import peak_flops
 from vold.trainer.run_log import RunLog
 
@@ -56,6 +56,7 @@ class Job:
 def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
     """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
     layout = initialise(**config.parallel.model_dump(), seed=config.seed)
+    limit_waiting(config.timeout_seconds)
     peak = peak_flops(layout.device)
     peak = peak and peak * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vold.config.schema import TrainConfig
 from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.parallel.together import any_rank
+from vold.parallel.together import any_rank, together
 from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator, summarise
 from vold.stages.job import Job
@@ -41,7 +41,7 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Continue after the latest checkpoint; from the start when none was saved yet."""
-        step = self.checkpoints.latest_step()
+        step = together(self.checkpoints.latest_step)[0]  # a shared file system may show ranks different pointers
         if step is not None:
             self.checkpoints.load(self.trainer, step)
             self.done = step
@@ -89,6 +89,7 @@ class TrainingRun:
         if done == total or stop:
             self.checkpoints.wait()
         if stop:
+            self.job.log.close()
             raise SystemExit(128 + signal.SIGTERM)
 
     def export(self) -> None:

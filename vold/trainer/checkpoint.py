@@ -112,23 +112,24 @@ class Checkpoints:
             _write_durably(self._root / ".latest", target.name + "\n")
             os.replace(self._root / ".latest", self._root / "latest")
             _fsync(self._root)
-            for old in self._obsolete(target):
+            for old in self._obsolete(write.state["step"]):
                 self._remove(old)
         except OSError as error:
             return str(error)
         return ""
 
-    def _obsolete(self, newest: Path) -> list[Path]:
+    def _obsolete(self, newest: int) -> list[Path]:
         """All but the newest `keep`; steps beyond the newest belong to a continuation that was given up."""
-        steps = sorted(self._root.glob("step-*"))
-        kept = [path for path in steps if path.name <= newest.name][-self._keep :]
-        return [path for path in steps if path not in kept]
+        steps = {int(path.name[5:]): path for path in self._root.glob("step-*") if path.name[5:].isdecimal()}
+        kept = sorted(step for step in steps if step <= newest)[-self._keep :]
+        return [path for step, path in steps.items() if step not in kept]
 
     def _remove(self, path: Path) -> None:
-        """Out of sight first: a kill in the middle leaves no half checkpoint under a step's name."""
+        """Out of sight first: a kill in the middle leaves no half checkpoint under a step's name. What is left of it
+        goes with the next save."""
         aside = self._root / f".partial-removed-{path.name}"
         os.replace(path, aside)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _give_up(self, write: _Write, error: str, needed: int) -> None:
         step, free = write.state["step"], shutil.disk_usage(self._root).free

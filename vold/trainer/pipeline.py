@@ -60,10 +60,11 @@ def run_pipeline(
     return results[: len(micro_batches)]
 
 
-class _TwoStages(P2PCommunicator):
-    """Forward, then backward messages. With two interleaved stages the next and the previous rank are one and the same,
-    and Megatron posts both directions at once: the activation of one and the gradient of the other then swap places.
-    """
+class _OneDirectionAtATime(P2PCommunicator):
+    """Forward messages, then backward ones, for the interleaved schedule, where Megatron posts both at once. That fails
+    with micro-batches of different length, whose shapes travel ahead: a rank waits for the shape of a gradient before
+    it has sent the activation that the gradient depends on (4 stages, 4 micro-batches: a deadlock). And with two
+    stages, the next rank being the previous one too, activation and gradient swap places."""
 
     def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **rest):
         towards_next = dict(tensor_send_next=tensor_send_next, recv_prev=recv_prev)
@@ -76,10 +77,10 @@ class _TwoStages(P2PCommunicator):
 
 def _neighbours(chunk: nn.Module, layout: Layout) -> dict:
     """What replaces Megatron's own communication between stages, where that is needed."""
-    if layout.pp != 2 or layout.vpp is None:
+    if layout.vpp is None:
         return {}
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return {"p2p_communicator": _TwoStages(layout.pp_group, chunk.config), "pg_collection": groups}
+    return {"p2p_communicator": _OneDirectionAtATime(layout.pp_group, chunk.config), "pg_collection": groups}
 
 
 def _fillers(count: int, layout: Layout) -> list[MicroBatch]:

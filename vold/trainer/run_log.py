@@ -20,7 +20,15 @@ from vold.trainer.phases import Phases
 # what shows that a run got somewhere
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
 # keys that may differ between a run and its resumption
-FREE_KEYS = ("parallel", "save_every", "save_async", "keep_checkpoints", "samples_per_step", "grader_workers")
+FREE_KEYS = (
+    "parallel",
+    "timeout_seconds",
+    "save_every",
+    "save_async",
+    "keep_checkpoints",
+    "samples_per_step",
+    "grader_workers",
+)
 
 
 class RunLog:

@@ -79,8 +79,10 @@ class ColocatedEngine:
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, dtype: torch.dtype):
         _own_environment()
         with cpu.paused(), torch.random.fork_rng():  # vLLM seeds torch
-            from vllm import LLM
-
+            try:
+                from vllm import LLM
+            except ImportError as error:
+                raise ValueError(f"engine = 'vllm' needs vLLM here: pip install 'vold[vllm]' ({error})") from None
             self._llm = LLM(
                 **engine_options(checkpoint, settings, str(dtype).removeprefix("torch.")),
                 # Several ranks: each has an engine of its own in the trainer's process group.

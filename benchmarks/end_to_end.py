@@ -120,10 +120,11 @@ def alternating(place_in_group: int) -> float:
 def run_vold(job: Job, turn: Turn) -> None:
     """`vold rl` itself; what is put around its functions watches, or makes the work equal."""
     from vold.config import load_config, schema
+    from vold.rollout import TransformersSampler
     from vold.stages import rl
     from vold.trainer.run_log import RunLog
 
-    class FixedLengthSampler(rl.TransformersSampler):
+    class FixedLengthSampler(TransformersSampler):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self._vocabulary = replace(self._vocabulary, stop=())
@@ -145,7 +146,7 @@ def run_vold(job: Job, turn: Turn) -> None:
 
     rl.grade_groups, RunLog.write = watched_groups, watched_write
     if job.work == EQUAL:
-        rl.TransformersSampler = FixedLengthSampler
+        rl.open_sampler = lambda _config, checkpoint, **where: FixedLengthSampler(checkpoint, **where)
     with tempfile.TemporaryDirectory() as folder:
         rl.run(load_config(schema.RlConfig, CONFIG, job.overrides(f"{folder}/run")))
 

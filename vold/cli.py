@@ -79,6 +79,19 @@ def check(
 
 
 @app.command()
+def serve(
+    stage: Annotated[Literal["rl", "eval", "traces"], typer.Argument(help="the stage that CONFIG is for")],
+    config: Config,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="as in the config's vllm.urls")] = 8000,
+    host: Annotated[str, typer.Option(help="whoever reaches it can replace the weights")] = "127.0.0.1",
+) -> None:
+    """One vLLM engine in a process of its own, for a config that names it in vllm.urls."""
+    of = {"rl": schema.RlConfig, "eval": schema.EvalConfig, "traces": schema.TracesConfig}[stage]
+    _stage("serve").run(load_config(of, config, overrides or ()), host=host, port=port)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),

@@ -34,6 +34,7 @@ class Rollout:
     logp_rollout: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     text: str
+    version: int = 0  # how often the engine that sampled it had been given weights
 
 
 @dataclass(frozen=True)

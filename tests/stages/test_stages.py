@@ -47,6 +47,18 @@ def test_traces_then_sft_on_them(load, tmp_path, layout):
     assert card["sampling"]["temperature"] == 0.6
 
 
+def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, world):
+    rows = json.loads((world.data / "traces_prompts.json").read_text())
+    (tmp_path / "twice.json").write_text(json.dumps([*rows, *rows[:5]]))
+    overrides = [f"data.path={tmp_path / 'twice.json'}", "sampling.max_new_tokens=6"]
+    config = load("traces", tmp_path / "traces", *overrides)
+    traces.run(config)
+    card = json.loads((config.run_dir / "traces" / "card.json").read_text())
+    unique = len({json.dumps(row) for row in rows})
+    assert card["prompt_count"] == card["sampled_now"] == unique
+    assert card["duplicates_removed"] == len(rows) + 5 - unique
+
+
 def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout, world):
     image = f"{{path: {world.data / 'val_image.jsonl'}, layout: geometry3k}}"
     sampling = "{max_new_tokens: 4, temperature: 0.0}"
@@ -64,6 +76,16 @@ def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and not any("visual" in name for name in moved), "vision is frozen, the language model is not"
     assert any("embed_tokens" in name for name in moved)
+
+
+def test_what_the_gate_saves_the_teacher():
+    """Whole sequences, prompts included: the second and third of three are not read."""
+    from vold.records import Prompt, Sample
+    from vold.stages.groups import teacher_saving
+
+    prompt = Prompt("p", (5, 6, 7), "")
+    samples = [Sample(prompt, (1,) * length, 1.0, 1.0, weight) for length, weight in [(7, 0.3), (2, 0.0), (5, 0.0)]]
+    assert teacher_saving(samples) == {"teacher_saved": pytest.approx((5 + 8) / (10 + 5 + 8))}
 
 
 def test_rl_writes_metrics_samples_and_evaluations(rl_run):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make test-vllm`: does what vold exports load in real vLLM, on a CPU, with the numbers transformers gives?
+# `make test-vllm`: real vLLM on a CPU, against the numbers transformers gives: what vold exports, and vold's own engine.
 # vLLM has an environment of its own, .venv-vllm, made when it is missing or constraints-vllm.txt has changed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,6 +14,7 @@ if ! cmp --silent "$pins" .venv-vllm/.ready; then
   echo "installing vLLM into .venv-vllm: some minutes, 2.5 GB"
   $main -m venv --clear .venv-vllm
   $vllm -m pip install -qq --disable-pip-version-check --no-deps -r "$pins"
+  $vllm -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
   cp "$pins" .venv-vllm/.ready
 fi
 
@@ -26,4 +27,4 @@ $main tests/vllm/expectations.py "$scratch"
 # No compilation (it costs half a minute), no engine process beside the tests, no usage report.
 export TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
-VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=$PWD/tests/vllm/shim $vllm -m pytest -m vllm tests/vllm
+VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=$PWD/tests/vllm/shim $vllm -m pytest -m vllm tests/vllm tests/stages/test_stages_with_vllm.py

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Url = Annotated[str, Field(pattern=r"^https?://[^/]+$")]
 
 
 class Strict(BaseModel):
@@ -60,10 +61,29 @@ class SamplingConfig(Strict):
     sequences_per_call: Positive = 256  # how many responses are generated side by side
 
 
-class RolloutConfig(SamplingConfig):
+class VllmConfig(Strict):
+    """vLLM's own settings, where `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
+
+    urls: tuple[Url, ...] = ()  # http://host:port of each engine; empty: inside the process
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 8.0  # an engine's memory for keys and values
+    max_model_len: Positive | None = None  # prompt, image and response tokens; the model's own limit when absent
+    enforce_eager: bool = False  # no CUDA graphs: less memory, slower decoding
+    weights_dir: Path = Path("/dev/shm")  # where new weights lie until every engine of `urls` has read them
+    timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds an engine of `urls` may take for one request
+    retries: NonNegative = 2  # how often a request that failed is sent to another engine
+    restart_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # how long to wait for one when none of `urls` answers
+
+
+class EngineConfig(Strict):
+    """Which engine samples."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VllmConfig = VllmConfig()
+
+
+class RolloutConfig(SamplingConfig, EngineConfig):
     """Stage 2's sampler: G responses a prompt."""
 
-    engine: Literal["transformers"] = "transformers"
     responses_per_prompt: Annotated[int, Field(ge=1)] = 5
 
     @model_validator(mode="after")
@@ -130,7 +150,7 @@ class TrainConfig(RunConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-class TracesConfig(RunConfig):
+class TracesConfig(RunConfig, EngineConfig):
     """Stage 0: the teacher answers; answers are not checked (paper section 4.1)."""
 
     teacher: Path
@@ -160,7 +180,7 @@ class RlConfig(TrainConfig):
     grader_workers: Positive = 2
 
 
-class EvalConfig(RunConfig):
+class EvalConfig(RunConfig, EngineConfig):
     """Accuracy of one checkpoint directory on the evaluation sets."""
 
     checkpoint: Path

@@ -2,6 +2,7 @@
 
 from vold.rollout.parity import ParityProbe
 from vold.rollout.sampler import Sampler
+from vold.rollout.select import open_sampler
 from vold.rollout.transformers_sampler import TransformersSampler
 
-__all__ = ["ParityProbe", "Sampler", "TransformersSampler"]
+__all__ = ["ParityProbe", "Sampler", "TransformersSampler", "open_sampler"]

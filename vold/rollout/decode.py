@@ -8,7 +8,6 @@ R responses side by side, W prompt width (left-padded), S new tokens at most, V 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,18 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vold.config.schema import SamplingConfig
+from vold.rollout.vocabulary import Vocabulary
 
 GROUPED_SDPA = "vold_grouped_sdpa"
 SWEEP_EVERY = 8  # steps between two looks for finished responses, each a wait for the device
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What may be drawn: ids below `real` that are not `banned`; one of `stop` ends a response."""
-
-    real: int
-    banned: tuple[int, ...]
-    stop: tuple[int, ...]
 
 
 @torch.inference_mode()

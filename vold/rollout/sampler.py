@@ -8,11 +8,14 @@ from typing import Protocol
 from torch import Tensor
 
 from vold.config.schema import SamplingConfig
+from vold.models.images import ImageReader
 from vold.records import Prompt, Rollout
 
 
 class Sampler(Protocol):
-    """One engine's copy of the policy."""
+    """One engine's copy of the policy. `images` reads pictures as the policy sees them; None for a text model."""
+
+    images: ImageReader | None
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """`responses` rollouts of each prompt, siblings adjacent, order kept. The same seed gives the same ids."""
@@ -23,5 +26,7 @@ class Sampler(Protocol):
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Overwrite weights in place, by transformers' names."""
+        """Overwrite weights in place, by transformers' names; those left out (a frozen vision tower) stay. Every
+        rank calls it, also where only one holds an engine: the stream may be a collective. Rollouts drawn afterwards
+        carry a `version` one higher."""
         ...

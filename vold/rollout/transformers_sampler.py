@@ -12,22 +12,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    GenerationConfig,
 )
 
 from vold.config.schema import SamplingConfig
 from vold.models.images import ImageReader
-from vold.models.tokenizer import load_tokenizer
 from vold.parallel import cpu
 from vold.records import Prompt, Rollout
-from vold.rollout.decode import GROUPED_SDPA, Vocabulary, decode
+from vold.rollout.decode import GROUPED_SDPA, decode
+from vold.rollout.vocabulary import Vocabulary
 
 
 class TransformersSampler:
     """A transformers model on `device`; text and images in, sampled token ids with their log-probabilities out."""
 
     def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
-        self._tokenizer = load_tokenizer(checkpoint)
+        self._vocabulary = Vocabulary.of(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         sees = hasattr(config, "vision_config")
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
@@ -35,12 +34,7 @@ class TransformersSampler:
         model.get_decoder().config._attn_implementation = GROUPED_SDPA
         self._model = model.to(device).eval()
         self.images = ImageReader(checkpoint) if sees else None
-        self._device = device
-        self._vocabulary = Vocabulary(
-            real=len(self._tokenizer),
-            banned=(config.image_token_id,) if sees else (),
-            stop=_stop_ids(model.generation_config, self._tokenizer),
-        )
+        self._device, self._version = device, 0
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """See Sampler. Sampling never touches the global random state."""
@@ -70,6 +64,7 @@ class TransformersSampler:
             if name not in own:
                 raise ValueError(f"weight {name} is unknown to the sampler's model {type(self._model).__name__}")
             own[name].copy_(tensor)
+        self._version += 1
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
@@ -79,21 +74,9 @@ class TransformersSampler:
         inputs = self._inputs([group[0] for group in siblings])
         ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary)
         return [
-            self._rollout(prompt, ids, logps)
+            self._vocabulary.rollout(prompt, ids, logps, version=self._version)
             for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)
         ]
-
-    def _rollout(self, prompt: Prompt, ids: list[int], logps: list[float]) -> Rollout:
-        """The length is where the first stop token stands, never where padding seems to begin."""
-        stops = [place for place, token in enumerate(ids) if token in self._vocabulary.stop]
-        length = stops[0] + 1 if stops else len(ids)
-        return Rollout(
-            prompt=prompt,
-            response_ids=tuple(ids[:length]),
-            logp_rollout=tuple(logps[:length]),
-            finish_reason="stop" if stops else "length",
-            text=self._tokenizer.decode(ids[: length - bool(stops)], skip_special_tokens=True),
-        )
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded ids and mask; with images also their pixels, grids and token types."""
@@ -102,7 +85,7 @@ class TransformersSampler:
             self.images.expand(prompt.token_ids, image) if image else list(prompt.token_ids)
             for prompt, image in zip(prompts, images, strict=True)
         ]
-        ids = torch.full((len(rows), max(map(len, rows))), self._tokenizer.pad_token_id)
+        ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for row, (row_ids, row_mask) in zip(rows, zip(ids, mask, strict=True), strict=True):
             row_ids[-len(row) :] = torch.tensor(row)
@@ -114,12 +97,6 @@ class TransformersSampler:
             inputs["image_grid_thw"] = torch.cat([image.grid_thw for image in seen])
             inputs["mm_token_type_ids"] = (ids == self.images.token_id).long()
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
-
-
-def _stop_ids(generation: GenerationConfig, tokenizer) -> tuple[int, ...]:
-    """The generation config's list (Qwen3 has two), or the tokenizer's end token."""
-    stop = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    return tuple(stop) if isinstance(stop, list | tuple) else (stop,)
 
 
 def _append(inputs: dict[str, Tensor], response: Tensor) -> dict[str, Tensor]:

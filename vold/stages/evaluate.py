@@ -13,7 +13,7 @@ from vold.data.prompts import build_prompts
 from vold.grading import Grader
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout, Verdict
-from vold.rollout import Sampler, TransformersSampler
+from vold.rollout import Sampler, open_sampler
 from vold.stages.job import Job, open_job
 
 
@@ -86,7 +86,7 @@ def run(config: EvalConfig) -> None:
         raise ValueError("evaluation.sets is empty; name at least one set with its path and layout")
     job = open_job(config, "eval", total=len(config.evaluation.sets))
     evaluator = Evaluator.load(config.evaluation, load_tokenizer(config.checkpoint), config.prompt)
-    sampler = TransformersSampler(config.checkpoint, dtype=job.dtype, device=job.layout.device)
+    sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
         rows = evaluator.run(sampler, grader, job, config.seed)
     if job.is_writer:

@@ -49,6 +49,14 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def teacher_saving(samples: Sequence[Sample]) -> dict[str, float]:
+    """`teacher_saved`: share of a step's tokens, prompts included, that the teacher does not read because their KL
+    weight is 0."""
+    lengths = [len(sample.prompt.token_ids) + len(sample.response_ids) for sample in samples]
+    read = sum(length for length, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
+    return {"teacher_saved": 1.0 - read / max(sum(lengths), 1)}
+
+
 def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:
     """Rows for samples.jsonl: up to `limit` graded responses, spread over the groups."""
     graded = [

@@ -5,15 +5,13 @@ from __future__ import annotations
 from vold.config.schema import SamplingConfig
 from vold.models.images import image_encoder
 from vold.records import Prompt
-from vold.rollout import ParityProbe, TransformersSampler
+from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator
 
 PROBE_TOKENS = 16
 
 
-def build_probe(
-    prompt: Prompt, evaluator: Evaluator, sampler: TransformersSampler, *, parity_limit: float
-) -> ParityProbe:
+def build_probe(prompt: Prompt, evaluator: Evaluator, sampler: Sampler, *, parity_limit: float) -> ParityProbe:
     """Responses are the starting student's own greedy ones."""
     seen = [prompt for found in evaluator.prompts.values() for prompt in found if prompt.images]
     chosen = [prompt, *seen[:1]]

@@ -13,9 +13,9 @@ from vold.data.prompts import build_prompts
 from vold.grading import Grader
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
-from vold.rollout import TransformersSampler
+from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls
+from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls, teacher_saving
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
@@ -35,7 +35,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, vocab_size)
-    sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
+    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
     if resume:
@@ -66,7 +66,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
                 report = trainer.step(batch)
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups) | report.metrics | parity
+            metrics = group_metrics(groups) | teacher_saving(samples) | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()

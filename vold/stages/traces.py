@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vold.config.schema import TracesConfig
@@ -11,7 +12,7 @@ from vold.data.prompts import build_prompts
 from vold.data.traces import write_traces
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout
-from vold.rollout import TransformersSampler
+from vold.rollout import open_sampler
 from vold.stages.job import open_job
 
 
@@ -19,28 +20,36 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
     """Writes run_dir/traces/shard-*.parquet and a data card; finished shards are kept on --resume."""
     job = open_job(config, "traces", total=0, resume=resume)
     tokenizer = load_tokenizer(config.teacher)
-    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    asked = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    prompts = _unique(asked)
     size = config.prompts_per_shard
     shards = [(number, prompts[first : first + size]) for number, first in enumerate(range(0, len(prompts), size))]
     job.log.rewind(0)
-    sampler = None
+    paths = {number: config.run_dir / "traces" / f"shard-{number:05d}.parquet" for number, _ in shards}
+    missing = [(number, shard) for number, shard in job.share(shards) if not paths[number].exists()]
     counts = []
-    for number, shard in job.share(shards):
-        path = config.run_dir / "traces" / f"shard-{number:05d}.parquet"
-        if path.exists():
-            continue
-        sampler = sampler or TransformersSampler(config.teacher, dtype=job.dtype, device=job.layout.device)
+    if any(job.gather([bool(missing)])):  # an engine is opened by all ranks, or by none
+        sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
+    for number, shard in missing:
         with job.log.phase("rollout"):
             rollouts = sampler.sample(shard, config.sampling, responses=1, seed=config.seed * 1_000_003 + number)
         kept = [rollout for rollout in rollouts if _keeps(rollout, config.max_tokens)]
-        write_traces(kept, path)
+        write_traces(kept, paths[number])
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         counts.append({"kept": len(kept), "sampled": len(shard)})
         job.log.write(number + 1, {"kept": len(kept), "sampled": len(shard), "response_tokens": tokens})
     counted = job.gather(counts)
     if job.is_writer:
-        _write_card(config, prompts, counted)
+        _write_card(config, len(prompts), len(asked) - len(prompts), counted)
     job.log.close()
+
+
+def _unique(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of those that read the same."""
+    first: dict[tuple, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault((prompt.token_ids, prompt.images), prompt)
+    return list(first.values())
 
 
 def _keeps(rollout: Rollout, max_tokens: int) -> bool:
@@ -49,13 +58,15 @@ def _keeps(rollout: Rollout, max_tokens: int) -> bool:
     return rollout.finish_reason == "stop" and length <= max_tokens
 
 
-def _write_card(config: TracesConfig, prompts: list[Prompt], counts: list[dict]) -> None:
+def _write_card(config: TracesConfig, prompts: int, duplicates: int, counts: list[dict]) -> None:
     card = {
         "teacher": str(config.teacher),
         "prompts": str(config.data.path),
-        "prompt_count": len(prompts),
+        "prompt_count": prompts,
+        "duplicates_removed": duplicates,
         "sampled_now": sum(count["sampled"] for count in counts),
         "kept_now": sum(count["kept"] for count in counts),
+        "engine": config.engine,
         "sampling": config.sampling.model_dump(),
         "max_tokens": config.max_tokens,
         "seed": config.seed,

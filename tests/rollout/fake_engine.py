@@ -1,0 +1,85 @@
+"""An HTTP server with the addresses of `vold serve` that RemoteEngines uses, and faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # connections that wait to be accepted; with the default of 5 some wait for a second
+
+
+class FakeEngine:
+    """Answers every request with the ids 1, 2, 3. `fault` changes how: see `_Handler.generate`."""
+
+    def __init__(self, port: int = 0):
+        self.version, self.fault, self.answered, self.calls = "default", "", 0, []
+        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._server.engine = self
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.reply({"weight_version": self.server.engine.version})
+
+    def do_POST(self) -> None:
+        engine = self.server.engine
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/inference/v1/generate":
+            return self.generate(engine, body)
+        engine.calls.append((self.path, body))
+        if self.path == "/update_weight_version":
+            engine.version = body["new_version"]
+        return self.reply({"success": True})
+
+    def generate(self, engine: FakeEngine, body: dict) -> None:
+        fault = engine.fault
+        if fault == "500":
+            return self.reply({"error": "broken"}, 500)
+        if fault == "400":
+            return self.reply({"error": "too long"}, 400)
+        if fault == "garbage":
+            return self.reply("<html>", 200)
+        if fault == "cut off":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            return self.wfile.write(b"{")
+        if fault == "hang":  # past the client's time-out, who is gone then
+            return time.sleep(1.5)
+        n = body["sampling_params"].get("n", 1)
+        choices = [choice([1, 2, 3], engine.version) for _ in range(n - (fault == "a response lost"))]
+        if fault == "other ids":
+            choices[0]["logprobs"]["content"][1]["token_id"] = 9
+        if fault == "no log-probs":
+            choices[0].pop("logprobs")
+        if fault == "restarted":
+            choices[0]["weight_versions"][0]["version"] = "default"
+        engine.answered += 1
+        return self.reply({"choices": choices, "prompt_logprobs": None})
+
+    def reply(self, answer, code: int = 200) -> None:
+        text = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+
+def choice(ids: list[int], version: str) -> dict:
+    content = [{"token_id": token, "logprob": -0.5} for token in ids]
+    spans = [{"version": version, "start": 0, "end": len(ids)}]
+    return {"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans}

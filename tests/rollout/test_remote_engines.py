@@ -1,0 +1,128 @@
+"""Engines behind HTTP and what can happen to them: each fault is named, nothing is lost, never half a group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_engine import FakeEngine
+from safetensors.torch import load_file
+
+from vold.config.schema import VllmConfig
+from vold.rollout import vllm_remote
+from vold.rollout.vllm_engines import Request
+from vold.rollout.vllm_remote import RemoteEngines
+
+REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
+FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "restarted"]
+
+
+@pytest.fixture
+def two():
+    engines = [FakeEngine(), FakeEngine()]
+    yield engines
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def connect(tiny_student_dir, tmp_path):
+    def connect(engines, **settings) -> RemoteEngines:
+        settings = {"timeout": 3.0, "restart_seconds": 0.0, "weights_dir": tmp_path, **settings}
+        return RemoteEngines(tiny_student_dir, VllmConfig(urls=tuple(e.url for e in engines), **settings))
+
+    return connect
+
+
+def complete(answers) -> bool:
+    return len(answers) == len(REQUESTS) and all([r.ids for r in a.responses] == [[1, 2, 3]] * 3 for a in answers)
+
+
+def test_requests_are_spread(two, connect):
+    assert complete(connect(two).generate(REQUESTS))
+    assert all(engine.answered for engine in two)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_and_the_other_engine_takes_over(two, connect, capfd, fault):
+    remote = connect(two, timeout=1.0 if fault == "hang" else 30.0)
+    two[0].fault = fault
+    assert complete(remote.generate(REQUESTS))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"vold: engine {two[0].url} gets no more requests: ")
+    answered = two[0].answered
+    assert complete(remote.generate(REQUESTS)) and two[0].answered == answered, "it is not asked again"
+
+
+def test_a_dead_engine_is_left_out_until_it_is_back(two, connect, capfd):
+    two[0].stop()
+    remote = connect(two)
+    assert f"engine {two[0].url} is left out: " in capfd.readouterr().err
+    assert complete(remote.generate(REQUESTS))
+    two[0] = FakeEngine(two[0].port)
+    remote.load_weights([("a", torch.ones(2))], 1)
+    assert two[0].version == two[1].version and two[0].version.endswith("-1")
+    assert complete(remote.generate(REQUESTS)) and two[0].answered
+
+
+def test_no_engine_left_is_one_line(two, connect):
+    remote = connect(two)
+    for engine in two:
+        engine.fault = "500"
+    with pytest.raises(ValueError) as error:
+        remote.generate(REQUESTS)
+    assert "\n" not in str(error.value)
+
+
+def test_nobody_there_is_one_line(two, connect):
+    for engine in two:
+        engine.stop()
+    with pytest.raises(ValueError, match=f"no vLLM engine of {two[0].url}, {two[1].url} answers .*vold serve"):
+        connect(two)
+
+
+def test_no_place_for_weights_is_one_line(two, connect, tmp_path):
+    with pytest.raises(ValueError, match=r"rollout.vllm.weights_dir = .*/none is no directory"):
+        connect(two, weights_dir=tmp_path / "none")
+
+
+def test_a_wrong_request_stops_the_run_and_costs_no_engine(two, connect):
+    remote = connect(two)
+    for engine in two:
+        engine.fault = "400"
+    with pytest.raises(ValueError, match=r"HTTP 400.*too long"):
+        remote.generate(REQUESTS[:1])
+    for engine in two:
+        engine.fault = ""
+    assert complete(remote.generate(REQUESTS)) and all(engine.answered for engine in two)
+
+
+def test_an_engine_started_again_gets_its_weights_before_it_is_used(two, connect, tmp_path):
+    """Both die; one comes back with the weights of the checkpoint."""
+    remote = connect(two, restart_seconds=10.0)
+    remote.load_weights([("a", torch.ones(2))], 1)
+    for engine in two:
+        engine.stop()
+    two[1] = FakeEngine(two[1].port)
+    assert complete(remote.generate(REQUESTS))
+    paths = [path for path, _ in two[1].calls]
+    assert paths[-1] == "/update_weight_version", "it says that it is up to date only when it is"
+    loaded = [body["args"][0] for _, body in two[1].calls if body.get("method") == "load_policy"]
+    assert loaded == [str(next(tmp_path.glob("vold-weights-*")))]
+
+
+def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_remote, "PART_BYTES", 100)
+    remote = connect(two)
+    weights = {f"w{i}": torch.full((10,), float(i)) for i in range(7)}
+    for version in (1, 2):
+        for engine in two:
+            engine.calls.clear()
+        remote.load_weights(iter(weights.items()), version)
+        (directory,) = tmp_path.glob("vold-weights-*")  # the version before is gone
+        parts = [load_file(file) for file in sorted(directory.iterdir())]
+        assert len(parts) == 3
+        found = {name: tensor for part in parts for name, tensor in part.items()}
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+        for engine in two:
+            emptied = {path for path, _ in engine.calls if path.startswith("/reset_")}
+            assert emptied == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}

@@ -1,0 +1,25 @@
+"""`vold serve`: which server it becomes. That the server works is what `make test-vllm` shows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from vold.stages import serve
+
+
+@pytest.mark.parametrize("stage", ["rl", "eval", "traces"])
+def test_the_engine_has_the_model_that_the_stage_samples(load, tmp_path, world, monkeypatch, stage):
+    become = []
+    monkeypatch.setattr(serve.os, "execvpe", lambda *call: become.append(call))
+    section = "rollout.vllm" if stage == "rl" else "vllm"
+    settings = [f"{section}.kv_cache_gib=0.5", f"{section}.urls=[http://127.0.0.1:8001]"]
+    serve.run(load(stage, tmp_path / "run", *settings), host="127.0.0.1", port=8001)
+    ((_, command, environment),) = become
+    given = dict(pairwise(command))
+    assert given["--model"] == str(world.teacher if stage == "traces" else world.student)
+    assert given["--dtype"] == "float32" and given["--kv-cache-memory-bytes"] == str(2**29)
+    assert (given["--host"], given["--port"]) == ("127.0.0.1", "8001")
+    assert "--no-enforce-eager" in command and "--enable-scale-out" in command and "--max-model-len" not in command
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"

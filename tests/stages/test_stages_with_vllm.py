@@ -1,0 +1,64 @@
+"""The stages with `engine: vllm` inside the training process: the same answers and log-probs as with transformers.
+
+Run by `make test-vllm`: real vLLM has an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
+
+from vold.stages import evaluate, rl, traces
+from vold.trainer.run_log import read_rows
+
+pytestmark = pytest.mark.vllm
+
+VLLM = "{kv_cache_gib: 0.25, max_model_len: 256, enforce_eager: true}"
+ENGINE = ["engine=vllm", f"vllm={VLLM}"]
+ROLLOUT = [f"rollout.{override}" for override in ENGINE]
+
+
+@pytest.fixture(scope="module")
+def rl_run(world, tmp_path_factory, layout):
+    """Three steps of VOLD with rollouts, evaluation and parity probe by vLLM."""
+    from conftest import CONFIGS
+
+    from vold.config import load_config, schema
+
+    run_dir = tmp_path_factory.mktemp("runs") / "rl"
+    overrides = [*world.overrides("rl", run_dir), *ROLLOUT, "steps=3", "evaluation.every=3", "rollout.temperature=0.8"]
+    config = load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides)
+    rl.run(config)
+    return config
+
+
+def test_rollouts_have_the_trainers_logprobs_at_every_step(rl_run):
+    """Each step samples with the weights of the step before: a missed or stale weight would show here."""
+    rows = read_rows(rl_run.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["response_tokens"] > 0 and row["kl_teacher"] > 0 and row["grad_norm"] > 0
+        assert row["mismatch_max"] < 1e-4 and row["parity_max"] < 1e-4
+
+
+def test_both_engines_answer_the_trained_model_alike(rl_run, load, tmp_path, layout):
+    """Text and images, word for word; and as the run itself did at its last step."""
+    answers = {}
+    for name, overrides in {"transformers": [], "vllm": ENGINE}.items():
+        config = load("eval", tmp_path / name, f"checkpoint={rl_run.run_dir / 'model'}", *overrides)
+        evaluate.run(config)
+        answers[name] = read_rows(config.run_dir / "samples.jsonl")
+        accuracy = json.loads((config.run_dir / "evaluation.json").read_text())["sets"]
+    assert answers["vllm"] == answers["transformers"] and len(answers["vllm"]) == 12
+    last = read_rows(rl_run.run_dir / "metrics.jsonl")[-1]
+    assert {name: last[f"accuracy_{name}"] for name in accuracy} == {n: a["accuracy"] for n, a in accuracy.items()}
+
+
+def test_traces(load, tmp_path, layout):
+    overrides = ["sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64", *ENGINE]
+    config = load("traces", tmp_path / "traces", *overrides)
+    traces.run(config)
+    assert json.loads((config.run_dir / "traces" / "card.json").read_text())["sampled_now"] == 12

@@ -1,0 +1,52 @@
+"""`vold serve` processes for tests: started together, killed one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+PATIENCE = 300.0  # seconds an engine may take to start
+
+
+class Engine:
+    """One engine on a free port of this machine; `start` again after `kill` gives one with the checkpoint's weights."""
+
+    def __init__(self, checkpoint: Path, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._checkpoint, self._log = checkpoint, log
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        from vold.config.schema import VllmConfig
+        from vold.stages.serve import ENVIRONMENT, server_command
+
+        settings = VllmConfig(kv_cache_gib=0.25, max_model_len=256, enforce_eager=True)
+        command = server_command(self._checkpoint, settings, dtype="float32", host="127.0.0.1", port=self._port)
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # A session of its own, so that its worker dies with it.
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=self._log.open("a"), stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5.0):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError(f"the engine did not start: {self._log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

@@ -1,0 +1,69 @@
+"""Two `vold serve` engines behind HTTP: transformers' answers with every set of weights, also when one is killed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import Engine
+from test_sampler import CPU, agree, other_weights, prompts  # noqa: F401 - a fixture
+
+from vold.config.schema import EngineConfig, SamplingConfig, VllmConfig
+from vold.rollout import TransformersSampler, open_sampler
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_student_dir, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("engines")
+    found = [Engine(tiny_student_dir, logs / f"{number}.log") for number in range(2)]
+    try:
+        for engine in found:
+            engine.wait()
+        yield found
+    finally:
+        for engine in found:
+            engine.kill()
+
+
+def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, capfd):  # noqa: F811
+    config = EngineConfig(engine="vllm", vllm=VllmConfig(urls=tuple(engine.url for engine in engines)))
+    vllm = open_sampler(config, tiny_student_dir, dtype=torch.float32, device=CPU)
+    pair = vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
+
+    def hand_over(seed: int) -> None:
+        for sampler in pair:
+            sampler.load_weights(iter(other_weights(tiny_student_dir, seed)))
+
+    found = [agree(pair, prompts)]
+    for seed in (1, 2):
+        hand_over(seed)
+        found.append(agree(pair, prompts))
+    assert len({tuple(ids) for ids in found}) == 3, "the weights matter"
+    for prompt in prompts:
+        ours, theirs = (sampler.score(prompt, (5, 6, 7)) for sampler in pair)
+        assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
+
+    long = SamplingConfig(max_new_tokens=128)
+    undisturbed = vllm.sample(prompts * 20, long, responses=4, seed=0)
+    killer = threading.Timer(0.5, engines[0].kill)  # in the midst of some seconds of work
+    killer.start()
+    assert vllm.sample(prompts * 20, long, responses=4, seed=0) == undisturbed, "nothing is lost, the seeds are kept"
+    killer.join()
+    assert f"vold: engine {engines[0].url} gets no more requests: " in capfd.readouterr().err
+
+    engines[0].start()  # with the weights of the checkpoint
+    engines[0].wait()
+    engines[1].kill()
+    agree(pair, prompts)  # none is left that this sampler knows of: it finds the new one and brings it up to date
+    hand_over(3)
+    assert f"vold: engine {engines[1].url} is left out: " in capfd.readouterr().err
+    agree(pair, prompts)

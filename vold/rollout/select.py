@@ -1,0 +1,23 @@
+"""The engine that a config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vold.config.schema import EngineConfig
+from vold.rollout.sampler import Sampler
+from vold.rollout.transformers_sampler import TransformersSampler
+from vold.rollout.vllm_engines import ColocatedEngine
+from vold.rollout.vllm_remote import RemoteEngines
+from vold.rollout.vllm_sampler import VllmSampler
+
+
+def open_sampler(config: EngineConfig, checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> Sampler:
+    """A sampler with the checkpoint's weights. vLLM is imported only where it is asked for."""
+    if config.engine == "transformers":
+        return TransformersSampler(checkpoint, dtype=dtype, device=device)
+    if config.vllm.urls:
+        return VllmSampler(checkpoint, RemoteEngines(checkpoint, config.vllm))
+    return VllmSampler(checkpoint, ColocatedEngine(checkpoint, config.vllm, dtype=dtype))

@@ -1,0 +1,44 @@
+"""`vold serve`: one vLLM engine in a process of its own, as a config that names it in `vllm.urls` needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
+from vold.rollout.vllm_engines import engine_options
+
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the addresses through which weights are renewed
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # see vold.rollout.vllm_worker
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int) -> None:
+    """Becomes vLLM's API server; does not return. Whoever reaches the port can replace the weights: keep it on
+    loopback, or inside the cluster's private network."""
+    checkpoint, settings = _sampled_model(config)
+    command = server_command(checkpoint, settings, dtype=config.dtype, host=host, port=port)
+    os.execvpe(command[0], command, {**os.environ, **ENVIRONMENT})
+
+
+def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, host: str, port: int) -> list[str]:
+    """`vllm serve` by its module: a rebuild of vLLM under another name has no such command."""
+    options = {**engine_options(checkpoint, settings, dtype), "host": host, "port": port, "enable_scale_out": True}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-log-stats"]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return command
+
+
+def _sampled_model(config: RlConfig | EvalConfig | TracesConfig) -> tuple[Path, VllmConfig]:
+    if isinstance(config, RlConfig):
+        return config.student, config.rollout.vllm
+    return (config.checkpoint if isinstance(config, EvalConfig) else config.teacher), config.vllm

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from itertools import count, islice
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,11 +117,15 @@ def test_replicas_get_equal_work_where_attention_counts():
     assert max(works) / (sum(works) / 8) < 1.02, works
 
 
-def test_one_group_is_divided_among_the_replicas():
-    """One prompt, 16 responses, 4 replicas: whole groups would leave three of them idle."""
-    samples = samples_of([(20, [(50, (1.0, 0.0))] * 16)])
-    shares = [pack(samples, max_tokens=999, replicas=Replicas(4, rank)) for rank in range(4)]
-    assert [sum(len(micro.sample_B) for micro in share.micro_batches) for share in shares] == [4] * 4
+@pytest.mark.parametrize(("groups", "replicas", "pieces"), [(1, 4, 4), (4, 4, 4), (6, 4, 12), (12, 4, 12)])
+def test_a_prompt_is_read_again_only_to_give_all_replicas_work(groups, replicas, pieces):
+    """Groups of 16 equal responses; whole groups would leave replicas of the first and third case idle."""
+    samples = samples_of([(20, [(51, (1.0, 0.0))] * 16)] * groups)
+    shares = [pack(samples, max_tokens=9999, replicas=Replicas(replicas, rank)) for rank in range(replicas)]
+    micro_batches = [micro for share in shares for micro in share.micro_batches]
+    counts = [sum(len(micro.sample_B) for micro in share.micro_batches) for share in shares]
+    assert counts == [16 * groups // replicas] * replicas
+    assert sum(micro.tokens.input_ids_T.numel() for micro in micro_batches) == 20 * pieces + 16 * 50 * groups
 
 
 @settings(deadline=None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ def pack(
     two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
     with too few sequences gets micro-batches of one token and no target.
     """
-    placed = [[(place, samples[place]) for place in unit] for unit in _units(samples, max_tokens, replicas.count)]
-    segments = [_segments([sample for _, sample in unit]) for unit in placed]
-    sizes = [sum(queries for queries, _ in unit) for unit in segments]
-    works = [sum(replicas.cost(*segment) for segment in unit) for unit in segments]
-    mine = _divide(sizes, works, max_tokens, replicas.count)[replicas.rank]
-    return Batch(tuple(_micro_batch([placed[unit] for unit in micro], encode) for micro in mine))
+    groups = _siblings(samples)
+    largest = max(map(len, groups), default=1) if replicas.count > 1 else 1
+    pieces = sorted({min(1 << power, largest) for power in range(largest.bit_length() + 1)})
+    plans = [_divide(_units(groups, max_tokens, count), max_tokens, replicas) for count in pieces]
+    shares, _ = min(plans, key=itemgetter(1))  # a prompt is read again where that evens out the replicas' work
+    return Batch(tuple(_micro_batch(units, encode) for units in shares[replicas.rank]))
 
 
 def filler() -> MicroBatch:
@@ -74,66 +75,79 @@ def filler() -> MicroBatch:
     return _micro_batch([], encode_text)
 
 
-UNITS_PER_REPLICA = 4  # at least, where there are several: whole groups may be too few to give all equal work
+Unit = list[tuple[int, Sample]]
+"""Siblings, and their places in the list of samples: they lie in one micro-batch and read their prompt once."""
 
 
-def _units(samples: Sequence[Sample], max_tokens: int, replicas: int) -> list[list[int]]:
-    """Places of samples with a gradient that lie together and read their prompt once: all of a prompt's, or where
-    that is too long as many as fit."""
-    siblings: dict[Prompt, list[int]] = {}
+def _siblings(samples: Sequence[Sample]) -> list[Unit]:
+    """The samples that have a gradient, by prompt."""
+    found: dict[Prompt, Unit] = {}
     for place, sample in enumerate(samples):
         if sample.pg_weight or sample.kl_weight:
-            siblings.setdefault(sample.prompt, []).append(place)
-    if replicas > 1:
-        total = sum(q for places in siblings.values() for q, _ in _segments([samples[place] for place in places]))
-        max_tokens = min(max_tokens, total // (UNITS_PER_REPLICA * replicas))
-    units: list[list[int]] = []
-    for prompt, places in siblings.items():
-        fill = max_tokens
-        for place in places:
-            queries = len(samples[place].response_ids[:-1])
-            if place == places[0] or fill + queries > max_tokens:
-                units.append([])
-                fill = len(prompt.token_ids)
-            units[-1].append(place)
-            fill += queries
+            found.setdefault(sample.prompt, []).append((place, sample))
+    return list(found.values())
+
+
+def _units(groups: Sequence[Unit], max_tokens: int, pieces: int) -> list[Unit]:
+    """Each group in so many pieces, or more where one would be too long."""
+    units: list[Unit] = []
+    for group in groups:
+        unit: Unit = []
+        for placed in group:
+            if len(unit) * pieces >= len(group) or (unit and _size([*unit, placed]) > max_tokens):
+                units.append(unit)
+                unit = []
+            unit.append(placed)
+        units.append(unit)
     return units
 
 
-def _segments(siblings: Sequence[Sample]) -> list[tuple[int, int]]:
+def _size(unit: Unit) -> int:
+    return sum(queries for queries, _ in _segments(unit))
+
+
+def _work(unit: Unit, cost: Callable[[int, int], float]) -> float:
+    return sum(cost(*segment) for segment in _segments(unit))
+
+
+def _segments(unit: Unit) -> list[tuple[int, int]]:
     """(queries, keys) of the prompt with the first response, and of each further one."""
-    prompt = len(siblings[0].prompt.token_ids)
-    first, *others = (len(sample.response_ids[:-1]) for sample in siblings)
+    prompt = len(unit[0][1].prompt.token_ids)
+    first, *others = (len(sample.response_ids[:-1]) for _, sample in unit)
     return [(prompt + first, prompt + first), *((queries, prompt + queries) for queries in others)]
 
 
-def _divide(sizes: list[int], works: list[float], max_tokens: int, replicas: int) -> list[list[list[int]]]:
-    """Numbers of units by replica and micro-batch. Longest unit first into the micro-batch with the least work that has
-    room; micro-batches are added, one a replica, until everything fits. Then the costliest are dealt out to the
-    replicas to and fro, which evens their sums."""
-    each = max(1, -(-sum(sizes) // (max_tokens * replicas)))
-    while (bins := _fill(sizes, works, max_tokens, each * replicas)) is None:
+def _divide(units: Sequence[Unit], max_tokens: int, replicas: Replicas) -> tuple[list[list[list[Unit]]], float]:
+    """Units by replica and micro-batch, and the work of the busiest replica. Longest unit first into the micro-batch
+    with the least work that has room; micro-batches are added, one a replica, until everything fits. Then the costliest
+    are dealt out to the replicas to and fro, which evens their sums."""
+    sized = sorted(((_size(unit), _work(unit, replicas.cost), unit) for unit in units), key=lambda row: -row[0])
+    each = max(1, -(-sum(size for size, _, _ in sized) // (max_tokens * replicas.count)))
+    while (bins := _fill(sized, max_tokens, each * replicas.count)) is None:
         each += 1
-    bins.sort(key=lambda units: -sum(works[unit] for unit in units))
-    order = [*range(replicas), *reversed(range(replicas))]
-    shares: list[list[list[int]]] = [[] for _ in range(replicas)]
-    for number, units in enumerate(bins):
-        shares[order[number % len(order)]].append(units)
-    return shares
+    bins.sort(key=lambda found: -found[0])
+    order = [*range(replicas.count), *reversed(range(replicas.count))]
+    shares: list[list[list[Unit]]] = [[] for _ in range(replicas.count)]
+    works = [0.0] * replicas.count
+    for number, (work, found) in enumerate(bins):
+        replica = order[number % len(order)]
+        shares[replica].append(found)
+        works[replica] += work
+    return shares, max(works)
 
 
-def _fill(sizes: list[int], works: list[float], max_tokens: int, count: int) -> list[list[int]] | None:
-    """The units in `count` bins of at most `max_tokens` (a longer one lies alone), or None: they do not fit."""
-    bins, fill, work = [[] for _ in range(count)], [0] * count, [0.0] * count
-    for unit in sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit)):
-        room = [b for b in range(count) if not bins[b] or fill[b] + sizes[unit] <= max_tokens]
+def _fill(sized: list[tuple[int, float, Unit]], max_tokens: int, count: int) -> list[tuple[float, list[Unit]]] | None:
+    """`count` bins of at most `max_tokens` (a longer unit lies alone) with their work, or None: they do not fit."""
+    bins, fill, works = [[] for _ in range(count)], [0] * count, [0.0] * count
+    for size, work, unit in sized:
+        room = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]
         if not room:
             return None
-        emptiest = min(room, key=work.__getitem__)
+        emptiest = min(room, key=works.__getitem__)
         bins[emptiest].append(unit)
-        fill[emptiest] += sizes[unit]
-        work[emptiest] += works[unit]
-    return bins
+        fill[emptiest] += size
+        works[emptiest] += work
+    return list(zip(works, bins, strict=True))
 
 
 @dataclass(frozen=True)
@@ -163,13 +177,11 @@ class _Sequence:
         return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
 
 
-def _micro_batch(units: Sequence[Sequence[tuple[int, Sample]]], encode: Encoder) -> MicroBatch:
-    """`units`: siblings with their places."""
-    prompts = [encode(siblings[0][1].prompt) for siblings in units]
+def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
     sequences = [
-        _Sequence(unit, number == 0, place, sample, prompts[unit])
-        for unit, siblings in enumerate(units)
-        for number, (place, sample) in enumerate(siblings)
+        _Sequence(number, placed is unit[0], *placed, prompt)
+        for number, (unit, prompt) in enumerate((unit, encode(unit[0][1].prompt)) for unit in units)
+        for placed in unit
     ]
     # A prompt lies before those that read it; segments of one shape side by side: sdpa_attention runs them together.
     sequences.sort(key=lambda sequence: (not sequence.first, sequence.shape))

@@ -1,8 +1,8 @@
 """Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences.
 
 T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the only input format:
-Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses
-packing. What computes each piece is chosen in one place, `vold.models.layer_ops`.
+Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing. What
+computes each piece is chosen in one place, `vold.models.layer_ops`.
 """
 
 from __future__ import annotations

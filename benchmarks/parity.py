@@ -132,7 +132,7 @@ def _perturbed(cls: type, config, seed: int) -> PreTrainedModel:
 
 
 def samples_of_step(step: int) -> list[Sample]:
-    """Twelve responses of unequal length; a third has no KL term, one has nothing at all."""
+    """Twelve responses of unequal length, three to a prompt; one of them has no KL term, one in all has nothing."""
     draw = random.Random(step)
     ids = lambda low, high: tuple(draw.randrange(VOCAB) for _ in range(draw.randint(low, high)))  # noqa: E731
     samples = []
@@ -140,6 +140,7 @@ def samples_of_step(step: int) -> list[Sample]:
         failed = number % 3 > 0
         advantage = draw.uniform(-1.5, -0.5) if failed else draw.uniform(0.5, 1.5)
         samples.append(Sample(Prompt(str(number), ids(2, 9), ""), ids(1, 17), advantage, 1.0, BETA * failed))
+    samples = [replace(sample, prompt=samples[number - number % 3].prompt) for number, sample in enumerate(samples)]
     samples[4] = replace(samples[4], pg_weight=0.0, kl_weight=0.0)
     tokens = sum(len(sample.response_ids) for sample in samples)
     return [replace(s, pg_weight=s.pg_weight / tokens, kl_weight=s.kl_weight / tokens) for s in samples]

@@ -2,7 +2,7 @@
 
 Every record is frozen; a stage returns new ones. Shape letters, here and wherever these records are read:
 P prompts, G responses per prompt, B sequences in a micro-batch, T packed tokens of a micro-batch, N of them that
-predict a response token, D hidden width, V vocabulary.
+predict a response token, K keys and values that attention reads, S segments, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -72,17 +72,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Sequences laid end to end, as both models read them.
+    """Sequences laid end to end, as both models read them. A prompt is there once for the responses that share it.
+
+    A segment is a run of queries that read keys together, causally: its last query reads all its keys, the one before
+    it all but the last. One holds a prompt and a response; each further response to the prompt is a segment of its
+    own, whose keys are the prompt's and its own. What precedes a response's last token is all there is of it: that
+    token predicts nothing.
 
     input_ids_T      int64; image-pad ids expanded to one per merged image patch
     position_ids_3T  int64 (temporal, height, width); the three rows are equal where there is no image
-    cu_seqlens       int32 [B + 1], cumulative sequence lengths, starting at 0
+    cu_seqlens       int32 [S + 1], cumulative numbers of queries, starting at 0; no segment is empty
+    cu_seqlens_k     int32 [S + 1], cumulative numbers of keys
+    kv_index_K       int64, index into T of each key, ascending in a segment; None: every key is its own query's
     pixel_values, image_grid_thw   the image processor's output for all images in order, or None
     """
 
     input_ids_T: Tensor
     position_ids_3T: Tensor
     cu_seqlens: Tensor
+    cu_seqlens_k: Tensor
+    kv_index_K: Tensor | None = None
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
 

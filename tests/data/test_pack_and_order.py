@@ -3,65 +3,129 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import count, islice
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vold.data.order import rows_of_step
 from vold.data.pack import Replicas, pack
 from vold.records import Prompt, Sample
+from vold.teacher.score import only_sequences
 
-lengths = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.25]))
+lengths = st.integers(1, 9)
+weights = st.tuples(st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.25]))
+groups = st.tuples(lengths, st.lists(st.tuples(lengths, weights), min_size=1, max_size=5))
 
 
-def samples_of(rows):
-    samples, token = [], 0
-    for number, (prompt, response, pg_weight, kl_weight) in enumerate(rows):
-        ids = tuple(range(token, token + prompt + response))
-        token += len(ids)
-        logps = tuple(-0.5 * (i + 1) for i in range(response))
-        samples.append(Sample(Prompt(str(number), ids[:prompt], ""), ids[prompt:], 1.5, pg_weight, kl_weight, logps))
+def samples_of(groups):
+    """A group is the prompt's length, and of each response the length and the two weights. No id occurs twice."""
+    samples, token = [], count()
+    draw = lambda length: tuple(islice(token, length))  # noqa: E731
+    for number, (prompt_length, responses) in enumerate(groups):
+        prompt = Prompt(str(number), draw(prompt_length), "")
+        for length, (pg_weight, kl_weight) in responses:
+            logps = tuple(-0.5 * (i + 1) for i in range(length))
+            samples.append(Sample(prompt, draw(length), 1.5, pg_weight, kl_weight, logps))
     return samples
 
 
+def read_before(micro, source):
+    """(ids, positions) of what attention shows the query at `source`, itself included."""
+    tokens = micro.tokens
+    segment = int(torch.searchsorted(tokens.cu_seqlens, source, right=True)) - 1
+    keys = torch.arange(len(tokens.input_ids_T)) if tokens.kv_index_K is None else tokens.kv_index_K
+    later = int(tokens.cu_seqlens[segment + 1]) - 1 - source
+    seen = keys[tokens.cu_seqlens_k[segment] : tokens.cu_seqlens_k[segment + 1] - later]
+    return tokens.input_ids_T[seen].tolist(), tokens.position_ids_3T[:, seen].tolist()
+
+
+def check_targets(micro, samples, sequence_n):
+    """Each target is predicted by a state that has read exactly what precedes the target in its sample."""
+    assert micro.target_N.tolist() == [
+        token for row in dict.fromkeys(sequence_n.tolist()) for token in samples[micro.sample_B[row]].response_ids
+    ]
+    for source, target, row in zip(micro.source_N.tolist(), micro.target_N.tolist(), sequence_n.tolist(), strict=True):
+        sample = samples[micro.sample_B[row]]
+        before = [*sample.prompt.token_ids, *sample.response_ids[: sample.response_ids.index(target)]]
+        ids, positions = read_before(micro, source)
+        assert ids == before and positions == [list(range(len(before)))] * 3
+    tokens = micro.tokens
+    assert tokens.cu_seqlens[0] == tokens.cu_seqlens_k[0] == 0 and tokens.cu_seqlens[-1] == tokens.input_ids_T.numel()
+    assert (tokens.cu_seqlens.diff() > 0).all(), "kernels need a query in every segment"
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.lists(lengths, min_size=0, max_size=12), st.integers(18, 60), st.integers(1, 5))
-def test_pack(rows, max_tokens, replicas):
-    samples = samples_of(rows)
+@given(st.lists(groups, min_size=0, max_size=5), st.integers(18, 60), st.integers(1, 5))
+def test_pack(groups, max_tokens, replicas):
+    samples = samples_of(groups)
     shares = [pack(samples, max_tokens=max_tokens, replicas=Replicas(replicas, rank)) for rank in range(replicas)]
     assert len({len(share.micro_batches) for share in shares}) == 1, "every replica takes part in every reduction"
     micro_batches = [micro for share in shares for micro in share.micro_batches]
     placed = [place for micro in micro_batches for place in micro.sample_B]
     assert sorted(placed) == [i for i, s in enumerate(samples) if s.pg_weight or s.kl_weight]
     for micro in micro_batches:
-        ids, cu = micro.tokens.input_ids_T, micro.tokens.cu_seqlens
-        assert ids.numel() <= max_tokens and cu[-1] == ids.numel() and cu[0] == 0
+        assert micro.tokens.input_ids_T.numel() <= max_tokens
         if not micro.sample_B:
             assert micro.target_N.numel() == 0
             continue
-        assert (ids[micro.source_N + 1] == micro.target_N).all(), "each state predicts the token after it"
+        check_targets(micro, samples, micro.sequence_N)
         for row, place in enumerate(micro.sample_B):
             sample, own = samples[place], micro.sequence_N == row
-            assert micro.target_N[own].tolist() == list(sample.response_ids)
-            start, stop = cu[row], cu[row + 1]
-            assert ids[start:stop].tolist() == [*sample.prompt.token_ids, *sample.response_ids]
-            assert micro.tokens.position_ids_3T[:, start:stop].tolist() == [list(range(stop - start))] * 3
             assert set(micro.pg_weight_N[own].tolist()) == {sample.pg_weight}
             assert set(micro.kl_weight_N[own].tolist()) == {sample.kl_weight}
             assert micro.logp_rollout_N[own].tolist() == list(sample.logp_rollout)
 
 
+def test_a_prompt_is_read_once_for_its_responses():
+    learns = (1.0, 0.0)
+    samples = samples_of([(7, [(3, learns), (5, learns), (1, learns), (4, (0.0, 0.0))]), (2, [(6, learns)])])
+    [micro] = pack(samples, max_tokens=99).micro_batches
+    assert micro.tokens.input_ids_T.numel() == 7 + 2 + 4 + 0 + 2 + 5, "without what predicts nothing"
+    assert micro.tokens.kv_index_K.numel() == (7 + 2) + (7 + 4) + (2 + 5)
+    for alone in pack(samples, max_tokens=12).micro_batches:
+        assert alone.tokens.kv_index_K is None, "nobody else reads these keys"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(groups, min_size=1, max_size=4), st.data())
+def test_the_teacher_reads_what_its_sequences_need(groups, data):
+    samples = [replace(sample, pg_weight=1.0) for sample in samples_of(groups)]
+    [micro] = pack(samples, max_tokens=999).micro_batches
+    kept = data.draw(st.sets(st.integers(0, len(samples) - 1), min_size=1))
+    rows_n = torch.isin(micro.sequence_N, torch.tensor(sorted(kept))).nonzero()[:, 0]
+    reduced = only_sequences(micro, rows_n)
+    check_targets(reduced, samples, micro.sequence_N[rows_n])
+    needed = {id for row in kept for id in samples[micro.sample_B[row]].response_ids[:-1]}
+    needed |= {id for row in kept for id in samples[micro.sample_B[row]].prompt.token_ids}
+    assert sorted(reduced.tokens.input_ids_T.tolist()) == sorted(needed)
+
+
 def test_replicas_get_equal_work_where_attention_counts():
     """Lengths spread over a factor of 50 and a cost that is half quadratic for the longest: within 2 % of the mean."""
     draw = random.Random(0)
-    samples = samples_of([(1, int(160 * 50 ** draw.random()), 1.0, 0.0) for _ in range(256)])
-    cost = lambda length: length + length**2 / 8000  # noqa: E731
+    samples = samples_of([(1, [(int(160 * 50 ** draw.random()), (1.0, 0.0))]) for _ in range(256)])
+    cost = lambda queries, keys: queries + queries * (2 * keys - queries) / 8000  # noqa: E731
     works = []
     for rank in range(8):
         share = pack(samples, max_tokens=16384, replicas=Replicas(8, rank, cost))
         lengths = [n for micro in share.micro_batches for n in micro.tokens.cu_seqlens.diff().tolist()]
-        works.append(sum(map(cost, lengths)))
+        works.append(sum(cost(length, length) for length in lengths))
     assert max(works) / (sum(works) / 8) < 1.02, works
+
+
+@pytest.mark.parametrize(("groups", "replicas", "pieces"), [(1, 4, 4), (4, 4, 4), (6, 4, 12), (12, 4, 12)])
+def test_a_prompt_is_read_again_only_to_give_all_replicas_work(groups, replicas, pieces):
+    """Groups of 16 equal responses; whole groups would leave replicas of the first and third case idle."""
+    samples = samples_of([(20, [(51, (1.0, 0.0))] * 16)] * groups)
+    shares = [pack(samples, max_tokens=9999, replicas=Replicas(replicas, rank)) for rank in range(replicas)]
+    micro_batches = [micro for share in shares for micro in share.micro_batches]
+    counts = [sum(len(micro.sample_B) for micro in share.micro_batches) for share in shares]
+    assert counts == [16 * groups // replicas] * replicas
+    assert sum(micro.tokens.input_ids_T.numel() for micro in micro_batches) == 20 * pieces + 16 * 50 * groups
 
 
 @settings(deadline=None)

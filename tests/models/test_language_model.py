@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
+from vold.data.pack import Encoded, pack
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
 from vold.models.vision import FrozenVisionTower
 from vold.models.weights import load_pretrained
+from vold.records import Prompt, Sample
 
 GRIDS = ((1, 4, 6),), ((1, 8, 4), (1, 4, 4))
 
@@ -57,6 +61,41 @@ def test_gradients_equal_transformers(pair):
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
     (logits * upstream).sum().backward()
     (torch.cat([row.logits(reference) for row in rows]) * upstream).sum().backward()
+    error, name = tiny.worst_gradient_error(model, reference)
+    assert error <= 1e-4, name
+
+
+def test_responses_that_share_a_prompt_equal_transformers_one_by_one(pair):
+    """Logits and gradients, where `pack` lays prompts once: of text, and with two images."""
+    model, reference, vision = pair
+    prompts = {str(number): tiny.text_row(length, seed=number) for number, length in enumerate((7, 3, 7))}
+    if vision is not None:
+        prompts["images"] = tiny.image_row(model.arch, *GRIDS[1])
+    samples = [
+        Sample(
+            Prompt(name, tuple(row.ids.tolist()), ""), tuple(tiny.text_row(length, seed=length).ids.tolist()), 1, 1, 0
+        )
+        for name, row in prompts.items()
+        for length in (4, 1, 9, 4)
+    ]
+
+    def encode(prompt):
+        row = prompts[prompt.id]
+        return Encoded(prompt.token_ids, row.positions_3L, row.pixel_values, row.grid)
+
+    [micro] = pack(samples, max_tokens=999, encode=encode).micro_batches
+    assert micro.tokens.input_ids_T.numel() == sum(len(row.ids) + 3 + 0 + 8 + 3 for row in prompts.values())
+    expected = []
+    for sample in (samples[place] for place in micro.sample_B):
+        ids = torch.tensor([*sample.prompt.token_ids, *sample.response_ids])
+        whole = replace(prompts[sample.prompt.id], ids=ids).logits(reference)
+        expected.append(whole[len(sample.prompt.token_ids) - 1 : -1])
+    expected = torch.cat(expected)
+    logits = logits_TV(model, micro.tokens, vision)[micro.source_N]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    (logits * upstream).sum().backward()
+    (expected * upstream).sum().backward()
     error, name = tiny.worst_gradient_error(model, reference)
     assert error <= 1e-4, name
 

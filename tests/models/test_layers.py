@@ -12,33 +12,35 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryE
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
 from vold.models.layer_ops import flash_attention, sdpa_attention, varlen_attention
-from vold.models.layers import Rotary
+from vold.models.layers import Packing, Rotary
 from vold.models.weights import load_pretrained
 
-LENGTHS = (5, 1, 130, 64)
+SHAPES = ((5, 5), (1, 1), (130, 130), (64, 69), (64, 69), (1, 131))  # of each segment: queries, keys
 
 
 def packed_qkv(device="cpu", dtype=torch.float32, heads=4, kv_heads=2, width=64):
     generator = torch.Generator().manual_seed(0)
-    total = sum(LENGTHS)
-    q, k, v = (torch.randn(total, h, width, generator=generator) for h in (heads, kv_heads, kv_heads))
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
-    return [x.to(device, dtype).requires_grad_() for x in (q, k, v)], cu_seqlens
+    queries, keys = (sum(lengths) for lengths in zip(*SHAPES, strict=True))
+    sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    qkv = [torch.randn(*size, width, generator=generator).to(device, dtype).requires_grad_() for size in sizes]
+    bounds = torch.tensor([(0, 0), *SHAPES]).cumsum(0).int().T.contiguous().to(device)
+    longest = torch.tensor(SHAPES).amax(0).tolist()
+    packed = Packing(cu_seqlens_q=bounds[0], cu_seqlens_kv=bounds[1], max_seqlen_q=longest[0], max_seqlen_kv=longest[1])
+    return qkv, packed
 
 
-def attention_by_hand(q_TAH, k_TKH, v_TKH, scale):
+def attention_by_hand(q_TAH, k_SKH, v_SKH, scale):
     """float64 softmax attention with one mask over the whole packing."""
-    q, k, v = (x.detach().double().cpu() for x in (q_TAH, k_TKH, v_TKH))
+    q, k, v = (x.detach().double().cpu() for x in (q_TAH, k_SKH, v_SKH))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    sequence_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    visible = (sequence_T[:, None] == sequence_T) & torch.ones(len(q), len(q), dtype=torch.bool).tril()
+    visible = torch.block_diag(*(torch.ones(shape).tril(shape[1] - shape[0]) for shape in SHAPES)).bool()
     scores = torch.einsum("qah,kah->aqk", q, k) * scale
     return torch.einsum("aqk,kah->qah", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-def test_sdpa_attends_causally_inside_each_sequence():
-    qkv, cu_seqlens = packed_qkv()
-    out = sdpa_attention(*qkv, cu_seqlens, max(LENGTHS), 0.1)
+def test_sdpa_attends_causally_inside_each_segment():
+    qkv, packed = packed_qkv()
+    out = sdpa_attention(*qkv, packed, 0.1)
     torch.testing.assert_close(out.double(), attention_by_hand(*qkv, 0.1), rtol=0, atol=1e-5)
 
 
@@ -48,11 +50,11 @@ def test_sdpa_attends_causally_inside_each_sequence():
 def test_gpu_kernels_are_as_accurate_as_sdpa(attend):
     if attend is flash_attention and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    qkv, cu_seqlens = packed_qkv("cuda", torch.bfloat16)
+    qkv, packed = packed_qkv("cuda", torch.bfloat16)
     expected = attention_by_hand(*qkv, 0.1)
     results = {}
     for name, f in {"ours": attend, "sdpa": sdpa_attention}.items():
-        out = f(*qkv, cu_seqlens, max(LENGTHS), 0.1)
+        out = f(*qkv, packed, 0.1)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results[name] = (out.double().cpu() - expected, *torch.autograd.grad(out, qkv, upstream))
     assert results["ours"][0].abs().max() <= 2 * results["sdpa"][0].abs().max() + 1e-3

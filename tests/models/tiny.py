@@ -128,10 +128,12 @@ def image_row(arch: Architecture, *grids: tuple[int, int, int], seed: int = 1) -
 
 def pack(rows: list[Row]) -> PackedTokens:
     with_images = [row for row in rows if row.grid is not None]
+    cu_seqlens = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0).int()
     return PackedTokens(
         input_ids_T=torch.cat([row.ids for row in rows]),
         position_ids_3T=torch.cat([row.positions_3L for row in rows], dim=1),
-        cu_seqlens=torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0).int(),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
         pixel_values=torch.cat([row.pixel_values for row in with_images]) if with_images else None,
         image_grid_thw=torch.cat([row.grid for row in with_images]) if with_images else None,
     )

@@ -3,7 +3,9 @@
 import torch
 from transformers import Qwen3Config
 
+from vold.data.pack import pack
 from vold.models.architecture import Architecture
+from vold.records import Prompt, Sample
 from vold.trainer.flops import peak_flops, training_flops
 
 
@@ -20,9 +22,11 @@ def test_training_flops_by_hand():
     )
     per_layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16  # q, k, v, o, and the gated MLP
     weights = 2 * per_layer + 100 * 8
-    lengths = torch.tensor([0, 3, 8], dtype=torch.int32)
-    attention = 2 * 6 * 8 * (3**2 + 5**2)  # per layer 2 * l^2 * d forward (causal half of 4), three times with backward
-    assert training_flops(Architecture.from_config(config), lengths) == 6 * weights * 8 + attention
+    prompt, other = Prompt("shared", (1, 2), ""), Prompt("other", (3,), "")
+    samples = [Sample(p, (0,) * n, 1.0, 1.0, 0.0) for p, n in ((prompt, 2), (prompt, 4), (other, 5))]
+    [micro] = pack(samples, max_tokens=99).micro_batches  # segments [2 + 1], 3 that also read those 2, [1 + 4]
+    attention = 2 * 6 * 8 * (3**2 + (5**2 - 2**2) + 5**2)  # per layer 2 * l^2 * d forward (causal half of 4), times 3
+    assert training_flops(Architecture.from_config(config), micro.tokens) == 6 * weights * 11 + attention
 
 
 def test_no_peak_is_claimed_for_a_cpu():

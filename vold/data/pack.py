@@ -1,10 +1,12 @@
-"""Samples -> Batch: sequences laid end to end in micro-batches of bounded length, divided among the data-parallel
-replicas so that all have equally much work. B sequences, T tokens, N targets."""
+"""Samples -> Batch: sequences laid end to end in micro-batches of bounded length, a prompt once for the responses that
+share it, divided among the data-parallel replicas so that all have equally much work. B sequences, T tokens, N targets,
+P prompt tokens, L tokens of one sequence, K keys: see PackedTokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -14,33 +16,37 @@ from vold.records import Batch, MicroBatch, PackedTokens, Prompt, Sample
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as a model reads it: image-pad ids expanded, positions [3, L] of prompt and `response` tokens."""
+    """A prompt as a model reads it: P image-pad ids expanded, positions [3, P]. A response's positions count on from
+    the largest."""
 
     prompt_ids: Sequence[int]
-    position_ids_3L: Tensor
+    position_ids_3P: Tensor
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
 
 
-Encoder = Callable[[Prompt, Sequence[int]], Encoded]
+Encoder = Callable[[Prompt], Encoded]
+
+
+def _queries(queries: int, keys: int) -> float:
+    return queries
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """`count` data-parallel copies of the model share a step; this is number `rank`. `cost`: work that a sequence of so
-    many tokens is, in any unit."""
+    """`count` data-parallel copies of the model share a step; this is number `rank`. `cost`: work that a segment of so
+    many queries and keys is, in any unit."""
 
     count: int = 1
     rank: int = 0
-    cost: Callable[[int], float] = float
+    cost: Callable[[int, int], float] = _queries
 
 
-def encode_text(prompt: Prompt, response_ids: Sequence[int]) -> Encoded:
+def encode_text(prompt: Prompt) -> Encoded:
     """Text only: positions count up, the same in all three planes."""
     if prompt.images:
         raise ValueError(f"{prompt.id} has images; this stage reads text only")
-    length = len(prompt.token_ids) + len(response_ids)
-    return Encoded(prompt.token_ids, torch.arange(length).expand(3, length))
+    return Encoded(prompt.token_ids, torch.arange(len(prompt.token_ids)).expand(3, -1))
 
 
 def pack(
@@ -56,10 +62,12 @@ def pack(
     two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
     with too few sequences gets micro-batches of one token and no target.
     """
-    learning = [place for place, sample in enumerate(samples) if sample.pg_weight or sample.kl_weight]
-    lengths = {place: len(samples[place].prompt.token_ids) + len(samples[place].response_ids) for place in learning}
-    mine = _divide(lengths, max_tokens, replicas)[replicas.rank]
-    return Batch(tuple(_micro_batch([(place, samples[place]) for place in places], encode) for places in mine))
+    groups = _siblings(samples)
+    largest = max(map(len, groups), default=1) if replicas.count > 1 else 1
+    pieces = sorted({min(1 << power, largest) for power in range(largest.bit_length() + 1)})
+    plans = [_divide(_units(groups, max_tokens, count), max_tokens, replicas) for count in pieces]
+    shares, _ = min(plans, key=itemgetter(1))  # a prompt is read again where that evens out the replicas' work
+    return Batch(tuple(_micro_batch(units, encode) for units in shares[replicas.rank]))
 
 
 def filler() -> MicroBatch:
@@ -67,53 +75,130 @@ def filler() -> MicroBatch:
     return _micro_batch([], encode_text)
 
 
-def _divide(lengths: dict[int, int], max_tokens: int, replicas: Replicas) -> list[list[list[int]]]:
-    """Places by replica and micro-batch. Costliest sequence first into the micro-batch with the least work that has
-    room; micro-batches are added, one a replica, until everything fits. Then the costliest are dealt out to the
-    replicas to and fro, which evens their sums."""
-    each = max(1, -(-sum(lengths.values()) // (max_tokens * replicas.count)))
-    while (bins := _fill(lengths, max_tokens, each * replicas.count, replicas.cost)) is None:
+Unit = list[tuple[int, Sample]]
+"""Siblings, and their places in the list of samples: they lie in one micro-batch and read their prompt once."""
+
+
+def _siblings(samples: Sequence[Sample]) -> list[Unit]:
+    """The samples that have a gradient, by prompt."""
+    found: dict[Prompt, Unit] = {}
+    for place, sample in enumerate(samples):
+        if sample.pg_weight or sample.kl_weight:
+            found.setdefault(sample.prompt, []).append((place, sample))
+    return list(found.values())
+
+
+def _units(groups: Sequence[Unit], max_tokens: int, pieces: int) -> list[Unit]:
+    """Each group in so many pieces, or more where one would be too long."""
+    units: list[Unit] = []
+    for group in groups:
+        unit: Unit = []
+        for placed in group:
+            if len(unit) * pieces >= len(group) or (unit and _size([*unit, placed]) > max_tokens):
+                units.append(unit)
+                unit = []
+            unit.append(placed)
+        units.append(unit)
+    return units
+
+
+def _size(unit: Unit) -> int:
+    return sum(queries for queries, _ in _segments(unit))
+
+
+def _work(unit: Unit, cost: Callable[[int, int], float]) -> float:
+    return sum(cost(*segment) for segment in _segments(unit))
+
+
+def _segments(unit: Unit) -> list[tuple[int, int]]:
+    """(queries, keys) of the prompt with the first response, and of each further one."""
+    prompt = len(unit[0][1].prompt.token_ids)
+    first, *others = (len(sample.response_ids[:-1]) for _, sample in unit)
+    return [(prompt + first, prompt + first), *((queries, prompt + queries) for queries in others)]
+
+
+def _divide(units: Sequence[Unit], max_tokens: int, replicas: Replicas) -> tuple[list[list[list[Unit]]], float]:
+    """Units by replica and micro-batch, and the work of the busiest replica. Longest unit first into the micro-batch
+    with the least work that has room; micro-batches are added, one a replica, until everything fits. Then the costliest
+    are dealt out to the replicas to and fro, which evens their sums."""
+    sized = sorted(((_size(unit), _work(unit, replicas.cost), unit) for unit in units), key=lambda row: -row[0])
+    each = max(1, -(-sum(size for size, _, _ in sized) // (max_tokens * replicas.count)))
+    while (bins := _fill(sized, max_tokens, each * replicas.count)) is None:
         each += 1
-    bins.sort(key=lambda places: -sum(replicas.cost(lengths[place]) for place in places))
+    bins.sort(key=lambda found: -found[0])
     order = [*range(replicas.count), *reversed(range(replicas.count))]
-    shares: list[list[list[int]]] = [[] for _ in range(replicas.count)]
-    for number, places in enumerate(bins):
-        shares[order[number % len(order)]].append(places)
-    return shares
+    shares: list[list[list[Unit]]] = [[] for _ in range(replicas.count)]
+    works = [0.0] * replicas.count
+    for number, (work, found) in enumerate(bins):
+        replica = order[number % len(order)]
+        shares[replica].append(found)
+        works[replica] += work
+    return shares, max(works)
 
 
-def _fill(lengths: dict[int, int], max_tokens: int, count: int, cost: Callable[[int], float]) -> list[list[int]] | None:
-    """The places in `count` bins of at most `max_tokens` (a longer sequence lies alone), or None: they do not fit."""
-    bins, fill, work = [[] for _ in range(count)], [0] * count, [0.0] * count
-    for place in sorted(lengths, key=lambda place: (-lengths[place], place)):
-        room = [b for b in range(count) if not bins[b] or fill[b] + lengths[place] <= max_tokens]
+def _fill(sized: list[tuple[int, float, Unit]], max_tokens: int, count: int) -> list[tuple[float, list[Unit]]] | None:
+    """`count` bins of at most `max_tokens` (a longer unit lies alone) with their work, or None: they do not fit."""
+    bins, fill, works = [[] for _ in range(count)], [0] * count, [0.0] * count
+    for size, work, unit in sized:
+        room = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]
         if not room:
             return None
-        emptiest = min(room, key=work.__getitem__)
-        bins[emptiest].append(place)
-        fill[emptiest] += lengths[place]
-        work[emptiest] += cost(lengths[place])
-    return bins
+        emptiest = min(room, key=works.__getitem__)
+        bins[emptiest].append(unit)
+        fill[emptiest] += size
+        works[emptiest] += work
+    return list(zip(works, bins, strict=True))
 
 
-def _micro_batch(placed: list[tuple[int, Sample]], encode: Encoder) -> MicroBatch:
-    samples = [sample for _, sample in placed]
-    encoded = [encode(sample.prompt, sample.response_ids) for sample in samples]
+@dataclass(frozen=True)
+class _Sequence:
+    """A sample at its place, behind a prompt that the first of its unit brings along."""
+
+    unit: int
+    first: bool
+    place: int
+    sample: Sample
+    prompt: Encoded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(queries, keys)"""
+        prompt, own = len(self.prompt.prompt_ids), len(self.sample.response_ids[:-1])
+        return (prompt if self.first else 0) + own, prompt + own
+
+    @property
+    def ids(self) -> list[int]:
+        return [*(self.prompt.prompt_ids if self.first else ()), *self.sample.response_ids[:-1]]
+
+    @property
+    def position_ids_3L(self) -> Tensor:
+        prompt_3P = self.prompt.position_ids_3P
+        own_3L = (prompt_3P.max() + 1 + torch.arange(len(self.sample.response_ids[:-1]))).expand(3, -1)
+        return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
+
+
+def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
+    sequences = [
+        _Sequence(number, placed is unit[0], *placed, prompt)
+        for number, (unit, prompt) in enumerate((unit, encode(unit[0][1].prompt)) for unit in units)
+        for placed in unit
+    ]
+    # A prompt lies before those that read it; segments of one shape side by side: sdpa_attention runs them together.
+    sequences.sort(key=lambda sequence: (not sequence.first, sequence.shape))
+    samples = [sequence.sample for sequence in sequences]
+    keys = _keys(sequences)
     counts = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.int64)
-    lengths = [len(e.prompt_ids) + len(s.response_ids) for e, s in zip(encoded, samples, strict=True)]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    ids = [torch.tensor([*e.prompt_ids, *s.response_ids]) for e, s in zip(encoded, samples, strict=True)]
-    sources = [  # the hidden state one position earlier predicts a token
-        torch.arange(len(s.response_ids)) + start + len(e.prompt_ids) - 1
-        for start, e, s in zip(starts.tolist(), encoded, samples, strict=False)
+    sources = [  # the hidden state one position earlier predicts a token: of the first one, the prompt's last
+        key_L[len(s.prompt.prompt_ids) - 1 :][: len(s.sample.response_ids)]
+        for key_L, s in zip(keys, sequences, strict=True)
     ]
     rollout_logps = [s.logp_rollout for s in samples if s.logp_rollout is not None]
     return MicroBatch(
-        tokens=_tokens(ids, encoded, starts),
+        tokens=_tokens(sequences, keys),
         source_N=torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64),
         target_N=torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.int64),
         sequence_N=torch.arange(len(samples)).repeat_interleave(counts),
-        sample_B=tuple(place for place, _ in placed),
+        sample_B=tuple(sequence.place for sequence in sequences),
         advantage_N=_per_token([s.advantage for s in samples], counts),
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
@@ -121,16 +206,36 @@ def _micro_batch(placed: list[tuple[int, Sample]], encode: Encoder) -> MicroBatc
     )
 
 
-def _tokens(ids: list[Tensor], encoded: list[Encoded], starts: Tensor) -> PackedTokens:
-    if not ids:  # nothing to learn here: the shortest input a model accepts
-        one = torch.zeros(1, dtype=torch.int64)
-        return PackedTokens(one, one.expand(3, 1), torch.tensor([0, 1], dtype=torch.int32))
-    pixels = [e.pixel_values for e in encoded if e.pixel_values is not None]
-    grids = [e.image_grid_thw for e in encoded if e.image_grid_thw is not None]
+def _keys(sequences: Sequence[_Sequence]) -> list[Tensor]:
+    """Of each sequence, the index into T of prompt and response."""
+    start, keys, prompt_of_unit = 0, [], {}
+    for sequence in sequences:
+        queries, _ = sequence.shape
+        own_L = torch.arange(start, start + queries)
+        if sequence.first:
+            prompt_of_unit[sequence.unit] = own_L[: len(sequence.prompt.prompt_ids)]
+            keys.append(own_L)
+        else:
+            keys.append(torch.cat([prompt_of_unit[sequence.unit], own_L]))
+        start += queries
+    return keys
+
+
+def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTokens:
+    if not sequences:  # nothing to learn here: the shortest input a model accepts
+        one, cu_seqlens = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
+        return PackedTokens(one, one.expand(3, 1), cu_seqlens, cu_seqlens)
+    segments = [(s.shape, key_L) for s, key_L in zip(sequences, keys, strict=True) if s.shape[0]]
+    cu_seqlens, cu_seqlens_k = torch.tensor([(0, 0), *(shape for shape, _ in segments)]).cumsum(0).to(torch.int32).T
+    prompts = [s.prompt for s in sequences if s.first]
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PackedTokens(
-        input_ids_T=torch.cat(ids),
-        position_ids_3T=torch.cat([e.position_ids_3L for e in encoded], dim=1),
-        cu_seqlens=starts.to(torch.int32),
+        input_ids_T=torch.tensor([token for s in sequences for token in s.ids]),
+        position_ids_3T=torch.cat([s.position_ids_3L for s in sequences], dim=1),
+        cu_seqlens=cu_seqlens.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
+        kv_index_K=None if len(prompts) == len(segments) else torch.cat([key_L for _, key_L in segments]),
         pixel_values=torch.cat(pixels) if pixels else None,
         image_grid_thw=torch.cat(grids) if grids else None,
     )

@@ -56,13 +56,12 @@ def image_encoder(reader: ImageReader | None) -> Encoder:
     if reader is None:
         return encode_text
 
-    def encode(prompt: Prompt, response_ids: Sequence[int]) -> Encoded:
+    def encode(prompt: Prompt) -> Encoded:
         if not prompt.images:
-            return encode_text(prompt, response_ids)
+            return encode_text(prompt)
         images = reader.read(prompt.images)
         prompt_ids = reader.expand(prompt.token_ids, images)
-        whole = torch.tensor([*prompt_ids, *response_ids])
-        positions = mrope_positions(whole, images.grid_thw, reader.arch)
+        positions = mrope_positions(torch.tensor(prompt_ids), images.grid_thw, reader.arch)
         return Encoded(prompt_ids, positions, images.pixel_values, images.grid_thw)
 
     return encode

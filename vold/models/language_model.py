@@ -1,22 +1,22 @@
 """The text model on Megatron: packed tokens in, hidden states out. Logits are never made here.
 
-T packed tokens, B sequences, D hidden width, U head rows of this tensor-parallel rank, I image tokens.
+T packed tokens, D hidden width, U head rows of this tensor-parallel rank, I image tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from vold.models.architecture import Architecture, transformer_config
-from vold.models.layers import Rotary, block_spec
+from vold.models.layers import Packing, Rotary, block_spec
 from vold.parallel.launch import Layout
 from vold.records import PackedTokens
 
@@ -102,7 +102,7 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTo
         position_ids=tokens.position_ids_3T[:, None],
         attention_mask=None,
         decoder_input=embedded,
-        packed_seq_params=packing(tokens.cu_seqlens),
+        packed_seq_params=packing(tokens),
     )
     return out[:length, 0] if stage.post_process else out
 
@@ -114,35 +114,40 @@ def unwrap(model: nn.Module) -> LanguageModel:
     return model
 
 
-def packing(cu_seqlens: Tensor) -> PackedSeqParams:
+def packing(tokens: PackedTokens) -> Packing:
     """Megatron's record of a packing. Attention reads the real boundaries; rope reads the `padded` ones."""
-    longest = int(cu_seqlens.diff().max())
+    bounds = torch.stack([tokens.cu_seqlens, tokens.cu_seqlens_k])
+    longest_q, longest_k = bounds.diff().amax(1).tolist()
     # One span [0, T]: rope then always maps position i of the packing to its own angle (its other branch restarts
     # every sequence at angle 0, which is wrong for images), and being on the CPU it costs no device sync per layer.
-    span = torch.tensor([0, int(cu_seqlens[-1])], dtype=torch.int32, device="cpu")
-    return PackedSeqParams(
+    span = torch.tensor([0, tokens.input_ids_T.numel()], dtype=torch.int32, device="cpu")
+    return Packing(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=tokens.cu_seqlens,
+        cu_seqlens_kv=tokens.cu_seqlens_k,
         cu_seqlens_q_padded=span,
         cu_seqlens_kv_padded=span,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=longest_q,
+        max_seqlen_kv=longest_k,
+        kv_index=tokens.kv_index_K,
     )
 
 
 def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> PackedTokens:
-    """Append a dummy sequence so that tp divides T, only under sequence parallelism."""
+    """Append a dummy segment so that tp divides T, only under sequence parallelism."""
     missing = -tokens.input_ids_T.numel() % layout.tp if layout.sp else 0
     if not missing:
         return tokens
-    ids, positions, cu = tokens.input_ids_T, tokens.position_ids_3T, tokens.cu_seqlens
-    return PackedTokens(
+    ids, positions, kv_index = tokens.input_ids_T, tokens.position_ids_3T, tokens.kv_index_K
+    if kv_index is not None:
+        kv_index = torch.cat([kv_index, len(ids) + torch.arange(missing, device=ids.device)])
+    return replace(
+        tokens,
         input_ids_T=torch.cat([ids, ids.new_zeros(missing)]),
         position_ids_3T=torch.cat([positions, positions.new_zeros(3, missing)], dim=1),
-        cu_seqlens=torch.cat([cu, cu[-1:] + missing]),
-        pixel_values=tokens.pixel_values,
-        image_grid_thw=tokens.image_grid_thw,
+        cu_seqlens=torch.cat([tokens.cu_seqlens, tokens.cu_seqlens[-1:] + missing]),
+        cu_seqlens_k=torch.cat([tokens.cu_seqlens_k, tokens.cu_seqlens_k[-1:] + missing]),
+        kv_index_K=kv_index,
     )
 
 

@@ -1,7 +1,8 @@
 """What computes a layer's norm, gated activation, rotation and attention: liger-kernel and flash-attn where they are
 installed and the tensors are on CUDA, plain torch otherwise. `layer_ops` is the one place that chooses.
 
-T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width, B sequences.
+T packed tokens, S keys and values that attention reads (T, or more where responses share a prompt), A query heads,
+K key/value heads, H head width, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
@@ -24,13 +26,13 @@ class LayerOps:
     rms_norm(x [..., D], weight [D], eps) -> [..., D]
     swiglu(gate_up [..., 2F]) -> [..., F]
     rope(q [T, 1, A, H], k [T, 1, K, H], cos [T, 1, 1, H], sin [T, 1, 1, H]) -> q, k turned
-    attention(q [T, A, H], k [T, K, H], v [T, K, H], cu_seqlens int32 [B + 1], max_seqlen, scale) -> [T, A, H]
+    attention(q [T, A, H], k [S, K, H], v [S, K, H], packed, scale) -> [T, A, H], causal from the end of each segment
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+    attention: Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {getattr(self, f.name).__name__.split('_', 1)[0]}" for f in fields(self))
@@ -74,27 +76,34 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def sdpa_attention(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
-    """One scaled_dot_product_attention for each run of sequences of equal length (`pack` lays them side by side)."""
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]
-    parts = [x.split([length * count for length, count in runs]) for x in (q_TAH, k_TKH, v_TKH)]
+def sdpa_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+    """One scaled_dot_product_attention for each run of segments of equal shape (`pack` lays them side by side)."""
+    shapes = zip(packed.cu_seqlens_q.diff().tolist(), packed.cu_seqlens_kv.diff().tolist(), strict=True)
+    runs = [(*shape, len(list(run))) for shape, run in groupby(shapes)]
+    q_parts = q_TAH.split([queries * count for queries, _, count in runs])
+    k_parts, v_parts = (x.split([keys * count for _, keys, count in runs]) for x in (k_SKH, v_SKH))
     outs = []
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    for (queries, keys, count), *qkv in zip(runs, q_parts, k_parts, v_parts, strict=True):
+        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        mask = None  # is_causal counts from the first key, and flash-attn and torch's varlen kernel from the last
+        if queries < keys:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
-def varlen_attention(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
+def varlen_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
     """torch.nn.attention.varlen; key and value heads are repeated, as not every torch since 2.11 takes fewer."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q_TAH.shape[1] // k_TKH.shape[1]
-    k_TAH, v_TAH = (x.repeat_interleave(groups, dim=1) for x in (k_TKH, v_TKH))
-    return varlen_attn(
-        q_TAH, k_TAH, v_TAH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
-    )
+    groups = q_TAH.shape[1] // k_SKH.shape[1]
+    k_SAH, v_SAH = (x.repeat_interleave(groups, dim=1) for x in (k_SKH, v_SKH))
+    return varlen_attn(q_TAH, k_SAH, v_SAH, *_bounds(packed), scale=scale, window_size=(-1, 0))
+
+
+def _bounds(packed: PackedSeqParams) -> tuple[Tensor, Tensor, int, int]:
+    return packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
 
 
 # -- liger-kernel and flash-attn: CUDA -----------------------------------------------------------------------------
@@ -131,9 +140,8 @@ def liger_rope(q_T1AH: Tensor, k_T1KH: Tensor, cos_T11H: Tensor, sin_T11H: Tenso
     return tuple(x.permute(2, 0, 1, 3) for x in turned)
 
 
-def flash_attention(q_TAH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float):
+def flash_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+    """Since flash-attn 2.1 causal means from the last key, as `PackedTokens` does."""
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(
-        q_TAH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
-    )
+    return flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True)

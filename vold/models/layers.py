@@ -1,15 +1,17 @@
 """Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences.
 
-T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width, B sequences. Packing is the only
-input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses
-packing. What computes each piece is chosen in one place, `vold.models.layer_ops`.
+T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the only input format:
+Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing. What
+computes each piece is chosen in one place, `vold.models.layer_ops`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -91,8 +93,15 @@ class PackedSelfAttention(SelfAttention):
         return *rope(q_T1AH, k_T1KH, cos_T11H, sin_T11H), v_T1KH
 
 
+@dataclass
+class Packing(PackedSeqParams):
+    """Megatron's record of a packing, with the keys that segments share: see PackedTokens."""
+
+    kv_index: Tensor | None = None
+
+
 class PackedAttention(nn.Module):
-    """Causal softmax attention inside each packed sequence; the core-attention slot of Megatron's SelfAttention."""
+    """Causal softmax attention inside each packed segment; the core-attention slot of Megatron's SelfAttention."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_):
         super().__init__()
@@ -105,15 +114,21 @@ class PackedAttention(nn.Module):
         v_TKH: Tensor,
         attention_mask: Tensor | None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: Packing,
         **_,
     ) -> Tensor:
         """Returns [T, A * H]."""
+        keys_values = (k_TKH, v_TKH)
+        if packed_seq_params.kv_index is not None:
+            keys_values = (_gather(x, packed_seq_params.kv_index) for x in keys_values)
         attend = layer_ops(q_TAH.device.type, q_TAH.dtype).attention
-        out_TAH = attend(
-            q_TAH, k_TKH, v_TKH, packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q, self.scale
-        )
+        out_TAH = attend(q_TAH, *keys_values, packed_seq_params, self.scale)
         return out_TAH.reshape(q_TAH.shape[0], -1)
+
+
+def _gather(x_TKH: Tensor, index: Tensor) -> Tensor:
+    """Rows of x. As an embedding, whose backward adds up a row's gradients in a fixed order, and on CUDA in fp32."""
+    return F.embedding(index, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

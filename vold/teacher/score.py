@@ -112,18 +112,35 @@ def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBa
 
 
 def only_sequences(micro: MicroBatch, rows_n: Tensor) -> MicroBatch:
-    """The packing reduced to the sequences that own `rows_n` of its N targets, and the targets to those."""
+    """The packing reduced to what predicts `rows_n` of its N targets, whole sequences, and the targets to those."""
     if micro.tokens.pixel_values is not None:
         raise ValueError("a text-only teacher cannot score sequences with images")
-    lengths_B = micro.tokens.cu_seqlens.diff().long()
-    kept_B = torch.zeros_like(lengths_B, dtype=torch.bool)
-    kept_B[micro.sequence_N[rows_n]] = True
-    kept_T = kept_B.repeat_interleave(lengths_B)
-    place_T = kept_T.cumsum(0) - 1
-    cu_seqlens = torch.cat([lengths_B.new_zeros(1), lengths_B[kept_B].cumsum(0)])
-    tokens = PackedTokens(
-        input_ids_T=micro.tokens.input_ids_T[kept_T],
-        position_ids_3T=micro.tokens.position_ids_3T[:, kept_T],
-        cu_seqlens=cu_seqlens.to(torch.int32),
+    tokens, count = micro.tokens, micro.tokens.input_ids_T.numel()
+    segment_T, segment_K = (
+        torch.arange(len(cu) - 1, device=cu.device).repeat_interleave(cu.diff())
+        for cu in (tokens.cu_seqlens, tokens.cu_seqlens_k)
     )
-    return replace(micro, tokens=tokens, source_N=place_T[micro.source_N[rows_n]], target_N=micro.target_N[rows_n])
+    # A segment is read up to the last state that predicts something; its keys ascend, so that is what it reads.
+    source_n = micro.source_N[rows_n]
+    last_S = torch.full_like(tokens.cu_seqlens[1:], -1, dtype=torch.int64)
+    last_S.scatter_reduce_(0, segment_T[source_n], source_n, "amax")
+    index_K = torch.arange(count, device=last_S.device) if tokens.kv_index_K is None else tokens.kv_index_K
+    read_K = index_K <= last_S[segment_K]
+    read_T = torch.arange(count, device=last_S.device) <= last_S[segment_T]
+    place_T = read_T.cumsum(0) - 1
+    lengths_S, lengths_k_S = (
+        segment[read].bincount(minlength=len(last_S))[last_S >= 0]
+        for segment, read in ((segment_T, read_T), (segment_K, read_K))
+    )
+    tokens = PackedTokens(
+        input_ids_T=tokens.input_ids_T[read_T],
+        position_ids_3T=tokens.position_ids_3T[:, read_T],
+        cu_seqlens=_cumulative(lengths_S),
+        cu_seqlens_k=_cumulative(lengths_k_S),
+        kv_index_K=None if tokens.kv_index_K is None else place_T[index_K[read_K]],
+    )
+    return replace(micro, tokens=tokens, source_N=place_T[source_n], target_N=micro.target_N[rows_n])
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)

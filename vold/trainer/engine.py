@@ -25,7 +25,7 @@ from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
-from vold.trainer.flops import sequence_flops, training_flops
+from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
 from vold.trainer.pipeline import run_pipeline
@@ -125,13 +125,13 @@ class Trainer:
 
     def _useful_flops(self, batch: Batch) -> float:
         """Of this rank's share; one-token fillers have no target and do not count."""
-        work = [micro.tokens.cu_seqlens for micro in batch.micro_batches if micro.sample_B]
-        return sum(training_flops(self.chunks[0].arch, cu_seqlens) for cu_seqlens in work)
+        work = [micro.tokens for micro in batch.micro_batches if micro.sample_B]
+        return sum(training_flops(self.chunks[0].arch, tokens) for tokens in work)
 
     @property
     def replicas(self) -> Replicas:
         """How `pack` divides a step among the data-parallel copies."""
-        cost = partial(sequence_flops, self.chunks[0].arch)
+        cost = partial(segment_flops, self.chunks[0].arch)
         return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 
     def _lr(self) -> float:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from vold.models.architecture import Architecture
+from vold.records import PackedTokens
 
 # dense bf16 matrix-multiply peak, FLOP/s, by a part of the device's name
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
-def training_flops(arch: Architecture, cu_seqlens: Tensor) -> float:
-    """Forward and backward over packed sequences: 6 per weight and token, plus causal attention; recomputation and
-    padding do not count."""
-    return sum(sequence_flops(arch, length) for length in cu_seqlens.diff().tolist())
+def training_flops(arch: Architecture, tokens: PackedTokens) -> float:
+    """Forward and backward over packed tokens: 6 per weight and token, plus causal attention; recomputation and
+    padding do not count, and a prompt that responses share counts once."""
+    shapes = zip(tokens.cu_seqlens.diff().tolist(), tokens.cu_seqlens_k.diff().tolist(), strict=True)
+    return sum(segment_flops(arch, queries, keys) for queries, keys in shapes)
 
 
-def sequence_flops(arch: Architecture, length: int) -> float:
-    """Of one sequence: linear in its length for the weights, quadratic for attention."""
+def segment_flops(arch: Architecture, queries: int, keys: int) -> float:
+    """Of one segment: linear in its queries for the weights; the last query reads all keys, each before it one less."""
     attention = arch.heads * arch.head_dim
     per_layer = arch.hidden * (2 * attention + 2 * arch.kv_heads * arch.head_dim) + 3 * arch.hidden * arch.ffn
     weights = arch.layers * per_layer + arch.vocab * arch.hidden
-    return float(6 * weights * length + 6 * arch.layers * attention * length**2)
+    return float(6 * weights * queries + 6 * arch.layers * attention * queries * (2 * keys - queries))
 
 
 def peak_flops(device: torch.device) -> float | None:

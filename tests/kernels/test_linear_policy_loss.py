@@ -1,6 +1,8 @@
 """linear_policy_loss against the specification. The same file runs in plain torch, interpreted and on a GPU."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from kernel_cases import (
     CHUNK,
     CLIP,
     DEVICE,
+    INTERPRETED,
     Problem,
     Recorder,
     assert_near,
@@ -287,6 +290,28 @@ def test_chunks_are_as_few_as_fit_and_about_equal(resident_bytes, total):
     sizes = [part.stop - part.start for part in slices(total, tokens)]
     assert 1 <= tokens <= most and len(sizes) == -(-total // most)
     assert not sizes or max(sizes) - sizes[-1] < 128 * len(sizes)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Liger's loss is plain torch")
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_the_readme_in_ligers_shape_equals_liger(loss_type):
+    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    readme = (Path(linear_policy_loss.__code__.co_filename).parent / "README.md").read_text()
+    lines = re.search(r"```python liger\n(.*?)```", readme, re.S).group(1)
+    torch.manual_seed(0)
+    case = problem(15, 77, dtype=torch.float32)
+    mask = torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], device=DEVICE)
+    old = (linear_logprob(*case).detach() + 0.3 * torch.randn(15, device=DEVICE)).view(3, 5)
+    hidden, ids, advantages = case.hidden_ND.view(3, 5, -1), case.target_N.view(3, 5), torch.randn(3, device=DEVICE)
+    theirs = liger.LigerFusedLinearGRPOLoss(0.0, False, False, loss_type=loss_type)(
+        hidden, case.weight_VD, ids, mask, advantages, old_per_token_logps=old
+    )[0]
+    names = {"hidden": hidden, "weight": case.weight_VD, "ids": ids, "mask": mask, "logp_old": old}
+    names |= {"advantages": advantages, "loss_type": loss_type, "torch": torch}
+    exec(lines, globals(), names)
+    assert theirs.abs() > 1e-2 and relative(names["loss"], theirs) < 1e-5
+    for ours, expected in zip(gradients(names["loss"], case), gradients(theirs, case), strict=True):
+        assert relative(ours, expected) < 1e-5
 
 
 def test_backward_twice_gives_the_same_gradient_twice():

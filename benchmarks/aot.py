@@ -10,7 +10,6 @@ Registers and spills are read from the cubin by the cuobjdump that Triton carrie
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import re
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import vold_kernels
 from vold_kernels.pairs import KINDS
+
+from .harness import write_rows
 
 CHIPS = {80: "A100", 90: "H200"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -183,11 +184,7 @@ def rows() -> Iterator[dict[str, object]]:
 
 
 def write(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows())
+    write_rows(path, list(rows()), COLUMNS)
 
 
 if __name__ == "__main__":

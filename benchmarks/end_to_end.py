@@ -34,7 +34,7 @@ from typing import TextIO
 
 import torch
 
-from .harness import facts, read_rows, spread, write_rows
+from .harness import facts, read_rows, spread, table_line, write_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -324,7 +324,7 @@ def table(found: Sequence[dict[str, object]]) -> str:
     parts += [f"{first['device']}; torch {first['torch']}, TRL {_version_of(found, PEER)}, Python {first['python']},"]
     parts += [f"commit `{first['commit']}`, {first['started']}.", ""]
     header = ("work", "trainer", "steps", "seconds", "CPU seconds", "tokens", "with gradient", "tokens/s", "÷ TRL")
-    parts += ["| " + " | ".join((*header, "÷ TRL by CPU seconds")) + " |"]
+    parts += [table_line((*header, "÷ TRL by CPU seconds"))]
     parts += ["|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for kind in dict.fromkeys(row["work"] for row in found):
         parts += [_line(found, kind, name) for name in (OURS, PEER)]

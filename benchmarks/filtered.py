@@ -11,7 +11,6 @@ as the case in which the filter cannot help.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import statistics
 import sysconfig
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
 
-from .harness import facts, seconds, spread
+from .harness import facts, seconds, spread, write_rows
 
 VOCAB, WIDTH, CONTEXT, TOKENS, BATCHES = 151936, 256, 4, 2048, 2
 EPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -135,10 +134,7 @@ def main() -> None:
     rows = measure(model, before, target, options.rounds, known)
     train(model, before, target, options.epochs)
     rows += measure(model, before, target, options.rounds, known)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows, list(rows[0]))
     print(options.out)
 
 

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -101,6 +101,11 @@ def write_rows(path: Path, found: Sequence[dict[str, object]], columns: Sequence
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def table_line(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def facts(device: torch.device, threads: int) -> dict[str, str]:
@@ -204,7 +209,7 @@ def _serve(connection: Connection, name: str, case: Case, path: Path, device: to
         assert connection.recv() == "check"
         found = _answer_errors(step, problem, case, name)
         connection.send(disagreement(case, found) or found)
-        baseline = _rest(device)
+        baseline = rest(device)
         while connection.recv() == "run":
             connection.send(_turn(step, problem, case, plan, baseline))
     except (EOFError, BrokenPipeError):  # the parent is done
@@ -227,14 +232,14 @@ def _turn(step: Step, problem: Problem, case: Case, plan: Plan, baseline: int) -
         _run(step, problem, case)
         _forget(problem)
     if not plan.warm:
-        _rest(device)
-    _reset_peak(device)
+        rest(device)
+    reset_peak(device)
     found = []
     for _ in range(plan.runs):
         found.append(seconds(lambda: _run(step, problem, case), device))
         _forget(problem)
-    peak = _peak(device) - baseline
-    _rest(device)
+    peak = peak_bytes(device) - baseline
+    rest(device)
     return found, peak
 
 
@@ -252,7 +257,7 @@ def _forget(problem: Problem) -> None:
     problem.hidden_ND.grad = problem.weight_VD.grad = None
 
 
-def _rest(device: torch.device) -> int:
+def rest(device: torch.device) -> int:
     """Gives back whatever is cached; the bytes still resident."""
     gc.collect()
     if device.type == "cuda":
@@ -264,14 +269,14 @@ def _rest(device: torch.device) -> int:
     return _status_bytes("VmRSS")
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif platform.system() == "Linux":
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 

@@ -13,7 +13,6 @@ Writes parity.csv and parity.md into --out, prints the table and exits with 1 wh
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import socket
@@ -42,7 +41,7 @@ from vold.records import Batch, MicroBatch, Prompt, Sample
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
 
-from .harness import facts
+from .harness import facts, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
@@ -290,12 +289,7 @@ def _rank(rank: int, world: int, port: int, body: Callable, arguments: tuple) ->
 
 
 def write(rows: Sequence[dict[str, str]], out: Path, stamp: dict[str, str]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "parity.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *stamp])
-        writer.writeheader()
-        writer.writerows(row | stamp for row in rows)
-    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    write_rows(out / "parity.csv", [row | stamp for row in rows], [*rows[0], *stamp])
     limits = ", ".join(f"{kind} {limit:.0e}" for kind, limit in LIMITS.items())
     text = [
         "# Layouts beside one process and beside transformers",
@@ -304,9 +298,9 @@ def write(rows: Sequence[dict[str, str]], out: Path, stamp: dict[str, str]) -> N
         f"loss in fp32; limits: {limits}. Gradients under a distributed optimizer are spread over ranks: there the",
         f"parameters speak for them. {', '.join(f'{key} {value}' for key, value in stamp.items() if value)}.",
         "",
-        line(rows[0]),
-        line(["---"] * len(rows[0])),
-        *(line(row.values()) for row in rows),
+        table_line(rows[0]),
+        table_line(["---"] * len(rows[0])),
+        *(table_line(row.values()) for row in rows),
         "",
     ]
     (out / "parity.md").write_text("\n".join(text))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from .harness import read_rows
+from .harness import read_rows, table_line
 from .providers import FLOOR, OURS
 
 Row = dict[str, str]
@@ -85,14 +85,16 @@ def _cell(common: Row, members: list[Row]) -> list[str]:
     shape = f"N {common['tokens']}, D {common['hidden']}, V {common['vocab']}, {common['dtype']}"
     parts = [f"### {MODES[common['mode']]}: {common['head']} head, {shape}", ""]
     header = ("provider", "version", "median s", "[p20, p80]", "÷ floor", "÷ ours", "extra MiB", "error")
-    parts += [_line(header), _line(["---"] * len(header))]
+    parts += [table_line(header), table_line(["---"] * len(header))]
     mine = next((row for row in measured(members) if row["provider"] == OURS), None)
     for row in sorted(measured(members), key=lambda row: float(row["median_s"])):
         over_ours = _ratio(row, mine, "median_s") if mine else ""
         times = (_short(row["median_s"]), f"[{_short(row['p20_s'])}, {_short(row['p80_s'])}]", row["over_floor"])
         version = f"{row['package']} {row['package_version']}"
         parts.append(
-            _line((row["provider"], version, *times, over_ours, f"{float(row['peak_extra_mib']):.0f}", _error(row)))
+            table_line(
+                (row["provider"], version, *times, over_ours, f"{float(row['peak_extra_mib']):.0f}", _error(row))
+            )
         )
     missing = [f"{row['provider']} ({row['reason']})" for row in members if row["status"] != "measured"]
     parts += ["", verdict(members), ""]
@@ -111,16 +113,16 @@ def _filtered(found: list[Row]) -> list[str]:
     ]
     keys = ("mean_p", "filter_eps", "columns_kept", "dropped_mass", "d_hidden_error", "d_weight_error")
     header = [key.replace("_", " ") for key in keys]
-    parts += [_line([*header, "median s", "÷ exact"]), _line(["---"] * (len(keys) + 2))]
-    return [*parts, *(_line([row[key] for key in (*keys, "median_s", "over_exact")]) for row in found), ""]
+    parts += [table_line([*header, "median s", "÷ exact"]), table_line(["---"] * (len(keys) + 2))]
+    return [*parts, *(table_line([row[key] for key in (*keys, "median_s", "over_exact")]) for row in found), ""]
 
 
 def _aot(found: list[Row]) -> list[str]:
     parts = ["## Compiled ahead of time, without a GPU", ""]
     header = ("kernel", "variant", "chip", "status", "shared bytes", "of", "registers", "spilled bytes")
-    parts += [_line(header), _line(["---"] * len(header))]
+    parts += [table_line(header), table_line(["---"] * len(header))]
     keys = ("kernel", "variant", "chip", "status", "shared_bytes", "shared_limit", "registers", "spill_bytes")
-    return [*parts, *(_line([row[key] for key in keys]) for row in found), ""]
+    return [*parts, *(table_line([row[key] for key in keys]) for row in found), ""]
 
 
 def _error(row: Row) -> str:
@@ -138,10 +140,6 @@ def _ratio(row: Row, other: Row, key: str) -> str:
 
 def _short(seconds: str) -> str:
     return f"{float(seconds):.4g}"
-
-
-def _line(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
 from vold_kernels.records import PolicyLoss, PolicyTerms
 
-from .harness import MIB, _peak, _reset_peak, _rest, facts, seconds, spread, write_rows
+from .harness import MIB, facts, peak_bytes, reset_peak, rest, seconds, spread, write_rows
 
 COLUMNS = (
     *("provider", "scale", "layout", "dtype", "layers", "tokens", "sequences", "loss_tokens"),
@@ -188,10 +188,10 @@ def measure(step: Step, providers: list[str], device: torch.device, runs: int) -
     for turn in range(runs + 1):
         for name, result in found.items():
             dist.barrier()
-            resident = _rest(device)
-            _reset_peak(device)
+            resident = rest(device)
+            reset_peak(device)
             spent = seconds(lambda name=name: step.run(name), device)
-            on_cpu = _peak(device)  # on CUDA the phases have reset torch's counter, and kept the peak
+            on_cpu = peak_bytes(device)  # on CUDA the phases have reset torch's counter, and kept the peak
             phases = step.trainer.phases.read()
             if turn:
                 peak = phases["memory_gib_step"] * 2**30 if device.type == "cuda" else on_cpu

@@ -67,7 +67,7 @@ def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
         raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
 
 
-def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float) -> None:
+def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float, importance_cap: float) -> None:
     for name, value in vars(terms).items():
         if value is not None and value.shape != (tokens,):
             raise ValueError(
@@ -78,6 +78,8 @@ def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: f
             f"eps_low is {eps_low} and eps_high {eps_high}; the clip range [1 − eps_low, 1 + eps_high] must hold 1 "
             "and nothing negative"
         )
+    if not importance_cap > 0:
+        raise ValueError(f"importance_cap is {importance_cap}; it must be positive")
 
 
 def check_pair(

@@ -5,9 +5,10 @@ before, the normaliser sits in the weights). So logits -> statistics -> coeffici
 one chunk is resident: 6NHV, no recomputation, no [N, V] tensor. What is won is memory, fp32 precision and dropped
 rows; the head is a small share of a training step.
 
-    L = Σ pg_weight · L_pg + kl_weight · ½ (logp − logp_teacher)²
+    L = Σ w · (pg_weight · L_pg + kl_weight · ½ (logp − logp_teacher)²)
     L_pg = −min(ρ A, clip(ρ, 1 − eps_low, 1 + eps_high) A),   ρ = exp(logp − logp_old)
     dL_pg/dlogp = −ρ A where the unclipped branch is the minimum, else 0;   dL_kl/dlogp = logp − logp_teacher
+    w = min(exp(logp − logp_rollout), importance_cap), a constant to the gradient; 1 where rollouts are on-policy
 
 VOLD, GRPO, DAPO, Dr.GRPO, KDRL, OPD and SRPO's sampled part are choices of the two weights (Eqs. 5 and 6 of VOLD).
 Deviation from the paper: the ratio is per token, as in GRPO.
@@ -50,6 +51,7 @@ class _Options:
     budget: ChunkBudget
     eps_low: float
     eps_high: float
+    importance_cap: float
     wanted: Wanted
 
 
@@ -70,7 +72,11 @@ class _PerToken:
 def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> _PerToken:
     """The loss of each token and its derivative with respect to its log-prob. `terms` as `_kept_terms` leaves them."""
     logp_C = statistics.logp_C
-    has_pg_C, advantage_C = terms.pg_weight_N != 0, terms.advantage_N
+    pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_N, terms.kl_weight_N, terms.advantage_N
+    has_pg_C = pg_weight_C != 0
+    if terms.logp_rollout_N is not None:
+        importance_C = (logp_C - terms.logp_rollout_N).exp().clamp(max=options.importance_cap)
+        pg_weight_C, kl_weight_C = importance_C * pg_weight_C, importance_C * kl_weight_C
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_N is None else logp_C - terms.logp_old_N
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
     ratio_C = log_ratio_C.exp()
@@ -81,9 +87,9 @@ def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> 
     return _PerToken(
         logp=logp_C,
         entropy=statistics.entropy_C,
-        pg_loss=-terms.pg_weight_N * torch.minimum(unclipped_C, clipped_C),
-        kl_loss=terms.kl_weight_N * gap_C.square() / 2,
-        d_logp=terms.kl_weight_N * gap_C - torch.where(is_clipped_C, 0.0, terms.pg_weight_N * unclipped_C),
+        pg_loss=-pg_weight_C * torch.minimum(unclipped_C, clipped_C),
+        kl_loss=kl_weight_C * gap_C.square() / 2,
+        d_logp=kl_weight_C * gap_C - torch.where(is_clipped_C, 0.0, pg_weight_C * unclipped_C),
         clip_low=is_clipped_C & has_pg_C & (advantage_C < 0),
         clip_high=is_clipped_C & has_pg_C & (advantage_C > 0),
         kl_old=-log_ratio_C,
@@ -105,6 +111,7 @@ def _kept_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> Polic
         advantage_N=torch.where(pg_weight_n != 0, terms.advantage_N[rows_n].to(dtype), 0.0),
         pg_weight_N=pg_weight_n,
         kl_weight_N=kl_weight_n,
+        logp_rollout_N=None if terms.logp_rollout_N is None else terms.logp_rollout_N[rows_n].to(dtype),
     )
 
 
@@ -183,6 +190,7 @@ def _policy_loss_op(
     advantage_N: Tensor,
     pg_weight_N: Tensor,
     kl_weight_N: Tensor,
+    logp_rollout_N: Tensor | None,
     wanted: list[bool],
     vocab_size: int | None,
     group: str | None,
@@ -190,18 +198,18 @@ def _policy_loss_op(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyLoss`, dH [N, D] and dW as accumulated; a side that is not wanted has no elements."""
-    terms = PolicyTerms(logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N)
+    terms = PolicyTerms(logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N, logp_rollout_N)
     shard = vocab_shard(weight_UD, vocab_size, group_named(group))
-    temperature, eps_low, eps_high, filter_eps = numbers
+    temperature, eps_low, eps_high, importance_cap, filter_eps = numbers
     wants = Wanted(*wanted, filter_eps=filter_eps)
-    options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, wants)
+    options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, importance_cap, wants)
     rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
     d_head = gradient_outputs(rows_n, gradients, len(hidden_ND))
     return *_results(rows_n, per_token, gradients, len(hidden_ND)), *d_head
 
 
 @_policy_loss_op.register_fake
-def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, wanted, *_):
+def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, _rollout, wanted, *_):
     one, each, shapes = (), target_N.shape, gradient_shapes(hidden_ND, weight_UD, wanted)
     loss, logp_N, entropy_N, pg_loss, kl_loss, *rest = fake(hidden_ND, one, each, each, one, one, one, one, *shapes)
     clips = (torch.empty_like(loss, dtype=torch.int64) for _ in range(2))
@@ -219,6 +227,7 @@ def linear_policy_loss(
     *,
     eps_low: float,
     eps_high: float,
+    importance_cap: float = 2.0,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -232,6 +241,7 @@ def linear_policy_loss(
     terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
         NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
     eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high].
+    importance_cap: the largest weight a token gets from terms.logp_rollout_N (truncated importance sampling).
     weight_main_grad [V, D], fp32 (fp64 for fp64): dW is added to it in place, straight from the matmul, and autograd
         gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
         the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
@@ -250,18 +260,19 @@ def linear_policy_loss(
     check_head(hidden_ND, weight_VD, temperature=temperature)
     check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
-    check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high)
+    check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high, importance_cap=importance_cap)
     check_main_grad(weight_main_grad, weight_VD)
     check_filter(filter_eps)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
     budget = budget or default_budget(hidden_ND.device)
     check_budget(budget, hidden_ND)
     if torch.compiler.is_compiling():
-        sizes, numbers = list(vars(budget).values()), [float(x) for x in (temperature, eps_low, eps_high, filter_eps)]
+        sizes = list(vars(budget).values())
+        numbers = [float(x) for x in (temperature, eps_low, eps_high, importance_cap, filter_eps)]
         constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)
         fields = _policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2]
         return PolicyLoss(*fields)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
     wanted = Wanted(*wanted, weight_main_grad, filter_eps)
-    options = _Options(shard, temperature, budget, eps_low, eps_high, wanted)
+    options = _Options(shard, temperature, budget, eps_low, eps_high, importance_cap, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

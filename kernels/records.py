@@ -23,6 +23,9 @@ class PolicyTerms:
     """[N] weight of the clipped surrogate."""
     kl_weight_N: Tensor
     """[N] weight of ½ (logp − logp_teacher)²."""
+    logp_rollout_N: Tensor | None = None
+    """[N] log-prob under the engine that sampled, where it may hold older weights (nats): both terms of a token are
+    weighted by min(exp(logp − logp_rollout), importance_cap), a constant to the gradient. None: by 1."""
 
 
 @dataclass(frozen=True)

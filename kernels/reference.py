@@ -37,6 +37,7 @@ def linear_policy_loss(
     *,
     eps_low: float,
     eps_high: float,
+    importance_cap: float = 2.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
@@ -54,16 +55,22 @@ def linear_policy_loss(
     logp_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, logp_n)
     entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n.detach())
 
+    importance_N = torch.ones_like(logp_N)
+    if terms.logp_rollout_N is not None:
+        log_importance_n = logp_n.detach() - terms.logp_rollout_N[kept_N].to(dtype)
+        importance_N[kept_N] = log_importance_n.exp().clamp(max=importance_cap)
+    pg_weight_N, kl_weight_N = importance_N * terms.pg_weight_N.to(dtype), importance_N * terms.kl_weight_N.to(dtype)
+
     logp_pg, advantage = logp_N[has_pg_N], terms.advantage_N[has_pg_N].to(dtype)
     logp_old = logp_pg.detach() if terms.logp_old_N is None else terms.logp_old_N[has_pg_N].to(dtype)
     ratio = (logp_pg - logp_old).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
-    pg_loss = -(terms.pg_weight_N[has_pg_N].to(dtype) * surrogate).sum()
+    pg_loss = -(pg_weight_N[has_pg_N] * surrogate).sum()
 
     kl_loss = torch.zeros_like(pg_loss)
     if terms.logp_teacher_N is not None:
         gap = logp_N[has_kl_N] - terms.logp_teacher_N[has_kl_N].to(dtype)
-        kl_loss = (terms.kl_weight_N[has_kl_N].to(dtype) * gap.square() / 2).sum()
+        kl_loss = (kl_weight_N[has_kl_N] * gap.square() / 2).sum()
     return PolicyLoss(
         loss=pg_loss + kl_loss,
         logp_N=logp_N.detach(),

@@ -101,7 +101,7 @@ def test_the_operators_keep_the_rules_of_torch_library():
     for wanted in ([True, True], [False, True]):
         terms = vars(policy_terms(case)).values()
         torch.library.opcheck(
-            _policy_loss_op, (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 0.0]), test_utils=tests
+            _policy_loss_op, (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 2.0, 0.0]), test_utils=tests
         )
         constants = (wanted, 70, None, sizes, "forward", None, [0.5, 0.7, 0.0])
         torch.library.opcheck(_kl_op, (*pair, weight_N, *constants), test_utils=tests)

@@ -160,6 +160,26 @@ def test_the_four_sides_of_the_clip():
     assert relative(d_hidden_ND, expected[0]) < 1e-12 and relative(d_weight_VD, expected[1]) < 1e-12
 
 
+@pytest.mark.parametrize("logp_old", [True, False])
+def test_stale_rollouts_are_weighted_by_a_truncated_constant(logp_old):
+    case = problem(2 * CHUNK + 3, 77)
+    terms = policy_terms(case) if logp_old else replace(policy_terms(case), logp_old_N=None)
+    logp_N = reference.linear_logprob(*case).detach()
+    ratio_N = torch.linspace(0.2, 3.0, len(logp_N), dtype=torch.float64, device=DEVICE)
+    stale = replace(terms, logp_rollout_N=logp_N - ratio_N.log())
+    idle_N = (terms.pg_weight_N == 0) & (terms.kl_weight_N == 0)
+    stale = with_fields(stale, idle_N, logp_rollout_N=float("nan"))
+    weight_N = ratio_N.clamp(max=1.5)
+    by_hand = replace(terms, pg_weight_N=weight_N * terms.pg_weight_N, kl_weight_N=weight_N * terms.kl_weight_N)
+    expected = reference.linear_policy_loss(*case, by_hand, **CLIP)
+    d_expected = gradients(expected.loss, case)
+    for function in (linear_policy_loss, reference.linear_policy_loss):
+        actual = function(*case, stale, **CLIP, importance_cap=1.5)
+        assert_same_record(actual, expected, 1e-12)
+        for a, b in zip(gradients(actual.loss, case), d_expected, strict=True):
+            assert relative(a, b) < 1e-12
+
+
 def test_rows_without_weight_cannot_leak():
     case = problem(9, 77)
     terms = policy_terms(case)
@@ -461,6 +481,8 @@ def test_mistakes_are_named():
         linear_policy_loss(*case, replace(terms, advantage_N=terms.advantage_N[:4]), **CLIP)
     with pytest.raises(ValueError, match=r"eps_low is -0.1"):
         linear_policy_loss(*case, terms, eps_low=-0.1, eps_high=0.2)
+    with pytest.raises(ValueError, match="importance_cap is 0"):
+        linear_policy_loss(*case, terms, **CLIP, importance_cap=0.0)
     with pytest.raises(
         ValueError, match=r"weight_main_grad is torch.float32 \(77, 6\) on .*; it must be torch.float64"
     ):

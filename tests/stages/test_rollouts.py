@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,17 +21,20 @@ from vold.data.order import rows_of_step
 from vold.data.pack import pack
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
+from vold.grading import Grader
 from vold.models.checkpoint_dir import short_name
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
 from vold.records import Group, Prompt, Rollout, Verdict
 from vold.rollout import TransformersSampler
 from vold.stages import groups, rl
-from vold.stages.groups import Drawn
+from vold.stages.groups import Drawn, RolloutWorker
 from vold.stages.rollouts import Rollouts
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
+from vold.trainer.phases import Phases
 from vold.trainer.run_log import read_rows
+from vold.trainer.step_profiler import StepProfiler
 
 SHORT = ["steps=3", "evaluation.every=0", "save_every=0"]
 
@@ -93,6 +97,58 @@ def test_a_run_is_the_loop_written_out_bit_for_bit(load, tmp_path, layout, grade
     if lag:
         assert rows[0]["mismatch_max"] < 1e-4 < 1e-2 < rows[1]["mismatch_max"]
         assert 0.999 < rows[0]["effective_sample_size"] <= 1.0 and rows[1]["effective_sample_size"] < 0.999
+
+
+def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, layout, monkeypatch):
+    """Training waits inside a step for a drawing to begin, and the drawing for training: neither comes alone."""
+    meet = threading.Barrier(2, timeout=60.0)
+    step, draw, lanes = Trainer.step, RolloutWorker.draw, []
+
+    def training(trainer, batch):
+        if trainer.schedule.num_steps < 2:  # the last step's are the last to be drawn
+            meet.wait()
+        return step(trainer, batch)
+
+    def drawing(*args):
+        if threading.current_thread() is not threading.main_thread():
+            meet.wait()
+        return draw(*args)
+
+    class Kept(StepProfiler):
+        def __init__(self):
+            super().__init__(SimpleNamespace(step=lambda: None))
+
+        def step(self, row, intervals):
+            lanes.append({(interval.name, interval.lane) for interval in intervals})
+            super().step(row, intervals)
+
+    monkeypatch.setattr(Trainer, "step", training)
+    monkeypatch.setattr(RolloutWorker, "draw", drawing)
+    rl.run(load("rl", tmp_path, *SHORT, "rollout.lag=1"), profiler=Kept())
+    assert ("rollout", Phases.LANE) in lanes[0] and all(("rollout", "rollout") in found for found in lanes[:2])
+    assert ("rollout", "rollout") not in lanes[2] and all(("train", Phases.LANE) in found for found in lanes)
+
+
+def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monkeypatch):
+    """The thread, the hand-over with its parity probe, and an evaluation after every step."""
+    busy = threading.Lock()
+
+    def alone(function):
+        def called(*args, **kwargs):
+            assert busy.acquire(blocking=False), "two threads at once"
+            try:
+                return function(*args, **kwargs)
+            finally:
+                busy.release()
+
+        return called
+
+    for name in ("_generate", "score", "load_weights"):
+        monkeypatch.setattr(TransformersSampler, name, alone(getattr(TransformersSampler, name)))
+    monkeypatch.setattr(Grader, "grade", alone(Grader.grade))
+    config = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1", "evaluation.every=1")
+    rl.run(config)
+    assert all("accuracy_image" in row for row in read_rows(config.run_dir / "metrics.jsonl"))
 
 
 def test_resumed_at_lag_1_the_first_step_is_strict(load, tmp_path, layout, graded_by_length):

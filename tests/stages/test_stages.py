@@ -252,10 +252,12 @@ LAYOUTS = {
 
 
 def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
-    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one."""
+    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one; with
+    rollouts drawn ahead, so that no collective may be left to the thread that draws them."""
     from vold.config import load_config, schema
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
+    settings += ["rollout.lag=1"]
     config = Path("configs/miniature/rl.yaml").resolve()
     alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
     rl.run(alone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -33,7 +34,7 @@ from vold.stages.rollouts import Rollouts
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
 from vold.trainer.phases import Phases
-from vold.trainer.run_log import read_rows
+from vold.trainer.run_log import RunLog, read_rows
 from vold.trainer.step_profiler import StepProfiler
 
 SHORT = ["steps=3", "evaluation.every=0", "save_every=0"]
@@ -198,8 +199,26 @@ def test_the_order_in_which_groups_finish_changes_nothing(load, tmp_path, layout
     assert read_rows(plain.run_dir / "samples.jsonl") == read_rows(shuffled.run_dir / "samples.jsonl")
 
 
+def test_an_engine_that_batches_by_itself_is_asked_everything_at_once(load, tmp_path):
+    config = load("rl", tmp_path, "rollout.sequences_per_call=6").rollout
+    portion = groups.Portion(0, 0, 0, [Prompt(str(number), (1,), "") for number in range(7)])
+    sizes = lambda config, ranks: [len(c.prompts) for c in groups.rollout_calls(portion, config, ranks, seed=0)]  # noqa: E731
+    assert sizes(config, 1) == [2, 2, 2, 1]
+    assert sizes(config.model_copy(update={"engine": "vllm"}), 1) == [7]
+    assert sizes(config.model_copy(update={"engine": "vllm"}), 2) == [4, 3]
+
+
+def test_an_engine_beside_the_trainer_cannot_draw_while_it_trains(load, tmp_path, layout):
+    with pytest.raises(ValueError, match=r"rollout.lag = 1 needs engines on GPUs of their own.*set rollout.lag=0"):
+        rl.run(load("rl", tmp_path, "rollout.lag=1", "rollout.engine=vllm"))
+
+
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_lost_group_is_dropped_whole_and_counted(load, tmp_path, layout, graded_by_length, sampler_that, lag):
+def test_a_lost_group_is_dropped_whole_and_counted(
+    load, tmp_path, layout, graded_by_length, sampler_that, monkeypatch, lag
+):
+    notes: list[str] = []
+    monkeypatch.setattr(RunLog, "live", lambda log, note: notes.append(note))
     sampler_that(lambda found: found[1:])
     config = load("rl", tmp_path / "run", *SHORT, f"rollout.lag={lag}", "objective.preset=vold-unmasked")
     rl.run(config)
@@ -208,6 +227,8 @@ def test_a_lost_group_is_dropped_whole_and_counted(load, tmp_path, layout, grade
         assert row["kl_tokens"] == row["response_tokens"], "the normaliser and the loss know three groups"
     asked = read_rows(config.run_dir / "prompts.jsonl")
     assert [row["pass_rate"] is None for row in asked] == [True, False, False, False] * 3
+    running = [re.fullmatch(r"rollout: (\d) of 4 prompts running, \d+ tok/s", note) for note in notes if note]
+    assert [int(found[1]) for found in running] == [3, 2, 1] * 3 and notes[3::4] == [""] * 3
 
 
 def test_without_a_group_nothing_is_trained_and_several_such_steps_end_the_run(

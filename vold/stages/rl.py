@@ -77,6 +77,12 @@ def _check(config: RlConfig, objective: Objective) -> None:
     """Mistakes that can be seen before any model is loaded."""
     if objective.needs_teacher and config.teacher is None:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
+    rollout = config.rollout
+    if rollout.lag and rollout.engine == "vllm" and not rollout.vllm.urls:
+        raise ValueError(
+            f"rollout.lag = {rollout.lag} needs engines on GPUs of their own, and this one shares the trainer's: start "
+            "them with `vold serve` and name them in rollout.vllm.urls, or set rollout.lag=0"
+        )
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(

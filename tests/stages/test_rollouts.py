@@ -126,7 +126,8 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
     monkeypatch.setattr(Trainer, "step", training)
     monkeypatch.setattr(RolloutWorker, "draw", drawing)
     rl.run(load("rl", tmp_path, *SHORT, "rollout.lag=1"), profiler=Kept())
-    assert ("rollout", Phases.LANE) in lanes[0] and all(("rollout", "rollout") in found for found in lanes[:2])
+    assert ("rollout", Phases.LANE) in lanes[0] and ("rollout_wait", Phases.LANE) in lanes[1]
+    assert all(("rollout", "rollout") in found for found in lanes[:2])
     assert ("rollout", "rollout") not in lanes[2] and all(("train", Phases.LANE) in found for found in lanes)
 
 

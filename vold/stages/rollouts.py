@@ -82,7 +82,7 @@ class Rollouts:
     def settle(self) -> None:
         """Wait until nothing is being drawn: sampler and grader are the caller's until `next`."""
         if self._ahead:
-            with self._job.log.phase("rollout"):
+            with self._job.log.phase("rollout_wait"):
                 self._ahead[1].result()
 
     # -- drawing ---------------------------------------------------------------------------------------------------

@@ -132,8 +132,20 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
 
 
 def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monkeypatch):
-    """The thread, the hand-over with its parity probe, and an evaluation after every step."""
-    busy = threading.Lock()
+    """The thread, which here begins when a step is trained, the hand-over with its probe, an evaluation."""
+    busy, trained = threading.Lock(), threading.Event()
+    step, draw = Trainer.step, RolloutWorker.draw
+
+    def training(trainer, batch):
+        report = step(trainer, batch)
+        trained.set()
+        return report
+
+    def drawing(*args):
+        if threading.current_thread() is not threading.main_thread():
+            assert trained.wait(60.0)
+            trained.clear()
+        return draw(*args)
 
     def alone(function):
         def called(*args, **kwargs):
@@ -148,6 +160,8 @@ def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monk
     for name in ("_generate", "score", "load_weights"):
         monkeypatch.setattr(TransformersSampler, name, alone(getattr(TransformersSampler, name)))
     monkeypatch.setattr(Grader, "grade", alone(Grader.grade))
+    monkeypatch.setattr(Trainer, "step", training)
+    monkeypatch.setattr(RolloutWorker, "draw", drawing)
     config = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1", "evaluation.every=1")
     rl.run(config)
     assert all("accuracy_image" in row for row in read_rows(config.run_dir / "metrics.jsonl"))

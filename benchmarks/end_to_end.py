@@ -122,6 +122,7 @@ def run_vold(job: Job, turn: Turn) -> None:
     from vold.config import load_config, schema
     from vold.rollout import TransformersSampler
     from vold.stages import rl
+    from vold.stages.groups import RolloutWorker
     from vold.trainer.run_log import RunLog
 
     class FixedLengthSampler(TransformersSampler):
@@ -129,22 +130,24 @@ def run_vold(job: Job, turn: Turn) -> None:
             super().__init__(*args, **kwargs)
             self._vocabulary = replace(self._vocabulary, stop=())
 
-    grade_groups, write = rl.grade_groups, RunLog.write
+    draw, write = RolloutWorker.draw, RunLog.write
 
-    def watched_groups(*args):
-        groups = grade_groups(*args)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
+    def watched_draw(*args):
+        drawn = draw(*args)
+        rollouts = [rollout for group in drawn.groups.values() for rollout in group.rollouts]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        turn.saw([group.prompt.token_ids for group in groups], tokens, len(rollouts))
-        if job.work == EQUAL:
-            groups = [replace(g, rewards=tuple(alternating(i) for i in range(len(g.rollouts)))) for g in groups]
-        return groups
+        turn.saw([group.prompt.token_ids for group in drawn.groups.values()], tokens, len(rollouts))
+        return replace(drawn, groups={place: even(group) for place, group in drawn.groups.items()})
+
+    def even(group):
+        rewards = tuple(alternating(place) for place in range(len(group.rollouts)))
+        return replace(group, rewards=rewards) if job.work == EQUAL else group
 
     def watched_write(log, step, metrics, samples=()):
         write(log, step, metrics, samples)
         turn.over(gradient_tokens=int(metrics["gradient_tokens"]))
 
-    rl.grade_groups, RunLog.write = watched_groups, watched_write
+    RolloutWorker.draw, RunLog.write = watched_draw, watched_write
     if job.work == EQUAL:
         rl.open_sampler = lambda _config, checkpoint, **where: FixedLengthSampler(checkpoint, **where)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response: ids as sampled (never re-tokenised), each with the sampler's log-probability (nats)."""
+    """One sampled response: ids as sampled (never re-tokenised), each with the sampler's log-probability (nats).
+
+    logp_teacher: the teacher's, where it was asked while other prompts were still being answered; None: it was not,
+    empty: it did not answer.
+    """
 
     prompt: Prompt
     response_ids: tuple[int, ...]
@@ -35,6 +39,7 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
     text: str
     version: int = 0  # how often the engine that sampled it had been given weights
+    logp_teacher: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Sample:
     pg_weight: float
     kl_weight: float
     logp_rollout: tuple[float, ...] | None = None
+    logp_teacher: tuple[float, ...] | None = None  # see Rollout
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vold.data.order import rows_of_step
+from vold.config.schema import CurriculumConfig
+from vold.data.order import PromptOrder, rows_of_step
 from vold.data.pack import Replicas, pack
 from vold.records import Prompt, Sample
 from vold.teacher.score import only_sequences
@@ -141,3 +142,31 @@ def test_order_is_a_function_of_seed_and_step():
     draw = lambda seed, step: rows_of_step(step, rows=1000, per_step=8, seed=seed)  # noqa: E731
     assert draw(0, 3) == draw(0, 3) != draw(1, 3)
     assert draw(0, 3) != draw(0, 4)
+
+
+def test_the_order_of_prompts_is_that_of_the_rows_whatever_is_taken_at_a_time():
+    order, taken = PromptOrder(10, seed=3), []
+    for portion in (4, 1, 0, 7, 8):
+        rows = order.take(portion)
+        order.learn(rows, [1.0] * portion)
+        taken += rows
+    assert taken == [row for step in range(5) for row in rows_of_step(step, rows=10, per_step=4, seed=3)]
+
+
+def test_a_prompt_outside_the_curriculum_is_passed_over_once():
+    """Rows 0 and 1 are solved, row 2 never is, row 3 could not be judged."""
+    order = PromptOrder(4, seed=0, curriculum=CurriculumConfig(lowest=0.1, highest=0.9))
+    first = order.take(4)
+    assert sorted(first) == [0, 1, 2, 3]
+    order.learn([0, 1, 2, 3], [1.0, 0.95, 0.0, None])
+    assert order.take(1) == [3] and sorted(order.take(4)) == [0, 1, 2, 3], "they are asked again the time after"
+    order.learn([2], [0.5])
+    assert sorted(order.take(4)) == [0, 1, 2, 3]
+
+
+def test_all_solved_does_not_end_the_search():
+    order = PromptOrder(3, seed=0, curriculum=CurriculumConfig(highest=0.5))
+    for _ in range(3):
+        rows = order.take(3)
+        order.learn(rows, [1.0] * 3)
+        assert sorted(rows) == [0, 1, 2]

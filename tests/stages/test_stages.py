@@ -16,7 +16,7 @@ from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib")
+TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib", "rollout_tail", "rollout_tokens_per_second")
 
 
 def timeless(rows: list[dict]) -> list[dict]:
@@ -81,11 +81,11 @@ def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout
 def test_what_the_gate_saves_the_teacher():
     """Whole sequences, prompts included: the second and third of three are not read."""
     from vold.records import Prompt, Sample
-    from vold.stages.groups import teacher_saving
+    from vold.stages.groups import teacher_metrics
 
     prompt = Prompt("p", (5, 6, 7), "")
     samples = [Sample(prompt, (1,) * length, 1.0, 1.0, weight) for length, weight in [(7, 0.3), (2, 0.0), (5, 0.0)]]
-    assert teacher_saving(samples) == {"teacher_saved": pytest.approx((5 + 8) / (10 + 5 + 8))}
+    assert teacher_metrics(samples) == {"teacher_saved": pytest.approx((5 + 8) / (10 + 5 + 8)), "teacher_failed": 0.0}
 
 
 def test_rl_writes_metrics_samples_and_evaluations(rl_run):
@@ -252,10 +252,12 @@ LAYOUTS = {
 
 
 def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
-    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one."""
+    """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one; with
+    rollouts drawn ahead, so that no collective may be left to the thread that draws them."""
     from vold.config import load_config, schema
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
+    settings += ["rollout.lag=1"]
     config = Path("configs/miniature/rl.yaml").resolve()
     alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
     rl.run(alone)

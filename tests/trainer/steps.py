@@ -19,7 +19,16 @@ VOCAB_SIZE = 40  # ids used by the samples stay below
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="constant", warmup_steps=0)
 
 
-def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), dtype=torch.float32, **numbers) -> Trainer:
+def make_trainer(
+    student: Path,
+    layout,
+    *,
+    steps: int = 10,
+    clip=(0.2, 0.3),
+    dtype=torch.float32,
+    importance_cap: float | None = None,
+    **numbers,
+) -> Trainer:
     return Trainer(
         student,
         layout,
@@ -28,6 +37,7 @@ def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), dty
         dtype=dtype,
         vocab_size=VOCAB_SIZE,
         clip=clip,
+        importance_cap=importance_cap,
     )
 
 

@@ -51,6 +51,27 @@ def test_a_phase_that_fails_is_still_closed(clock):
     assert {"seconds_rollout", "seconds_grade"} <= phase.read().keys() and phase._open == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the clock of CUDA events is the device's")
+def test_a_timeline_shows_what_ran_beside_the_step(clock):
+    """Work of another lane takes none of the step's seconds; each interval is handed out once."""
+    phase = Phases()
+    beside = phase.beside("rollout")
+    clock(1)
+    with phase("train"):
+        with beside("draw"):
+            clock(2)
+        clock(1)
+    with beside("grade"):
+        clock(3)
+    assert {key: value for key, value in phase.read().items() if key.startswith("seconds")} == {"seconds_train": 3}
+    assert sorted(phase.intervals) == [
+        ("draw", "rollout", 1, 3),
+        ("grade", "rollout", 4, 7),
+        ("train", Phases.LANE, 1, 4),
+    ]
+    assert phase.read() == {} and phase.intervals == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_events_charge_work_to_the_phase_that_launched_it():

@@ -56,9 +56,7 @@ def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, ti
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     logp_teacher = _teacher_by_place(batch)
     for place, sample in enumerate(samples):
-        ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
-        logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        logp = _logp(model, sample)
         ratio = (logp - logp.detach()).exp()
         surrogate = -torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.3) * sample.advantage)
         loss = (sample.pg_weight * surrogate).sum()
@@ -66,6 +64,47 @@ def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, ti
             loss = loss + (sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2).sum()
         loss.backward()
     assert relative(found, as_megatron(model, trainer)) < 1e-4
+
+
+def test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits(teacher, tiny_student_dir, layout):
+    """Both terms of each token times w = min(pi / pi_rollout, 2), a constant; and what the metrics say of w."""
+    cap, draw = 2.0, torch.Generator().manual_seed(0)
+    trainer = make_trainer(tiny_student_dir, layout, importance_cap=cap)
+    samples = weigh("vold", make_groups(MIXED))
+    logp_now = trainer.logprobs(batch_of(samples))
+    for place, logp in logp_now.items():
+        logp_rollout = torch.tensor(logp) + torch.randn(len(logp), generator=draw)
+        samples[place] = replace(samples[place], logp_rollout=tuple(logp_rollout.tolist()))
+    batch = teacher.score(batch_of(samples, max_tokens=40))
+    found = gradients(trainer, batch)
+    metrics = reduce_tallies(trainer.accumulate_gradients(batch), None, train_tflop=0.0)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
+    logp_teacher, ratios = _teacher_by_place(batch), []
+    for place, sample in enumerate(samples):
+        logp = _logp(model, sample)
+        ratio = (logp.detach() - torch.tensor(sample.logp_rollout)).exp()
+        loss = -sample.pg_weight * sample.advantage * (logp - logp.detach()).exp()
+        if sample.kl_weight:
+            loss = loss + sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2
+        (ratio.clamp(max=cap) * loss).sum().backward()
+        ratios.append(ratio)
+    assert relative(found, as_megatron(model, trainer)) < 1e-4
+    ratio_N = torch.cat(ratios)
+    weight_N = ratio_N.clamp(max=cap)
+    share = float((ratio_N > cap).float().mean())
+    assert 0.1 < share < 0.5 and metrics["importance_truncated"] == pytest.approx(share)
+    size = float(weight_N.sum() ** 2 / (len(weight_N) * weight_N.square().sum()))
+    assert metrics["effective_sample_size"] == pytest.approx(size, rel=1e-4) and size < 0.95
+    strict = make_trainer(tiny_student_dir, layout)
+    assert relative(found, gradients(strict, batch)) > 1e-2
+    assert "effective_sample_size" not in reduce_tallies(strict.accumulate_gradients(batch), None, train_tflop=0.0)
+
+
+def _logp(model, sample) -> torch.Tensor:
+    """Of each response token, from logits [T, V]."""
+    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+    logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
+    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
 
 
 def test_k2_identity(trainer, teacher):

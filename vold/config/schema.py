@@ -81,10 +81,29 @@ class EngineConfig(Strict):
     vllm: VllmConfig = VllmConfig()
 
 
+class DynamicSamplingConfig(Strict):
+    """DAPO's: groups that the objective learns nothing from are dropped, and further prompts asked in their place."""
+
+    max_prompts_factor: Annotated[float, Field(ge=1.0)] = 3.0  # prompts a step may ask, in units of prompts_per_step
+
+
+class CurriculumConfig(Strict):
+    """A prompt whose last pass rate lay outside is passed over when it comes up next, and asked the time after."""
+
+    lowest: Share = 0.0
+    highest: Share = 1.0
+
+
 class RolloutConfig(SamplingConfig, EngineConfig):
     """Stage 2's sampler: G responses a prompt."""
 
     responses_per_prompt: Annotated[int, Field(ge=1)] = 5
+    # 1: a step's rollouts are drawn while the step before trains, with weights one update old. Weights are handed over
+    # only when nothing is being drawn, so that a larger lag would make rollouts older and overlap no more.
+    lag: Annotated[int, Field(ge=0, le=1)] = 0
+    importance_cap: Annotated[float, Field(gt=0.0)] = 2.0  # of each token's exp(logp - logp_rollout), where lag > 0
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    curriculum: CurriculumConfig | None = None
 
     @model_validator(mode="after")
     def _rollouts_are_sampled(self):
@@ -113,7 +132,7 @@ class OptimizerConfig(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     clip_grad: Annotated[float, Field(gt=0.0)] = 1.0
-    max_bad_steps: Positive = 3  # non-finite steps in a row (each skipped on every rank) before the run stops
+    max_bad_steps: Positive = 3  # in a row, non-finite or with nothing to learn from, each skipped on every rank
 
 
 class EvaluationConfig(Strict):
@@ -172,7 +191,9 @@ class RlConfig(TrainConfig):
     """Stage 2: rollouts used twice."""
 
     teacher: Path | None = None  # needed when the objective has a KL term
-    teacher_offload: bool = False  # its weights wait in CPU memory while it does not score
+    teacher_engine: Literal["trainer", "vllm"] = "trainer"  # vllm: asked for each group as it is done
+    teacher_vllm: VllmConfig = VllmConfig()
+    teacher_offload: bool = False  # its weights wait in CPU memory while it does not score (in the trainer)
     prompts_per_step: Positive = 256  # over all ranks
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -1,16 +1,50 @@
-"""Which rows a step reads: a pure function of (seed, step), so resuming needs no state and no world size."""
+"""Which rows a step reads: a function of the seed and of what was read before, never of the world size."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
+from vold.config.schema import CurriculumConfig
 
 
 def rows_of_step(step: int, *, rows: int, per_step: int, seed: int) -> list[int]:
     """Row indices of `step` (0-based): consecutive slices of one fresh permutation per epoch, across its edge."""
     first = step * per_step
     return [_row(position, rows, seed) for position in range(first, first + per_step)]
+
+
+class PromptOrder:
+    """The same order where steps take different numbers of rows, and where some are passed over (see
+    CurriculumConfig). Its state is what was taken and learnt: doing that again brings it back."""
+
+    def __init__(self, rows: int, seed: int, curriculum: CurriculumConfig | None = None):
+        self._rows, self._seed, self._curriculum = rows, seed, curriculum
+        self._position = 0
+        self._pass_rate: dict[int, float] = {}  # of rows that have not come up again since
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` row indices."""
+        taken: list[int] = []
+        while len(taken) < count:
+            row = _row(self._position, self._rows, self._seed)
+            self._position += 1
+            if not self._passes_over(row):
+                taken.append(row)
+        return taken
+
+    def learn(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> None:
+        """The share of right answers to each row; None where none could be judged."""
+        for row, pass_rate in zip(rows, pass_rates, strict=True):
+            if pass_rate is not None:
+                self._pass_rate[row] = pass_rate
+
+    def _passes_over(self, row: int) -> bool:
+        """Once for each verdict: what a model can do changes, so every row comes back."""
+        pass_rate, wanted = self._pass_rate.pop(row, None), self._curriculum
+        return wanted is not None and pass_rate is not None and not wanted.lowest <= pass_rate <= wanted.highest
 
 
 def _row(position: int, rows: int, seed: int) -> int:

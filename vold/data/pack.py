@@ -193,6 +193,8 @@ def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
         for key_L, s in zip(keys, sequences, strict=True)
     ]
     rollout_logps = [s.logp_rollout for s in samples if s.logp_rollout is not None]
+    teacher_logps = [s.logp_teacher or (0.0,) * len(s.response_ids) for s in samples]
+    scored = any(s.logp_teacher for s in samples)
     return MicroBatch(
         tokens=_tokens(sequences, keys),
         source_N=torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64),
@@ -203,6 +205,7 @@ def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
         logp_rollout_N=_flat(rollout_logps) if samples and len(rollout_logps) == len(samples) else None,
+        logp_teacher_N=_flat(teacher_logps) if scored else None,
     )
 
 

@@ -44,6 +44,15 @@ class Objective:
         scale = 1.0 / max(_tokens(samples), 1)
         return [_scaled(sample, scale) for sample in samples]
 
+    def distils(self, group: Group) -> list[bool]:
+        """Of each response of a graded group, whether the teacher's log-probs will be asked for."""
+        samples = iter(self.weigh([group]))
+        return [reward is not None and next(samples).kl_weight != 0.0 for reward in group.rewards]
+
+    def informs(self, group: Group) -> bool:
+        """Whether a group has a gradient at all. (Under VOLD one that failed altogether has: its KL term.)"""
+        return any(sample.pg_weight or sample.kl_weight for sample in self.weigh([group]))
+
     def _of_group(self, group: Group) -> list[Sample]:
         graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
         advantages_G = self.advantage([reward for _, reward in graded])
@@ -55,6 +64,7 @@ class Objective:
                 pg_weight=float(advantage != 0.0),
                 kl_weight=self.beta * self.route(reward),
                 logp_rollout=rollout.logp_rollout,
+                logp_teacher=rollout.logp_teacher,
             )
             for (rollout, reward), advantage in zip(graded, advantages_G, strict=True)
         ]

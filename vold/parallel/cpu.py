@@ -13,6 +13,7 @@ thread: code that Megatron runs in other threads or processes (asynchronous chec
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,11 +54,12 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 _mode: _CudaMeansCpu | None = None
+_thread: int | None = None  # that entered it
 
 
 def install() -> None:
     """Enter the CPU platform for the rest of the process; a no-op with CUDA and when called again."""
-    global _mode
+    global _mode, _thread
     if torch.cuda.is_available() or _mode is not None:
         return
     from megatron.core.tensor_parallel import random as megatron_random
@@ -75,15 +77,15 @@ def install() -> None:
     torch.cuda.manual_seed = torch.random.manual_seed
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
-    _mode = _CudaMeansCpu()
+    _mode, _thread = _CudaMeansCpu(), threading.get_ident()
     _mode.__enter__()
 
 
 @contextmanager
 def paused() -> Iterator[None]:
     """For long stretches without Megatron: the mode costs every call of torch a few microseconds (about a tenth of a
-    tiny model's rollout)."""
-    if _mode is None:
+    tiny model's rollout). Nothing to pause in another thread than the one that called `install`."""
+    if _mode is None or threading.get_ident() != _thread:
         yield
         return
     _mode.__exit__(None, None, None)

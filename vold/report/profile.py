@@ -16,9 +16,9 @@ from .plots import _RC, Format, _bytes, _figure
 from .style import GRID, INK, SOFT, TRAIN_PARTS
 
 Row = Mapping[str, float]
-ORDER = ("rollout", "grade", "gather", "teacher", *TRAIN_PARTS, "sync")
+ORDER = ("rollout", "rollout_wait", "grade", "gather", "teacher", *TRAIN_PARTS, "sync")
 OTHER, STEP = "other", "step"
-_PAINT = ("#33506e", "#8fb3a5", "#8a5a2b", "#d0a54a", "#9db8d9", "#4f78ad", "#8660b8", "#a7647a", "#b9b3a6")
+_PAINT = ("#33506e", "#c9d3dd", "#8fb3a5", "#8a5a2b", "#d0a54a", "#9db8d9", "#4f78ad", "#8660b8", "#a7647a", "#b9b3a6")
 COLOURS = dict(zip((*ORDER, OTHER), _PAINT, strict=True))
 # Which of a row's numbers counts the tokens that a phase works on, over all ranks.
 TOKENS = {"rollout": "response_tokens", "grade": "response_tokens", "teacher": "kl_tokens", STEP: "response_tokens"}

@@ -37,10 +37,11 @@ def decode(
     copies: Sequence[int],
     config: SamplingConfig,
     allowed: Vocabulary,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draws `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) from the
-    global generator. Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the sampling
-    temperature, before top-p and top-k; what stands after a response's first stop token has no meaning.
+    """Draws `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) with the
+    random numbers of `generator`. Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the
+    sampling temperature, before top-p and top-k; what stands after a response's first stop token has no meaning.
     """
     prompt_of_R = torch.arange(len(copies)).repeat_interleave(torch.tensor(copies)).to(inputs["input_ids"].device)
     cache, logits_PV, next_position_P = _read_prompts(model, inputs)
@@ -56,7 +57,7 @@ def decode(
     finished_R = torch.zeros(rows, dtype=torch.bool, device=logits_RV.device)
     warp, ban_V = _warpers(config), _ban(allowed, logits_RV.device)
     for step in range(steps):
-        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, ban_V)
+        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, ban_V, generator)
         ids_RS[row_of_R, step], logp_RS[row_of_R, step] = drawn_R, drawn_logp_R
         finished_R |= torch.isin(drawn_R, stop)
         if step + 1 == steps:
@@ -100,12 +101,17 @@ def _ban(allowed: Vocabulary, device: torch.device) -> Tensor:
     return ban_V.to(device)
 
 
-def _draw(logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, ban_V: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, ban_V: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """One token a row with its log-probability; the most probable one at temperature 0."""
     logits_RV = logits_RV[:, : len(ban_V)].float()
     logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
     scores_RV = logp_RV + ban_V
-    drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1)[:, 0] if temperature else scores_RV.argmax(-1)
+    if temperature:
+        drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1, generator=generator)[:, 0]
+    else:
+        drawn_R = scores_RV.argmax(-1)
     return drawn_R, logp_RV.gather(1, drawn_R[:, None])[:, 0]
 
 

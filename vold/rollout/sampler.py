@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +19,14 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """`responses` rollouts of each prompt, siblings adjacent, order kept. The same seed gives the same ids."""
+        ...
+
+    def stream(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+    ) -> Iterator[list[Rollout]]:
+        """The same rollouts, the siblings of one prompt at a time, in the order they finish. A group is complete or
+        does not come: a prompt that never comes was lost, and the engine has named it. What is drawn does not depend
+        on the order."""
         ...
 
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import torch
@@ -37,14 +37,23 @@ class TransformersSampler:
         self._device, self._version = device, 0
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
-        """See Sampler. Sampling never touches the global random state."""
+        """See Sampler."""
+        return list(chain.from_iterable(self.stream(prompts, config, responses=responses, seed=seed)))
+
+    def stream(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+    ) -> Iterator[list[Rollout]]:
+        """See Sampler; in prompt order, as batches of `config.sequences_per_call` responses are done. The random
+        numbers are its own: it may run in a thread beside the trainer."""
         repeated = (prompt for prompt in prompts for _ in range(responses))
-        rollouts: list[Rollout] = []
-        with cpu.paused(), torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            while chunk := list(islice(repeated, config.sequences_per_call)):
-                rollouts += self._generate(chunk, config)
-        return rollouts
+        generator = torch.Generator(self._device).manual_seed(seed)
+        drawn: list[Rollout] = []
+        while chunk := list(islice(repeated, config.sequences_per_call)):
+            with cpu.paused():
+                drawn += self._generate(chunk, config, generator)
+            while len(drawn) >= responses:
+                yield drawn[:responses]
+                del drawn[:responses]
 
     @torch.no_grad()
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
@@ -68,11 +77,11 @@ class TransformersSampler:
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
-    def _generate(self, prompts: list[Prompt], config: SamplingConfig) -> list[Rollout]:
+    def _generate(self, prompts: list[Prompt], config: SamplingConfig, generator: torch.Generator) -> list[Rollout]:
         """One response for each; equal neighbours are siblings."""
         siblings = [list(group) for _, group in groupby(prompts, key=id)]
         inputs = self._inputs([group[0] for group in siblings])
-        ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary)
+        ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary, generator)
         return [
             self._vocabulary.rollout(prompt, ids, logps, version=self._version)
             for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)

@@ -1,38 +1,176 @@
-"""Prompts -> rollouts -> graded groups, and what a step shows of them."""
+"""Prompts -> rollouts -> graded groups on one rank, and what a step shows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
 
 from vold.config.schema import RolloutConfig
 from vold.grading import Grader
-from vold.records import Group, Prompt, Rollout, Sample, Verdict
+from vold.objectives import Objective
+from vold.records import Group, Prompt, Rollout, Sample
+from vold.rollout import Sampler
 from vold.stages.evaluate import answer_row
 
-
-def rollout_calls(prompts: Sequence[Prompt], config: RolloutConfig, ranks: int) -> list[tuple[int, list[Prompt]]]:
-    """A step's prompts in numbered portions, one `sample` call each: of at most `sequences_per_call` responses, and as
-    many that no rank is idle. A call's seed comes from its number: what is drawn does not depend on who draws it."""
-    each = max(1, min(config.sequences_per_call // config.responses_per_prompt, -(-len(prompts) // ranks)))
-    return [(first // each, list(prompts[first : first + each])) for first in range(0, len(prompts), each)]
+Phase = Callable[[str], AbstractContextManager]
 
 
-def grade_groups(rollouts: Sequence[Rollout], grader: Grader, responses: int) -> list[Group]:
-    """Siblings are adjacent. A truncated response scores 0; one the grader broke on has no reward."""
-    verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
+@dataclass(frozen=True)
+class Portion:
+    """Prompts of a step that are asked together, from the step's place `first` on; `number`: of the step's portions."""
+
+    step: int
+    number: int
+    first: int
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Prompts that one rank asks of its sampler at once, from the step's place `first` on. What is drawn for them
+    depends on the seed, not on who draws it."""
+
+    first: int
+    prompts: Sequence[Prompt]
+    seed: int
+
+
+def rollout_calls(portion: Portion, config: RolloutConfig, ranks: int, *, seed: int) -> list[Call]:
+    """As many calls that no rank is idle, and of at most `sequences_per_call` responses where the engine does not batch
+    by itself as it has room."""
+    prompts, of_a_rank = portion.prompts, -(-len(portion.prompts) // ranks)
+    room = of_a_rank if config.engine == "vllm" else config.sequences_per_call // config.responses_per_prompt
+    each = max(1, min(room, of_a_rank))
     return [
-        _group(rollouts[first : first + responses], verdicts[first : first + responses])
-        for first in range(0, len(rollouts), responses)
+        Call(
+            portion.first + start,
+            prompts[start : start + each],
+            _sampling_seed(seed, portion.step, number, portion.number),
+        )
+        for number, start in enumerate(range(0, len(prompts), each))
     ]
 
 
-def _group(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> Group:
+def _sampling_seed(seed: int, step: int, call: int, portion: int) -> int:
+    """A pure function of where we are, so that a resumed run draws what the uninterrupted one would have."""
+    return int(np.random.SeedSequence([seed, step, call, portion]).generate_state(1)[0])
+
+
+class StreamedTeacher(Protocol):
+    """A teacher in processes of its own, asked for a group as soon as it is graded."""
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[tuple[float, ...] | None]]:
+        """Log-probs (nats, at the rollouts' temperature) of each response's ids; None where the call failed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One rank's share of a step. groups: by place of the prompt in the step; one that is missing was lost.
+    finished: seconds from the start at which each came; seconds: until all were there."""
+
+    groups: dict[int, Group]
+    finished: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RolloutWorker:
+    """One rank's sampler with what looks at its responses. Whoever calls `draw` has sampler and grader to himself."""
+
+    sampler: Sampler
+    grader: Grader
+    objective: Objective
+    config: RolloutConfig
+    teacher: StreamedTeacher | None = None
+    stop: threading.Event = field(default_factory=threading.Event)  # nobody waits for these groups any more
+
+    def draw(self, calls: Sequence[Call], phase: Phase, watch: Callable[[str], None]) -> Drawn:
+        """Every group graded as it finishes, its teacher asked while others are still drawn. `watch` is told how it
+        goes."""
+        started, finished, groups = time.perf_counter(), [], {}
+        asked, tokens = sum(len(call.prompts) for call in calls), 0
+        scores: dict[int, Future[list[tuple[float, ...] | None]]] = {}
+        for place, rollouts in self._stream(calls, phase):
+            seconds = time.perf_counter() - started
+            with phase("grade"):
+                groups[place] = grade_group(rollouts, self.grader)
+            if self.teacher and (wanted := self._distilled(groups[place])):
+                scores[place] = self.teacher.submit(wanted)
+            finished.append(seconds)
+            tokens += sum(len(rollout.response_ids) for rollout in rollouts)
+            watch(f"{asked - len(finished)} of {asked} prompts running, {tokens / max(seconds, 1e-9):.0f} tok/s")
+        watch("")
+        if scores:
+            with phase("teacher"):
+                groups |= {place: self._with_scores(groups[place], found.result()) for place, found in scores.items()}
+        return Drawn(groups, tuple(finished), finished[-1] if finished else 0.0)
+
+    def _stream(self, calls: Sequence[Call], phase: Phase) -> Iterator[tuple[int, list[Rollout]]]:
+        """Siblings with the place of their prompt. The time until they come is that of the phase `rollout`."""
+        for call in calls:
+            places: dict[str, deque[int]] = defaultdict(deque)  # a small data set is asked the same prompt twice
+            for offset, prompt in enumerate(call.prompts):
+                places[prompt.id].append(call.first + offset)
+            responses = self.config.responses_per_prompt
+            stream = self.sampler.stream(call.prompts, self.config, responses=responses, seed=call.seed)
+            while not self.stop.is_set():
+                with phase("rollout"):
+                    rollouts = next(stream, None)
+                if rollouts is None:
+                    break
+                assert len(rollouts) == responses, "a group is complete or does not come"
+                yield places[rollouts[0].prompt.id].popleft(), rollouts
+
+    def _distilled(self, group: Group) -> list[Rollout]:
+        wanted = self.objective.distils(group)
+        return [rollout for rollout, wants in zip(group.rollouts, wanted, strict=True) if wants]
+
+    def _with_scores(self, group: Group, found: Sequence[tuple[float, ...] | None]) -> Group:
+        scored = iter(found)
+        rollouts = [
+            replace(rollout, logp_teacher=next(scored) or ()) if wants else rollout
+            for rollout, wants in zip(group.rollouts, self.objective.distils(group), strict=True)
+        ]
+        return replace(group, rollouts=tuple(rollouts))
+
+
+def grade_group(rollouts: Sequence[Rollout], grader: Grader) -> Group:
+    """Siblings with their rewards. A truncated response scores 0; one the grader broke on has no reward."""
+    verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
     rewards = tuple(None if v.outcome == "broken" else float(v.outcome == "correct") for v in verdicts)
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
 
+def pass_rate(group: Group | None) -> float | None:
+    """Mean reward; None for a group that was lost, or where the grader broke on every response."""
+    rewards = [reward for reward in group.rewards if reward is not None] if group else []
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def mask_unscored(samples: Sequence[Sample]) -> list[Sample]:
+    """Without the samples' weights for which the teacher did not answer: they stay in their group's baseline and in
+    the normaliser, and teach nothing."""
+    return [
+        replace(sample, pg_weight=0.0, kl_weight=0.0) if sample.kl_weight and sample.logp_teacher == () else sample
+        for sample in samples
+    ]
+
+
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Reward, length and shares of a step's groups."""
+    if not groups:
+        return {"response_tokens": 0.0}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
     solved = [set(group.rewards) == {1.0} for group in groups]
@@ -49,12 +187,13 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def teacher_saving(samples: Sequence[Sample]) -> dict[str, float]:
-    """`teacher_saved`: share of a step's tokens, prompts included, that the teacher does not read because their KL
-    weight is 0."""
+def teacher_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """`teacher_saved`: share of a step's tokens, prompts included, that no teacher reads because their KL weight is 0;
+    `teacher_failed`: responses that it was asked about and did not answer. Samples as they were weighed."""
     lengths = [len(sample.prompt.token_ids) + len(sample.response_ids) for sample in samples]
     read = sum(length for length, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
-    return {"teacher_saved": 1.0 - read / max(sum(lengths), 1)}
+    failed = sum(sample.kl_weight != 0.0 and sample.logp_teacher == () for sample in samples)
+    return {"teacher_saved": 1.0 - read / max(sum(lengths), 1), "teacher_failed": float(failed)}
 
 
 def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:

@@ -3,10 +3,7 @@ and for k2 distillation towards the teacher where the objective routes it (VOLD 
 
 from __future__ import annotations
 
-import numpy as np
-
 from vold.config.schema import RlConfig
-from vold.data.order import rows_of_step
 from vold.data.pack import pack
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
@@ -15,13 +12,19 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls, teacher_saving
+from vold.stages.groups import RolloutWorker, StreamedTeacher, group_rows, mask_unscored, teacher_metrics
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
+from vold.stages.rollouts import Rollouts
 from vold.stages.training import TrainingRun
 from vold.teacher import NoTeacher, Teacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
+
+NOTHING_LEFT = (
+    "no group of responses is left",
+    "see above for prompts that were lost, and prompts.jsonl for pass rates (rollout.dynamic_sampling drops groups)",
+)
 
 
 def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
@@ -42,32 +45,30 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
         training.resume()
     training.hand_over(sampler, probe)
 
-    responses = config.rollout.responses_per_prompt
-    with Grader(workers=config.grader_workers) as grader:
+    with (
+        Grader(workers=config.grader_workers) as grader,
+        Rollouts(
+            config,
+            job,
+            prompts,
+            RolloutWorker(sampler, grader, objective, config.rollout, _streamed_teacher(config, objective)),
+            done=training.done,
+        ) as rollouts,
+    ):
         for step in training.steps():
-            rows = rows_of_step(step, rows=len(prompts), per_step=config.prompts_per_step, seed=config.seed)
-            calls = job.share(rollout_calls([prompts[row] for row in rows], config.rollout, job.world))
-            with job.log.phase("rollout"):
-                rollouts = [
-                    sampler.sample(
-                        asked, config.rollout, responses=responses, seed=_sampling_seed(config.seed, step, number)
-                    )
-                    for number, asked in calls
-                ]
-            with job.log.phase("grade"):
-                graded = [grade_groups(found, grader, responses) for found in rollouts]
-            with job.log.phase("gather"):
-                groups = [group for call in job.gather(graded) for group in call]
-            samples = objective.weigh(groups)
+            drawn = rollouts.next(step)
+            weighed = objective.weigh(drawn.groups)
+            samples = mask_unscored(weighed)
             batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
             with job.log.phase("teacher"):
                 batch = teacher.score(batch)
             with job.log.phase("train"):
-                report = trainer.step(batch)
+                report = trainer.step(batch) if samples else trainer.skip(*NOTHING_LEFT)
+            rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups) | teacher_saving(samples) | report.metrics | parity
-            shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
+            metrics = drawn.metrics | teacher_metrics(weighed) | report.metrics | parity
+            shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
 
@@ -76,6 +77,12 @@ def _check(config: RlConfig, objective: Objective) -> None:
     """Mistakes that can be seen before any model is loaded."""
     if objective.needs_teacher and config.teacher is None:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
+    rollout = config.rollout
+    if rollout.lag and rollout.engine == "vllm" and not rollout.vllm.urls:
+        raise ValueError(
+            f"rollout.lag = {rollout.lag} needs engines on GPUs of their own, and this one shares the trainer's: start "
+            "them with `vold serve` and name them in rollout.vllm.urls, or set rollout.lag=0"
+        )
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(
@@ -94,11 +101,12 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         vocab_size=vocab_size,
         clip=(objective.clip_low, objective.clip_high),
         temperature=config.rollout.temperature,
+        importance_cap=config.rollout.importance_cap if config.rollout.lag else None,
     )
 
 
 def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Teacher | NoTeacher:
-    if not objective.needs_teacher:
+    if not objective.needs_teacher or config.teacher_engine == "vllm":
         return NoTeacher()
     return Teacher(
         config.teacher,
@@ -110,6 +118,10 @@ def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
     )
 
 
-def _sampling_seed(seed: int, step: int, call: int) -> int:
-    """A pure function of where we are, so that a resumed run draws what the uninterrupted one would have."""
-    return int(np.random.SeedSequence([seed, step, call]).generate_state(1)[0])
+def _streamed_teacher(config: RlConfig, objective: Objective) -> StreamedTeacher | None:
+    """The teacher that is asked for each group as it is done, where it has engines of its own."""
+    if not objective.needs_teacher or config.teacher_engine == "trainer":
+        return None
+    from vold.teacher.vllm import VllmTeacher
+
+    return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature)

@@ -81,7 +81,7 @@ class TrainingRun:
         row = self.job.log.write(done, metrics, rows)
         stop = any_rank(self.asked_to_stop, self.job.layout.device)
         if self.profiler:
-            self.profiler.step(row)
+            self.profiler.step(row, self.job.log.phase.intervals)
         elif done == total or stop or (self.config.save_every and done % self.config.save_every == 0):
             self.checkpoints.save(self.trainer, done)
         else:

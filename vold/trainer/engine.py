@@ -7,11 +7,13 @@ fused `linear_policy_loss` on the hidden states of the last stage; logits never 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -35,7 +37,9 @@ from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
 
 
 class Trainer:
-    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf."""
+    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf.
+    `importance_cap`: rollouts may be of older weights, and each token's loss is weighted by
+    min(exp(logp - logp_rollout), importance_cap); None: they are of these weights."""
 
     def __init__(
         self,
@@ -48,7 +52,9 @@ class Trainer:
         vocab_size: int,
         clip: tuple[float, float] = (0.2, 0.3),
         temperature: float = 1.0,
+        importance_cap: float | None = None,
     ):
+        self._importance_cap = importance_cap
         self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
         self._student, self._dtype = student, dtype
         self._chunks = _wrap(load_student(student, layout, dtype))
@@ -69,6 +75,15 @@ class Trainer:
         report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
+    def skip(self, reason: str, remedy: str) -> StepReport:
+        """A step with nothing to learn from: no parameter or moment changes, the schedule goes on, and rank 0 says so.
+        Raises ValueError after optimizer.max_bad_steps bad steps in a row. All ranks call."""
+        if dist.get_rank() == 0:
+            print(f"vold: {reason}; this step trains nothing", file=sys.stderr, flush=True)
+        self.schedule.step(1)
+        self._count_bad_step(reason, remedy)
+        return StepReport({"lr": self._lr(), "skipped": 1.0})
+
     def accumulate_gradients(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Forward and backward of all micro-batches, reduced over all groups into each parameter's `main_grad`.
         Returns a tally of each micro-batch on the last pipeline stage, nothing elsewhere."""
@@ -87,16 +102,22 @@ class Trainer:
         return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weight = self.chunks[-1].head_weight()
+        weight, off_policy = self.chunks[-1].head_weight(), self._importance_cap is not None
         out = linear_policy_loss(
             hidden_TD[batch.source_N],
             weight,
             batch.target_N,
             PolicyTerms(
-                batch.logp_old_N, batch.logp_teacher_N, batch.advantage_N, batch.pg_weight_N, batch.kl_weight_N
+                batch.logp_old_N,
+                batch.logp_teacher_N,
+                batch.advantage_N,
+                batch.pg_weight_N,
+                batch.kl_weight_N,
+                batch.logp_rollout_N if off_policy else None,
             ),
             eps_low=self._clip[0],
             eps_high=self._clip[1],
+            importance_cap=self._importance_cap or 1.0,  # without logp_rollout_N it is not read
             temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
@@ -104,7 +125,7 @@ class Trainer:
             # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
             weight_main_grad=weight.main_grad,
         )
-        return out.loss, tally(out, batch)
+        return out.loss, tally(out, batch, self._importance_cap)
 
     def _update(self) -> float:
         """Clip, check, advance the schedule, update. Returns the gradient norm before clipping."""
@@ -115,13 +136,17 @@ class Trainer:
             self._optimizer.step_with_ready_grads()
             self._bad_steps = 0
         else:
-            self._bad_steps += 1
+            remedy = "lower optimizer.lr, or look at the last rows of samples.jsonl"
+            self._count_bad_step(f"gradient norm was {grad_norm}", remedy)
+        return grad_norm
+
+    def _count_bad_step(self, reason: str, remedy: str) -> None:
+        self._bad_steps += 1
         if self._bad_steps >= self._max_bad_steps:
             raise ValueError(
-                f"gradient norm was {grad_norm} for {self._bad_steps} steps in a row (optimizer.max_bad_steps); "
-                "no parameter was changed by them; lower optimizer.lr, or look at the last rows of samples.jsonl"
+                f"{reason} for {self._bad_steps} steps in a row (optimizer.max_bad_steps); no parameter was changed by "
+                f"them; {remedy}"
             )
-        return grad_norm
 
     def _useful_flops(self, batch: Batch) -> float:
         """Of this rank's share; one-token fillers have no target and do not count."""

@@ -1,4 +1,5 @@
-"""A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, and a progress line on a terminal."""
+"""A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, prompts.jsonl (one object for each
+prompt that was asked), and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class RunLog:
         self.path, self._writer = config.run_dir, writer
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
         self._progress = _progress(writer)
-        self._task = self._progress.add_task(verb, total=total, note="")
+        self._task = self._progress.add_task(verb, total=total, note="", live="")
         self.phase = Phases()
         self._step_started = time.perf_counter()
 
@@ -54,7 +55,7 @@ class RunLog:
         """Drop rows after `step`: they belong to updates that were never saved."""
         if not self._writer:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
@@ -77,6 +78,20 @@ class RunLog:
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
+
+    def asked(self, step: int, prompts: Iterable[dict]) -> None:
+        """Append to prompts.jsonl what a step (1-based) asked."""
+        if self._writer:
+            _append(self.path / "prompts.jsonl", [{"step": step, **prompt} for prompt in prompts])
+
+    def asked_before(self) -> list[dict]:
+        """Rows of prompts.jsonl, on rank 0."""
+        path = self.path / "prompts.jsonl"
+        return read_rows(path) if self._writer and path.exists() else []
+
+    def live(self, note: str) -> None:
+        """What is going on inside the step, behind what the last one came to. Any thread may call."""
+        self._progress.update(self._task, live=note)
 
     def close(self) -> None:
         self._progress.stop()
@@ -124,12 +139,13 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def progress_note(row: dict[str, float]) -> str:
-    """reward, KL, tokens/s, MFU, memory: those that the step has."""
+    """reward, KL, tokens/s, the rollouts' tail, MFU, memory: those that the step has."""
     shown = [
         ("reward", "{:.3f}"),
         ("nll", "nll {:.4f}"),
         ("kl_teacher", "kl {:.3f}"),
         ("tokens_per_second", "{:.0f} tok/s"),
+        ("rollout_tail_seconds", "tail {:.1f} s"),
         ("mfu", "mfu {:.1%}"),
         ("peak_memory_gib", "{:.2f} GiB"),
     ]
@@ -144,6 +160,7 @@ def _progress(writer: bool) -> Progress:
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[live]}"),
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         disable=not (writer and sys.stderr.isatty()),

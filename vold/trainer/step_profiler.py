@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from vold.trainer.phases import Interval
 
 
 class StepProfiler:
-    """Told after every step; keeps this rank's rows of metrics and moves torch's profiler along its schedule."""
+    """Told after every step; keeps this rank's rows of metrics and its intervals, and moves torch's profiler along its
+    schedule."""
 
     def __init__(self, tracer: torch.profiler.profile):
         self.rows: list[dict[str, float]] = []
+        self.intervals: list[Sequence[Interval]] = []  # of each row's step
         self._tracer = tracer
 
-    def step(self, row: dict[str, float]) -> None:
+    def step(self, row: dict[str, float], intervals: Sequence[Interval]) -> None:
         self.rows.append(row)
+        self.intervals.append(intervals)
         self._tracer.step()

@@ -5,6 +5,7 @@ Nothing here touches the host until the step is over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,12 +28,16 @@ SUMS = (
     "rollout_tokens",
     "mismatch",
     "kl_rollout",
+    "importance",
+    "importance_squared",
+    "importance_truncated",
 )
 
 
 @torch.no_grad()
-def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
-    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence."""
+def tally(out: PolicyLoss, batch: MicroBatch, importance_cap: float | None = None) -> dict[str, Tensor]:
+    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence. The
+    importance weights are those of the loss, none without a cap."""
     logp_N = out.logp_N.double()
     live_N = ((batch.pg_weight_N != 0) | (batch.kl_weight_N != 0)).double()
     scored_N = (batch.kl_weight_N != 0).double()
@@ -42,6 +47,8 @@ def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
     gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(live_N)
     if batch.logp_rollout_N is not None:
         gap_N, compared_N = torch.where(live_N > 0, batch.logp_rollout_N - logp_N, 0.0), live_N
+    ratio_N = torch.zeros_like(gap_N) if importance_cap is None else (-gap_N).exp() * compared_N
+    weight_N = ratio_N.clamp(max=importance_cap or math.inf)
     values = {
         "tokens": live_N.sum(),
         "pg_loss": out.pg_loss,
@@ -55,6 +62,9 @@ def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
         "rollout_tokens": compared_N.sum(),
         "mismatch": gap_N.abs().sum(),
         "kl_rollout": gap_N.sum(),
+        "importance": weight_N.sum(),
+        "importance_squared": weight_N.square().sum(),
+        "importance_truncated": (weight_N < ratio_N).sum(),
     }
     sequences = torch.zeros(len(batch.sample_B), dtype=torch.float64, device=logp_N.device)
     return {
@@ -94,6 +104,11 @@ def reduce_tallies(
         metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]
         metrics["mismatch_max"] = float(largest)
         metrics["mismatch_kl"] = total["kl_rollout"] / total["rollout_tokens"]
+    if total["importance"]:  # Kish's effective sample size, as a share of the tokens
+        metrics["importance_truncated"] = total["importance_truncated"] / total["rollout_tokens"]
+        metrics["effective_sample_size"] = total["importance"] ** 2 / (
+            total["rollout_tokens"] * total["importance_squared"]
+        )
     return metrics
 
 

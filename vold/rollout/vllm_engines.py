@@ -130,7 +130,7 @@ class ColocatedEngine:
         self._wake("weights", "kv_cache")
         with cpu.paused():
             params = [SamplingParams(**request.params, detokenize=False) for request in requests]
-            names = self._llm.enqueue([_prompt(request) for request in requests], params, use_tqdm=False)
+            names = self._llm.enqueue([vllm_prompt(request) for request in requests], params, use_tqdm=False)
         engine, waiting = self._llm.llm_engine, {_outer_name(name): place for place, name in enumerate(names)}
         try:
             while waiting:
@@ -182,7 +182,8 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _prompt(request: Request) -> dict:
+def vllm_prompt(request: Request) -> dict:
+    """A request as `LLM.generate` takes it."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
     if request.images:
         prompt["multi_modal_data"] = {"image": [_picture(path) for path in request.images]}

@@ -7,6 +7,10 @@ import select
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import torch
+
+from vold.rollout import weight_stream
+
 
 class _Server(ThreadingHTTPServer):
     request_queue_size = 64  # connections that wait to be accepted; with the default of 5 some wait for a second
@@ -19,6 +23,7 @@ class FakeEngine:
     def __init__(self, port: int = 0):
         self.version, self.fault, self.answered, self.calls = "default", "", 0, []
         self.victim: int | None = None
+        self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
         self.held: set[int] = set()
         self.hung_up = threading.Event()  # a client did not wait for its answer
         self._server = _Server(("127.0.0.1", port), _Handler)
@@ -45,6 +50,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/inference/v1/generate":
             return self.generate(engine, body)
         engine.calls.append((self.path, body))
+        if body.get("method") == "receive_policy":
+            address, port, rank, world = body["args"]
+            received = weight_stream.receive(address, port, rank, world, torch.device("cpu"))
+            if engine.fault == "dies":
+                next(received)
+                return self.reply({"error": "out of memory"}, 500)
+            engine.weights = dict(received)
         if self.path == "/update_weight_version":
             engine.version = body["new_version"]
         self.reply({"success": True})

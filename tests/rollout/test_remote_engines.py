@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fake_engine import FakeEngine
 from safetensors.torch import load_file
 
 from vold.config.schema import VllmConfig
-from vold.rollout import vllm_remote
+from vold.rollout import vllm_remote, weight_stream
 from vold.rollout.vllm_engines import Request
 from vold.rollout.vllm_remote import RemoteEngines
 
@@ -171,3 +173,55 @@ def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path,
         for engine in two:
             emptied = {path for path, _ in engine.calls if path.startswith("/reset_")}
             assert emptied == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+
+
+# -- weights by a stream -------------------------------------------------------------------------------------------
+
+
+def test_all_engines_receive_one_stream(two, connect):
+    remote = connect(two, transport="nccl")
+    weights = {f"w{i}": torch.full((2, i + 1), float(i)) for i in range(4)}
+    for version in (1, 2):
+        remote.load_weights(iter(weights.items()), version)
+        for engine in two:
+            assert engine.weights.keys() == weights.keys() and engine.version.endswith(f"-{version}")
+            assert all(torch.equal(engine.weights.pop(name), w) for name, w in weights.items())
+    assert complete(remote) and all(engine.answered for engine in two)
+
+
+def test_an_engine_that_was_away_waits_for_the_next_stream(two, connect, capfd):
+    remote = connect(two, transport="nccl")
+    two[0].stop()
+    remote.load_weights([("a", torch.ones(2))], 1)
+    assert f"engine {two[0].url} is left out: " in capfd.readouterr().err
+    two[0] = FakeEngine(two[0].port)
+    two[1].fault = "500"
+    with pytest.raises(ValueError, match="no vLLM engine of"):  # the one that is back has other weights
+        list(remote.stream(REQUESTS))
+    two[1].fault = ""
+    remote.load_weights([("a", torch.ones(2))], 2)
+    assert complete(remote) and all(engine.answered for engine in two)
+
+
+def test_an_engine_that_dies_in_the_stream_stops_the_run_in_one_line(two, connect, monkeypatch):
+    monkeypatch.setattr(weight_stream, "SECONDS", 5.0)
+    remote = connect(two, transport="nccl")
+    two[0].fault = "dies"
+    made = []
+    weights = ((f"w{i}", made.append(i) or torch.ones(2)) for i in range(4))
+    with pytest.raises(ValueError, match=r"weights were not handed over .*vllm.transport = 'nccl'") as error:
+        remote.load_weights(weights, 1)
+    assert "\n" not in str(error.value) and made == [0, 1, 2, 3], "other ranks go through all of it, so does this one"
+
+
+# -- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_share_engines_and_errors(two, tiny_student_dir, torchrun, tmp_path):
+    """Each asks; rank 0 hands out what all of them stream; what it cannot write is every rank's one line."""
+    script = Path(__file__).with_name("engine_ranks.py")
+    done = torchrun(2, script, tiny_student_dir, tmp_path, *(engine.url for engine in two))
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert said == [f"rank {rank}: 12 answers, 3 + 3 weights, no room" for rank in (0, 1)]
+    assert two[0].answered + two[1].answered == 24 and two[0].version == two[1].version

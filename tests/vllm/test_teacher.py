@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
-from vold.config.schema import VllmConfig
+from vold.config.schema import EngineConfig, SamplingConfig, VllmConfig
 from vold.data.pack import pack
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout, Sample
+from vold.rollout import open_sampler
 from vold.teacher import Teacher, VllmTeacher
 
 pytestmark = pytest.mark.vllm
@@ -41,6 +42,21 @@ def test_both_teachers_agree(rollouts, tiny_teacher_dir, layout, temperature):
         rollouts, found, fused(tiny_teacher_dir, layout, rollouts, temperature), strict=True
     ):
         assert len(ours) == len(rollout.response_ids) and ours == pytest.approx(theirs, rel=0, abs=1e-4)
+
+
+def test_groups_are_scored_while_others_are_drawn(tiny_student_dir, tiny_teacher_dir, layout, rollouts):
+    """Two engines in one process, in turns."""
+    student = EngineConfig(engine="vllm", vllm=SETTINGS)
+    sampler = open_sampler(student, tiny_student_dir, dtype=torch.float32, device=torch.device("cpu"))
+    teacher = VllmTeacher(tiny_teacher_dir, SETTINGS, temperature=1.0)
+    prompts = [rollout.prompt for rollout in rollouts[2:]] * 4
+    drawn, scores = [], []
+    for group in sampler.stream(prompts, SamplingConfig(max_new_tokens=20), responses=2, seed=0):
+        drawn += group
+        scores += teacher.submit(group).result()
+    assert len(drawn) == 16
+    for ours, theirs in zip(scores, fused(tiny_teacher_dir, layout, drawn, 1.0), strict=True):
+        assert ours == pytest.approx(theirs, rel=0, abs=1e-4)
 
 
 def fused(checkpoint, layout, rollouts: list[Rollout], temperature: float) -> list[list[float]]:

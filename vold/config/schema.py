@@ -69,7 +69,7 @@ class VllmConfig(Strict):
     max_model_len: Positive | None = None  # prompt, image and response tokens; the model's own limit when absent
     enforce_eager: bool = False  # no CUDA graphs: less memory, slower decoding
     sleep: bool = False  # inside the process: no GPU memory is held between calls, the weights wait on the host
-    # new weights to `urls`: files, or nccl (gloo on CPUs); auto: nccl where engines are on other machines than a GPU's
+    # how new weights reach `urls`; nccl is gloo without GPUs. auto: nccl from GPUs to other machines, else files
     transport: Literal["auto", "files", "nccl"] = "auto"
     weights_dir: Path = Path("/dev/shm")  # where new weights lie until every engine of `urls` has read them
     timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds an engine of `urls` may take for one request

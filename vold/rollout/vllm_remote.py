@@ -101,6 +101,8 @@ class RemoteEngines:
     def _answer(self, request: Request, calls: Calls) -> Answer | None:
         failed = []
         for _ in range(1 + self._settings.retries):
+            if calls.broken_off:
+                return None
             url = self._take_turn()
             try:
                 return generate(url, request, self._label, self._settings.timeout, calls)
@@ -222,7 +224,7 @@ class RemoteEngines:
                 weight_stream.send(store, world, weights, device)
                 for call in received:
                     call.result()
-            except (ConnectionError, EngineFailed) as error:
+            except (OSError, EngineFailed) as error:
                 raise ValueError(
                     f"weights were not handed over to all of {', '.join(urls)} (vllm.transport = "
                     f"{self._settings.transport!r}): {' '.join(str(error).split())[:200]}; start the engines that died "

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vold.config.schema import VllmConfig
 from vold.rollout import vllm_remote, weight_stream
 from vold.rollout.vllm_engines import Request
-from vold.rollout.vllm_remote import RemoteEngines
+from vold.rollout.vllm_remote import RemoteEngines, goes_by_stream
 
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.
@@ -176,6 +176,16 @@ def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path,
 
 
 # -- weights by a stream -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "draw"])
+def test_auto_is_a_stream_from_gpus_to_another_machine(monkeypatch, host):
+    settings = VllmConfig(urls=("http://localhost:8006", f"http://{host}:8007"))
+    assert not goes_by_stream(settings)  # there is no GPU
+    assert goes_by_stream(settings.model_copy(update={"transport": "nccl"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert goes_by_stream(settings) == (host == "draw")
+    assert not goes_by_stream(settings.model_copy(update={"transport": "files"}))
 
 
 def test_all_engines_receive_one_stream(two, connect):

@@ -44,7 +44,7 @@ PART_BYTES = 1 << 30
 """A file of weights is written when it has so many: what the writing rank holds of the stream at a time."""
 TRIAL = Request((0,), (), {"max_tokens": 1, "temperature": 0.0})
 """What an engine that failed must answer before it is asked again."""
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RemoteEngines:
@@ -88,7 +88,7 @@ class RemoteEngines:
 
         def hand_out() -> list[str]:
             try:
-                return self._send_each(stream) if self._streams else self._write_and_provide(stream)
+                return self._send_each(stream) if goes_by_stream(self._settings) else self._write_and_provide(stream)
             finally:
                 rest()
 
@@ -177,14 +177,6 @@ class RemoteEngines:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _streams(self) -> bool:
-        """Whether weights go over NCCL: files are as fast within a machine, and an engine that comes later can still
-        read them."""
-        away = [url for url in self._settings.urls if urlsplit(url).netloc.rpartition(":")[0] not in LOOPBACK]
-        auto = self._settings.transport == "auto" and bool(away) and torch.cuda.is_available()
-        return auto or self._settings.transport == "nccl"
-
     def _from_leader(self, action: Callable[[], ResultT], meanwhile: Callable[[], object] = lambda: None) -> ResultT:
         """Rank 0 acts, all know the result; its ValueError is everybody's."""
         if not dist.is_initialized():
@@ -268,6 +260,12 @@ class RemoteEngines:
                 raise EngineFailed("it kept its prefix cache over a weight update: requests are still running")
             time.sleep(0.25)
         post(url, "/update_weight_version", {"new_version": self._label}, limit)
+
+
+def goes_by_stream(settings: VllmConfig) -> bool:
+    """Whether weights go over NCCL. Files do as well within a machine, and who comes later can read them."""
+    away = any(urlsplit(url).hostname not in LOOPBACK for url in settings.urls)
+    return settings.transport == "nccl" or (settings.transport == "auto" and away and torch.cuda.is_available())
 
 
 def _failure(action: Callable[[str], None], url: str) -> EngineFailed | None:

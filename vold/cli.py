@@ -61,9 +61,10 @@ def profile_steps(
     config: Config,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="timed steps; three more are run around them")] = 5,
+    beside: Annotated[list[Path] | None, typer.Option(help="a profiled run_dir, for the timeline's picture")] = None,
 ) -> None:
     """Where the time and memory of an rl or sft config's steps go; writes run_dir/profile."""
-    _stage("profile").run(load_training_config(config, overrides or ()), steps=steps)
+    _stage("profile").run(load_training_config(config, overrides or ()), steps=steps, beside=beside or ())
 
 
 @app.command()

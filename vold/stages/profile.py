@@ -17,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
 from vold.models.layer_ops import layer_ops
 from vold.report import profile as report
+from vold.report import timeline
+from vold.report.timeline import Span
 from vold.stages import rl, sft
 from vold.trainer.flops import peak_flops
 from vold.trainer.step_profiler import StepProfiler
@@ -24,13 +26,15 @@ from vold.trainer.step_profiler import StepProfiler
 UNTIMED_AT_START, UNTIMED_AT_END = 1, 2  # steps: first use of everything; the trace's own warm-up and the traced step
 
 
-def run(config: RlConfig | SftConfig, *, steps: int) -> None:
+def run(config: RlConfig | SftConfig, *, steps: int, beside: Sequence[Path] = ()) -> None:
     """`steps` timed steps, then one under torch's profiler, which slows it down. Writes into run_dir/profile:
-    trace-rank*.json.gz (chrome://tracing, Perfetto), phases.md, phases.csv, phases.png, phases.svg, metrics.jsonl.
+    trace-rank*.json.gz (chrome://tracing, Perfetto), phases.md, phases.csv, phases.png, phases.svg, metrics.jsonl,
+    timeline.csv, timeline.png, timeline.svg (rank 0's; with those of the run directories `beside`, profiled before).
 
-    Raises ValueError when that directory holds a profile already.
+    Raises ValueError when that directory holds a profile already, or one `beside` holds none.
     """
     folder = config.run_dir / "profile"
+    others = {str(run_dir): _timeline_of(run_dir) for run_dir in beside}
     if (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder} holds a profile already; move it away, or give another run_dir=PATH")
     total = UNTIMED_AT_START + steps + UNTIMED_AT_END
@@ -45,6 +49,8 @@ def run(config: RlConfig | SftConfig, *, steps: int) -> None:
     dist.all_gather_object(ranks, timed)
     if dist.get_rank() == 0:
         _write(folder, ranks, *_facts(config))
+        spans = [Span(*found) for step in profiler.intervals[UNTIMED_AT_START:][:steps] for found in step]
+        _write_timeline(folder, others | {str(config.run_dir): spans})
 
 
 def _torch_profiler(folder: Path, total: int) -> profile:
@@ -83,6 +89,24 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) 
         (a @ b)[0, 0].item()
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
+
+
+def _timeline_of(run_dir: Path) -> list[Span]:
+    path = run_dir / "profile" / "timeline.csv"
+    if not path.exists():
+        raise ValueError(f"--beside {run_dir}: no {path}; profile that run first")
+    return timeline.from_csv(path.read_text())
+
+
+def _write_timeline(folder: Path, runs: dict[str, list[Span]]) -> None:
+    """The last of `runs` is the one at hand."""
+    *_, own = runs.values()
+    (folder / "timeline.csv").write_text(timeline.as_csv(own))
+    for fmt in ("png", "svg"):
+        (folder / f"timeline.{fmt}").write_bytes(timeline.figure(runs, fmt=fmt))
+    for name, spans in runs.items():
+        idle = ", ".join(f"{row} {share:.0%}" for row, share in timeline.idle_shares(spans).items())
+        Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
 
 
 def _write(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -183,6 +185,22 @@ def test_resumed_at_lag_1_the_first_step_is_strict(load, tmp_path, layout, grade
     assert [row["prompt_id"] for row in read_rows(config.run_dir / "prompts.jsonl")] == asked
 
 
+def test_a_run_that_draws_ahead_ends_when_it_is_asked_to(load, tmp_path, layout, monkeypatch):
+    """SIGTERM in step 1: that step is finished and saved, and the thread leaves nothing behind."""
+    config, step = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1"), Trainer.step
+
+    def interrupted(trainer, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(Trainer, "step", interrupted)
+        rl.run(config)
+    assert ended.value.code == 143 and not any(thread.name.startswith("rollout") for thread in threading.enumerate())
+    rl.run(config, resume=True)
+    assert [row["staleness_max"] for row in read_rows(config.run_dir / "metrics.jsonl")] == [0, 0, 1]
+
+
 # -- samplers that finish in another order, or not at all ------------------------------------------------------------
 
 
@@ -311,6 +329,26 @@ def test_a_streamed_teacher_trains_like_the_one_in_the_trainer(
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     assert {len(rollout.response_ids) % 2 for rollout in teacher.asked} == {0}, "failed responses alone"
     assert 0 < rows[0]["teacher_saved"] < 1 and teacher.closed
+
+
+def test_the_teacher_is_asked_while_others_are_still_drawn(
+    load, tmp_path, layout, world, graded_by_length, monkeypatch, sampler_that
+):
+    """A sampler that draws a group at a time, and notes when: each is submitted before the next is drawn."""
+    events: list[str] = []
+
+    def noted(found):
+        for group in found:
+            if len(group) > 1:
+                events.append("drawn")
+            yield group
+
+    sampler_that(noted)
+    teacher = TeacherBeside(world.teacher)
+    submit = teacher.submit
+    teacher.submit = lambda rollouts: (events.append("asked"), submit(rollouts))[1]
+    run_with_teacher(load, monkeypatch, tmp_path, teacher, "steps=2", "objective.preset=vold-unmasked")
+    assert events == ["drawn", "asked"] * 8
 
 
 def test_nothing_is_asked_where_nothing_is_distilled(load, tmp_path, layout, world, graded_by_length, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import matmuls
+from . import matmuls, rows_torch
 from .chunks import ChunkBudget, slices
 from .rows import Statistics, dlogits_storage, new_statistics, row_functions
 from .vocab import VocabShard, all_reduce_, merge
@@ -38,13 +38,16 @@ class Head:
     def buffer(self, tokens: int, columns: int) -> Tensor:
         return torch.empty(tokens * columns, dtype=self.logits_dtype, device=self.weight_UD.device)
 
-    def logits(self, buffer: Tensor, hidden_CD: Tensor, tile: slice) -> Tensor:
-        """[C, B] logits after temperature, in the reused buffer."""
-        weight_BD = self.weight_UD[tile]
-        shape = (hidden_CD.shape[0], weight_BD.shape[0])
-        return self.logits_(buffer[: shape[0] * shape[1]].view(shape), hidden_CD, weight_BD)
+    def view(self, buffer: Tensor, tokens: int, columns: int) -> Tensor:
+        """[C, B] in the reused buffer. A CPU keeps the tokens of one vocabulary row together: a tile is contiguous,
+        and the matmul into it is up to a third faster."""
+        part = buffer[: tokens * columns]
+        in_torch = row_functions(buffer.device) is rows_torch
+        return part.view(columns, tokens).t() if in_torch else part.view(tokens, columns)
 
-    def logits_(self, z_CB: Tensor, hidden_CD: Tensor, weight_BD: Tensor) -> Tensor:
+    def logits(self, buffer: Tensor, hidden_CD: Tensor, weight_BD: Tensor) -> Tensor:
+        """[C, B] logits after temperature, in the reused buffer."""
+        z_CB = self.view(buffer, len(hidden_CD), len(weight_BD))
         matmuls.logits_(z_CB, hidden_CD, weight_BD, temperature=self.temperature)
         if self.budget.bf16_logits and z_CB.dtype != torch.bfloat16:
             z_CB.copy_(z_CB.bfloat16())
@@ -78,7 +81,7 @@ def stream(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Statistics:
     local_target_N = head.local(target_N)
     for chunk in slices(len(target_N), tokens):
         for tile in slices(head.shard.rows, columns):
-            z_CB = head.logits(buffer, hidden_ND[chunk], tile)
+            z_CB = head.logits(buffer, hidden_ND[chunk], head.weight_UD[tile])
             head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
     return finish(head, folded_4N, target_N)
 
@@ -105,7 +108,7 @@ def resident_chunks(
     for where in slices(len(rows_n), tokens):
         rows_C = rows_n[where]
         hidden_CD = hidden_ND.index_select(0, rows_C)
-        z_CU = head.logits(buffer, hidden_CD, slice(None))
+        z_CU = head.logits(buffer, hidden_CD, head.weight_UD)
         yield Resident(where, rows_C, hidden_CD, target_N[rows_C], z_CU)
 
 

@@ -62,28 +62,35 @@ class _Exponentials:
 def _in_cache(
     head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, tokens: int
 ) -> Iterator[tuple[slice, Statistics, AddGradient]]:
-    buffer = head.buffer(min(tokens, len(rows_n)), head.shard.rows)
+    most = min(tokens, len(rows_n))
+    buffer, scratch = (head.buffer(most, size) for size in (head.shard.rows, min(head.shard.rows, rows_torch.BLOCK)))
     for where in slices(len(rows_n), tokens):
         hidden_CD = hidden_ND.index_select(0, rows_n[where]).to(head.dtype)
         target_C = target_N[rows_n[where]]
-        chunk, folded_4C = _exponentials(head, buffer, where, hidden_CD, target_C, gradients)
+        chunk, folded_4C = _exponentials(head, buffer, scratch, where, hidden_CD, target_C, gradients)
         statistics = finish(head, folded_4C, target_C)
         yield where, statistics, partial(_add_gradient, head, gradients, chunk, statistics)
 
 
 def _exponentials(
-    head: Head, buffer: Tensor, where: slice, hidden_CD: Tensor, target_C: Tensor, gradients: HeadGradients
+    head: Head,
+    buffer: Tensor,
+    scratch: Tensor,
+    where: slice,
+    hidden_CD: Tensor,
+    target_C: Tensor,
+    gradients: HeadGradients,
 ) -> tuple[_Exponentials, Tensor]:
     tokens, local_target_C = len(hidden_CD), head.local(target_C)
-    mass_CU = buffer[: tokens * head.shard.rows].view(tokens, head.shard.rows)
+    mass_CU = head.view(buffer, tokens, head.shard.rows)
     folded_4C, pull_CD = head.new_statistics(tokens), torch.zeros_like(hidden_CD)
     tiles = list(slices(head.shard.rows, rows_torch.BLOCK))
     top_tC = hidden_CD.new_empty(len(tiles), tokens)
     for tile, top_C in zip(tiles, top_tC, strict=True):
         weight_BD, mass_CB = head.weight_UD[tile].to(head.dtype), mass_CU[:, tile]
-        head.logits_(mass_CB, hidden_CD, weight_BD)
+        z_CB = head.logits(scratch, hidden_CD, weight_BD)
         before_C = folded_4C[0].clone()
-        rows_torch.exponentiate_(folded_4C, mass_CB, local_target_C, head.shard.real, tile.start)
+        rows_torch.exponentiate_(mass_CB, folded_4C, z_CB, local_target_C, head.shard.real, tile.start)
         top_C.copy_(folded_4C[0])
         if gradients.wanted.hidden:
             pull_CD *= (before_C - top_C).exp()[:, None]

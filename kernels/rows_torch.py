@@ -14,31 +14,38 @@ def fold_(folded_4C: Tensor, z_CB: Tensor, target_C: Tensor, real: Tensor, first
         _fold_block(folded_4C, z_CB[:, block], target_C, real, first + block.start)
 
 
-def exponentiate_(folded_4C: Tensor, z_Cb: Tensor, target_C: Tensor, real: Tensor, first: int) -> None:
-    """`fold_` of at most one block, which it overwrites by e^(x − folded_4C[0]), exactly 0 in padding."""
+def exponentiate_(mass_Cb: Tensor, folded_4C: Tensor, z_Cb: Tensor, target_C: Tensor, real: Tensor, first: int) -> None:
+    """`fold_` of at most one block; writes e^(x − folded_4C[0]) to mass_Cb, exactly 0 in padding, and spends z_Cb."""
     assert z_Cb.shape[1] <= BLOCK
-    mass_Cb = _fold_block(folded_4C, z_Cb, target_C, real, first)
-    z_Cb[:, : mass_Cb.shape[1]] = mass_Cb
-    z_Cb[:, mass_Cb.shape[1] :] = 0.0
+    columns = _real_columns(z_Cb, real, first)
+    _fold_block(folded_4C, z_Cb, target_C, real, first, gap_Cb=z_Cb[:, :columns], mass_Cb=mass_Cb[:, :columns])
+    mass_Cb[:, columns:] = 0.0
 
 
-def _fold_block(folded_4C: Tensor, z_Cb: Tensor, target_C: Tensor, real: Tensor, first: int) -> Tensor:
-    """Returns e^(x − top) of the real columns. Contiguous: on a strided tensor exp takes half as long again."""
+def _fold_block(
+    folded_4C: Tensor,
+    z_Cb: Tensor,
+    target_C: Tensor,
+    real: Tensor,
+    first: int,
+    gap_Cb: Tensor | None = None,
+    mass_Cb: Tensor | None = None,
+) -> None:
+    """gap_Cb, mass_Cb: where x − top (which may be z_Cb itself) and e^(x − top) of the real columns are written."""
     column_C, owned_C = target_column(target_C, z_Cb.shape[1], real, first)
     folded_4C[3] = torch.where(owned_C, z_Cb.gather(1, column_C[:, None])[:, 0], folded_4C[3])
     z_Cb = z_Cb[:, : _real_columns(z_Cb, real, first)]
     if z_Cb.shape[1] == 0:
-        return z_Cb
+        return
     top_C, total_C, spread_C = folded_4C[:3].clone()
     new_top_C = torch.maximum(top_C, z_Cb.amax(dim=1))
     shift_C = top_C - new_top_C
     scale_C = shift_C.exp()
-    gap_Cb = z_Cb - new_top_C[:, None]
-    mass_Cb = gap_Cb.exp()
+    gap_Cb = torch.sub(z_Cb, new_top_C[:, None], out=gap_Cb)
+    mass_Cb = torch.exp(gap_Cb, out=mass_Cb)
     folded_4C[0] = new_top_C
     folded_4C[1] = total_C * scale_C + mass_Cb.sum(dim=1)
     folded_4C[2] = (spread_C + shift_C * total_C) * scale_C + gap_Cb.mul_(mass_Cb).sum(dim=1)
-    return mass_Cb
 
 
 def _real_columns(z_CB: Tensor, real: Tensor, first: int) -> int:

@@ -80,15 +80,19 @@ def check(
 
 @app.command()
 def serve(
-    stage: Annotated[Literal["rl", "eval", "traces"], typer.Argument(help="the stage that CONFIG is for")],
+    what: Annotated[
+        Literal["rl", "eval", "traces", "teacher"],
+        typer.Argument(help="the model CONFIG's stage samples; or rl's teacher"),
+    ],
     config: Config,
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="as in the config's vllm.urls")] = 8000,
+    port: Annotated[int, typer.Option(help="as in the config's vllm.urls or teacher_vllm.urls")] = 8000,
     host: Annotated[str, typer.Option(help="whoever reaches it can replace the weights")] = "127.0.0.1",
 ) -> None:
     """One vLLM engine in a process of its own, for a config that names it in vllm.urls."""
-    of = {"rl": schema.RlConfig, "eval": schema.EvalConfig, "traces": schema.TracesConfig}[stage]
-    _stage("serve").run(load_config(of, config, overrides or ()), host=host, port=port)
+    of = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(what, schema.RlConfig)
+    teacher = what == "teacher"
+    _stage("serve").run(load_config(of, config, overrides or ()), host=host, port=port, teacher=teacher)
 
 
 @app.command()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import select
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from vold.rollout import weight_stream
 
 
 class _Server(ThreadingHTTPServer):
@@ -13,10 +17,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class FakeEngine:
-    """Answers every request with the ids 1, 2, 3. `fault` changes how: see `_Handler.generate`."""
+    """Answers every request with the ids 1, 2, 3. `fault` changes how: see `_Handler.generate`; with a `victim`, only
+    for requests that begin with this id. Requests that begin with one of `held` wait while it is there."""
 
     def __init__(self, port: int = 0):
         self.version, self.fault, self.answered, self.calls = "default", "", 0, []
+        self.victim: int | None = None
+        self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
+        self.held: set[int] = set()
+        self.hung_up = threading.Event()  # a client did not wait for its answer
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.engine = self
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -41,12 +50,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/inference/v1/generate":
             return self.generate(engine, body)
         engine.calls.append((self.path, body))
+        if body.get("method") == "receive_policy":
+            address, port, rank, world = body["args"]
+            received = weight_stream.receive(address, port, rank, world, torch.device("cpu"))
+            if engine.fault == "dies":
+                next(received)
+                return self.reply({"error": "out of memory"}, 500)
+            engine.weights = dict(received)
         if self.path == "/update_weight_version":
             engine.version = body["new_version"]
-        return self.reply({"success": True})
+        self.reply({"success": True})
 
     def generate(self, engine: FakeEngine, body: dict) -> None:
-        fault = engine.fault
+        asked = body["token_ids"]
+        fault = engine.fault if engine.victim in (None, asked[0]) else ""
+        while asked[0] in engine.held:
+            if select.select([self.connection], [], [], 0.05)[0]:  # nothing more is sent: it is the end
+                return engine.hung_up.set()
         if fault == "500":
             return self.reply({"error": "broken"}, 500)
         if fault == "400":
@@ -59,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return self.wfile.write(b"{")
         if fault == "hang":  # past the client's time-out, who is gone then
-            return time.sleep(1.5)
+            return select.select([self.connection], [], [], 60.0)
         n = body["sampling_params"].get("n", 1)
         choices = [choice([1, 2, 3], engine.version) for _ in range(n - (fault == "a response lost"))]
         if fault == "other ids":
@@ -68,8 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
             choices[0].pop("logprobs")
         if fault == "restarted":
             choices[0]["weight_versions"][0]["version"] = "default"
+        scored = None
+        if "prompt_logprobs" in body["sampling_params"]:  # minus a hundredth of each id
+            scored = [None, *({str(token): {"logprob": -token / 100}} for token in asked[1:])]
+            if fault == "scores of other ids":
+                scored[-1] = {"99": {"logprob": -1.0}}
+            if fault == "too few scores":
+                scored.pop()
         engine.answered += 1
-        return self.reply({"choices": choices, "prompt_logprobs": None})
+        self.reply({"choices": choices, "prompt_logprobs": scored})
 
     def reply(self, answer, code: int = 200) -> None:
         text = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()

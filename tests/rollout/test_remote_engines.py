@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fake_engine import FakeEngine
 from safetensors.torch import load_file
 
 from vold.config.schema import VllmConfig
-from vold.rollout import vllm_remote
+from vold.rollout import vllm_remote, weight_stream
 from vold.rollout.vllm_engines import Request
-from vold.rollout.vllm_remote import RemoteEngines
+from vold.rollout.vllm_remote import RemoteEngines, goes_by_stream
 
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
+# Of requests; of scores: see tests/teacher.
 FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "restarted"]
 
 
@@ -33,35 +36,79 @@ def connect(tiny_student_dir, tmp_path):
     return connect
 
 
-def complete(answers) -> bool:
-    return len(answers) == len(REQUESTS) and all([r.ids for r in a.responses] == [[1, 2, 3]] * 3 for a in answers)
+def complete(remote: RemoteEngines) -> bool:
+    """All requests are answered, each with all its responses."""
+    found = dict(remote.stream(REQUESTS))
+    return sorted(found) == list(range(12)) and all(
+        [r.ids for r in a.responses] == [[1, 2, 3]] * 3 for a in found.values()
+    )
 
 
 def test_requests_are_spread(two, connect):
-    assert complete(connect(two).generate(REQUESTS))
+    assert complete(connect(two))
     assert all(engine.answered for engine in two)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_and_the_other_engine_takes_over(two, connect, capfd, fault):
-    remote = connect(two, timeout=1.0 if fault == "hang" else 30.0)
+    remote = connect(two, timeout=2.0 if fault == "hang" else 30.0)
     two[0].fault = fault
-    assert complete(remote.generate(REQUESTS))
+    assert complete(remote)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"vold: engine {two[0].url} gets no more requests: ")
     answered = two[0].answered
-    assert complete(remote.generate(REQUESTS)) and two[0].answered == answered, "it is not asked again"
+    assert complete(remote) and two[0].answered == answered, "it is not asked again"
 
 
 def test_a_dead_engine_is_left_out_until_it_is_back(two, connect, capfd):
     two[0].stop()
     remote = connect(two)
     assert f"engine {two[0].url} is left out: " in capfd.readouterr().err
-    assert complete(remote.generate(REQUESTS))
+    assert complete(remote)
     two[0] = FakeEngine(two[0].port)
     remote.load_weights([("a", torch.ones(2))], 1)
     assert two[0].version == two[1].version and two[0].version.endswith("-1")
-    assert complete(remote.generate(REQUESTS)) and two[0].answered
+    assert complete(remote) and two[0].answered
+
+
+@pytest.mark.parametrize("fault", ["500", "garbage", "a response lost"])
+def test_a_request_that_fails_everywhere_is_given_up_and_the_engines_go_on(two, connect, capfd, fault):
+    """It is to blame, not they: they answer the others, and a trial."""
+    remote = connect(two)
+    for engine in two:
+        engine.fault, engine.victim = fault, 77
+    poisoned = Request((77, 6, 7), (), REQUESTS[0].params)
+    found = dict(remote.stream([*REQUESTS, poisoned]))
+    assert found.pop(12) is None and len(found) == 12 and all(found.values())
+    assert "answers other requests and gets them again" in capfd.readouterr().err
+    for engine in two:
+        engine.answered = 0
+    assert complete(remote) and all(engine.answered for engine in two)
+
+
+def test_answers_come_as_they_finish(two, connect):
+    remote = connect(two)
+    for engine in two:
+        engine.held = {5}
+    stream = remote.stream([*REQUESTS[:2], Request((8, 6, 7), (), REQUESTS[0].params)])
+    assert next(stream)[0] == 2
+    for engine in two:
+        engine.held = set()
+    assert sorted(place for place, _ in stream) == [0, 1]
+
+
+def test_who_wants_no_more_hangs_up(two, connect, capfd):
+    """An engine aborts the requests of a client that is gone; nothing is said of it, and no engine is lost."""
+    remote = connect(two)
+    for engine in two:
+        engine.held = {5}
+    stream = remote.stream([*REQUESTS, Request((8, 6, 7), (), REQUESTS[0].params)])
+    assert next(stream)[0] == 12
+    stream.close()
+    assert all(engine.hung_up.wait(60.0) for engine in two)
+    for engine in two:
+        engine.held = set()
+    assert complete(remote) and not capfd.readouterr().err
 
 
 def test_no_engine_left_is_one_line(two, connect):
@@ -69,8 +116,8 @@ def test_no_engine_left_is_one_line(two, connect):
     for engine in two:
         engine.fault = "500"
     with pytest.raises(ValueError) as error:
-        remote.generate(REQUESTS)
-    assert "\n" not in str(error.value)
+        list(remote.stream(REQUESTS))
+    assert "\n" not in str(error.value) and "no vLLM engine of" in str(error.value)
 
 
 def test_nobody_there_is_one_line(two, connect):
@@ -81,7 +128,7 @@ def test_nobody_there_is_one_line(two, connect):
 
 
 def test_no_place_for_weights_is_one_line(two, connect, tmp_path):
-    with pytest.raises(ValueError, match=r"rollout.vllm.weights_dir = .*/none is no directory"):
+    with pytest.raises(ValueError, match=r"vllm.weights_dir = .*/none is no directory"):
         connect(two, weights_dir=tmp_path / "none")
 
 
@@ -90,10 +137,10 @@ def test_a_wrong_request_stops_the_run_and_costs_no_engine(two, connect):
     for engine in two:
         engine.fault = "400"
     with pytest.raises(ValueError, match=r"HTTP 400.*too long"):
-        remote.generate(REQUESTS[:1])
+        list(remote.stream(REQUESTS[:1]))
     for engine in two:
         engine.fault = ""
-    assert complete(remote.generate(REQUESTS)) and all(engine.answered for engine in two)
+    assert complete(remote) and all(engine.answered for engine in two)
 
 
 def test_an_engine_started_again_gets_its_weights_before_it_is_used(two, connect, tmp_path):
@@ -103,7 +150,7 @@ def test_an_engine_started_again_gets_its_weights_before_it_is_used(two, connect
     for engine in two:
         engine.stop()
     two[1] = FakeEngine(two[1].port)
-    assert complete(remote.generate(REQUESTS))
+    assert complete(remote)
     paths = [path for path, _ in two[1].calls]
     assert paths[-1] == "/update_weight_version", "it says that it is up to date only when it is"
     loaded = [body["args"][0] for _, body in two[1].calls if body.get("method") == "load_policy"]
@@ -126,3 +173,65 @@ def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path,
         for engine in two:
             emptied = {path for path, _ in engine.calls if path.startswith("/reset_")}
             assert emptied == {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+
+
+# -- weights by a stream -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "draw"])
+def test_auto_is_a_stream_from_gpus_to_another_machine(monkeypatch, host):
+    settings = VllmConfig(urls=("http://localhost:8006", f"http://{host}:8007"))
+    assert not goes_by_stream(settings)  # there is no GPU
+    assert goes_by_stream(settings.model_copy(update={"transport": "nccl"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert goes_by_stream(settings) == (host == "draw")
+    assert not goes_by_stream(settings.model_copy(update={"transport": "files"}))
+
+
+def test_all_engines_receive_one_stream(two, connect):
+    remote = connect(two, transport="nccl")
+    weights = {f"w{i}": torch.full((2, i + 1), float(i)) for i in range(4)}
+    for version in (1, 2):
+        remote.load_weights(iter(weights.items()), version)
+        for engine in two:
+            assert engine.weights.keys() == weights.keys() and engine.version.endswith(f"-{version}")
+            assert all(torch.equal(engine.weights.pop(name), w) for name, w in weights.items())
+    assert complete(remote) and all(engine.answered for engine in two)
+
+
+def test_an_engine_that_was_away_waits_for_the_next_stream(two, connect, capfd):
+    remote = connect(two, transport="nccl")
+    two[0].stop()
+    remote.load_weights([("a", torch.ones(2))], 1)
+    assert f"engine {two[0].url} is left out: " in capfd.readouterr().err
+    two[0] = FakeEngine(two[0].port)
+    two[1].fault = "500"
+    with pytest.raises(ValueError, match="no vLLM engine of"):  # the one that is back has other weights
+        list(remote.stream(REQUESTS))
+    two[1].fault = ""
+    remote.load_weights([("a", torch.ones(2))], 2)
+    assert complete(remote) and all(engine.answered for engine in two)
+
+
+def test_an_engine_that_dies_in_the_stream_stops_the_run_in_one_line(two, connect, monkeypatch):
+    monkeypatch.setattr(weight_stream, "SECONDS", 5.0)
+    remote = connect(two, transport="nccl")
+    two[0].fault = "dies"
+    made = []
+    weights = ((f"w{i}", made.append(i) or torch.ones(2)) for i in range(4))
+    with pytest.raises(ValueError, match=r"weights were not handed over .*vllm.transport = 'nccl'") as error:
+        remote.load_weights(weights, 1)
+    assert "\n" not in str(error.value) and made == [0, 1, 2, 3], "other ranks go through all of it, so does this one"
+
+
+# -- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_share_engines_and_errors(two, tiny_student_dir, torchrun, tmp_path):
+    """Each asks; rank 0 hands out what all of them stream; what it cannot write is every rank's one line."""
+    script = Path(__file__).with_name("engine_ranks.py")
+    done = torchrun(2, script, tiny_student_dir, tmp_path, *(engine.url for engine in two))
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert said == [f"rank {rank}: 12 answers, 3 + 3 weights, no room" for rank in (0, 1)]
+    assert two[0].answered + two[1].answered == 24 and two[0].version == two[1].version

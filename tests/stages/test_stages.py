@@ -182,6 +182,10 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
     elsewhere = load("rl", rl_run.run_dir, "parallel.tp=2", "parallel.pp=2", "save_async=true")
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
+    engines = [f"{section}.urls=[http://127.0.0.1:8001]" for section in ("rollout.vllm", "teacher_vllm")]
+    check_run_dir(load("rl", rl_run.run_dir, *engines), "rl", resume=True)  # so are other engines
+    with pytest.raises(ValueError, match=r"--resume: rollout was .* and is now"):
+        check_run_dir(load("rl", rl_run.run_dir, *engines, "rollout.top_p=0.5"), "rl", resume=True)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml is damaged; write the run's own config back"):

@@ -21,18 +21,42 @@ ENGINE = ["engine=vllm", f"vllm={VLLM}"]
 ROLLOUT = [f"rollout.{override}" for override in ENGINE]
 
 
+# What is drawn is the most probable token: vLLM's random numbers are not torch's.
+STEPS = ["steps=3", "evaluation.every=3", "rollout.temperature=0.8", "rollout.top_k=1", "samples_per_step=12"]
+
+
 @pytest.fixture(scope="module")
-def rl_run(world, tmp_path_factory, layout):
-    """Three steps of VOLD with rollouts, evaluation and parity probe by vLLM."""
+def rl_runs(world, tmp_path_factory, layout):
+    """Three steps of VOLD with rollouts, evaluation and parity probe by vLLM, and by transformers."""
     from conftest import CONFIGS
 
     from vold.config import load_config, schema
 
-    run_dir = tmp_path_factory.mktemp("runs") / "rl"
-    overrides = [*world.overrides("rl", run_dir), *ROLLOUT, "steps=3", "evaluation.every=3", "rollout.temperature=0.8"]
-    config = load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides)
-    rl.run(config)
-    return config
+    configs = []
+    for engine in (ROLLOUT, []):
+        run_dir = tmp_path_factory.mktemp("runs") / "rl"
+        overrides = [*world.overrides("rl", run_dir), *engine, *STEPS]
+        configs.append(load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides))
+        rl.run(configs[-1])
+    return configs
+
+
+@pytest.fixture
+def rl_run(rl_runs):
+    return rl_runs[0]
+
+
+def test_both_engines_train_alike(rl_runs):
+    """The same responses and rewards at every step, word for word, and so the same updates."""
+    ours, theirs = (read_rows(config.run_dir / "samples.jsonl") for config in rl_runs)
+    assert len(ours) == 3 * 12
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.pop("mean_kl") == pytest.approx(yours.pop("mean_kl"), rel=0, abs=1e-4)
+        assert mine == yours
+    ours, theirs = (read_rows(config.run_dir / "metrics.jsonl") for config in rl_runs)
+    for mine, yours in zip(ours, theirs, strict=True):
+        for name in ("reward", "response_length", "kl_teacher", "grad_norm"):
+            assert mine[name] == pytest.approx(yours[name], rel=1e-4)
 
 
 def test_rollouts_have_the_trainers_logprobs_at_every_step(rl_run):

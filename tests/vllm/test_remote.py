@@ -13,10 +13,11 @@ pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: 
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engines import Engine
-from test_sampler import CPU, agree, other_weights, prompts  # noqa: F401 - a fixture
+from test_sampler import CPU, agree, all_logits, other_weights, prompts  # noqa: F401 - a fixture
 
 from vold.config.schema import EngineConfig, SamplingConfig, VllmConfig
 from vold.rollout import TransformersSampler, open_sampler
+from vold.teacher import VllmTeacher
 
 pytestmark = pytest.mark.vllm
 
@@ -32,6 +33,33 @@ def engines(tiny_student_dir, tmp_path_factory):
     finally:
         for engine in found:
             engine.kill()
+
+
+def test_weights_by_a_stream(engines, prompts, tiny_student_dir):  # noqa: F811
+    """`transport: nccl` on a CPU is gloo; all engines receive together."""
+    settings = VllmConfig(urls=tuple(engine.url for engine in engines), transport="nccl")
+    vllm = open_sampler(EngineConfig(engine="vllm", vllm=settings), tiny_student_dir, dtype=torch.float32, device=CPU)
+    pair = vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
+    found = [agree(pair, prompts)]
+    for seed in (1, 2):
+        for sampler in pair:
+            sampler.load_weights(iter(other_weights(tiny_student_dir, seed)))
+        found.append(agree(pair, prompts * 2)[: len(prompts)])
+    assert len({tuple(ids) for ids in found}) == 3, "the weights matter"
+
+
+def test_a_teacher_behind_the_engines(engines, prompts, tiny_student_dir):  # noqa: F811
+    """One with eyes, at the run's temperature."""
+    settings = VllmConfig(urls=tuple(engine.url for engine in engines))
+    expected = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
+    rollouts = expected.sample(prompts, SamplingConfig(max_new_tokens=12), responses=2, seed=0)
+    teacher = VllmTeacher(tiny_student_dir, settings, temperature=0.7)
+    scores = teacher.submit(rollouts).result()
+    for rollout, found in zip(rollouts, scores, strict=True):
+        logp = (all_logits(expected, rollout) / 0.7).log_softmax(-1)
+        logp = logp.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert found == pytest.approx(logp.tolist(), rel=0, abs=1e-4)
+    teacher.close()
 
 
 def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, capfd):  # noqa: F811

@@ -116,6 +116,19 @@ def test_siblings_and_prompts_draw_independently_and_again_the_same(pair, prompt
     assert len(set(drawn)) == len(drawn), "no two of 24 share their random numbers"
 
 
+def test_a_stream_draws_what_sample_draws_and_may_be_left(pair, prompts):
+    """Whole groups, in the order they finish; what was under way when it is closed is gone without a trace."""
+    config = SamplingConfig(max_new_tokens=32)
+    vllm, _ = pair
+    whole = vllm.sample(prompts * 4, config, responses=3, seed=11)
+    groups = list(vllm.stream(prompts * 4, config, responses=3, seed=11))
+    assert sorted(map(repr, groups)) == sorted(repr(whole[first : first + 3]) for first in range(0, len(whole), 3))
+    left = vllm.stream(prompts * 4, config, responses=3, seed=11)
+    assert next(left) == groups[0]
+    left.close()
+    assert vllm.sample(prompts * 4, config, responses=3, seed=11) == whole
+
+
 def test_scores_are_those_of_transformers(pair, prompts):
     responses = [rollout.response_ids for rollout in pair[1].sample(prompts, GREEDY, responses=1, seed=0)]
     for prompt, response in zip(prompts, reversed(responses), strict=True):

@@ -68,10 +68,19 @@ class VllmConfig(Strict):
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 8.0  # an engine's memory for keys and values
     max_model_len: Positive | None = None  # prompt, image and response tokens; the model's own limit when absent
     enforce_eager: bool = False  # no CUDA graphs: less memory, slower decoding
+    sleep: bool = False  # inside the process: no GPU memory is held between calls, the weights wait on the host
+    # how new weights reach `urls`; nccl is gloo without GPUs. auto: nccl from GPUs to other machines, else files
+    transport: Literal["auto", "files", "nccl"] = "auto"
     weights_dir: Path = Path("/dev/shm")  # where new weights lie until every engine of `urls` has read them
     timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds an engine of `urls` may take for one request
     retries: NonNegative = 2  # how often a request that failed is sent to another engine
     restart_seconds: Annotated[float, Field(ge=0.0)] = 120.0  # how long to wait for one when none of `urls` answers
+
+    @model_validator(mode="after")
+    def _who_sleeps(self):
+        if self.sleep and self.urls:
+            raise ValueError("vllm.sleep = true is for an engine inside the process; leave it out beside vllm.urls")
+        return self
 
 
 class EngineConfig(Strict):
@@ -192,7 +201,7 @@ class RlConfig(TrainConfig):
 
     teacher: Path | None = None  # needed when the objective has a KL term
     teacher_engine: Literal["trainer", "vllm"] = "trainer"  # vllm: asked for each group as it is done
-    teacher_vllm: VllmConfig = VllmConfig()
+    teacher_vllm: VllmConfig = VllmConfig()  # its engine's settings
     teacher_offload: bool = False  # its weights wait in CPU memory while it does not score (in the trainer)
     prompts_per_step: Positive = 256  # over all ranks
     rollout: RolloutConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,30 @@ class VllmSampler:
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """See Sampler. Sample i of a prompt draws with the prompt's seed + i; `config.sequences_per_call` does not
-        matter here, the engine batches as it has room."""
+        matter here, the engine batches as it has room. Raises ValueError when a prompt's responses were lost."""
+        found = dict(self._draw(prompts, config, responses, seed))
+        lost = [prompt.id for place, prompt in enumerate(prompts) if not found[place]]
+        if lost:
+            raise ValueError(
+                f"the requests of {len(lost)} prompts failed too often (vllm.retries), see above: {', '.join(lost[:5])}"
+            )
+        return [rollout for place in range(len(prompts)) for rollout in found[place]]
+
+    def stream(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+    ) -> Iterator[list[Rollout]]:
+        """See Sampler. The same ids as `sample` draws. A prompt whose request failed too often is named and left out,
+        with all its responses."""
+        for place, rollouts in self._draw(prompts, config, responses, seed):
+            if rollouts:
+                yield rollouts
+            else:
+                print(f"vold: prompt {prompts[place].id} is left out: its request failed", file=sys.stderr, flush=True)
+
+    def _draw(
+        self, prompts: Sequence[Prompt], config: SamplingConfig, responses: int, seed: int
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """(place, its responses) of each prompt as it finishes; no responses when its request was lost."""
         first = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 2)
         drawn = responses if config.temperature > 0 else 1  # greedy siblings are equal, and vLLM refuses to draw them
         params = {
@@ -47,17 +71,17 @@ class VllmSampler:
             Request(prompt.token_ids, prompt.images, {**params, "seed": first + place * responses})
             for place, prompt in enumerate(prompts)
         ]
-        return [
-            self._vocabulary.rollout(prompt, response.ids, response.logps, version=self._version)
-            for prompt, answer in zip(prompts, self._engines.generate(requests), strict=True)
-            for response in answer.responses * (responses // drawn)
-        ]
+        version = self._version
+        for place, answer in self._engines.stream(requests):
+            found = answer.responses * (responses // drawn) if answer else []
+            yield place, [self._vocabulary.rollout(prompts[place], r.ids, r.logps, version=version) for r in found]
 
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
         """See Sampler."""
-        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        request = Request((*prompt.token_ids, *response_ids), prompt.images, params)
-        return self._engines.generate([request])[0].prompt_logps[-len(response_ids) :]
+        ((_, answer),) = self._engines.stream([Request.scoring(prompt, response_ids)])
+        if answer is None:
+            raise ValueError(f"the engines failed to score {prompt.id} (vllm.retries), see above")
+        return answer.scored
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """See Sampler."""

@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vold.rollout import weight_stream
+
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: rows with a lower temperature take the most probable token."""
 
@@ -24,20 +26,21 @@ class PolicyWorker:
 
     _prepared = False
 
-    def prepare_policy(self, real_ids: int) -> None:
-        """Before the first request: ids from `real_ids` on get no probability, and log-probs are at each request's own
-        temperature, before top-p and top-k."""
+    def prepare_policy(self, real_ids: int, temperature: float = 1.0) -> None:
+        """Before the first request: ids from `real_ids` on get no probability, and log-probs of sampled tokens are at
+        each request's own temperature, before top-p and top-k. `temperature` is that of all the engine's logits, for a
+        teacher: vLLM scores prompts at temperature 1, whatever a request says."""
+        self._real_ids, self._temperature = real_ids, temperature
         if self._prepared:
             return
         model, sampler = self.model_runner.get_model(), self.model_runner.sampler
         if not isinstance(sampler, nn.Module):
             raise ValueError("vLLM's second model runner has no sampler module; set VLLM_USE_V2_MODEL_RUNNER=0")
         heads = [module for module in model.modules() if type(module).__name__ == "LogitsProcessor"]
-        for head in heads:
-            head.register_forward_hook(lambda _head, _inputs, logits: _only_real(logits, real_ids))
-        sampler.register_forward_pre_hook(_at_its_temperature, with_kwargs=True)
         if len(heads) != 1:
             raise ValueError(f"vLLM's {type(model).__name__} has {len(heads)} LogitsProcessor modules, not one")
+        heads[0].register_forward_hook(lambda _head, _inputs, logits: self._policy_logits(logits))
+        sampler.register_forward_pre_hook(_at_its_temperature, with_kwargs=True)
         self._prepared = True
 
     def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str) -> None:
@@ -48,12 +51,18 @@ class PolicyWorker:
             named_weights = _read_directory(Path(named_weights), tied)
         self.model_runner.reload_weights(weights_iterator=iter(named_weights))
 
+    def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
+        """`load_policy` from what member 0 of the group sends, see vold.rollout.weight_stream."""
+        self.load_policy(weight_stream.receive(address, port, rank, world, torch.device(self.device)))
 
-def _only_real(logits: Tensor | None, real_ids: int) -> Tensor | None:
-    """None on tensor-parallel ranks that do not sample."""
-    if logits is not None:
-        logits[..., real_ids:] = -torch.inf
-    return logits
+    def _policy_logits(self, logits: Tensor | None) -> Tensor | None:
+        """None on tensor-parallel ranks that do not sample."""
+        if logits is None:
+            return None
+        if self._temperature != 1.0:
+            logits = logits.float() / self._temperature
+        logits[..., self._real_ids :] = -torch.inf
+        return logits
 
 
 def _at_its_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

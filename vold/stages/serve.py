@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
-from vold.rollout.vllm_engines import engine_options
+from vold.rollout.vllm_engines import engine_options, room_to_score
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the addresses through which weights are renewed
@@ -17,10 +17,11 @@ ENVIRONMENT = {
 }
 
 
-def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int) -> None:
-    """Becomes vLLM's API server; does not return. Whoever reaches the port can replace the weights: keep it on
-    loopback, or inside the cluster's private network."""
-    checkpoint, settings = _sampled_model(config)
+def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, teacher: bool = False) -> None:
+    """Becomes vLLM's API server; does not return. With the model that the stage samples, or with an rl config's
+    `teacher`. Whoever reaches the port can replace the weights: keep it on loopback, or inside the cluster's private
+    network."""
+    checkpoint, settings = _teacher(config) if teacher else _sampled_model(config)
     command = server_command(checkpoint, settings, dtype=config.dtype, host=host, port=port)
     os.execvpe(command[0], command, {**os.environ, **ENVIRONMENT})
 
@@ -42,3 +43,9 @@ def _sampled_model(config: RlConfig | EvalConfig | TracesConfig) -> tuple[Path, 
     if isinstance(config, RlConfig):
         return config.student, config.rollout.vllm
     return (config.checkpoint if isinstance(config, EvalConfig) else config.teacher), config.vllm
+
+
+def _teacher(config: RlConfig) -> tuple[Path, VllmConfig]:
+    if config.teacher is None:
+        raise ValueError("vold serve teacher: this config has no teacher; set teacher: PATH")
+    return config.teacher, room_to_score(config.teacher, config.teacher_vllm)

@@ -29,6 +29,9 @@ FREE_KEYS = (
     "keep_checkpoints",
     "samples_per_step",
     "grader_workers",
+    "rollout.vllm",
+    "vllm",
+    "teacher_vllm",
 )
 
 
@@ -108,13 +111,23 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    before, now = _read_config(saved), yaml.safe_load(dump_config(config, verb))
-    for key in sorted((before.keys() | now.keys()) - set(FREE_KEYS)):
+    before, now = _bound_keys(_read_config(saved)), _bound_keys(yaml.safe_load(dump_config(config, verb)))
+    for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
                 f"{saved}, or start another run_dir"
             )
+
+
+def _bound_keys(tree: dict) -> dict:
+    """A config without what may change; `section.key` is a key of a section."""
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    inner = {
+        name: {key: value for key, value in section.items() if f"{name}.{key}" not in FREE_KEYS}
+        for name, section in sections.items()
+    }
+    return {name: value for name, value in (tree | inner).items() if name not in FREE_KEYS}
 
 
 def _read_config(saved: Path) -> dict:

@@ -241,9 +241,14 @@ def test_an_engine_that_batches_by_itself_is_asked_everything_at_once(load, tmp_
     assert sizes(config.model_copy(update={"engine": "vllm"}), 2) == [4, 3]
 
 
-def test_an_engine_beside_the_trainer_cannot_draw_while_it_trains(load, tmp_path, layout):
-    with pytest.raises(ValueError, match=r"rollout.lag = 1 needs engines on GPUs of their own.*set rollout.lag=0"):
-        rl.run(load("rl", tmp_path, "rollout.lag=1", "rollout.engine=vllm"))
+@pytest.mark.parametrize(
+    ("engine", "key"), [("rollout.engine=vllm", "rollout.vllm.urls"), ("teacher_engine=vllm", "teacher_vllm.urls")]
+)
+def test_an_engine_beside_the_trainer_cannot_work_while_it_trains(load, tmp_path, layout, engine, key):
+    with pytest.raises(
+        ValueError, match=f"rollout.lag = 1 needs engines .* and name them in {key}, or set rollout.lag=0"
+    ):
+        rl.run(load("rl", tmp_path, "rollout.lag=1", engine))
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -309,8 +314,9 @@ class TeacherBeside:
 
 
 def run_with_teacher(load, monkeypatch, run_dir, teacher, *overrides: str):
-    monkeypatch.setattr(rl, "_streamed_teacher", lambda config, objective: teacher)
-    config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", *overrides)
+    urls = "teacher_vllm.urls=[http://teacher:1]"
+    monkeypatch.setattr(rl, "VllmTeacher", lambda *_, **__: teacher)
+    config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", urls, *overrides)
     rl.run(config)
     return read_rows(config.run_dir / "metrics.jsonl")
 

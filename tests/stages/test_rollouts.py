@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -183,6 +185,22 @@ def test_resumed_at_lag_1_the_first_step_is_strict(load, tmp_path, layout, grade
     assert [row["prompt_id"] for row in read_rows(config.run_dir / "prompts.jsonl")] == asked
 
 
+def test_a_run_that_draws_ahead_ends_when_it_is_asked_to(load, tmp_path, layout, monkeypatch):
+    """SIGTERM in step 1: that step is finished and saved, and the thread leaves nothing behind."""
+    config, step = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1"), Trainer.step
+
+    def interrupted(trainer, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(Trainer, "step", interrupted)
+        rl.run(config)
+    assert ended.value.code == 143 and not any(thread.name.startswith("rollout") for thread in threading.enumerate())
+    rl.run(config, resume=True)
+    assert [row["staleness_max"] for row in read_rows(config.run_dir / "metrics.jsonl")] == [0, 0, 1]
+
+
 # -- samplers that finish in another order, or not at all ------------------------------------------------------------
 
 
@@ -223,9 +241,14 @@ def test_an_engine_that_batches_by_itself_is_asked_everything_at_once(load, tmp_
     assert sizes(config.model_copy(update={"engine": "vllm"}), 2) == [4, 3]
 
 
-def test_an_engine_beside_the_trainer_cannot_draw_while_it_trains(load, tmp_path, layout):
-    with pytest.raises(ValueError, match=r"rollout.lag = 1 needs engines on GPUs of their own.*set rollout.lag=0"):
-        rl.run(load("rl", tmp_path, "rollout.lag=1", "rollout.engine=vllm"))
+@pytest.mark.parametrize(
+    ("engine", "key"), [("rollout.engine=vllm", "rollout.vllm.urls"), ("teacher_engine=vllm", "teacher_vllm.urls")]
+)
+def test_an_engine_beside_the_trainer_cannot_work_while_it_trains(load, tmp_path, layout, engine, key):
+    with pytest.raises(
+        ValueError, match=f"rollout.lag = 1 needs engines .* and name them in {key}, or set rollout.lag=0"
+    ):
+        rl.run(load("rl", tmp_path, "rollout.lag=1", engine))
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -291,8 +314,9 @@ class TeacherBeside:
 
 
 def run_with_teacher(load, monkeypatch, run_dir, teacher, *overrides: str):
-    monkeypatch.setattr(rl, "_streamed_teacher", lambda config, objective: teacher)
-    config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", *overrides)
+    urls = "teacher_vllm.urls=[http://teacher:1]"
+    monkeypatch.setattr(rl, "VllmTeacher", lambda *_, **__: teacher)
+    config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", urls, *overrides)
     rl.run(config)
     return read_rows(config.run_dir / "metrics.jsonl")
 
@@ -311,6 +335,26 @@ def test_a_streamed_teacher_trains_like_the_one_in_the_trainer(
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     assert {len(rollout.response_ids) % 2 for rollout in teacher.asked} == {0}, "failed responses alone"
     assert 0 < rows[0]["teacher_saved"] < 1 and teacher.closed
+
+
+def test_the_teacher_is_asked_while_others_are_still_drawn(
+    load, tmp_path, layout, world, graded_by_length, monkeypatch, sampler_that
+):
+    """A sampler that draws a group at a time, and notes when: each is submitted before the next is drawn."""
+    events: list[str] = []
+
+    def noted(found):
+        for group in found:
+            if len(group) > 1:
+                events.append("drawn")
+            yield group
+
+    sampler_that(noted)
+    teacher = TeacherBeside(world.teacher)
+    submit = teacher.submit
+    teacher.submit = lambda rollouts: (events.append("asked"), submit(rollouts))[1]
+    run_with_teacher(load, monkeypatch, tmp_path, teacher, "steps=2", "objective.preset=vold-unmasked")
+    assert events == ["drawn", "asked"] * 8
 
 
 def test_nothing_is_asked_where_nothing_is_distilled(load, tmp_path, layout, world, graded_by_length, monkeypatch):

@@ -17,7 +17,7 @@ from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.rollouts import Rollouts
 from vold.stages.training import TrainingRun
-from vold.teacher import NoTeacher, Teacher
+from vold.teacher import NoTeacher, Teacher, VllmTeacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -51,7 +51,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             config,
             job,
             prompts,
-            RolloutWorker(sampler, grader, objective, config.rollout, _streamed_teacher(config, objective)),
+            RolloutWorker(sampler, grader, objective, config.rollout, _streamed_teacher(config, job, objective)),
             done=training.done,
         ) as rollouts,
     ):
@@ -77,12 +77,14 @@ def _check(config: RlConfig, objective: Objective) -> None:
     """Mistakes that can be seen before any model is loaded."""
     if objective.needs_teacher and config.teacher is None:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
-    rollout = config.rollout
-    if rollout.lag and rollout.engine == "vllm" and not rollout.vllm.urls:
-        raise ValueError(
-            f"rollout.lag = {rollout.lag} needs engines on GPUs of their own, and this one shares the trainer's: start "
-            "them with `vold serve` and name them in rollout.vllm.urls, or set rollout.lag=0"
-        )
+    drawn_by = ("rollout.vllm", config.rollout.engine, config.rollout.vllm)
+    scored_by = ("teacher_vllm", config.teacher_engine if objective.needs_teacher else "", config.teacher_vllm)
+    for key, engine, settings in (drawn_by, scored_by):
+        if config.rollout.lag and engine == "vllm" and not settings.urls:
+            raise ValueError(
+                f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
+                f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
+            )
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(
@@ -118,10 +120,8 @@ def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
     )
 
 
-def _streamed_teacher(config: RlConfig, objective: Objective) -> StreamedTeacher | None:
+def _streamed_teacher(config: RlConfig, job: Job, objective: Objective) -> StreamedTeacher | None:
     """The teacher that is asked for each group as it is done, where it has engines of its own."""
     if not objective.needs_teacher or config.teacher_engine == "trainer":
         return None
-    from vold.teacher.vllm import VllmTeacher
-
-    return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature)
+    return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature, dtype=job.dtype)

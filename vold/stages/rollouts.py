@@ -23,7 +23,7 @@ import torch
 from vold.config.schema import RlConfig
 from vold.data.order import PromptOrder
 from vold.records import Group, Prompt
-from vold.stages.groups import Drawn, Portion, RolloutWorker, group_metrics, pass_rate, rollout_calls
+from vold.stages.groups import Call, Drawn, Portion, RolloutWorker, group_metrics, pass_rate, rollout_calls
 from vold.stages.job import Job
 
 
@@ -62,9 +62,9 @@ class Rollouts:
 
     def next(self, step: int) -> StepGroups:
         """The groups of 0-based `step`; those of the step after it are on their way from here on, where lag > 0."""
-        rows, found = self._first_portion(step)
-        portions = [found]
-        groups = _in_order([found])
+        rows, first = self._first_portion(step)
+        portions = [first]
+        groups = _in_order(portions)
         while further := self._missing(len(rows), self._informative(groups)):
             portion = self._portion(step, len(portions), len(rows), further)
             rows += further
@@ -76,7 +76,7 @@ class Rollouts:
         if self._thread and step + 1 < self._config.steps:
             self._start(step + 1)
         kept = self._informative(groups)[: self._config.prompts_per_step]
-        metrics = _counts(rows, groups, kept) | self._staleness(step, kept) | _speed(portions)
+        metrics = _counts(rows, groups, kept) | self._staleness(step, kept) | _speed(portions, groups)
         return StepGroups(kept, group_metrics(list(groups.values())) | metrics)
 
     def settle(self) -> None:
@@ -106,7 +106,7 @@ class Rollouts:
     def _portion(self, step: int, number: int, first: int, rows: Sequence[int]) -> Portion:
         return Portion(step, number, first, [self._prompts[row] for row in rows])
 
-    def _calls(self, portion: Portion):
+    def _calls(self, portion: Portion) -> list[Call]:
         return self._job.share(rollout_calls(portion, self._config.rollout, self._job.world, seed=self._config.seed))
 
     def _gather(self, mine: Drawn) -> list[Drawn]:
@@ -177,10 +177,10 @@ def _counts(rows: Sequence[int], groups: dict[int, Group], kept: Sequence[Group]
     }
 
 
-def _speed(portions: Sequence[Sequence[Drawn]]) -> dict[str, float]:
+def _speed(portions: Sequence[Sequence[Drawn]], groups: dict[int, Group]) -> dict[str, float]:
     """Of the slowest rank, portions after each other. The tail is the time from the median group to the last."""
     seconds = sum(max(drawn.seconds for drawn in ranks) for ranks in portions)
     finished = [[second for drawn in ranks for second in drawn.finished] for ranks in portions]
     tail = sum(max(found) - statistics.median(found) for found in finished if found)
-    tokens = sum(len(r.response_ids) for group in _in_order(portions).values() for r in group.rollouts)
+    tokens = sum(len(rollout.response_ids) for group in groups.values() for rollout in group.rollouts)
     return {"rollout_tail_seconds": tail, "rollout_tokens_per_second": tokens / max(seconds, 1e-9)}

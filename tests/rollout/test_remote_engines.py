@@ -17,7 +17,7 @@ from vold.rollout.vllm_remote import RemoteEngines, goes_by_stream
 
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.
-FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "restarted"]
+FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "nan", "restarted"]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """What the sampler layer costs: `VllmSampler.sample` beside vLLM itself, given the same requests. Needs vLLM.
 
-    python -m benchmarks.rollout                                     the miniature's model on a CPU
-    python -m benchmarks.rollout --student Qwen2.5-VL-3B-think --prompts 256 --new-tokens 1024     a GPU
+    PYTHONPATH=tests/vllm/shim TORCH_COMPILE_DISABLE=1 .venv-vllm/bin/python -m benchmarks.rollout
+        the miniature's model on a CPU, in the environment of `make test-vllm`
+    python -m benchmarks.rollout --student Qwen2.5-VL-3B-think --prompts 256 --new-tokens 1024
+        a GPU
 
 Both run on one engine and take turns, with an empty prefix cache each time; `direct` is `LLM.generate` with the
 requests already made, and nothing done with what it returns. Both must draw the same ids. Weights are random unless a

@@ -86,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
             choices[0]["logprobs"]["content"][1]["token_id"] = 9
         if fault == "no log-probs":
             choices[0].pop("logprobs")
+        if fault == "nan":
+            choices[0]["logprobs"]["content"][1]["logprob"] = float("nan")
         if fault == "restarted":
             choices[0]["weight_versions"][0]["version"] = "default"
         scored = None
@@ -93,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             scored = [None, *({str(token): {"logprob": -token / 100}} for token in asked[1:])]
             if fault == "scores of other ids":
                 scored[-1] = {"99": {"logprob": -1.0}}
+            if fault == "nan":
+                scored[-1][str(asked[-1])]["logprob"] = float("nan")
             if fault == "too few scores":
                 scored.pop()
         engine.answered += 1

@@ -59,7 +59,7 @@ def test_the_engine_has_the_runs_temperature(engine, teacher):
     assert [arguments[1] for arguments in told] == [0.7]
 
 
-@pytest.mark.parametrize("fault", ["500", "garbage", "hang", "scores of other ids", "too few scores", "cut off"])
+@pytest.mark.parametrize("fault", ["500", "garbage", "hang", "scores of other ids", "too few scores", "nan", "cut off"])
 def test_a_failed_call_is_none_and_the_others_are_scored(engine, connect, fault):
     teacher = connect(timeout=2.0 if fault == "hang" else 60.0)
     engine.fault, engine.victim = fault, 12

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import mimetypes
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,8 +57,11 @@ def generate(url: str, request: Request, label: str, timeout: float, calls: Call
             [_response(choice, label) for choice in found["choices"]],
             scored_logps(request, [_scores(step) for step in found["prompt_logprobs"] or []]),
         )
+        numbers = chain(answer.scored, *(response.logps for response in answer.responses))
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a log-prob that is no number")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise EngineFailed(f"an answer of the wrong shape ({type(error).__name__}: {error})") from None
+        raise EngineFailed(f"nonsense ({type(error).__name__}: {error})") from None
     expected = request.params.get("n", 1)
     if len(answer.responses) != expected:
         raise EngineFailed(f"{len(answer.responses)} responses where {expected} were asked for")

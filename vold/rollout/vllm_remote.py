@@ -44,7 +44,6 @@ PART_BYTES = 1 << 30
 """A file of weights is written when it has so many: what the writing rank holds of the stream at a time."""
 TRIAL = Request((0,), (), {"max_tokens": 1, "temperature": 0.0})
 """What an engine that failed must answer before it is asked again."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RemoteEngines:
@@ -56,17 +55,21 @@ class RemoteEngines:
         self._settings = settings
         self._prepare = [len(load_tokenizer(checkpoint)), temperature]  # PolicyWorker.prepare_policy's
         self._leads = not dist.is_initialized() or dist.get_rank() == 0
+        self._provides = True  # a lost engine with its weights; the checkpoint's, every rank can
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream
         self._files: tempfile.TemporaryDirectory | None = None
         self._running: dict[str, int] = {}  # requests of this rank, by engine that is alive
         self._lock = threading.Lock()
         self._deadline: float | None = None  # for an engine to be there, while there is none
+        self._patience = max(settings.restart_seconds, 10.0)  # with an engine that failed
+        self._next_look = time.monotonic() + self._patience  # for engines that were lost
         self._run = self._from_leader(lambda: secrets.token_hex(4))
         self._label = f"{self._run}-0"
         self._use(self._from_leader(self._provide_each))
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | None]]:
         """See Engines. Raises ValueError when no engine is left."""
+        self._look_again()
         calls = Calls()
         with ThreadPoolExecutor(max_workers=IN_FLIGHT * len(self._settings.urls)) as pool:
             places = {pool.submit(self._answer, request, calls): place for place, request in enumerate(requests)}
@@ -79,7 +82,7 @@ class RemoteEngines:
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See Engines. Engines that were lost are tried again."""
-        previous, self._label = self._files, f"{self._run}-{version}"
+        previous, self._label, self._provides = self._files, f"{self._run}-{version}", self._leads
         stream = iter(named_weights)
 
         def rest() -> None:
@@ -139,38 +142,48 @@ class RemoteEngines:
         """A request failed on all of these, so it may be to blame: those that answer another go on. Raises ValueError
         when no engine does."""
         with self._lock:
-            for url in set(urls) - self._running.keys():
-                if self._ready(url):
-                    self._running[url] = 0
-                    print(f"vold: engine {url} answers other requests and gets them again", file=sys.stderr, flush=True)
+            self._readmit(urls)
             if not self._running:
                 self._running[self._wait_for_one(self._ready)] = 0
 
+    def _look_again(self) -> None:
+        """Now and then: an engine that was started again need not wait for the next weights; a teacher's never come."""
+        with self._lock:
+            if time.monotonic() >= self._next_look:
+                self._readmit(self._settings.urls)
+                self._next_look = time.monotonic() + self._patience
+
+    def _readmit(self, urls: Sequence[str]) -> None:
+        for url in set(urls) - self._running.keys():
+            if self._ready(url):
+                self._running[url] = 0
+                print(f"vold: engine {url} answers and gets requests again", file=sys.stderr, flush=True)
+
     def _wait_for_one(self, ready: Callable[[str], bool]) -> str:
         """No engine is left: the first that is there again, with its weights. Whoever asks later waits no longer."""
+        first = self._deadline is None
         self._deadline = self._deadline or time.monotonic() + self._settings.restart_seconds
-        while True:
+        while first or time.monotonic() < self._deadline:
+            first = False
             for url in self._settings.urls:
                 if ready(url):
                     self._deadline = None
                     return url
-            if time.monotonic() >= self._deadline:
-                break
-            time.sleep(1.0)
+            time.sleep(max(min(1.0, self._deadline - time.monotonic()), 0.0))
         raise ValueError(
             f"no vLLM engine of {', '.join(self._settings.urls)} answers (waited vllm.restart_seconds = "
             f"{self._settings.restart_seconds:g}); start them with `vold serve`, then --resume"
         )
 
     def _ready(self, url: str) -> bool:
-        """Whether the engine is there, answers, and has this version's weights; rank 0 sees to these, other ranks wait
-        for that."""
+        """Whether the engine is there, answers, and has this version's weights. Trained ones are rank 0's to provide,
+        other ranks wait for that."""
         try:
-            if self._leads:
+            if self._provides:
                 self._provide(url)
             if get(url, "/weight_info").get("weight_version") != self._label:
                 return False
-            generate(url, TRIAL, self._label, max(self._settings.restart_seconds, 10.0))
+            generate(url, TRIAL, self._label, self._patience)
             return True
         except EngineFailed:
             return False
@@ -202,7 +215,7 @@ class RemoteEngines:
         it: the run stops."""
         self._directory = None
         urls = self._all_that(self._prepared) or [self._wait_for_one(lambda url: not _failure(self._prepared, url))]
-        world, here = 1 + len(urls), _address_towards(urls[0])
+        world, here = 1 + len(urls), _address_towards(min(urls, key=_is_here))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         store = weight_stream.open_store(here, world)
         with ThreadPoolExecutor(max_workers=len(urls)) as pool:
@@ -264,8 +277,12 @@ class RemoteEngines:
 
 def goes_by_stream(settings: VllmConfig) -> bool:
     """Whether weights go over NCCL. Files do as well within a machine, and who comes later can read them."""
-    away = any(urlsplit(url).hostname not in LOOPBACK for url in settings.urls)
+    away = not all(map(_is_here, settings.urls))
     return settings.transport == "nccl" or (settings.transport == "auto" and away and torch.cuda.is_available())
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _failure(action: Callable[[str], None], url: str) -> EngineFailed | None:

@@ -55,8 +55,6 @@ def test_kills_and_other_numbers_of_ranks_change_nothing(teacher_arguments, tmp_
     codes, said = vold(3, broken, {1: (sabotage.dies_in_trace, 2)})
     assert codes == [1, -9, 1] and "rank 1 died or hangs" in said
     assert "card.json" not in files(broken) and (broken / "traces" / "shard-00001.part.jsonl").exists()
-    codes, said = vold(1, broken, {})
-    assert codes == [2] and "holds a run already; --resume continues it" in said
     codes, _ = vold(1, broken, {0: (sabotage.dies_in_trace, 1)}, "--resume")
     assert codes == [-9] and files(broken) != expected
     codes, said = vold(2, broken, {}, "--resume")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from vold.config import dump_config
 from vold.data.pack import encode_text
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
@@ -40,22 +42,46 @@ def rl_run(tmp_path_factory, world, layout):
 
 
 def test_traces_then_sft_on_them(load, tmp_path, layout):
-    config = load("traces", tmp_path / "traces", "sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64")
+    overrides = ["sampling.max_new_tokens=30", "prompts_per_shard=5", "max_tokens=64"]
+    config = load("traces", tmp_path / "traces", *overrides)
     traces.run(config)
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
-    assert card["prompt_count"] == card["sampled_now"] == 12
-    assert card["sampling"]["temperature"] == 0.6
+    assert card["asked"] == 12 and card["failed"] == 0
+    assert card["kept"] + card["truncated"] + card["too_long"] == 12
+    assert card["sampling"]["temperature"] == 0.6 and card["versions"]["torch"] == torch.__version__
+    assert card["kept"] > 0, "random weights end some answers"
+    rows = load_dataset("parquet", data_files=str(config.run_dir / "traces" / "*.parquet"), split="train")
+    assert len(rows) == card["kept"] and card["kept_tokens"] == sum(map(len, rows["response_ids"]))
+    on_traces = [f"data={{path: {config.run_dir / 'traces'}, layout: traces}}", "steps=1"]
+    student = load("sft", tmp_path / "sft", *on_traces)
+    sft.run(student)
+    assert read_rows(student.run_dir / "metrics.jsonl")[0]["loss"] > 0
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        traces.run(config)
+
+
+def test_traces_are_never_mixed_with_an_earlier_attempts(load, tmp_path, layout):
+    """Answers without a finished step: nothing but the part file shows that there was a run."""
+    config = load("traces", tmp_path / "traces", "sampling.max_new_tokens=6")
+    part = config.run_dir / "traces" / "shard-00000.part.jsonl"
+    part.parent.mkdir(parents=True)
+    part.write_text('{"prompts": "0123", "answers": []}\n')
+    (config.run_dir / "config.yaml").write_text(dump_config(config, "traces"))
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        traces.run(config)
+    with pytest.raises(ValueError, match=r"shard-00000.part.jsonl answers other prompts than data.path now holds"):
+        traces.run(config, resume=True)
 
 
 def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, world):
     rows = json.loads((world.data / "traces_prompts.json").read_text())
-    (tmp_path / "twice.json").write_text(json.dumps([*rows, *rows[:5]]))
-    overrides = [f"data.path={tmp_path / 'twice.json'}", "sampling.max_new_tokens=6"]
+    (tmp_path / "twice.json").write_text(json.dumps([*rows, *rows[:5], {"no": "row"}]))
+    overrides = [f"data.path={tmp_path / 'twice.json'}", "data.on_error=skip", "sampling.max_new_tokens=6"]
     config = load("traces", tmp_path / "traces", *overrides)
     traces.run(config)
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
     unique = len({json.dumps(row) for row in rows})
-    assert card["prompt_count"] == card["sampled_now"] == unique
+    assert card["asked"] == unique and card["rows_skipped"] == 1
     assert card["duplicates_removed"] == len(rows) + 5 - unique
 
 

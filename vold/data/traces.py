@@ -111,7 +111,9 @@ class TraceShard:
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
         partial = self.path.with_suffix(".partial")
         self.directory.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata(facts)), partial)
+        with parquet.ParquetWriter(partial, SCHEMA.with_metadata(facts)) as writer:
+            if rows:  # `datasets` cannot read an empty row group
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, self.path)
@@ -196,7 +198,7 @@ class _Traces(Sequence[Sample]):
     def __init__(self, rows: Dataset, max_tokens: int):
         columns = (rows.data.column(name) for name in ("prompt_ids", "response_ids"))
         lengths = compute.add(*map(compute.list_value_length, columns))
-        self._rows = rows.select(compute.indices_nonzero(compute.less_equal(lengths, max_tokens)).to_numpy())
+        self._rows = rows.select(compute.indices_nonzero(compute.less_equal(lengths, max_tokens)).to_pylist())
 
     def __len__(self) -> int:
         return len(self._rows)

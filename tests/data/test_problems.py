@@ -83,7 +83,7 @@ def test_bad_image_rows_are_one_line(geometry, changes, says):
 
 
 def test_an_enormous_image_is_refused(geometry, monkeypatch):
-    monkeypatch.setattr("vold.data.problems.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("vold.data.pictures.MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="30x20 pixels, over 100"):
         load_problems(geometry())
 

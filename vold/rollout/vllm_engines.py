@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from vold.config.schema import VllmConfig
+from vold.data.pictures import read_picture
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel import cpu
 
@@ -130,13 +130,8 @@ def _world_size() -> int:
 def _prompt(request: Request) -> dict:
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
     if request.images:
-        prompt["multi_modal_data"] = {"image": [_picture(path) for path in request.images]}
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in request.images]}
     return prompt
-
-
-def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _answer(output) -> Answer:

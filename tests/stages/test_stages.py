@@ -196,6 +196,22 @@ def test_eval_reads_text_and_images(load, tmp_path, layout, world):
     assert sum(bool(row["images"]) for row in rows) == 6
 
 
+def test_eval_of_several_answers_to_a_problem(load, tmp_path, layout, world):
+    with pytest.raises(ValueError, match=r"responses_per_problem = 3 greedy answers are all the same"):
+        load("eval", tmp_path / "eval", "evaluation.responses_per_problem=3")
+    several = ["evaluation.responses_per_problem=3", "evaluation.sampling.temperature=1.0"]
+    config = load("eval", tmp_path / "eval", *several)
+    evaluate.run(config)
+    rows = read_rows(config.run_dir / "samples.jsonl")
+    assert [row["prompt_id"] for row in rows[:4]] == ["val_text:1"] * 3 + ["val_text:2"]
+    assert len({row["response"] for row in rows}) > 12, "siblings differ"
+    found = json.loads((config.run_dir / "evaluation.json").read_text())
+    text = found["sets"]["text"]
+    assert (text["k"], text["n"], text["p95_length"]) == (3, 6, 8) and found["judge"] == "rule"
+    assert text["truncated"] == sum(row["finish_reason"] == "length" for row in rows if row["set"] == "text") / 18
+    assert 0.0 <= text["majority"] <= 1.0
+
+
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 

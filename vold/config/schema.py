@@ -202,11 +202,21 @@ class RlConfig(TrainConfig):
     grader_workers: Positive = 2
 
 
+class VlmevalkitConfig(Strict):
+    """How VLMEvalKit is asked; pixels are its own numbers for Qwen2.5-VL."""
+
+    judge: Literal["rule", "model"] = "rule"  # model: the kit's default language model, by OPENAI_API_KEY
+    min_pixels: Positive = 1280 * 28 * 28
+    max_pixels: Positive = 16384 * 28 * 28
+    max_new_tokens: Annotated[int, Field(ge=8192)] = 8192  # reasoning that is cut off has no answer
+
+
 class EvalConfig(RunConfig, EngineConfig):
     """Accuracy of one checkpoint directory on the evaluation sets."""
 
     checkpoint: Path
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    vlmevalkit: VlmevalkitConfig = VlmevalkitConfig()
     grader_workers: Positive = 2
 
 

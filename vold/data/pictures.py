@@ -40,28 +40,28 @@ def check_picture(path: Path) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
         try:
             with Image.open(path) as image:
-                _check_header(image, path)
-                image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
-                image.load()
-        except ValueError:
-            raise
+                wrong = _wrong_with(image)
+                if not wrong:
+                    image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
+                    image.load()
         except Exception as error:  # Pillow's decoders raise what they like
-            reason = " ".join(str(error).split())
-            raise ValueError(f"image {path} cannot be decoded: {reason}") from None
+            wrong = f"cannot be decoded: {' '.join(str(error).split())}"
+    if wrong:
+        raise ValueError(f"image {path} {wrong}")
 
 
-def _check_header(image: Image.Image, path: Path) -> None:
+def _wrong_with(image: Image.Image) -> str:
+    """By its header; "" where nothing is."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"image {path} has {width}x{height} pixels, over {MAX_PIXELS}; scale it down")
+        return f"has {width}x{height} pixels, over {MAX_PIXELS}; scale it down"
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"image {path} has {width}x{height} pixels, a side over {MAX_ASPECT} times the other; crop it")
+        return f"has {width}x{height} pixels, a side over {MAX_ASPECT} times the other; crop it"
     if getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"image {path} is animated ({image.n_frames} frames); save the frame that is meant")
+        return f"is animated ({image.n_frames} frames); save the frame that is meant"
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"image {path} has pixels of mode {image.mode}, of no fixed range; save it with 8 bits a channel"
-        )
+        return f"has pixels of mode {image.mode}, of no fixed range; save it with 8 bits a channel"
+    return ""
 
 
 def store_picture(content: bytes, folder: Path) -> Path:

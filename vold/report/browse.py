@@ -102,13 +102,17 @@ class Gallery:
 
 
 def galleries(evaluations: Sequence[RunRecord]) -> list[Gallery]:
-    """Per evaluation with wrong answers to image problems."""
+    """Per evaluation with image problems that none of its answers solved."""
     found = []
     for run in evaluations:
-        wrong = [row for row in run.samples if row.get("images") and not is_right(row)]
-        if wrong:
-            shown = wrong[:: -(-len(wrong) // FAILURES)]
-            found.append(Gallery(run.name, tuple(_failure(run, row) for row in shown), len(wrong)))
+        answers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in run.samples:
+            if row.get("images"):
+                answers.setdefault((str(row.get("set")), str(row.get("prompt_id"))), []).append(row)
+        failed = [rows[0] for rows in answers.values() if not any(map(is_right, rows))]
+        if failed:
+            shown = failed[:: -(-len(failed) // FAILURES)]
+            found.append(Gallery(run.name, tuple(_failure(run, row) for row in shown), len(failed)))
     return found
 
 

@@ -9,8 +9,8 @@ ones before it is used. A request is a prompt with all its responses, so there i
 from __future__ import annotations
 
 import base64
+import io
 import json
-import mimetypes
 import secrets
 import shutil
 import sys
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vold.config.schema import VllmConfig
+from vold.data.pictures import read_picture
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.together import together
 from vold.rollout.vllm_engines import Answer, Request, Response
@@ -260,8 +261,10 @@ def _body(request: Request) -> dict[str, Any]:
 
 
 def _data_url(path: Path) -> str:
-    kind = mimetypes.guess_type(path)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """The pixels that the trainer sees, not the file: the server would read transparency and 16 bits in its own way."""
+    png = io.BytesIO()
+    read_picture(path).save(png, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 def _read_answer(found: dict[str, Any], expected_responses: int, label: str) -> Answer:

@@ -13,6 +13,7 @@ from PIL import Image
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200  # of the longer side to the shorter: Qwen's image processor refuses more
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -36,16 +37,14 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"image {path} does not exist")
     if not path.stat().st_size:
         raise ValueError(f"image {path} is empty (0 bytes)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-        try:
-            with Image.open(path) as image:
-                wrong = _wrong_with(image)
-                if not wrong:
-                    image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
-                    image.load()
-        except Exception as error:  # Pillow's decoders raise what they like
-            wrong = f"cannot be decoded: {' '.join(str(error).split())}"
+    try:
+        with Image.open(path) as image:
+            wrong = _wrong_with(image)
+            if not wrong:
+                image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
+                image.load()
+    except Exception as error:  # Pillow's decoders raise what they like
+        wrong = f"cannot be decoded: {' '.join(str(error).split())}"
     if wrong:
         raise ValueError(f"image {path} {wrong}")
 

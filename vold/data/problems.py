@@ -12,14 +12,20 @@ import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
 
 from vold.config.schema import DataConfig
 from vold.data.pictures import check_picture, decode_base64, store_picture
 from vold.grading import extract_answer, validate_gold
 
 IMAGE = "<image>"
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,25 @@ def load_text_traces(config: DataConfig, report: Callable[[str], None] = print) 
 
 
 def _rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) -> Iterator:
-    for number, row in enumerate(_read(config.path), start=1):
-        if config.limit is not None and number > config.limit:
-            return
+    """In order, some side by side: pictures take their time to be decoded."""
+
+    def attempt(numbered: tuple[int, dict | list]):
+        number, row = numbered
         try:
-            yield parse(row, f"{config.path.stem}:{number}", config)
+            return parse(row, f"{config.path.stem}:{number}", config)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            line = f"{config.path} row {number}: {_reason(error, config.layout)}"
-            if config.on_error == "stop":
-                raise ValueError(f"{line} (data.on_error=skip leaves such rows out)") from None
-            report(f"skipped {line}")
+            return ValueError(f"{config.path} row {number}: {_reason(error, config.layout)}")
+
+    rows = enumerate(islice(_read(config.path), config.limit), start=1)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while window := list(islice(rows, 16 * THREADS)):
+            for found in pool.map(attempt, window):
+                if not isinstance(found, ValueError):
+                    yield found
+                elif config.on_error == "stop":
+                    raise ValueError(f"{found} (data.on_error=skip leaves such rows out)")
+                else:
+                    report(f"skipped {found}")
 
 
 def _reason(error: Exception, layout: str) -> str:
@@ -79,24 +94,32 @@ def _reason(error: Exception, layout: str) -> str:
 
 
 def _read(path: Path) -> Iterator[dict | list]:
-    """Rows of a .json list, a .jsonl file, a .parquet table or a .tsv table."""
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+    """Rows of a .json list, a .jsonl file, a .tsv table, a .parquet table, or all .parquet tables of a folder."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"data file {path} does not exist" + (" or holds no .parquet" if path.is_dir() else ""))
+    for file in files:
+        try:
+            yield from READERS.get(file.suffix, _read_json)(file)
+        except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
-        for group in parquet.ParquetFile(path).iter_batches():
-            yield from group.to_pylist()
-    elif path.suffix == ".tsv":
-        yield from _read_tsv(path)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (_json(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip())
-    else:
-        rows = _json(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} must hold a list of rows, found {type(rows).__name__}")
-        yield from rows
+
+def _read_parquet(path: Path) -> Iterator[dict]:
+    for group in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        yield from group.to_pylist()
+
+
+def _read_jsonl(path: Path) -> Iterator:
+    with path.open(encoding="utf-8") as lines:
+        yield from (_json(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip())
+
+
+def _read_json(path: Path) -> list:
+    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must hold a list of rows, found {type(rows).__name__}")
+    return rows
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
@@ -116,6 +139,9 @@ def _json(text: str, where: str):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+READERS: dict[str, Callable] = {".parquet": _read_parquet, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
 
 
 # -- layouts: problems ---------------------------------------------------------------------------------------------
@@ -230,7 +256,7 @@ def _images(values: Sequence, config: DataConfig) -> tuple[Path, ...]:
 
 def _image(value: str | bytes | dict, config: DataConfig) -> Path:
     """A path below the root, or a picture that the file itself holds and that becomes a file."""
-    root = (config.image_root or config.path.parent).resolve()
+    root = (config.image_root or (config.path if config.path.is_dir() else config.path.parent)).resolve()
     if isinstance(value, dict):  # as `datasets` keeps pictures in Parquet
         value = value.get("bytes") or value["path"]
     if isinstance(value, bytes):

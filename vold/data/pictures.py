@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -69,10 +70,11 @@ def store_picture(content: bytes, folder: Path) -> Path:
         raise ValueError("image is empty (0 bytes)")
     path = folder / hashlib.sha256(content).hexdigest()[:32]
     if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
+            handle, partial = tempfile.mkstemp(dir=folder)  # ranks and threads may hold the same picture
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
             os.replace(partial, path)
         except OSError as error:
             raise ValueError(f"{error}; set data.image_root to a folder for the pictures that the file holds") from None

@@ -71,6 +71,8 @@ def test_traces_are_never_mixed_with_an_earlier_attempts(load, tmp_path, layout)
         traces.run(config)
     with pytest.raises(ValueError, match=r"shard-00000.part.jsonl answers other prompts than data.path now holds"):
         traces.run(config, resume=True)
+    with pytest.raises(ValueError, match=r"every prompt exceeds prompt.max_tokens = 3; raise it"):
+        traces.run(load("traces", tmp_path / "short", "prompt.max_tokens=3", "data.on_error=skip"))
 
 
 def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, world):

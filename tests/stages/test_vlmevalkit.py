@@ -65,6 +65,8 @@ def test_without_the_kit_its_config_and_command_are_written(load, tmp_path, worl
     said = capsys.readouterr().out
     assert said.startswith("python run.py --config ") and "vlmeval is not installed here" in said
     assert "exact_matching" not in said and not (tmp_path / "eval" / "evaluation.json").exists()
+    with pytest.raises(ValueError, match=r"vlmevalkit/model holds answers of .*; take another run_dir"):
+        vlmevalkit.run(load("eval", tmp_path / "eval", "prompt.system=Hurry.", "vlmevalkit.judge=model"))
 
 
 def test_results_of_both_judges_beside_the_papers(load, tmp_path, capsys):

@@ -93,8 +93,7 @@ def run(config: EvalConfig) -> None:
     """Writes run_dir/vlmevalkit/JUDGE/config.json, prints the command, runs it where the kit is installed, and adds the
     results that are there to evaluation.json, each judge's apart."""
     folder = (config.run_dir / "vlmevalkit" / config.vlmevalkit.judge).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(kit_config(config), indent=1) + "\n")
+    _write_config(kit_config(config), folder / "config.json")
     script = find_kit()
     words = command(config, folder, script or Path("run.py"))
     print(shlex.join(words))
@@ -108,6 +107,16 @@ def run(config: EvalConfig) -> None:
         return
     _write(config, benchmarks)
     print(markdown(*beside_published(benchmarks)))
+
+
+def _write_config(asked: dict, path: Path) -> None:
+    """Raises ValueError where the folder is another model's: the kit would go on from that one's answers."""
+    if path.exists() and (before := json.loads(path.read_text())["model"]) != asked["model"]:
+        raise ValueError(
+            f"{path.parent} holds answers of {before[MODEL]['model_path']}, or by other settings; take another run_dir"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def kit_config(config: EvalConfig) -> dict:

@@ -103,5 +103,11 @@ def test_sft_reads_them_as_they_are(shard):
     assert [(sample.prompt, sample.response_ids) for sample in samples] == [(PROMPTS[0], (7, 8)), (PROMPTS[1], (9,))]
     limited = load_samples(config.model_copy(update={"limit": 1}), None, PromptConfig(), max_tokens=6)
     assert len(limited) == 1
+    replace(shard, number=4).add([answer(3, 1)])
+    with pytest.raises(
+        ValueError, match=r"shard-00004.part.jsonl is not finished; continue `vold traces` with --resume"
+    ):
+        load_samples(config, None, PromptConfig(), max_tokens=6)
+    replace(shard, number=4).part.unlink()
     with pytest.raises(ValueError, match=r"holds no trace of at most max_tokens = 3"):
         load_samples(config, None, PromptConfig(), max_tokens=3)

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from vold.config import dump_config
 from vold.data.pack import encode_text
+from vold.records import Rollout
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
@@ -85,6 +86,21 @@ def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, wor
     unique = len({json.dumps(row) for row in rows})
     assert card["asked"] == unique and card["rows_skipped"] == 1
     assert card["duplicates_removed"] == len(rows) + 5 - unique
+
+
+class LossySampler:
+    """Has lost every third prompt's answer by the time it hands the others over."""
+
+    def sample(self, prompts, config, *, responses, seed):
+        return [Rollout(one, (7, 8), (0.0, 0.0), "stop", "") for place, one in enumerate(prompts) if place % 3]
+
+
+def test_answers_that_never_came_are_counted(load, tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(traces, "open_sampler", lambda *_, **__: LossySampler())
+    config = load("traces", tmp_path / "traces", "sampling.sequences_per_call=6", "prompts_per_shard=6")
+    traces.run(config)
+    card = json.loads((config.run_dir / "traces" / "card.json").read_text())
+    assert (card["asked"], card["kept"], card["failed"], card["kept_tokens"]) == (12, 8, 4, 16)
 
 
 def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout, world):

@@ -21,6 +21,7 @@ from vold.data.problems import load_text_traces
 from vold.data.prompts import build_prompt
 from vold.records import Prompt, Rollout, Sample
 
+PART = ".part.jsonl"
 SCHEMA = pa.schema(
     {
         "prompt_id": pa.string(),
@@ -51,7 +52,7 @@ class TraceShard:
 
     @property
     def part(self) -> Path:
-        return self.path.with_suffix(".part.jsonl")
+        return self.path.with_suffix(PART)
 
     @property
     def is_finished(self) -> bool:
@@ -211,6 +212,8 @@ class _Traces(Sequence[Sample]):
 
 def _rows(config: DataConfig) -> Dataset:
     files = sorted(config.path.glob("*.parquet")) if config.path.is_dir() else [config.path]
+    if unfinished := sorted(config.path.glob(f"*{PART}")):
+        raise ValueError(f"{unfinished[0]} is not finished; continue `vold traces` with --resume, or delete it")
     if not files or not files[0].is_file():
         raise ValueError(f"data.path = {config.path} holds no traces; write them first with `vold traces`")
     rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train", keep_in_memory=True)

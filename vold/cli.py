@@ -45,9 +45,14 @@ def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> N
 
 
 @app.command("eval")
-def evaluate(config: Config, overrides: Overrides = None) -> None:
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    vlmevalkit: Annotated[bool, typer.Option("--vlmevalkit", help="the paper's ten benchmarks, by VLMEvalKit")] = False,
+) -> None:
     """Accuracy of a checkpoint directory on text and image problems."""
-    _stage("evaluate").run(load_config(schema.EvalConfig, config, overrides or ()))
+    stage = _stage("vlmevalkit" if vlmevalkit else "evaluate")
+    stage.run(load_config(schema.EvalConfig, config, overrides or ()))
 
 
 @app.command()

@@ -16,13 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem, rendered once. `token_ids` holds *one* image-pad id per image; whoever runs a model expands it."""
+    """A problem, rendered once. `token_ids` holds *one* image-pad id per image; whoever runs a model expands it.
+    `choices`: the texts of options A, B, …, where gold is a letter; `category`: the data set's word for its kind."""
 
     id: str
     token_ids: tuple[int, ...]
     text: str
     gold: str = ""
     images: tuple[Path, ...] = ()
+    choices: tuple[str, ...] = ()
+    category: str = ""
 
 
 @dataclass(frozen=True)

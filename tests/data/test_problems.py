@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,7 +85,7 @@ def test_bad_image_rows_are_one_line(geometry, changes, says):
 
 
 def test_an_enormous_image_is_refused(geometry, monkeypatch):
-    monkeypatch.setattr("vold.data.problems.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("vold.data.pictures.MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="30x20 pixels, over 100"):
         load_problems(geometry())
 
@@ -107,12 +109,39 @@ def test_broken_files_are_one_line(tmp_path, text):
     assert "x.json" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_folder_of_tables_is_one_set(tmp_path):
+    """Mixture-of-Thoughts comes in several files."""
+    for name in ("train-00001.parquet", "train-00000.parquet"):
+        row = {"messages": [{"role": "user", "content": name}, {"role": "assistant", "content": "<think>"}]}
+        parquet.write_table(pa.Table.from_pylist([row] * 2), tmp_path / name)
+    problems = load_problems(config(tmp_path, "messages", limit=3))
+    assert [problem.question[6:11] for problem in problems] == ["00000", "00000", "00001"]
+    assert len({problem.id for problem in problems}) == 3
+    (tmp_path / "train-00000.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(ValueError, match=r"train-00000.parquet cannot be read: ") as error:
+        load_problems(config(tmp_path, "messages"))
+    assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty does not exist or holds no .parquet"):
+        load_problems(config(tmp_path / "empty", "messages"))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".tsv"])
+def test_bytes_that_are_no_text_are_one_line(tmp_path, suffix):
+    (tmp_path / f"x{suffix}").write_bytes(b"question\tanswer\n\xff\xfe\t1\n")
+    with pytest.raises(ValueError, match=rf"x{suffix} cannot be read: .*decode") as error:
+        load_problems(config(tmp_path / f"x{suffix}", "vqa"))
+    assert "\n" not in str(error.value)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["prompt", "from", "value", "final_answer", "question", "answer", "messages", "images"])
+            st.sampled_from(
+                ["prompt", "value", "final_answer", "question", "answer", "messages", "images", "image", "choices"]
+            )
             | st.text(max_size=4),
             inner,
             max_size=3,

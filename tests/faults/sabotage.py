@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vold import cli
+from vold.data.traces import TraceShard
 from vold.records import Batch
 from vold.trainer import checkpoint
 from vold.trainer.engine import Trainer
@@ -56,6 +57,17 @@ def dies_in_save(number: int) -> None:
         die()
 
     at_call(checkpoint, "write_pieces", number, half)
+
+
+def dies_in_trace(number: int) -> None:
+    """With the end of what it writes not there yet."""
+
+    def torn(add, shard, rollouts):
+        add(shard, rollouts)
+        os.truncate(shard.part, shard.part.stat().st_size - 9)
+        die()
+
+    at_call(TraceShard, "add", number, torn)
 
 
 def hangs_in_step(number: int) -> None:

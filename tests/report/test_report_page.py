@@ -10,7 +10,7 @@ from made_up_runs import HOSTILE, REPORT, rl_metrics, rl_samples, write_demo, wr
 from PIL import Image
 
 from vold.report import write_report
-from vold.report.browse import problems, thumbnail, visible
+from vold.report.browse import galleries, problems, thumbnail, visible
 from vold.report.health import amount, duration, number, phases, vital
 from vold.report.read import RunRecord, read_runs
 from vold.report.style import metric
@@ -91,9 +91,8 @@ def test_figures_follow_the_colour_scheme(html):
 
 def test_images_are_inlined(html):
     uris = [value for value in Page(html).values("src")]
-    assert uris
-    for uri in uris:
-        assert Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).size == (196, 28)
+    sizes = {Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).size for uri in uris}
+    assert sizes == {(196, 28), (160, 23)}, "as they are, and small in the gallery of failures"
 
 
 def test_config_differences_name_the_keys_that_differ(html):
@@ -178,6 +177,32 @@ def test_thumbnails_are_small_and_unreadable_files_say_so(tmp_path):
     big = thumbnail(tmp_path / "big.png")
     assert (big.width, big.scale) == (560, 1) and len(big.uri) < 20_000
     assert thumbnail(tmp_path / "bad.png").uri is None
+
+
+def test_an_evaluation_of_several_answers_by_kind_and_beside_the_paper(tmp_path):
+    kind = {"accuracy": 0.25, "stderr": 0.01, "n": 8}
+    numbers = {"accuracy": 0.5, "stderr": 0.02, "n": 30, "k": 4, "majority": 0.6, "majority_stderr": 0.05}
+    numbers |= {"truncated": 0.1, "mean_length": 9.0, "median_length": 8.5, "p95_length": 20}
+    numbers |= {"categories": {"<b>count</b>": kind}, "skills": {"perception": kind}}
+    samples = []
+    for i in range(30):
+        Image.new("RGB", (400, 300), (i * 8, 60, 60)).save(tmp_path / f"{i}.png")
+        right = i % 3 == 0
+        row = {"set": "image", "prompt_id": str(i), "verdict": "correct" if right else "wrong", "gold": "4"}
+        samples.append(row | {"extracted": str(i), "images": [str(tmp_path / f"{i}.png")], "prompt": "how many?"})
+    found = {"sets": {"image": numbers}, "benchmarks": {"rule": {"MMStar": {"score": 51.25}}}}
+    run = write_run(tmp_path / "eval", config={"verb": "eval"}, samples=samples, evaluation=found)
+    html = write_report([run], tmp_path / "report.html", title="evaluation").read_text()
+    assert "50.0 ± 2.0" in html and "60.0 ± 5.0" in html and "9 · 8.5 · 20" in html
+    assert "&lt;b&gt;count&lt;/b&gt;" in html and "25.0 ± 1.0" in html and "perception" in html
+    assert "51.2" in html and "paper: VOLD" in html and "55.2" in html and "this run, by rule" in html
+    assert "this run, by a model" not in html
+    (gallery,) = galleries(read_runs([run]))
+    assert gallery.count == 20 and len(gallery.failures) == 20
+    assert all(f.picture.uri.startswith("data:image/jpeg;base64,") for f in gallery.failures)
+    assert all(max(f.picture.width, f.picture.height) == 160 for f in gallery.failures)
+    assert gallery.failures[0].said == "1" and gallery.failures[0].where == "image"
+    assert html.count(gallery.failures[0].picture.uri) == 1
 
 
 def test_phases_and_what_none_of_them_claims():

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from vold.config import dump_config
 from vold.data.pack import encode_text
+from vold.records import Rollout
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
@@ -40,23 +43,64 @@ def rl_run(tmp_path_factory, world, layout):
 
 
 def test_traces_then_sft_on_them(load, tmp_path, layout):
-    config = load("traces", tmp_path / "traces", "sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64")
+    overrides = ["sampling.max_new_tokens=30", "prompts_per_shard=5", "max_tokens=64"]
+    config = load("traces", tmp_path / "traces", *overrides)
     traces.run(config)
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
-    assert card["prompt_count"] == card["sampled_now"] == 12
-    assert card["sampling"]["temperature"] == 0.6
+    assert card["asked"] == 12 and card["failed"] == 0
+    assert card["kept"] + card["truncated"] + card["too_long"] == 12
+    assert card["sampling"]["temperature"] == 0.6 and card["versions"]["torch"] == torch.__version__
+    assert card["kept"] > 0, "random weights end some answers"
+    rows = load_dataset("parquet", data_files=str(config.run_dir / "traces" / "*.parquet"), split="train")
+    assert len(rows) == card["kept"] and card["kept_tokens"] == sum(map(len, rows["response_ids"]))
+    on_traces = [f"data={{path: {config.run_dir / 'traces'}, layout: traces}}", "steps=1"]
+    student = load("sft", tmp_path / "sft", *on_traces)
+    sft.run(student)
+    assert read_rows(student.run_dir / "metrics.jsonl")[0]["loss"] > 0
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        traces.run(config)
+
+
+def test_traces_are_never_mixed_with_an_earlier_attempts(load, tmp_path, layout):
+    """Answers without a finished step: nothing but the part file shows that there was a run."""
+    config = load("traces", tmp_path / "traces", "sampling.max_new_tokens=6")
+    part = config.run_dir / "traces" / "shard-00000.part.jsonl"
+    part.parent.mkdir(parents=True)
+    part.write_text('{"prompts": "0123", "answers": []}\n')
+    (config.run_dir / "config.yaml").write_text(dump_config(config, "traces"))
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        traces.run(config)
+    with pytest.raises(ValueError, match=r"shard-00000.part.jsonl answers other prompts than data.path now holds"):
+        traces.run(config, resume=True)
+    with pytest.raises(ValueError, match=r"every prompt exceeds prompt.max_tokens = 3; raise it"):
+        traces.run(load("traces", tmp_path / "short", "prompt.max_tokens=3", "data.on_error=skip"))
 
 
 def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, world):
     rows = json.loads((world.data / "traces_prompts.json").read_text())
-    (tmp_path / "twice.json").write_text(json.dumps([*rows, *rows[:5]]))
-    overrides = [f"data.path={tmp_path / 'twice.json'}", "sampling.max_new_tokens=6"]
+    (tmp_path / "twice.json").write_text(json.dumps([*rows, *rows[:5], {"no": "row"}]))
+    overrides = [f"data.path={tmp_path / 'twice.json'}", "data.on_error=skip", "sampling.max_new_tokens=6"]
     config = load("traces", tmp_path / "traces", *overrides)
     traces.run(config)
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
     unique = len({json.dumps(row) for row in rows})
-    assert card["prompt_count"] == card["sampled_now"] == unique
+    assert card["asked"] == unique and card["rows_skipped"] == 1
     assert card["duplicates_removed"] == len(rows) + 5 - unique
+
+
+class LossySampler:
+    """Has lost every third prompt's answer by the time it hands the others over."""
+
+    def sample(self, prompts, config, *, responses, seed):
+        return [Rollout(one, (7, 8), (0.0, 0.0), "stop", "") for place, one in enumerate(prompts) if place % 3]
+
+
+def test_answers_that_never_came_are_counted(load, tmp_path, layout, monkeypatch):
+    monkeypatch.setattr(traces, "open_sampler", lambda *_, **__: LossySampler())
+    config = load("traces", tmp_path / "traces", "sampling.sequences_per_call=6", "prompts_per_shard=6")
+    traces.run(config)
+    card = json.loads((config.run_dir / "traces" / "card.json").read_text())
+    assert (card["asked"], card["kept"], card["failed"], card["kept_tokens"]) == (12, 8, 4, 16)
 
 
 def test_sft_lowers_the_loss_and_exports_a_loadable_model(load, tmp_path, layout, world):
@@ -168,6 +212,22 @@ def test_eval_reads_text_and_images(load, tmp_path, layout, world):
     assert result["sets"].keys() == {"text", "image"} and result["sets"]["image"]["n"] == 6
     rows = read_rows(config.run_dir / "samples.jsonl")
     assert sum(bool(row["images"]) for row in rows) == 6
+
+
+def test_eval_of_several_answers_to_a_problem(load, tmp_path, layout, world):
+    with pytest.raises(ValueError, match=r"responses_per_problem = 3 greedy answers are all the same"):
+        load("eval", tmp_path / "eval", "evaluation.responses_per_problem=3")
+    several = ["evaluation.responses_per_problem=3", "evaluation.sampling.temperature=1.0"]
+    config = load("eval", tmp_path / "eval", *several)
+    evaluate.run(config)
+    rows = read_rows(config.run_dir / "samples.jsonl")
+    assert [row["prompt_id"] for row in rows[:4]] == ["val_text:1"] * 3 + ["val_text:2"]
+    assert len({row["response"] for row in rows}) > 12, "siblings differ"
+    found = json.loads((config.run_dir / "evaluation.json").read_text())
+    text = found["sets"]["text"]
+    assert (text["k"], text["n"], text["p95_length"]) == (3, 6, 8) and found["judge"] == "rule"
+    assert text["truncated"] == sum(row["finish_reason"] == "length" for row in rows if row["set"] == "text") / 18
+    assert 0.0 <= text["majority"] <= 1.0
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------

@@ -85,4 +85,4 @@ def test_traces(load, tmp_path, layout):
     overrides = ["sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64", *ENGINE]
     config = load("traces", tmp_path / "traces", *overrides)
     traces.run(config)
-    assert json.loads((config.run_dir / "traces" / "card.json").read_text())["sampled_now"] == 12
+    assert json.loads((config.run_dir / "traces" / "card.json").read_text())["asked"] == 12

@@ -37,7 +37,19 @@ class DataConfig(Strict):
     """A file of problems or traces. `layout` names the public data set whose schema it follows (see vold.data)."""
 
     path: Path
-    layout: Literal["orz", "orz-eval", "gsm8k", "geometry3k", "messages", "prompt-response", "traces"]
+    layout: Literal[
+        "orz",
+        "orz-eval",
+        "gsm8k",
+        "geometry3k",
+        "virl39k",
+        "vlaa",
+        "vqa",
+        "vlmevalkit",
+        "messages",
+        "prompt-response",
+        "traces",
+    ]
     image_root: Path | None = None  # images must lie below; the file's own folder when absent
     on_error: Literal["stop", "skip"] = "stop"
     limit: Positive | None = None  # first rows only
@@ -150,6 +162,16 @@ class EvaluationConfig(Strict):
     sets: dict[str, DataConfig] = {}
     every: NonNegative = 0  # steps; 0: never during training
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=2048, temperature=0.0)
+    responses_per_problem: Positive = 1  # k of avg@k and maj@k
+
+    @model_validator(mode="after")
+    def _several_answers_are_sampled(self):
+        if self.responses_per_problem > 1 and self.sampling.temperature == 0.0:
+            raise ValueError(
+                f"evaluation.responses_per_problem = {self.responses_per_problem} greedy answers are all the same; set "
+                "evaluation.sampling.temperature > 0, or responses_per_problem=1"
+            )
+        return self
 
 
 class RunConfig(Strict):
@@ -210,11 +232,21 @@ class RlConfig(TrainConfig):
     grader_workers: Positive = 2
 
 
+class VlmevalkitConfig(Strict):
+    """How VLMEvalKit is asked; pixels are its own numbers for Qwen2.5-VL."""
+
+    judge: Literal["rule", "model"] = "rule"  # model: the kit's default language model, by OPENAI_API_KEY
+    min_pixels: Positive = 1280 * 28 * 28
+    max_pixels: Positive = 16384 * 28 * 28
+    max_new_tokens: Annotated[int, Field(ge=8192)] = 8192  # reasoning that is cut off has no answer
+
+
 class EvalConfig(RunConfig, EngineConfig):
     """Accuracy of one checkpoint directory on the evaluation sets."""
 
     checkpoint: Path
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    vlmevalkit: VlmevalkitConfig = VlmevalkitConfig()
     grader_workers: Positive = 2
 
 

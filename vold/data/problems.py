@@ -6,27 +6,39 @@ function to a table.
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+import string
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from PIL import Image
+import pyarrow as pa
+import pyarrow.parquet as parquet
 
 from vold.config.schema import DataConfig
-from vold.grading import validate_gold
+from vold.data.pictures import check_picture, decode_base64, store_picture
+from vold.grading import extract_answer, validate_gold
 
-MAX_IMAGE_PIXELS = 64_000_000
+IMAGE = "<image>"
+THREADS = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question before any template; `<image>` marks each image's place."""
+    """A question before any template; `<image>` marks each image's place. `choices`: the texts of options A, B, …,
+    where gold is a letter; `category`: what the data set calls the kind of problem."""
 
     id: str
     question: str
     gold: str = ""
     images: tuple[Path, ...] = ()
+    choices: tuple[str, ...] = ()
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,16 +68,25 @@ def load_text_traces(config: DataConfig, report: Callable[[str], None] = print) 
 
 
 def _rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) -> Iterator:
-    for number, row in enumerate(_read(config.path), start=1):
-        if config.limit is not None and number > config.limit:
-            return
+    """In order, some side by side: pictures take their time to be decoded."""
+
+    def attempt(numbered: tuple[int, dict | list]):
+        number, row = numbered
         try:
-            yield parse(row, f"{config.path.stem}:{number}", config)
+            return parse(row, f"{config.path.stem}:{number}", config)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            line = f"{config.path} row {number}: {_reason(error, config.layout)}"
-            if config.on_error == "stop":
-                raise ValueError(f"{line} (data.on_error=skip leaves such rows out)") from None
-            report(f"skipped {line}")
+            return ValueError(f"{config.path} row {number}: {_reason(error, config.layout)}")
+
+    rows = enumerate(islice(_read(config.path), config.limit), start=1)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while window := list(islice(rows, 16 * THREADS)):
+            for found in pool.map(attempt, window):
+                if not isinstance(found, ValueError):
+                    yield found
+                elif config.on_error == "stop":
+                    raise ValueError(f"{found} (data.on_error=skip leaves such rows out)")
+                else:
+                    report(f"skipped {found}")
 
 
 def _reason(error: Exception, layout: str) -> str:
@@ -73,22 +94,44 @@ def _reason(error: Exception, layout: str) -> str:
 
 
 def _read(path: Path) -> Iterator[dict | list]:
-    """Rows of a .json list, a .jsonl file or a .parquet table."""
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+    """Rows of a .json list, a .jsonl file, a .tsv table, a .parquet table, or all .parquet tables of a folder."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"data file {path} does not exist" + (" or holds no .parquet" if path.is_dir() else ""))
+    for file in files:
+        try:
+            yield from READERS.get(file.suffix, _read_json)(file)
+        except (pa.ArrowException, csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
-        for group in parquet.ParquetFile(path).iter_batches():
-            yield from group.to_pylist()
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (_json(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip())
-    else:
-        rows = _json(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} must hold a list of rows, found {type(rows).__name__}")
-        yield from rows
+
+def _read_parquet(path: Path) -> Iterator[dict]:
+    for group in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        yield from group.to_pylist()
+
+
+def _read_jsonl(path: Path) -> Iterator:
+    with path.open(encoding="utf-8") as lines:
+        yield from (_json(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip())
+
+
+def _read_json(path: Path) -> list:
+    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must hold a list of rows, found {type(rows).__name__}")
+    return rows
+
+
+def _read_tsv(path: Path) -> Iterator[dict]:
+    """Rows without their empty cells. An image that an earlier row holds may be named by that row's index."""
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
+    images: dict[str, str] = {}
+    with path.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            row = {name: cell for name, cell in row.items() if name and cell}
+            if "image" in row and "index" in row:
+                images[row["index"]] = row["image"] = images.get(row["image"], row["image"])
+            yield row
 
 
 def _json(text: str, where: str):
@@ -96,6 +139,9 @@ def _json(text: str, where: str):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+READERS: dict[str, Callable] = {".parquet": _read_parquet, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
 
 
 # -- layouts: problems ---------------------------------------------------------------------------------------------
@@ -120,12 +166,44 @@ def _gsm8k(row: dict, id: str, config: DataConfig) -> Problem:
 
 
 def _geometry3k(row: dict, id: str, config: DataConfig) -> Problem:
-    """Geometry3K: {"problem" with <image> marks, "answer", "images": [paths]}"""
-    root = (config.image_root or config.path.parent).resolve()
-    images = tuple(_image(root, name) for name in row["images"])
-    if row["problem"].count("<image>") != len(images):
-        raise ValueError(f"{row['problem'].count('<image>')} <image> marks but {len(images)} images")
-    return _problem(id, row["problem"], row["answer"], images)
+    """Geometry3K: {"problem" with <image> marks, "answer", "images": [paths, or {"bytes"} as in the hub's Parquet]}"""
+    return _seen(id, row["problem"], row["answer"], _images(row["images"], config), row)
+
+
+def _virl39k(row: dict, id: str, config: DataConfig) -> Problem:
+    r"""ViRL39K: {"question", "answer": "\boxed{...}", "image": [relative paths], "category"}"""
+    gold = extract_answer(row["answer"]) or row["answer"]
+    return _seen(id, row["question"], gold, _images(row["image"], config), row)
+
+
+def _vlaa(row: dict, id: str, config: DataConfig) -> Problem:
+    """VLAA-Thinking: {"question", "gt" (or "answer"), "image": a relative path, "dataset"}"""
+    gold = row["gt"] if "gt" in row else row["answer"]
+    return _seen(id, row["question"], gold, _images([row["image"]], config), {"category": row.get("dataset"), **row})
+
+
+def _vqa(row: dict, id: str, config: DataConfig) -> Problem:
+    """A set of one's own: {"question", "answer", "image" or "images": relative paths, "choices": [text of option A,
+    of B, ...], "category" or "skill"}; only the first two must be there."""
+    images = row.get("images", row.get("image")) or []
+    images = _images(images if isinstance(images, list) else [images], config)
+    return _seen(id, row["question"], row["answer"], images, row, row.get("choices") or ())
+
+
+def _vlmevalkit(row: dict, id: str, config: DataConfig) -> Problem:
+    """VLMEvalKit's TSV: index, question, [hint], [A, B, ...], answer, image (base64, a list of such, or the index of an
+    earlier row that holds it) or image_path, [category]. `<image 2>` in a question is the second image's place."""
+    cell = row["image"] if "image" in row else row["image_path"]
+    cells = re.findall(r"""['"]([^'"]+)['"]""", cell) if cell.startswith("[") else [cell]
+    question = row.get("question", "Answer the question in the image.")
+    if "hint" in row:
+        question = f"Hint: {row['hint']}\nQuestion: {question}"
+    if named := re.findall(r"<image (\d+)>", question):
+        cells = [cells[int(number) - 1] for number in named]
+        question = re.sub(r"<image \d+>", IMAGE, question)
+    images = _images([decode_base64(one) for one in cells] if "image" in row else cells, config)
+    choices = [row[letter] for letter in string.ascii_uppercase if letter in row]
+    return _seen(id, question, row["answer"], images, row, choices)
 
 
 def _messages_problem(row: dict, id: str, config: DataConfig) -> Problem:
@@ -133,10 +211,37 @@ def _messages_problem(row: dict, id: str, config: DataConfig) -> Problem:
     return Problem(id, _text(row["messages"][0]["content"], "question"))
 
 
-def _problem(id: str, question: str, gold, images: tuple[Path, ...] = ()) -> Problem:
+def _problem(id: str, question: str, gold) -> Problem:
     gold = str(gold) if isinstance(gold, int | float) else gold
     validate_gold(gold)
-    return Problem(id, _text(question, "question"), gold, images)
+    return Problem(id, _text(question, "question"), gold)
+
+
+def _seen(id: str, question: str, gold, images: tuple[Path, ...], row: dict, choices: Sequence[str] = ()) -> Problem:
+    """A problem with images: in front of the question where it does not say where. Of options, gold is the letter."""
+    problem = _problem(id, question, gold)
+    question, marks = problem.question, problem.question.count(IMAGE)
+    if not marks and images:
+        question = IMAGE * len(images) + "\n" + question
+    elif marks != len(images):
+        raise ValueError(f"{marks} {IMAGE} marks but {len(images)} images")
+    if choices:
+        options = dict(zip(string.ascii_uppercase, map(str, choices), strict=False))
+        problem = replace(problem, gold=_letter(problem.gold, options), choices=tuple(options.values()))
+        question += "\nOptions:\n" + "".join(f"{letter}. {text}\n" for letter, text in options.items())
+        question += "Answer with the letter of the right option."
+    category = str(row.get("category") or row.get("skill") or "")
+    return replace(problem, question=question, images=images, category=category)
+
+
+def _letter(gold: str, options: dict[str, str]) -> str:
+    """Of the option that `gold` names, by its letter or by its text."""
+    if gold.strip() in options:
+        return gold.strip()
+    named = [letter for letter, text in options.items() if gold.strip() == text.strip()]
+    if len(named) != 1:
+        raise ValueError(f"answer {gold!r} is not one of the options {', '.join(options)}")
+    return named[0]
 
 
 def _text(value, what: str) -> str:
@@ -145,20 +250,22 @@ def _text(value, what: str) -> str:
     return value
 
 
-def _image(root: Path, name: str) -> Path:
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"image {name!r} lies outside {root}")
-    if not path.is_file():
-        raise ValueError(f"image {path} does not exist")
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            image.verify()
-    except Exception as error:
-        raise ValueError(f"image {path} cannot be decoded: {error}") from None
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"image {path} has {width}x{height} pixels, over {MAX_IMAGE_PIXELS}")
+def _images(values: Sequence, config: DataConfig) -> tuple[Path, ...]:
+    return tuple(_image(value, config) for value in values)
+
+
+def _image(value: str | bytes | dict, config: DataConfig) -> Path:
+    """A path below the root, or a picture that the file itself holds and that becomes a file."""
+    root = (config.image_root or (config.path if config.path.is_dir() else config.path.parent)).resolve()
+    if isinstance(value, dict):  # as `datasets` keeps pictures in Parquet
+        value = value.get("bytes") or value["path"]
+    if isinstance(value, bytes):
+        path = store_picture(value, config.image_root or config.path.with_suffix(".images")).resolve()
+    else:
+        path = (root / value).resolve()
+        if not path.is_relative_to(root):
+            raise ValueError(f"image {value!r} lies outside {root}")
+    check_picture(path)
     return path
 
 
@@ -181,6 +288,10 @@ PROBLEM_LAYOUTS: dict[str, Callable] = {
     "orz-eval": _orz_eval,
     "gsm8k": _gsm8k,
     "geometry3k": _geometry3k,
+    "virl39k": _virl39k,
+    "vlaa": _vlaa,
+    "vqa": _vqa,
+    "vlmevalkit": _vlmevalkit,
     "messages": _messages_problem,
 }
 TRACE_LAYOUTS: dict[str, Callable] = {"messages": _messages_trace, "prompt-response": _prompt_response}

@@ -31,7 +31,15 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     messages.append({"role": "user", "content": _content(problem, config.suffix)})
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(problem.id, tuple(token_ids), problem.question, problem.gold, problem.images)
+    return Prompt(
+        id=problem.id,
+        token_ids=tuple(token_ids),
+        text=problem.question,
+        gold=problem.gold,
+        images=problem.images,
+        choices=problem.choices,
+        category=problem.category,
+    )
 
 
 def _content(problem: Problem, suffix: str) -> str | list[dict]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -14,50 +21,203 @@ from vold.data.problems import load_text_traces
 from vold.data.prompts import build_prompt
 from vold.records import Prompt, Rollout, Sample
 
-
-def write_traces(rollouts: Sequence[Rollout], path: Path) -> None:
-    """One row a trace; written beside the target, then renamed."""
-    rows = [
-        {
-            "prompt_id": rollout.prompt.id,
-            "prompt": rollout.prompt.text,
-            "gold": rollout.prompt.gold,
-            "prompt_ids": list(rollout.prompt.token_ids),
-            "response": rollout.text,
-            "response_ids": list(rollout.response_ids),
-            "finish_reason": rollout.finish_reason,
-        }
-        for rollout in rollouts
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Dataset.from_list(rows).to_parquet(str(partial))
-    os.replace(partial, path)
+PART = ".part.jsonl"
+SCHEMA = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "prompt": pa.string(),
+        "gold": pa.string(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "response": pa.string(),
+        "response_ids": pa.list_(pa.int32()),
+        "finish_reason": pa.string(),
+    }
+)
 
 
-def load_samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig) -> list[Sample]:
-    """Training sequences of stage 1 (weights still unset): our traces by id, public text sets tokenised once."""
+@dataclass(frozen=True)
+class TraceShard:
+    """One Parquet file to be. Until all its prompts are answered, the answers stand in a part file beside it, one line
+    for what arrived together: a line is there whole or not at all, whenever the process is killed. Each line, and the
+    Parquet file's footer, carry a digest of the prompts, so that answers to other prompts are never taken for these."""
+
+    directory: Path
+    number: int
+    prompts: tuple[Prompt, ...]
+    max_tokens: int  # a trace, prompt included, is shorter
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"shard-{self.number:05d}.parquet"
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_suffix(PART)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.path.exists()
+
+    @property
+    def is_closed(self) -> bool:
+        """Finished, and no part file was left behind."""
+        return self.is_finished and not self.part.exists()
+
+    def answered(self) -> set[str]:
+        """Ids of the prompts that need not be asked again. Raises ValueError when the answers are to other prompts."""
+        if self.is_finished:
+            self.counts()
+            return {prompt.id for prompt in self.prompts}
+        return set(self._answers())
+
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        """Durable when this returns. Raises ValueError when the file system refuses."""
+        answers = [[r.prompt.id, r.finish_reason, r.response_ids, r.text] for r in rollouts]
+        line = json.dumps({"prompts": self._digest, "answers": answers}) + "\n"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.part.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ValueError(f"{error}; make room, then continue with --resume") from None
+
+    def repair(self) -> None:
+        """Drop the line that a killed process left unfinished; what is added next must not continue it."""
+        if self.part.exists():
+            whole = sum(len(line) for line, _ in self._lines())
+            os.truncate(self.part, whole)
+
+    def finish(self) -> None:
+        """The kept traces, in the order of the prompts, as Parquet. Prompts that the engine gave no answer to are
+        counted as failed."""
+        if not self.is_finished:
+            self._write_table()
+        self.part.unlink(missing_ok=True)
+
+    def _write_table(self) -> None:
+        """Beside the target, then renamed."""
+        answers, rows = self._answers(), []
+        counts = dict.fromkeys(("asked", "kept", "truncated", "too_long", "failed", "sampled_tokens", "kept_tokens"), 0)
+        for prompt in self.prompts:
+            finish_reason, ids, text = answers.get(prompt.id, (None, (), ""))
+            fate = _fate(finish_reason, len(prompt.token_ids) + len(ids), self.max_tokens)
+            for name, more in (("asked", 1), (fate, 1), ("sampled_tokens", len(ids))):
+                counts[name] += more
+            if fate == "kept":
+                counts["kept_tokens"] += len(ids)
+                row = (prompt.id, prompt.text, prompt.gold, list(prompt.token_ids), text, ids, finish_reason)
+                rows.append(dict(zip(SCHEMA.names, row, strict=True)))
+        facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
+        partial = self.path.with_suffix(".partial")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with parquet.ParquetWriter(partial, SCHEMA.with_metadata(facts)) as writer:
+            if rows:  # `datasets` cannot read an empty row group
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+    def counts(self) -> dict[str, int]:
+        """What became of a finished shard's prompts, and tokens. Raises ValueError when its prompts are not these."""
+        try:
+            facts = parquet.read_schema(self.path).metadata or {}
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); delete it to have its prompts answered again"
+            ) from None
+        self._check_digest(facts.get(b"vold.prompts", b"").decode(), self.path)
+        return json.loads(facts[b"vold.counts"])
+
+    def _answers(self) -> dict[str, tuple[str, list[int], str]]:
+        """Prompt id -> finish reason, token ids, text."""
+        found = {}
+        for _, row in self._lines():
+            self._check_digest(row["prompts"], self.part)
+            found |= {id: (finish_reason, ids, text) for id, finish_reason, ids, text in row["answers"]}
+        return found
+
+    def _lines(self) -> Iterator[tuple[bytes, dict]]:
+        """Whole lines with what they say."""
+        if not self.part.exists():
+            return
+        with self.part.open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    return
+                if not line.endswith(b"\n"):
+                    return
+                yield line, row
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of what the teacher is asked."""
+        asked = [(prompt.id, prompt.token_ids) for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def _check_digest(self, found: str, where: Path) -> None:
+        if found != self._digest:
+            raise ValueError(
+                f"{where} answers other prompts than data.path now holds; put the file back as it was, or start "
+                "another run_dir"
+            )
+
+
+def _fate(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
+    """The paper keeps complete traces under 8192 tokens."""
+    if finish_reason is None:
+        return "failed"
+    if finish_reason == "length":
+        return "truncated"
+    return "kept" if tokens < max_tokens else "too_long"
+
+
+def load_samples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, *, max_tokens: int
+) -> Sequence[Sample]:
+    """Training sequences of stage 1 (weights still unset): our traces by id, public text sets tokenised once. Those of
+    more than max_tokens are left out."""
     if config.layout == "traces":
-        samples = _load_ids(config)
+        samples = _Traces(_rows(config), max_tokens)
     elif config.layout in ("messages", "prompt-response"):
-        samples = [_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config)]
+        found = (_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config))
+        samples = [one for one in found if len(one.prompt.token_ids) + len(one.response_ids) <= max_tokens]
     else:
         raise ValueError(f"data.layout = {config.layout!r} holds no traces; use traces, messages or prompt-response")
     if not samples:
-        raise ValueError(f"{config.path} holds no trace")
+        raise ValueError(f"{config.path} holds no trace of at most max_tokens = {max_tokens}; raise it")
     return samples
 
 
-def _load_ids(config: DataConfig) -> list[Sample]:
+class _Traces(Sequence[Sample]):
+    """Rows of the table, made into samples when asked for: all of them as Python numbers would need ten times the
+    memory."""
+
+    def __init__(self, rows: Dataset, max_tokens: int):
+        columns = (rows.data.column(name) for name in ("prompt_ids", "response_ids"))
+        lengths = compute.add(*map(compute.list_value_length, columns))
+        self._rows = rows.select(compute.indices_nonzero(compute.less_equal(lengths, max_tokens)).to_pylist())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._rows[index]
+        prompt = Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"])
+        return _sample(prompt, row["response_ids"])
+
+
+def _rows(config: DataConfig) -> Dataset:
     files = sorted(config.path.glob("*.parquet")) if config.path.is_dir() else [config.path]
+    if unfinished := sorted(config.path.glob(f"*{PART}")):
+        raise ValueError(f"{unfinished[0]} is not finished; continue `vold traces` with --resume, or delete it")
     if not files or not files[0].is_file():
         raise ValueError(f"data.path = {config.path} holds no traces; write them first with `vold traces`")
     rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train", keep_in_memory=True)
-    rows = rows.select(range(min(len(rows), config.limit or len(rows))))
-    return [
-        _sample(Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"]), row["response_ids"])
-        for row in rows
-    ]
+    return rows.select(range(min(len(rows), config.limit or len(rows))))
 
 
 def _from_text(trace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Sample:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vold.trainer.run_log import progress_note, read_rows
+from vold.trainer.run_log import RESULTS, progress_note, read_rows
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "miniature"
 FINISHED_BY = {"traces": "traces/card.json", "sft": "model", "rl": "model", "eval": "evaluation.json"}
@@ -37,7 +37,7 @@ class Phase:
         return (self.run_dir / FINISHED_BY[self.verb]).exists()
 
     def command(self) -> list[str]:
-        started = (self.run_dir / "metrics.jsonl").exists() and self.verb != "eval"
+        started = any((self.run_dir / name).exists() for name in RESULTS) and self.verb != "eval"
         overrides = [f"run_dir={self.run_dir}", *self.overrides]
         return [
             *(sys.executable, "-m", "vold", self.verb, str(CONFIGS / self.config)),

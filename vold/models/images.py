@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
 from vold.data.pack import Encoded, Encoder, encode_text
+from vold.data.pictures import read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.records import Prompt
@@ -39,11 +39,7 @@ class ImageReader:
 
     def read(self, paths: Sequence[Path]) -> ImageInputs:
         """All images of one prompt, in order."""
-        pictures = []
-        for path in paths:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
-        out = self._processor(images=pictures, return_tensors="pt")
+        out = self._processor(images=[read_picture(path) for path in paths], return_tensors="pt")
         return ImageInputs(out["pixel_values"], out["image_grid_thw"])
 
     def expand(self, token_ids: Sequence[int], images: ImageInputs) -> tuple[int, ...]:

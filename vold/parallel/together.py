@@ -35,6 +35,22 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
+class SharedCount:
+    """A number that any rank adds to and reads without waiting for another; the rendezvous store keeps it. All ranks
+    make theirs before a collective, and add to it after."""
+
+    def __init__(self, name: str):
+        self._store, self._name = dist.distributed_c10d._get_default_store(), f"count/{name}"
+        self._before = self._store.add(self._name, 0)
+
+    def add(self, more: int) -> None:
+        self._store.add(self._name, more)
+
+    @property
+    def value(self) -> int:
+        return self._store.add(self._name, 0) - self._before
+
+
 def limit_waiting(seconds: float) -> None:
     """From here on a collective that takes longer fails. Before, ranks may be minutes apart: they are starting."""
     from megatron.core.parallel_state import update_pg_timeout

@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from vold.data.pictures import read_picture
+
 from .read import RunRecord, as_number
 from .style import arm_of
 from .words import is_right
@@ -21,6 +23,8 @@ THUMBNAIL = (560, 320)  # pixels; larger images are shrunk, small ones stay as t
 LONGEST = 4000  # characters of a prompt or response; the middle of a longer one is left out
 PER_VERDICT = 3
 PATTERNS = 5
+SMALL = (160, 160)  # pixels of a picture in the gallery of failures
+FAILURES = 24
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,52 @@ class Shelf:
     wrong: tuple[Card, ...]
     n_right: int
     n_wrong: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image problem without the right answer, small."""
+
+    picture: Picture
+    where: str
+    prompt: str
+    said: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Some of a run's `count` failed image problems, spread over them."""
+
+    run: str
+    failures: tuple[Failure, ...]
+    count: int
+
+
+def galleries(evaluations: Sequence[RunRecord]) -> list[Gallery]:
+    """Per evaluation with image problems that none of its answers solved."""
+    found = []
+    for run in evaluations:
+        answers: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in run.samples:
+            if row.get("images"):
+                answers.setdefault((str(row.get("set")), str(row.get("prompt_id"))), []).append(row)
+        failed = [rows[0] for rows in answers.values() if not any(map(is_right, rows))]
+        if failed:
+            shown = failed[:: -(-len(failed) // FAILURES)]
+            found.append(Gallery(run.name, tuple(_failure(run, row) for row in shown), len(failed)))
+    return found
+
+
+def _failure(run: RunRecord, row: Mapping[str, Any]) -> Failure:
+    said = "cut at the length limit" if row.get("finish_reason") == "length" else row.get("extracted") or "no answer"
+    return Failure(
+        picture=next(iter(_pictures(run.path, row["images"], SMALL)), Picture(None, note="no picture")),
+        where=visible(" · ".join(str(row[key]) for key in ("set", "category") if row.get(key))),
+        prompt=visible(row.get("prompt")),
+        said=visible(said),
+        gold=visible(row.get("gold")),
+    )
 
 
 def shelves(runs: Sequence[RunRecord]) -> list[Shelf]:
@@ -135,20 +185,17 @@ def visible(value: Any) -> str:
 
 
 @lru_cache(maxsize=512)
-def thumbnail(path: Path) -> Picture:
-    """An image file as a data URI, no larger than THUMBNAIL."""
+def thumbnail(path: Path, box: tuple[int, int] = THUMBNAIL) -> Picture:
+    """An image file as a data URI, no larger than `box`: JPEG, or PNG for what is tiny in the first place."""
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", THUMBNAIL)
-            picture = image.convert("RGB")
-        picture.thumbnail(THUMBNAIL)
+        picture = read_picture(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Picture(None, note=f"{path.name}: {type(error).__name__}")
+    tiny = picture.width * picture.height <= 128 * 128
+    picture.thumbnail(box)
     out = io.BytesIO()
-    large = picture.width * picture.height > 128 * 128
-    picture.save(out, **({"format": "JPEG", "quality": 82} if large else {"format": "PNG", "optimize": True}))
-    kind = "jpeg" if large else "png"
-    uri = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    picture.save(out, **({"format": "PNG", "optimize": True} if tiny else {"format": "JPEG", "quality": 82}))
+    uri = f"data:image/{'png' if tiny else 'jpeg'};base64,{base64.b64encode(out.getvalue()).decode()}"
     return Picture(uri, picture.width, picture.height)
 
 
@@ -184,11 +231,11 @@ def _facts(row: Mapping[str, Any]) -> Iterable[str]:
         yield "cut at the length limit"
 
 
-def _pictures(run: Path, images: Any) -> Iterable[Picture]:
+def _pictures(run: Path, images: Any, box: tuple[int, int] = THUMBNAIL) -> Iterable[Picture]:
     for name in images if isinstance(images, list | tuple) else ():
         if isinstance(name, str):
             found = _locate(run, name)
-            yield thumbnail(found) if found else Picture(None, note=f"{name}: no such file")
+            yield thumbnail(found, box) if found else Picture(None, note=f"{name}: no such file")
 
 
 def _locate(run: Path, name: str) -> Path | None:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import browse, health, plots, tables, words
+from .published import beside_published
 from .read import RunRecord, as_number, flatten, read_json, read_runs
 from .style import CURVES, GRID, INK, PALETTE, SOFT, arm_of, colours, label, metric
 
@@ -35,6 +36,8 @@ class Run:
     unfinite: list[str]
     config: str
     evaluation: Mapping[str, Mapping[str, Any]]
+    kinds: list[tuple[str, str, Mapping[str, Any]]]  # set, kind of problem, its accuracy
+    benchmarks: tuple[list[str], list[list[str]]] | None  # beside the paper's
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def write_report(
             curves=_curves(records),
             vitals=health.vitals([record for record in records if record.metrics]),
             problems=browse.problems(_in_order(evaluations, table)),
+            galleries=browse.galleries(_in_order(evaluations, table)),
             shelves=browse.shelves(records),
             changes=_changes(records),
         )
@@ -118,7 +122,7 @@ def _environment() -> Environment:
         "amount": health.amount,
         "duration": health.duration,
         "difference": words.difference_text,
-        "percent": lambda value: tables.cell(as_number(value), math.nan),
+        "percent": lambda value, error=math.nan: tables.cell(as_number(value), as_number(error)),
         "visible": browse.visible,
         "label": label,
         "unbroken": lambda text: text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%"),
@@ -189,6 +193,8 @@ def _run(record: RunRecord, colour: str) -> Run:
         unfinite=health.unfinite(record),
         config=yaml.safe_dump(dict(record.config), sort_keys=False, allow_unicode=True) if record.config else "",
         evaluation=tables.evaluation_sets(record),
+        kinds=tables.kinds(record),
+        benchmarks=beside_published(found) if (found := tables.benchmarks(record)) else None,
     )
 
 

@@ -123,6 +123,22 @@ def evaluation_sets(run: RunRecord) -> dict[str, Mapping[str, Any]]:
     return {k: v for k, v in sets.items() if isinstance(v, Mapping)} if isinstance(sets, Mapping) else {}
 
 
+def kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(set, kind of problem, its accuracy): perception and reasoning first, then the data set's own categories."""
+    found = []
+    for name, result in evaluation_sets(run).items():
+        for table in (result.get("skills"), result.get("categories")):
+            rows = table.items() if isinstance(table, Mapping) else ()
+            found += [(name, kind, numbers) for kind, numbers in rows if isinstance(numbers, Mapping)]
+    return found
+
+
+def benchmarks(run: RunRecord) -> dict[str, Mapping[str, Any]]:
+    """judge -> set -> numbers, of VLMEvalKit."""
+    found = (run.evaluation or {}).get("benchmarks")
+    return {k: v for k, v in found.items() if isinstance(v, Mapping)} if isinstance(found, Mapping) else {}
+
+
 def cell(value: float, error: float) -> str:
     """Percent with one decimal: "53.8 ± 2.5"; "–" where nothing was measured."""
     if not math.isfinite(value):

@@ -110,19 +110,20 @@ def is_right(row: Mapping[str, Any]) -> bool:
     return isinstance(reward, int | float) and reward > 0.5
 
 
-def _right_by_problem(run: RunRecord) -> dict[str, dict[str, int]]:
-    right: dict[str, dict[str, int]] = {}
+def _right_by_problem(run: RunRecord) -> dict[str, dict[str, float]]:
+    """set -> problem -> share of its responses that are right."""
+    right: dict[str, dict[str, list[bool]]] = {}
     for row in run.samples:
-        right.setdefault(str(row.get("set")), {})[str(row.get("prompt_id"))] = int(is_right(row))
-    return right
+        right.setdefault(str(row.get("set")), {}).setdefault(str(row.get("prompt_id")), []).append(is_right(row))
+    return {name: {key: sum(ok) / len(ok) for key, ok in found.items()} for name, found in right.items()}
 
 
-def _agrees(table: AccuracyTable, model: str, name: str, right: Mapping[str, int]) -> bool:
-    """The samples reproduce the reported accuracy: neither truncated nor sampled several times per problem."""
+def _agrees(table: AccuracyTable, model: str, name: str, right: Mapping[str, float]) -> bool:
+    """The samples reproduce the reported accuracy: they are all there."""
     return math.isclose(sum(right.values()) / len(right), table.value(model, name), abs_tol=5e-4)
 
 
-def _paired(differences: Sequence[int]) -> Difference:
+def _paired(differences: Sequence[float]) -> Difference:
     n = len(differences)
     mean = sum(differences) / n
     variance = sum((d - mean) ** 2 for d in differences) / (n - 1)

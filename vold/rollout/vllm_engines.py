@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
+from vold.data.pictures import read_picture
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel import cpu
 from vold.records import Prompt
@@ -186,13 +186,8 @@ def vllm_prompt(request: Request) -> dict:
     """A request as `LLM.generate` takes it."""
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
     if request.images:
-        prompt["multi_modal_data"] = {"image": [_picture(path) for path in request.images]}
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in request.images]}
     return prompt
-
-
-def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _outer_name(request_id: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
-import mimetypes
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from vold.data.pictures import read_picture
 from vold.rollout.vllm_engines import Answer, Request, Response, scored_logps
 
 
@@ -112,8 +113,10 @@ def _one_line(text: bytes) -> str:
 
 
 def _data_url(path: Path) -> str:
-    kind = mimetypes.guess_type(path)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """The pixels that the trainer sees, not the file: the server would read transparency and 16 bits in its own way."""
+    png = io.BytesIO()
+    read_picture(path).save(png, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 def _scores(step: dict[str, Any] | None) -> dict[int, float]:

@@ -28,9 +28,7 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     tokenizer = load_tokenizer(config.student)
     if config.pair_with is not None:
         check_pair(config.student, config.pair_with)
-    samples = [s for s in load_samples(config.data, tokenizer, config.prompt) if _length(s) <= config.max_tokens]
-    if not samples:
-        raise ValueError(f"{config.data.path}: every trace is longer than max_tokens = {config.max_tokens}; raise it")
+    samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
     trainer = Trainer(
         config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
     )
@@ -56,7 +54,3 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
             metrics["response_tokens"] = report.metrics["gradient_tokens"]
             training.finish_step(step, metrics, [], sampler, grader)
     training.export()
-
-
-def _length(sample) -> int:
-    return len(sample.prompt.token_ids) + len(sample.response_ids)

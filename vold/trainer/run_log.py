@@ -19,7 +19,7 @@ from vold.config.schema import RunConfig
 from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
-RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
+RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces")
 # keys that may differ between a run and its resumption
 FREE_KEYS = (
     "parallel",
@@ -54,6 +54,10 @@ class RunLog:
             _replace(self.path / "config.yaml", dump_config(self._config, self._verb))
         self._progress.start()
 
+    def expect(self, total: int) -> None:
+        """How many steps there will be, where that is known only once the data are read."""
+        self._progress.update(self._task, total=total)
+
     def rewind(self, step: int) -> None:
         """Drop rows after `step`: they belong to updates that were never saved."""
         if not self._writer:
@@ -74,6 +78,8 @@ class RunLog:
         row = {"step": step, "seconds": seconds, **metrics, **phases, "peak_memory_gib": self.phase.peak_gib}
         if "response_tokens" in metrics:
             row["tokens_per_second"] = metrics["response_tokens"] / seconds
+        if "prompts" in metrics:
+            row["prompts_per_second"] = metrics["prompts"] / seconds
         if self._peak_flops and "train_tflop" in metrics:
             row["mfu"] = metrics["train_tflop"] * 1e12 / row["seconds_train"] / self._peak_flops
         if self._writer:
@@ -157,6 +163,7 @@ def progress_note(row: dict[str, float]) -> str:
         ("reward", "{:.3f}"),
         ("nll", "nll {:.4f}"),
         ("kl_teacher", "kl {:.3f}"),
+        ("prompts_per_second", "{:.2f} prompts/s"),
         ("tokens_per_second", "{:.0f} tok/s"),
         ("rollout_tail_seconds", "tail {:.1f} s"),
         ("mfu", "mfu {:.1%}"),

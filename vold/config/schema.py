@@ -116,6 +116,13 @@ class OptimizerConfig(Strict):
     max_bad_steps: Positive = 3  # non-finite steps in a row (each skipped on every rank) before the run stops
 
 
+class VisionConfig(Strict):
+    """A student that sees. The blocks of its vision tower stay frozen."""
+
+    train_merger: bool = False  # train what turns patches into tokens (with Qwen3-VL's DeepStack mergers)
+    patches_per_pass: Positive = 16384  # image patches the tower looks at side by side
+
+
 class EvaluationConfig(Strict):
     """Named problem sets, answered greedily unless said otherwise."""
 
@@ -141,6 +148,7 @@ class TrainConfig(RunConfig):
     student: Path
     data: DataConfig
     optimizer: OptimizerConfig
+    vision: VisionConfig = VisionConfig()
     steps: Positive
     microbatch_tokens: Positive = 16384  # packed tokens of one forward/backward pass
     save_every: NonNegative = 0  # steps; the last step is always saved

@@ -1,16 +1,21 @@
 """`vold rl`: stage 2. Responses are sampled once and used twice: for a clipped policy gradient on a verifiable reward,
-and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6). Text only, vision frozen."""
+and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6). Text and images; of the vision
+tower nothing is trained but, where the config says so, its mergers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from vold.config.schema import RlConfig
 from vold.data.order import rows_of_step
 from vold.data.pack import pack
-from vold.data.problems import load_problems
+from vold.data.problems import Problem, load_problems
 from vold.data.prompts import build_prompts
 from vold.grading import Grader
+from vold.models.architecture import Architecture
+from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import open_sampler
@@ -19,7 +24,7 @@ from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
-from vold.teacher import NoTeacher, Teacher
+from vold.teacher import NoTeacher, OwnPrompts, Teacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -31,10 +36,11 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
-    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    problems, encode = load_problems(config.data), encoder_of(config.student)
+    prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, vocab_size)
+    teacher = _teacher(config, job, objective, vocab_size, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -58,15 +64,16 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
                 graded = [grade_groups(found, grader, responses) for found in rollouts]
             with job.log.phase("gather"):
                 groups = [group for call in job.gather(graded) for group in call]
-            samples = objective.weigh(groups)
-            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
+            weighed = objective.weigh(groups)
+            samples = teacher.admit(weighed)
+            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
             with job.log.phase("teacher"):
                 batch = teacher.score(batch)
             with job.log.phase("train"):
                 report = trainer.step(batch)
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups) | teacher_saving(samples) | report.metrics | parity
+            metrics = group_metrics(groups) | teacher_saving(weighed, encode, samples) | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -94,20 +101,38 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         vocab_size=vocab_size,
         clip=(objective.clip_low, objective.clip_high),
         temperature=config.rollout.temperature,
+        vision=config.vision,
     )
 
 
-def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Teacher | NoTeacher:
+def _teacher(
+    config: RlConfig, job: Job, objective: Objective, vocab_size: int, problems: Sequence[Problem]
+) -> Teacher | NoTeacher:
     if not objective.needs_teacher:
         return NoTeacher()
+    encode = None
+    if Architecture.from_pretrained(config.teacher).vision:
+        encode = OwnPrompts(config.teacher, problems, config.prompt)
+    elif seen := sum(bool(problem.images) for problem in problems):
+        _tell_of_blind_teacher(config, job, seen, len(problems))
     return Teacher(
         config.teacher,
         job.layout,
         dtype=job.dtype,
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
+        encode=encode,
+        patches_per_pass=config.vision.patches_per_pass,
         offload=config.teacher_offload,
     )
+
+
+def _tell_of_blind_teacher(config: RlConfig, job: Job, seen: int, total: int) -> None:
+    line = f"teacher = {config.teacher} reads text only and {seen} of {total} problems have images"
+    if seen == total:
+        raise ValueError(f"{line}; choose a teacher that sees, or objective.preset=grpo")
+    if job.is_writer:
+        print(f"{line}: their responses get no KL term (metric teacher_blind)")
 
 
 def _sampling_seed(seed: int, step: int, call: int) -> int:

@@ -32,7 +32,13 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     if not samples:
         raise ValueError(f"{config.data.path}: every trace is longer than max_tokens = {config.max_tokens}; raise it")
     trainer = Trainer(
-        config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
+        config.student,
+        job.layout,
+        config.optimizer,
+        steps=config.steps,
+        dtype=job.dtype,
+        vocab_size=len(tokenizer),
+        vision=config.vision,
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)

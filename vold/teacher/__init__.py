@@ -1,5 +1,6 @@
 """Teacher log-probabilities of the student's tokens."""
 
+from vold.teacher.prompts import OwnPrompts
 from vold.teacher.score import NoTeacher, Teacher
 
-__all__ = ["NoTeacher", "Teacher"]
+__all__ = ["NoTeacher", "OwnPrompts", "Teacher"]

@@ -16,11 +16,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from vold.config.schema import OptimizerConfig
+from vold.config.schema import OptimizerConfig, VisionConfig
 from vold.data.pack import Replicas
 from vold.models.architecture import Architecture
-from vold.models.language_model import LanguageModel, build_chunks, unwrap
-from vold.models.vision import FrozenVisionTower
+from vold.models.language_model import LanguageModel, build_chunks, open_tower, unwrap
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
@@ -48,14 +47,14 @@ class Trainer:
         vocab_size: int,
         clip: tuple[float, float] = (0.2, 0.3),
         temperature: float = 1.0,
+        vision: VisionConfig = VisionConfig(),
     ):
         self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
-        self._student, self._dtype = student, dtype
-        self._chunks = _wrap(load_student(student, layout, dtype))
+        self._chunks = _wrap(load_student(student, layout, dtype, train_merger=vision.train_merger))
+        self._vision = open_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
-        self._vision: FrozenVisionTower | None = None
         self.phases = Phases()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -77,7 +76,9 @@ class Trainer:
         self._optimizer.zero_grad()
         forward = partial(self.phases, "student_forward")
         with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
-            return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss, timed=forward)
+            return run_pipeline(
+                self._chunks, batch.micro_batches, self._layout, self._loss, vision=self._vision, timed=forward
+            )
 
     def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group."""
@@ -144,10 +145,8 @@ class Trainer:
         """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
-        sees = any(micro.tokens.pixel_values is not None for micro in batch.micro_batches)
-        vision = self._tower() if sees and self._layout.is_first_stage else None
         found = run_pipeline(
-            self._chunks, batch.micro_batches, self._layout, self._read, forward_only=True, vision=vision
+            self._chunks, batch.micro_batches, self._layout, self._read, forward_only=True, vision=self._vision
         )
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
@@ -163,13 +162,9 @@ class Trainer:
         return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Trained weights by transformers' names, streamed. The frozen vision tower is not among them."""
+        """Trained weights by transformers' names, streamed. Those of the vision tower's frozen part are not among
+        them."""
         return export_weights(self.chunks)
-
-    def _tower(self) -> FrozenVisionTower:
-        if self._vision is None:
-            self._vision = FrozenVisionTower.from_pretrained(self._student, self._dtype, device=self._layout.device)
-        return self._vision
 
     # -- for checkpoints -------------------------------------------------------------------------------------------
 
@@ -194,9 +189,11 @@ class Trainer:
         return self._optimizer
 
 
-def load_student(checkpoint: Path, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
-    """This rank's part of the student's language model with a checkpoint directory's weights."""
-    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
+def load_student(
+    checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+) -> list[LanguageModel]:
+    """This rank's part of what is trained of the student, with a checkpoint directory's weights."""
+    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)
     return chunks

@@ -1,0 +1,115 @@
+"""What test_seeing.py trains on, and one rank of it: text prompts and prompts with one and two images, with siblings."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+from steps import OPTIMIZER, relative
+
+from vold.config.schema import VisionConfig
+from vold.data.pack import Encoded, TextEncoder, pack
+from vold.models.architecture import Architecture
+from vold.models.images import grids_of
+from vold.models.positions import expand_image_tokens, mrope_positions
+from vold.models.weights import export_weights
+from vold.parallel.launch import initialise, shutdown
+from vold.records import Picture, Prompt, Sample
+from vold.trainer.engine import Trainer
+
+IDS = 120  # below the special ones
+GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
+LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2)]
+
+
+class Pictures(TextEncoder):
+    """Encodes prompts whose image files are only names; GRIDS has their sizes."""
+
+    def __init__(self, arch: Architecture):
+        self.arch = arch
+
+    def pictures(self, prompt: Prompt) -> tuple[Picture, ...]:
+        found = []
+        for number, grid in enumerate(GRIDS[prompt.id]):
+            generator = torch.Generator().manual_seed(ord(prompt.id) + number)
+            patches = grid[0] * grid[1] * grid[2]
+            found.append(Picture(f"{prompt.id}{number}", torch.randn(patches, 96, generator=generator), grid))
+        return tuple(found)
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        pictures = self.pictures(prompt)
+        ids = expand_image_tokens(prompt.token_ids, grids_of(pictures), self.arch)
+        return Encoded(ids, mrope_positions(torch.tensor(ids), grids_of(pictures), self.arch), pictures)
+
+    def length(self, prompt: Prompt) -> int:
+        return len(self(prompt).prompt_ids)
+
+
+def make_samples() -> list[Sample]:
+    """Three responses of unequal length a prompt."""
+    draw = random.Random(0)
+    ids = lambda low, high: tuple(draw.randrange(IDS) for _ in range(draw.randint(low, high)))  # noqa: E731
+    image = (tiny.VISION_START, tiny.IMAGE_PAD, tiny.VISION_END)
+    samples = []
+    for name, grids in GRIDS.items():
+        tokens = (*ids(1, 3), *(token for _ in grids for token in (*image, *ids(1, 2))), *ids(1, 4))
+        prompt = Prompt(name, tokens, "", images=tuple(Path(f"{name}{n}") for n in range(len(grids))))
+        samples += [Sample(prompt, ids(1, 9), draw.uniform(-1.5, 1.5), 1.0, 0.0) for _ in range(3)]
+    total = sum(len(sample.response_ids) for sample in samples)
+    return [replace(sample, pg_weight=1 / total) for sample in samples]
+
+
+def open_trainer(student: Path, layout, *, train_merger: bool, steps: int = 3) -> Trainer:
+    vision = VisionConfig(train_merger=train_merger, patches_per_pass=40)
+    return Trainer(student, layout, OPTIMIZER, steps=steps, dtype=torch.float32, vocab_size=IDS, vision=vision)
+
+
+def loss_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float | None, dict[str, torch.Tensor]]:
+    """Of one step over all samples, gradients whole and by transformers' names; the loss on the last stage."""
+    batch = pack(make_samples(), max_tokens=max_tokens, encode=Pictures(trainer.chunks[0].arch))
+    assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
+    tallies = trainer.accumulate_gradients(batch)
+    named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
+    return float(sum(t["sums"][1] for t in tallies)), {name: tensor.clone() for name, tensor in named}
+
+
+def expected_loss_and_gradients(reference) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same in plain torch on a transformers model, sequence by sequence, on materialised logits."""
+    encode = Pictures(Architecture.from_config(reference.config))
+    total = torch.zeros(())
+    for sample in make_samples():
+        prompt = encode(sample.prompt)
+        ids = torch.tensor([*prompt.prompt_ids, *sample.response_ids])
+        logits = tiny.Row(ids, None, prompt.pictures).logits(reference)[len(prompt.prompt_ids) - 1 : -1, :IDS]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        total = total - sample.pg_weight * sample.advantage * (logp - logp.detach()).exp().sum()
+    total.backward()
+    named = reference.named_parameters(remove_duplicate=False)
+    return total.item(), {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def check(trainer: Trainer, reference) -> None:
+    """Loss and every trained gradient are transformers'."""
+    loss, found = loss_and_gradients(trainer)
+    expected_loss, expected = expected_loss_and_gradients(reference)
+    merged = {name for name in expected if "visual" in name and "merger" in name}
+    assert merged and found.keys() == {name for name in expected if "visual" not in name} | merged
+    error = relative(found, {name: expected[name] for name in found})
+    assert error <= 1e-5, error
+    if trainer.chunks[-1].post_process:
+        assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss), (loss, expected_loss)
+
+
+def rank(students: dict[str, Path]) -> None:
+    """Every family on every layout of two processes."""
+    for sizes in LAYOUTS:
+        layout = initialise(**sizes, seed=0)
+        for family, student in students.items():
+            check(open_trainer(student, layout, train_merger=True), tiny.FAMILIES[family](tied=False))
+            if dist.get_rank() == 0:
+                print(family, sizes, flush=True)
+    shutdown()

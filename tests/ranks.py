@@ -17,7 +17,16 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-IMPORTED = ["torch", "ranks", "steps", "tiny", "vold.cli", "vold.stages.sft", "vold.stages.rl", "vold.trainer.checkpoint"]
+IMPORTED = [
+    "torch",
+    "ranks",
+    "steps",
+    "tiny",
+    "vold.cli",
+    "vold.stages.sft",
+    "vold.stages.rl",
+    "vold.trainer.checkpoint",
+]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(IMPORTED)
 

@@ -58,7 +58,7 @@ VISION_QWEN3 = dict(
     patch_size=4,
     out_hidden_size=64,
     num_position_embeddings=16,
-    deepstack_visual_indexes=[0, 1],
+    deepstack_visual_indexes=[0, 1, 2],
 )
 PATCH_VALUES = 3 * 2 * 4 * 4  # channels x temporal patch x patch x patch
 SPECIAL_IDS = dict(

@@ -24,20 +24,20 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def student(family, tmp_path_factory):
-    return tiny.save(tiny.FAMILIES[family](tied=False), tmp_path_factory.mktemp(family))
+    return tiny.save(seeing.reference(family), tmp_path_factory.mktemp(family))
 
 
 def test_loss_and_gradients_equal_transformers(family, student, layout):
-    seeing.check(seeing.open_trainer(student, layout, train_merger=True), tiny.FAMILIES[family](tied=False))
+    seeing.check(seeing.open_trainer(student, layout, train_merger=True), family)
 
 
 def test_layers_computed_again_see_the_same(family, student, layout):
     again = seeing.open_trainer(student, replace(layout, recompute="full"), train_merger=True)
-    seeing.check(again, tiny.FAMILIES[family](tied=False))
+    seeing.check(again, family)
 
 
 def test_every_layout_of_two_ranks_equals_transformers(tmp_path):
-    students = {family: tiny.save(tiny.FAMILIES[family](tied=False), tmp_path / family) for family in FAMILIES}
+    students = {family: tiny.save(seeing.reference(family), tmp_path / family) for family in FAMILIES}
     ranks.run(2, seeing.rank, students, logs=tmp_path / "logs")
 
 

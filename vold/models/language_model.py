@@ -88,7 +88,7 @@ def build_language_model(
     model.to(layout.device)
     model.visual = None
     if train_merger and model.vision_levels:
-        model.visual = Mergers(arch, model.vision_levels, dtype, sp=layout.sp).to_empty(device=layout.device)
+        model.visual = Mergers(arch, model.vision_levels, dtype, layout)
     return model
 
 

@@ -23,6 +23,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import tensor_files
+from vold.parallel.launch import Layout
 from vold.records import Picture
 
 VISION_PREFIXES = ("visual.", "model.visual.")
@@ -115,7 +116,7 @@ class Mergers(nn.Module):
     and the mark `sequence_parallel` makes Megatron add up the shares' gradients.
     """
 
-    def __init__(self, arch: Architecture, levels: Sequence[int], dtype: torch.dtype, *, sp: bool):
+    def __init__(self, arch: Architecture, levels: Sequence[int], dtype: torch.dtype, layout: Layout):
         super().__init__()
         self._merged = arch.vision.merge_size**2
         with torch.device("meta"):
@@ -124,8 +125,9 @@ class Mergers(nn.Module):
         if 0 in mergers:
             self.merger = mergers.pop(0)
         self.deepstack_merger_list = nn.ModuleDict({str(level - 1): merger for level, merger in mergers.items()})
+        self.to_empty(device=layout.device)
         for parameter in self.parameters():
-            parameter.sequence_parallel = sp
+            parameter.sequence_parallel = layout.sp
 
     def forward(self, level: int, units: Tensor) -> Tensor:
         """units_I(MC) -> features_ID"""

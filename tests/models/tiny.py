@@ -87,8 +87,9 @@ def qwen2_5_vl(tied: bool = True, **changes) -> Qwen2_5_VLForConditionalGenerati
 
 
 def qwen3_vl(tied: bool = True, **changes) -> Qwen3VLForConditionalGeneration:
+    """Four layers: DeepStack adds to three of them, and the last reads them all."""
     rope = {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    text = {**TEXT, "head_dim": 32, "rope_parameters": rope, **changes}
+    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 32, "rope_parameters": rope, **changes}
     config = Qwen3VLConfig(text_config=text, vision_config=dict(VISION_QWEN3), tie_word_embeddings=tied, **SPECIAL_IDS)
     return perturbed(Qwen3VLForConditionalGeneration, config)
 

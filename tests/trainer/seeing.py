@@ -9,6 +9,7 @@ from pathlib import Path
 import tiny
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from steps import OPTIMIZER, relative
 
 from vold.config.schema import VisionConfig
@@ -19,15 +20,17 @@ from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
 from vold.records import Picture, Prompt, Sample
+from vold.teacher import Teacher
+from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 
 IDS = 120  # below the special ones
 GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
-LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2), dict(pp=2, vpp=2)]
+LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2), dict(distributed_optimizer=True), dict(pp=2, vpp=2)]
 
 
 def reference(family: str):
-    """Four layers: DeepStack adds to three of them, with pp = 2 on either stage, and the last one reads them all."""
+    """Four layers: with pp = 2 DeepStack adds to layers of either stage."""
     return tiny.FAMILIES[family](tied=False, num_hidden_layers=4)
 
 
@@ -110,12 +113,48 @@ def check(trainer: Trainer, family: str) -> None:
         assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss), (loss, expected_loss)
 
 
-def rank(students: dict[str, Path]) -> None:
-    """Every family on every layout of two processes."""
-    for sizes in LAYOUTS:
+class OtherPrompts(Pictures):
+    """A teacher's own rendering: an id more in front."""
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        return super().__call__(replace(prompt, token_ids=(3, *prompt.token_ids)))
+
+
+def check_teacher(trainer: Trainer, student: Path, layout) -> None:
+    """The student as its own teacher gives the log-probs that the student has behind the teacher's prompts."""
+    other = OtherPrompts(trainer.chunks[0].arch)
+    teacher = Teacher(student, layout, dtype=torch.float32, vocab_size=IDS, encode=other, patches_per_pass=40)
+    samples = [replace(sample, kl_weight=float(number % 4 > 0)) for number, sample in enumerate(make_samples())]
+    scored = teacher.score(pack(samples, max_tokens=60, encode=Pictures(other.arch)))
+    expected = trainer.logprobs(pack(samples, max_tokens=999, encode=other))
+    for micro in scored.micro_batches if layout.is_last_stage else ():
+        for sequence, place in enumerate(micro.sample_B):
+            wanted = torch.tensor(expected[place]) * (samples[place].kl_weight > 0)
+            torch.testing.assert_close(micro.logp_teacher_N[micro.sequence_N == sequence], wanted, rtol=0, atol=1e-5)
+
+
+def rank(students: dict[str, Path], run_dir: Path) -> None:
+    """Every family on every layout of two processes, each continuing from the checkpoint of the one before."""
+    for step, sizes in enumerate(LAYOUTS):
         layout = initialise(**sizes, seed=0)
         for family, student in students.items():
-            check(open_trainer(student, layout, train_merger=True), family)
+            trainer = open_trainer(student, layout, train_merger=True)
+            if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
+                check(trainer, family)
+                check_teacher(trainer, student, layout)
+            checkpoints = Checkpoints(run_dir / family, layout, keep=9)
+            if step:
+                checkpoints.load(trainer, step)
+                last = load_file(run_dir / f"{family}-{step}")
+                assert all(torch.equal(last[name], tensor) for name, tensor in trainer.weights())
+            batch = pack(
+                make_samples(), max_tokens=60, replicas=trainer.replicas, encode=Pictures(trainer.chunks[0].arch)
+            )
+            assert trainer.step(batch).metrics["skipped"] == 0.0
+            checkpoints.save(trainer, step + 1)
+            weights = {name: tensor.clone() for name, tensor in trainer.weights()}
             if dist.get_rank() == 0:
+                save_file(weights, run_dir / f"{family}-{step + 1}")
                 print(family, sizes, flush=True)
+            dist.barrier()
     shutdown()

@@ -36,9 +36,15 @@ def test_layers_computed_again_see_the_same(family, student, layout):
     seeing.check(again, family)
 
 
+def test_a_teacher_reads_its_own_prompts(student, layout):
+    seeing.check_teacher(seeing.open_trainer(student, layout, train_merger=False), student, layout)
+
+
 def test_every_layout_of_two_ranks_equals_transformers(tmp_path):
+    """And continues from a checkpoint of the layout before it; a teacher scores there what the student itself does."""
     students = {family: tiny.save(seeing.reference(family), tmp_path / family) for family in FAMILIES}
-    ranks.run(2, seeing.rank, students, logs=tmp_path / "logs")
+    (tmp_path / "runs").mkdir()
+    ranks.run(2, seeing.rank, students, tmp_path / "runs", logs=tmp_path / "logs")
 
 
 @pytest.mark.parametrize("train_merger", [True, False])

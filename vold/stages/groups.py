@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vold.config.schema import RolloutConfig
-from vold.data.pack import Encoder
 from vold.grading import Grader
 from vold.records import Group, Prompt, Rollout, Sample, Verdict
 from vold.stages.evaluate import answer_row
@@ -50,13 +49,17 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def teacher_saving(samples: Sequence[Sample], encode: Encoder, admitted: Sequence[Sample]) -> dict[str, float]:
+def teacher_saving(samples: Sequence[Sample], length: Callable[[Prompt], int]) -> dict[str, float]:
     """`teacher_saved`: share of a step's tokens, prompts included, that the teacher does not read because their KL
-    weight is 0; `teacher_blind`: responses that lost theirs because the teacher does not see their images."""
-    lengths = [encode.length(sample.prompt) + len(sample.response_ids) for sample in samples]
-    read = sum(length for length, sample in zip(lengths, admitted, strict=True) if sample.kl_weight)
-    blind = sum(a.kl_weight != b.kl_weight for a, b in zip(samples, admitted, strict=True))
-    return {"teacher_saved": 1.0 - read / max(sum(lengths), 1), "teacher_blind": float(blind)}
+    weight is 0. `length`: of a prompt, images included (see Encoder)."""
+    lengths = [length(sample.prompt) + len(sample.response_ids) for sample in samples]
+    read = sum(tokens for tokens, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
+    return {"teacher_saved": 1.0 - read / max(sum(lengths), 1)}
+
+
+def teacher_blind(weighed: Sequence[Sample], admitted: Sequence[Sample]) -> dict[str, float]:
+    """`teacher_blind`: responses that lost their KL term because the teacher does not see their images."""
+    return {"teacher_blind": float(sum(a.kl_weight != b.kl_weight for a, b in zip(weighed, admitted, strict=True)))}
 
 
 def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:

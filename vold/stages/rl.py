@@ -20,7 +20,14 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls, teacher_saving
+from vold.stages.groups import (
+    grade_groups,
+    group_metrics,
+    group_rows,
+    rollout_calls,
+    teacher_blind,
+    teacher_saving,
+)
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
@@ -73,7 +80,8 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
                 report = trainer.step(batch)
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups) | teacher_saving(weighed, encode, samples) | report.metrics | parity
+            metrics = group_metrics(groups) | teacher_saving(samples, encode.length) | teacher_blind(weighed, samples)
+            metrics |= report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()

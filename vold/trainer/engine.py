@@ -27,7 +27,7 @@ from vold.trainer.device import batch_to
 from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
-from vold.trainer.pipeline import run_pipeline
+from vold.trainer.pipeline import Head, ResultT, run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
@@ -76,9 +76,10 @@ class Trainer:
         self._optimizer.zero_grad()
         forward = partial(self.phases, "student_forward")
         with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
-            return run_pipeline(
-                self._chunks, batch.micro_batches, self._layout, self._loss, vision=self._vision, timed=forward
-            )
+            return self._run(batch, self._loss, timed=forward)
+
+    def _run(self, batch: Batch, head: Head[ResultT], **options) -> list[ResultT]:
+        return run_pipeline(self._chunks, batch.micro_batches, self._layout, head, vision=self._vision, **options)
 
     def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group."""
@@ -145,9 +146,7 @@ class Trainer:
         """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
-        found = run_pipeline(
-            self._chunks, batch.micro_batches, self._layout, self._read, forward_only=True, vision=self._vision
-        )
+        found = self._run(batch, self._read, forward_only=True)
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
     def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from steps import VOCAB_SIZE
+from steps import VOCAB_SIZE, gradients, make_trainer, relative
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from vold.config.schema import DataConfig, ExportConfig, PromptConfig
@@ -17,9 +17,10 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.miniature.tokenizer import IMAGE, TOKEN_ID
 from vold.models.images import encoder_of
+from vold.objectives.visual_advantage import degrade, token_advantage, weigh_siblings
 from vold.records import Sample
-from vold.stages import export, rl
-from vold.teacher import OwnPrompts, Teacher
+from vold.stages import export, rl, sft
+from vold.teacher import OwnPrompts, Teacher, VisualTeacher
 from vold.trainer.run_log import read_rows
 
 PROMPT = PromptConfig(suffix="", max_tokens=64)
@@ -106,9 +107,26 @@ def test_a_text_teacher_alone_with_images_is_a_mistake(configured, world, layout
         rl.run(config)
 
 
+def test_mergers_that_no_image_would_teach_are_a_mistake(load, tmp_path, layout):
+    for verb, stage in (("rl", rl), ("sft", sft)):
+        with pytest.raises(ValueError, match=r"vision\.train_merger = true, but no training prompt has an image"):
+            stage.run(load(verb, tmp_path / verb, "vision.train_merger=true"))
+
+
 def test_images_count_in_prompt_max_tokens(configured, layout):
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens exceeds prompt.max_tokens = 8"):
         rl.run(configured("long", "prompt.max_tokens=8"))
+
+
+def test_a_teacher_that_looks_twice(configured, tiny_qwen3_vl_dir, layout):
+    config = configured(
+        "twice", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd", "objective.visual_advantage=true"
+    )
+    rl.run(config)
+    for row in metrics(config):
+        assert row["visual_advantage"] > 0 and 0.1 < row["visual_top_share"] < 1
+    with pytest.raises(ValueError, match=r"reads text only; objective\.visual_advantage needs one that sees"):
+        rl.run(configured("blindly", "objective.visual_advantage=true"))
 
 
 # -- the teacher's own reading -------------------------------------------------------------------------------------
@@ -140,12 +158,36 @@ def test_scores_are_those_of_the_teachers_own_prompts(samples, world, tiny_qwen3
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def by_transformers(directory, sample) -> torch.Tensor:
+def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_dir, layout):
+    """From two readings by transformers; prompts of text keep theirs. And they change what is learnt."""
+    problems, samples = samples
+    encode, degraded = (OwnPrompts(tiny_qwen3_vl_dir, problems, PROMPT, change) for change in (None, degrade))
+    numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode)
+    batch = pack(samples, max_tokens=60, encode=encoder_of(world.student))
+    plain = Teacher(tiny_qwen3_vl_dir, layout, **numbers).score(batch)
+    visual = VisualTeacher(tiny_qwen3_vl_dir, layout, degraded=degraded, **numbers).score(batch)
+    expected = {place: torch.ones(len(sample.response_ids)) for place, sample in enumerate(samples)}
+    for pair in ((0, 1), (4, 5)):  # siblings that answer an image
+        readings = [
+            [by_transformers(tiny_qwen3_vl_dir, samples[p], change) for p in pair] for change in (None, degrade)
+        ]
+        factors = weigh_siblings([token_advantage(*logps) for logps in zip(*readings, strict=True)])
+        expected |= {p: 2 * len(factor) * factor for p, factor in zip(pair, factors, strict=True)}
+    for before, after in zip(plain.micro_batches, visual.micro_batches, strict=True):
+        for sequence, place in enumerate(before.sample_B):
+            mine = before.sequence_N == sequence
+            torch.testing.assert_close(after.kl_weight_N[mine], expected[place], rtol=1e-4, atol=1e-5)
+    trainer = make_trainer(world.student, layout)
+    assert relative(gradients(trainer, visual), gradients(trainer, plain)) > 1e-2
+
+
+def by_transformers(directory, sample, change=None) -> torch.Tensor:
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer, processor = AutoTokenizer.from_pretrained(directory), AutoImageProcessor.from_pretrained(directory)
     text = sample.prompt.text
     if sample.prompt.images:
-        seen = processor(images=[Image.open(path) for path in sample.prompt.images], return_tensors="pt")
+        pictures = [Image.open(path).convert("RGB") for path in sample.prompt.images]
+        seen = processor(images=[change(p) if change else p for p in pictures], return_tensors="pt")
         [count] = (seen["image_grid_thw"].prod(-1) // 4).tolist()
         assert count == 6, "the student has 7"
         text = text.replace("<image>", IMAGE * count)

@@ -20,7 +20,7 @@ from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
 from vold.records import Picture, Prompt, Sample
-from vold.teacher import Teacher
+from vold.teacher import Teacher, VisualTeacher
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 
@@ -133,8 +133,39 @@ def check_teacher(trainer: Trainer, student: Path, layout) -> None:
             torch.testing.assert_close(micro.logp_teacher_N[micro.sequence_N == sequence], wanted, rtol=0, atol=1e-5)
 
 
+class Blurred(Pictures):
+    """The same pictures with hardly a difference between their patches."""
+
+    def pictures(self, prompt: Prompt) -> tuple[Picture, ...]:
+        sharp = super().pictures(prompt)
+        return tuple(replace(p, key=f"{p.key} blurred", pixel_values=0.1 * p.pixel_values) for p in sharp)
+
+
+def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[float]]:
+    """Sample place -> VA-OPD's weights of its tokens, from whichever replica has it."""
+    encode, degraded = (kind(trainer.chunks[0].arch) for kind in (Pictures, Blurred))
+    teacher = VisualTeacher(
+        student, layout, dtype=torch.float32, vocab_size=IDS, encode=encode, degraded=degraded, patches_per_pass=40
+    )
+    samples = [replace(sample, kl_weight=1.0) for sample in make_samples()]
+    batch = teacher.score(pack(samples, max_tokens=30, replicas=trainer.replicas, encode=encode))
+    assert teacher.metrics["visual_advantage"] > 0, "told on every stage"
+    mine = {
+        place: micro.kl_weight_N[micro.sequence_N == sequence].tolist()
+        for micro in (batch.micro_batches if layout.is_last_stage else ())
+        for sequence, place in enumerate(micro.sample_B)
+    }
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if layout.dp == 2:
+        first, second = ({samples[place].prompt.id for place in found} for found in everyone)
+        assert first & second, "siblings on two replicas were tried"
+    return {place: weights for found in everyone for place, weights in found.items()}
+
+
 def rank(students: dict[str, Path], run_dir: Path) -> None:
     """Every family on every layout of two processes, each continuing from the checkpoint of the one before."""
+    weights_of: dict[str, dict] = {}
     for step, sizes in enumerate(LAYOUTS):
         layout = initialise(**sizes, seed=0)
         for family, student in students.items():
@@ -142,6 +173,9 @@ def rank(students: dict[str, Path], run_dir: Path) -> None:
             if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
                 check(trainer, family)
                 check_teacher(trainer, student, layout)
+            found = visual_weights(trainer, student, layout)
+            expected = weights_of.setdefault(family, found)
+            assert all(torch.allclose(torch.tensor(found[p]), torch.tensor(expected[p]), atol=1e-4) for p in expected)
             checkpoints = Checkpoints(run_dir / family, layout, keep=9)
             if step:
                 checkpoints.load(trainer, step)

@@ -100,6 +100,7 @@ class ObjectiveConfig(Strict):
     beta: Annotated[float, Field(ge=0.0)] = 1e-3
     clip_low: Share = 0.2
     clip_high: Annotated[float, Field(ge=0.0)] = 0.3
+    visual_advantage: bool = False  # VA-OPD: KL weighs most where the teacher's opinion hangs on an image's detail
 
 
 class OptimizerConfig(Strict):

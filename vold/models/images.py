@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +16,16 @@ from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.records import Picture, Prompt
 
+Change = Callable[[Image.Image], Image.Image]
+"""Of an image, before a model sees it; its size stays."""
+
 
 class ImageReader:
-    """Reads files with the checkpoint's image processor and expands image-pad ids to match."""
+    """Reads files with the checkpoint's image processor, each image changed first where `change` says how, and expands
+    image-pad ids to match."""
 
-    def __init__(self, checkpoint: Path):
-        self.arch = Architecture.from_pretrained(checkpoint)
+    def __init__(self, checkpoint: Path, change: Change | None = None):
+        self.arch, self._change = Architecture.from_pretrained(checkpoint), change
         self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
         self.token_count = cache(self._token_count)
 
@@ -35,9 +39,12 @@ class ImageReader:
         return tuple(self._read(path) for path in paths)
 
     def _read(self, path: Path) -> Picture:
-        with Image.open(path) as image:
-            out = self._processor(images=[image.convert("RGB")], return_tensors="pt")
-        return Picture(str(path), out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
+        with Image.open(path) as file:
+            image, key = file.convert("RGB"), str(path)
+        if self._change is not None:
+            image, key = self._change(image), f"{path} ({self._change.__name__})"
+        out = self._processor(images=[image], return_tensors="pt")
+        return Picture(key, out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
 
     def _token_count(self, path: Path) -> int:
         """Tokens that the image becomes, by its size alone: only the file's header is read."""
@@ -78,6 +85,6 @@ def image_encoder(reader: ImageReader | None) -> Encoder:
     return encode_text if reader is None else ImageEncoder(reader)
 
 
-def encoder_of(checkpoint: Path) -> Encoder:
+def encoder_of(checkpoint: Path, change: Change | None = None) -> Encoder:
     """How the model in a checkpoint directory reads prompts."""
-    return image_encoder(ImageReader(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None)
+    return image_encoder(ImageReader(checkpoint, change) if Architecture.from_pretrained(checkpoint).vision else None)

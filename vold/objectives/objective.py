@@ -80,7 +80,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """The preset with the config's numbers. Raises ValueError for an unknown preset."""
     if config.preset not in PRESETS:
         raise ValueError(f"objective.preset = {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    numbers = config.model_dump(exclude={"preset"})
+    numbers = config.model_dump(exclude={"preset", "visual_advantage"})
     return replace(PRESETS[config.preset], **numbers)
 
 

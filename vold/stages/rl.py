@@ -18,6 +18,7 @@ from vold.models.architecture import Architecture
 from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
+from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.groups import (
@@ -30,8 +31,8 @@ from vold.stages.groups import (
 )
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
-from vold.stages.training import TrainingRun
-from vold.teacher import NoTeacher, OwnPrompts, Teacher
+from vold.stages.training import TrainingRun, check_vision
+from vold.teacher import NoTeacher, OwnPrompts, Teacher, VisualTeacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -45,6 +46,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
     problems, encode = load_problems(config.data), encoder_of(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
+    check_vision(config.vision, prompts)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, vocab_size, problems)
@@ -81,7 +83,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = group_metrics(groups) | teacher_saving(samples, encode.length) | teacher_blind(weighed, samples)
-            metrics |= report.metrics | parity
+            metrics |= teacher.metrics | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -118,28 +120,33 @@ def _teacher(
 ) -> Teacher | NoTeacher:
     if not objective.needs_teacher:
         return NoTeacher()
-    encode = None
-    if Architecture.from_pretrained(config.teacher).vision:
-        encode = OwnPrompts(config.teacher, problems, config.prompt)
-    elif seen := sum(bool(problem.images) for problem in problems):
-        _tell_of_blind_teacher(config, job, seen, len(problems))
-    return Teacher(
-        config.teacher,
-        job.layout,
+    settings = dict(
         dtype=job.dtype,
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
-        encode=encode,
         patches_per_pass=config.vision.patches_per_pass,
         offload=config.teacher_offload,
     )
+    if not Architecture.from_pretrained(config.teacher).vision:
+        _check_blind_teacher(config, job, problems)
+        return Teacher(config.teacher, job.layout, **settings)
+    settings["encode"] = OwnPrompts(config.teacher, problems, config.prompt)
+    if not config.objective.visual_advantage:
+        return Teacher(config.teacher, job.layout, **settings)
+    degraded = OwnPrompts(config.teacher, problems, config.prompt, degrade)
+    return VisualTeacher(config.teacher, job.layout, degraded=degraded, **settings)
 
 
-def _tell_of_blind_teacher(config: RlConfig, job: Job, seen: int, total: int) -> None:
-    line = f"teacher = {config.teacher} reads text only and {seen} of {total} problems have images"
-    if seen == total:
+def _check_blind_teacher(config: RlConfig, job: Job, problems: Sequence[Problem]) -> None:
+    """Refuses where a text-only teacher has nothing to say; tells where it has less to say."""
+    line = f"teacher = {config.teacher} reads text only"
+    if config.objective.visual_advantage:
+        raise ValueError(f"{line}; objective.visual_advantage needs one that sees")
+    seen = sum(bool(problem.images) for problem in problems)
+    line = f"{line} and {seen} of {len(problems)} problems have images"
+    if seen == len(problems):
         raise ValueError(f"{line}; choose a teacher that sees, or objective.preset=grpo")
-    if job.is_writer:
+    if seen and job.is_writer:
         print(f"{line}: their responses get no KL term (metric teacher_blind)")
 
 

@@ -2,5 +2,6 @@
 
 from vold.teacher.prompts import OwnPrompts
 from vold.teacher.score import NoTeacher, Teacher
+from vold.teacher.visual import VisualTeacher
 
-__all__ = ["NoTeacher", "OwnPrompts", "Teacher"]
+__all__ = ["NoTeacher", "OwnPrompts", "Teacher", "VisualTeacher"]

@@ -11,16 +11,17 @@ from vold.config.schema import PromptConfig
 from vold.data.pack import Encoded
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
-from vold.models.images import encoder_of
+from vold.models.images import Change, encoder_of
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt
 
 
 class OwnPrompts:
-    """An Encoder that renders the problem behind a prompt with the teacher's chat template and image processor."""
+    """An Encoder that renders the problem behind a prompt with the teacher's chat template and image processor;
+    `change`: see ImageReader."""
 
-    def __init__(self, teacher: Path, problems: Iterable[Problem], config: PromptConfig):
-        self._encode, self._tokenizer, self._config = encoder_of(teacher), load_tokenizer(teacher), config
+    def __init__(self, teacher: Path, problems: Iterable[Problem], config: PromptConfig, change: Change | None = None):
+        self._encode, self._tokenizer, self._config = encoder_of(teacher, change), load_tokenizer(teacher), config
         self._problems = {problem.id: problem for problem in problems}
         self._token_ids = cache(self._render)
 

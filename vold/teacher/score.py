@@ -7,7 +7,7 @@ Reward-gated: only sequences whose KL weight is not zero are read at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -30,7 +30,7 @@ from vold_kernels.linear_logprob import linear_logprob
 class Teacher:
     """A teacher in the student's layout. `vocab_size`: ids both models really have; `encode`: how a teacher that sees
     reads a prompt, None where it reads the student's text; `patches_per_pass`: see FrozenVisionTower; `offload`: its
-    weights wait in CPU memory between calls."""
+    weights wait in CPU memory between calls. `metrics`: what it has to say of the last batch, on every rank."""
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Teacher:
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._encode = encode
+        self.metrics: dict[str, float] = {}
         self._chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
@@ -65,26 +66,27 @@ class Teacher:
         where the KL weight is 0. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
         scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
-        encode = self._encode and cache(self._encode)
+        found = self._read(batch, scored, self._encode)
+        if not self._layout.is_last_stage:
+            return batch
+        return Batch(tuple(map(_filled, batch.micro_batches, scored, found)))
+
+    def _read(self, batch: Batch, rows: Sequence[Tensor], encode: Encoder | None) -> list[Tensor | None]:
+        """What `_logprobs` finds for these rows of each micro-batch's targets, None without rows; on the last stage."""
+        encode = encode and cache(encode)
         read = [
             only_sequences(micro, rows_n)
             if encode is None
             else micro_batch_to(read_anew(micro, rows_n, encode), self._layout.device)
-            for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
+            for micro, rows_n in zip(batch.micro_batches, rows, strict=True)
             if rows_n.numel()
         ]
         with self._present():
-            found = iter(
-                run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True, vision=self._vision)
+            found = run_pipeline(
+                self._chunks, read, self._layout, self._logprobs, forward_only=True, vision=self._vision
             )
-        if not self._layout.is_last_stage:
-            return batch
-        return Batch(
-            tuple(
-                _filled(micro, rows_n, next(found) if rows_n.numel() else None)
-                for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
-            )
-        )
+        left = iter(found)
+        return [next(left) if rows_n.numel() else None for rows_n in rows] if self._layout.is_last_stage else []
 
     def _weights(self) -> Iterator[nn.Parameter]:
         for chunk in self._chunks:
@@ -115,6 +117,8 @@ class Teacher:
 
 class NoTeacher:
     """For objectives without a KL term."""
+
+    metrics: Mapping[str, float] = {}
 
     def admit(self, samples: Sequence[Sample]) -> list[Sample]:
         return list(samples)

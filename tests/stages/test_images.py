@@ -18,7 +18,7 @@ from vold.data.prompts import build_prompts
 from vold.miniature.tokenizer import IMAGE, TOKEN_ID
 from vold.models.images import encoder_of
 from vold.objectives.visual_advantage import degrade, token_advantage, weigh_siblings
-from vold.records import Sample
+from vold.records import Prompt, Sample
 from vold.stages import export, rl, sft
 from vold.teacher import OwnPrompts, Teacher, VisualTeacher
 from vold.trainer.run_log import read_rows
@@ -111,6 +111,13 @@ def test_mergers_that_no_image_would_teach_are_a_mistake(load, tmp_path, layout)
     for verb, stage in (("rl", rl), ("sft", sft)):
         with pytest.raises(ValueError, match=r"vision\.train_merger = true, but no training prompt has an image"):
             stage.run(load(verb, tmp_path / verb, "vision.train_merger=true"))
+
+
+def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
+    encode = encoder_of(tiny_student_dir)
+    assert encode.length(Prompt("fine", (1, 2), "")) == 2
+    with pytest.raises(ValueError, match="row 3: 0 images but 1 image-pad tokens in its text"):
+        encode.length(Prompt("row 3", (1, TOKEN_ID[IMAGE]), ""))
 
 
 def test_images_count_in_prompt_max_tokens(configured, layout):

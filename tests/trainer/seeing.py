@@ -71,9 +71,9 @@ def make_samples() -> list[Sample]:
     return [replace(sample, pg_weight=1 / total) for sample in samples]
 
 
-def open_trainer(student: Path, layout, *, train_merger: bool, steps: int = 3) -> Trainer:
+def open_trainer(student: Path, layout, *, train_merger: bool, dtype: torch.dtype = torch.float32) -> Trainer:
     vision = VisionConfig(train_merger=train_merger, patches_per_pass=40)
-    return Trainer(student, layout, OPTIMIZER, steps=steps, dtype=torch.float32, vocab_size=IDS, vision=vision)
+    return Trainer(student, layout, OPTIMIZER, steps=3, dtype=dtype, vocab_size=IDS, vision=vision)
 
 
 def loss_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float | None, dict[str, torch.Tensor]]:

@@ -36,6 +36,17 @@ def test_layers_computed_again_see_the_same(family, student, layout):
     seeing.check(again, family)
 
 
+@pytest.mark.parametrize("train_merger", [True, False])
+def test_bfloat16_takes_the_same_step(student, layout, train_merger):
+    reports = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = seeing.open_trainer(student, layout, train_merger=train_merger, dtype=dtype)
+        batch = pack(seeing.make_samples(), max_tokens=60, encode=seeing.Pictures(trainer.chunks[0].arch))
+        reports.append(trainer.step(batch).metrics)
+    assert reports[1]["nll"] == pytest.approx(reports[0]["nll"], rel=0.02)
+    assert reports[1]["grad_norm"] == pytest.approx(reports[0]["grad_norm"], rel=0.05)
+
+
 def test_a_teacher_reads_its_own_prompts(student, layout):
     seeing.check_teacher(seeing.open_trainer(student, layout, train_merger=False), student, layout)
 

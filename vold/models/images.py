@@ -77,6 +77,9 @@ class ImageEncoder(TextEncoder):
         return Encoded(prompt_ids, positions_3P, pictures)
 
     def length(self, prompt: Prompt) -> int:
+        pads = prompt.token_ids.count(self._reader.token_id)
+        if pads != len(prompt.images):
+            raise ValueError(f"{prompt.id}: {len(prompt.images)} images but {pads} image-pad tokens in its text")
         return len(prompt.token_ids) + sum(self._reader.token_count(path) - 1 for path in prompt.images)
 
 

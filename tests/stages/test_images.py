@@ -120,6 +120,13 @@ def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
         encode.length(Prompt("row 3", (1, TOKEN_ID[IMAGE]), ""))
 
 
+def test_a_checkpoint_without_an_image_processor_is_a_mistake(tiny_student_dir, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_student_dir / name)
+    with pytest.raises(ValueError, match=r"has no image processor: copy preprocessor_config\.json"):
+        encoder_of(tmp_path)
+
+
 def test_images_count_in_prompt_max_tokens(configured, layout):
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens exceeds prompt.max_tokens = 8"):
         rl.run(configured("long", "prompt.max_tokens=8"))

@@ -103,6 +103,21 @@ class ObjectiveConfig(Strict):
     visual_advantage: bool = False  # VA-OPD: KL weighs most where the teacher's opinion hangs on an image's detail
 
 
+class RewardConfig(Strict):
+    """accuracy x (the answer is right) + format x (<think>...</think>, then a boxed answer). VOLD: 1 and 0; EasyR1: .9
+    and .1; VLM-R1, which adds the two up: .5 and .5. Routing looks at the answer alone."""
+
+    accuracy: Share = 1.0
+    format: Share = 0.0
+
+    @model_validator(mode="after")
+    def _adds_up_to_one(self):
+        if abs(self.accuracy + self.format - 1.0) > 1e-6 or not self.accuracy:
+            found = f"reward.accuracy = {self.accuracy} and reward.format = {self.format}"
+            raise ValueError(f"{found} must add up to 1, the first above 0")
+        return self
+
+
 class OptimizerConfig(Strict):
     """AdamW, linear warm-up, then `schedule` down to lr * min_lr_ratio."""
 
@@ -185,6 +200,7 @@ class RlConfig(TrainConfig):
     prompts_per_step: Positive = 256  # over all ranks
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
     grader_workers: Positive = 2
 

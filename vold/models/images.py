@@ -26,7 +26,12 @@ class ImageReader:
 
     def __init__(self, checkpoint: Path, change: Change | None = None):
         self.arch, self._change = Architecture.from_pretrained(checkpoint), change
-        self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+        except OSError:
+            raise ValueError(
+                f"{checkpoint} has no image processor: copy preprocessor_config.json from the original checkpoint"
+            ) from None
         self.token_count = cache(self._token_count)
 
     @property

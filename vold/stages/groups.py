@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vold.config.schema import RolloutConfig
-from vold.grading import Grader
+from vold.config.schema import RewardConfig, RolloutConfig
+from vold.grading import Grader, reward
 from vold.records import Group, Prompt, Rollout, Sample, Verdict
 from vold.stages.evaluate import answer_row
 
@@ -17,17 +17,17 @@ def rollout_calls(prompts: Sequence[Prompt], config: RolloutConfig, ranks: int) 
     return [(first // each, list(prompts[first : first + each])) for first in range(0, len(prompts), each)]
 
 
-def grade_groups(rollouts: Sequence[Rollout], grader: Grader, responses: int) -> list[Group]:
-    """Siblings are adjacent. A truncated response scores 0; one the grader broke on has no reward."""
+def grade_groups(rollouts: Sequence[Rollout], grader: Grader, responses: int, config: RewardConfig) -> list[Group]:
+    """Siblings are adjacent."""
     verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
     return [
-        _group(rollouts[first : first + responses], verdicts[first : first + responses])
+        _group(rollouts[first : first + responses], verdicts[first : first + responses], config)
         for first in range(0, len(rollouts), responses)
     ]
 
 
-def _group(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> Group:
-    rewards = tuple(None if v.outcome == "broken" else float(v.outcome == "correct") for v in verdicts)
+def _group(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], config: RewardConfig) -> Group:
+    rewards = tuple(reward(rollout, verdict, config) for rollout, verdict in zip(rollouts, verdicts, strict=True))
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
 
@@ -35,8 +35,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Reward, length and shares of a step's groups."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
-    solved = [set(group.rewards) == {1.0} for group in groups]
-    failed = [set(group.rewards) == {0.0} for group in groups]
+    outcomes = [{verdict.outcome for verdict in group.verdicts} for group in groups]
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return {
         "reward": sum(rewards) / max(len(rewards), 1),
@@ -44,8 +43,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response_length": tokens / len(rollouts),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "broken": float(len(rollouts) - len(rewards)),
-        "groups_solved": sum(solved) / len(groups),
-        "groups_failed": sum(failed) / len(groups),
+        "groups_solved": outcomes.count({"correct"}) / len(groups),
+        "groups_failed": outcomes.count({"wrong"}) / len(groups),
     }
 
 

@@ -70,7 +70,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
                     for number, asked in calls
                 ]
             with job.log.phase("grade"):
-                graded = [grade_groups(found, grader, responses) for found in rollouts]
+                graded = [grade_groups(found, grader, responses, config.reward) for found in rollouts]
             with job.log.phase("gather"):
                 groups = [group for call in job.gather(graded) for group in call]
             weighed = objective.weigh(groups)

@@ -45,6 +45,35 @@ def tiny_student_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen3_vl_dir(tmp_path_factory) -> Path:
+    """An untrained Qwen3-VL with the miniature's tokens, but a chat template and a patch size of its own: prompts and
+    images become other ids, and fewer, than they do for the student."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from vold.miniature import models
+    from vold.miniature.tokenizer import make_tokenizer
+
+    base = models.base_config()
+    text = base.text_config.to_dict() | {"head_dim": 32, "model_type": "qwen3_vl_text"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": models.ROPE_THETA, "mrope_section": [6, 5, 5]}
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16}
+    vision |= {"out_hidden_size": models.HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **{name: getattr(base, name) for name in ids})
+    torch.manual_seed(1)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = models.new_model(base, seed=0).generation_config
+    directory = tmp_path_factory.mktemp("qwen3_vl")
+    models.save_checkpoint(model, directory)
+    processor, tokenizer = models.make_image_processor(), make_tokenizer()
+    processor.patch_size = 16
+    processor.save_pretrained(directory)
+    tokenizer.chat_template = "<w0>" + tokenizer.chat_template
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def torchrun():
     """torchrun(processes, *arguments): a script or `-m module` in a clean launch environment, output captured."""
 

@@ -21,6 +21,7 @@ IMPORTED = [
     "torch",
     "ranks",
     "steps",
+    "tiny",
     "vold.cli",
     "vold.stages.sft",
     "vold.stages.rl",

@@ -80,6 +80,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image as a model's processor prepared it. Pictures of one key are the same: its features are computed once.
+
+    pixel_values  float32 [patches, channels * frames * patch * patch], on the CPU until the vision tower wants them
+    grid_thw      patches along (time, height, width), before merging
+    """
+
+    key: str
+    pixel_values: Tensor
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class PackedTokens:
     """Sequences laid end to end, as both models read them. A prompt is there once for the responses that share it.
 
@@ -93,7 +106,7 @@ class PackedTokens:
     cu_seqlens       int32 [S + 1], cumulative numbers of queries, starting at 0; no segment is empty
     cu_seqlens_k     int32 [S + 1], cumulative numbers of keys
     kv_index_K       int64, index into T of each key, ascending in a segment; None: every key is its own query's
-    pixel_values, image_grid_thw   the image processor's output for all images in order, or None
+    pictures         in the order of their tokens in T
     """
 
     input_ids_T: Tensor
@@ -101,8 +114,7 @@ class PackedTokens:
     cu_seqlens: Tensor
     cu_seqlens_k: Tensor
     kv_index_K: Tensor | None = None
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,7 @@ class MicroBatch:
     target_N    int64, the token id
     sequence_N  int64, which of the B sequences the token belongs to
     sample_B    for each sequence, its place in the list of samples that was packed
+    samples_B   the samples themselves, for a teacher that reads prompts of its own
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
@@ -124,6 +137,7 @@ class MicroBatch:
     target_N: Tensor
     sequence_N: Tensor
     sample_B: tuple[int, ...]
+    samples_B: tuple[Sample, ...]
     advantage_N: Tensor
     pg_weight_N: Tensor
     kl_weight_N: Tensor

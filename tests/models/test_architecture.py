@@ -19,7 +19,14 @@ def test_families_are_read_from_disk(tmp_path):
     assert (qwen3.mrope_section, qwen3.vision, qwen3.rope_theta) == ((16, 0, 0), None, 1e6)
     vl = Architecture.from_pretrained(tiny.save(tiny.qwen2_5_vl(tied=False), tmp_path / "vl"))
     assert (vl.head_dim, vl.qk_norm, vl.qkv_bias, vl.tied) == (16, False, True, False)
-    assert (vl.mrope_section, vl.vision.image_token_id, vl.vision.merge_size) == ((2, 3, 3), tiny.IMAGE_PAD, 2)
+    assert (vl.mrope_axes, vl.vision.image_token_id, vl.vision.merge_size) == (
+        [0, 0, *[1] * 3, *[2] * 3],
+        tiny.IMAGE_PAD,
+        2,
+    )
+    vl = Architecture.from_pretrained(tiny.save(tiny.qwen3_vl(tied=False), tmp_path / "qwen3_vl"))
+    assert (vl.head_dim, vl.qk_norm, vl.qkv_bias, vl.tied, vl.vision.deepstack) == (32, True, False, False, 3)
+    assert vl.mrope_axes == [*[0, 1, 2] * 5, 0]
 
 
 def test_the_flat_config_of_the_hub_is_read(tmp_path):

@@ -7,20 +7,28 @@ import weakref
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+)
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.models.language_model import build_language_model, hidden_states
-from vold.models.vision import FrozenVisionTower
+from vold.models.language_model import build_language_model, hidden_states, open_tower
 from vold.models.weights import export_weights, load_pretrained
 
-CLASSES = {"qwen3": Qwen3ForCausalLM, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+CLASSES = {
+    "qwen3": Qwen3ForCausalLM,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
 
 
 def trained(directory, layout):
-    """A model that is no longer the checkpoint's."""
-    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
+    """A model, patch mergers included, that is no longer the checkpoint's."""
+    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32, train_merger=True)
     load_pretrained(model, directory)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -38,10 +46,10 @@ def test_from_pretrained_of_the_export_gives_the_trained_logits(family, tied, op
     target = export_checkpoint(source, tmp_path / "out" / "target", export_weights([model]))
     reference = CLASSES[family].from_pretrained(target).eval()
     rows = [tiny.text_row(6)]
-    if family == "qwen2_5_vl":
+    if model.arch.vision:
         rows.append(tiny.image_row(model.arch, (1, 4, 6)))
-    vision = FrozenVisionTower.from_pretrained(source, torch.float32)
-    ours = hidden_states(model, tiny.pack(rows), vision) @ model.head_weight().T
+    tokens, vision = tiny.pack(rows), open_tower([model], source, torch.float32)
+    ours = hidden_states(model, tokens, vision and vision.features(tokens.pictures)) @ model.head_weight().T
     expected = torch.cat([row.logits(reference) for row in rows])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in source.iterdir())

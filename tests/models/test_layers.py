@@ -66,7 +66,7 @@ def test_rotary_angles_are_bit_equal_to_transformers():
     config = tiny.qwen2_5_vl().config.text_config
     positions = torch.randint(0, 40_000, (3, 1, 50), generator=torch.Generator().manual_seed(0))
     cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), positions)
-    rotary = Rotary(16, 1e6, (2, 3, 3), torch.device("cpu")).to(torch.bfloat16)  # must stay float32
+    rotary = Rotary(16, 1e6, [0] * 2 + [1] * 3 + [2] * 3, torch.device("cpu")).to(torch.bfloat16)  # must stay float32
     ours = rotary(positions, [2, 3, 3])[:, :, 0, 0]
     if cos.dim() == 4:  # per axis: choose as apply_multimodal_rotary_pos_emb does
         axis = torch.tensor([0] * 2 + [1] * 3 + [2] * 3).repeat(2)

@@ -33,12 +33,13 @@ def test_positions_of_one_image_by_hand():
     ]
 
 
-def test_positions_of_two_images_equal_transformers():
-    grids = grid((1, 8, 4), (1, 4, 4))
-    ids = torch.tensor(expand_image_tokens([1, PAD, 2, 3, PAD, 4], grids, VL))
-    model = tiny.qwen2_5_vl().model
-    expected, _ = model.get_rope_index(ids[None], (ids == PAD).int()[None], image_grid_thw=grids)
-    assert torch.equal(mrope_positions(ids, grids, VL), expected[:, 0])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_two_images_equal_transformers(family):
+    model = tiny.FAMILIES[family]()
+    arch, grids = Architecture.from_config(model.config), grid((1, 8, 4), (1, 4, 4))
+    ids = torch.tensor(expand_image_tokens([1, PAD, 2, 3, PAD, 4], grids, arch))
+    expected, _ = model.model.get_rope_index(ids[None], (ids == PAD).int()[None], image_grid_thw=grids)
+    assert torch.equal(mrope_positions(ids, grids, arch), expected[:, 0])
 
 
 def test_expansion_repeats_each_pad_by_its_own_image():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
+from vold.models.images import grids_of
 from vold.models.positions import expand_image_tokens, mrope_positions, text_positions
 from vold.models.weights import join_pieces, named_rules
-from vold.records import PackedTokens
+from vold.records import PackedTokens, Picture
 
 VOCAB = 128
 IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END = 120, 121, 122, 123
@@ -46,7 +50,23 @@ VISION = dict(
     out_hidden_size=64,
     fullatt_block_indexes=[1],
 )
+VISION_QWEN3 = dict(
+    depth=3,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    patch_size=4,
+    out_hidden_size=64,
+    num_position_embeddings=16,
+    deepstack_visual_indexes=[0, 1, 2],
+)
 PATCH_VALUES = 3 * 2 * 4 * 4  # channels x temporal patch x patch x patch
+SPECIAL_IDS = dict(
+    image_token_id=IMAGE_PAD,
+    video_token_id=VIDEO_PAD,
+    vision_start_token_id=VISION_START,
+    vision_end_token_id=VISION_END,
+)
 
 
 def qwen3(tied: bool = True, **changes) -> Qwen3ForCausalLM:
@@ -60,16 +80,18 @@ def qwen2(tied: bool = False, **changes) -> Qwen2ForCausalLM:
 
 
 def qwen2_5_vl(tied: bool = True, **changes) -> Qwen2_5_VLForConditionalGeneration:
-    ids = dict(
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
     text = {**TEXT, "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}, **changes}
     text |= {"bos_token_id": None, "eos_token_id": VOCAB - 1}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(VISION), tie_word_embeddings=tied, **ids)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(VISION), tie_word_embeddings=tied, **SPECIAL_IDS)
     return perturbed(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def qwen3_vl(tied: bool = True, **changes) -> Qwen3VLForConditionalGeneration:
+    """Four layers: DeepStack adds to three of them, and the last reads them all."""
+    rope = {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**TEXT, "num_hidden_layers": 4, "head_dim": 32, "rope_parameters": rope, **changes}
+    config = Qwen3VLConfig(text_config=text, vision_config=dict(VISION_QWEN3), tie_word_embeddings=tied, **SPECIAL_IDS)
+    return perturbed(Qwen3VLForConditionalGeneration, config)
 
 
 def perturbed(cls, config, seed: int = 0):
@@ -91,7 +113,7 @@ def save(model, directory: Path, **options) -> Path:
     return directory
 
 
-FAMILIES = {"qwen3": qwen3, "qwen2": qwen2, "qwen2_5_vl": qwen2_5_vl}
+FAMILIES = {"qwen3": qwen3, "qwen2": qwen2, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 @dataclass(frozen=True)
@@ -100,14 +122,14 @@ class Row:
 
     ids: Tensor
     positions_3L: Tensor
-    pixel_values: Tensor | None = None
-    grid: Tensor | None = None
+    pictures: tuple[Picture, ...] = ()
 
     def logits(self, reference) -> Tensor:
         images = {}
-        if self.grid is not None:
+        if self.pictures:
             is_image = (self.ids == IMAGE_PAD).int()[None]
-            images = dict(pixel_values=self.pixel_values, image_grid_thw=self.grid, mm_token_type_ids=is_image)
+            pixels = torch.cat([picture.pixel_values for picture in self.pictures])
+            images = dict(pixel_values=pixels, image_grid_thw=grids_of(self.pictures), mm_token_type_ids=is_image)
         return reference(self.ids[None], **images).logits[0]
 
 
@@ -119,23 +141,24 @@ def text_row(length: int, seed: int = 1) -> Row:
 def image_row(arch: Architecture, *grids: tuple[int, int, int], seed: int = 1) -> Row:
     """Text, then each image between vision marks, with text between and after."""
     generator = torch.Generator().manual_seed(seed)
-    grid = torch.tensor(grids, dtype=torch.int64)
-    pixels = torch.randn(int(grid.prod(-1).sum()), PATCH_VALUES, generator=generator)
+    pictures = tuple(
+        Picture(f"{seed}/{number}", torch.randn(math.prod(grid), PATCH_VALUES, generator=generator), grid)
+        for number, grid in enumerate(grids)
+    )
+    grid = grids_of(pictures)
     ids = [1, 2, *(t for _ in grids for t in (5, VISION_START, IMAGE_PAD, VISION_END, 7)), 8, 9, 10]
     ids = torch.tensor(expand_image_tokens(ids, grid, arch))
-    return Row(ids, mrope_positions(ids, grid, arch), pixels, grid)
+    return Row(ids, mrope_positions(ids, grid, arch), pictures)
 
 
 def pack(rows: list[Row]) -> PackedTokens:
-    with_images = [row for row in rows if row.grid is not None]
     cu_seqlens = torch.tensor([0, *(len(row.ids) for row in rows)]).cumsum(0).int()
     return PackedTokens(
         input_ids_T=torch.cat([row.ids for row in rows]),
         position_ids_3T=torch.cat([row.positions_3L for row in rows], dim=1),
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
-        pixel_values=torch.cat([row.pixel_values for row in with_images]) if with_images else None,
-        image_grid_thw=torch.cat([row.grid for row in with_images]) if with_images else None,
+        pictures=tuple(picture for row in rows for picture in row.pictures),
     )
 
 

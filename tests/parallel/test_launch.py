@@ -64,5 +64,5 @@ def test_threads_follow_omp_num_threads(layout):
 
 
 def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(torchrun, tmp_path):
-    families = ("qwen3", "qwen2_5_vl")
+    families = ("qwen3", "qwen2_5_vl", "qwen3_vl")
     run_worker(torchrun, 2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_language_model, hidden_states
-from vold.models.vision import FrozenVisionTower
+from vold.models.language_model import build_language_model, hidden_states, open_tower
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import initialise, shutdown
 
@@ -47,12 +46,14 @@ def tensor_parallel(family: str, sp: bool, directory: str) -> None:
     """Logits, gradients and export on two tensor-parallel ranks equal transformers' on one."""
     layout = initialise(tp=2, pp=1, seed=3, sp=sp)
     reference = tiny.FAMILIES[family]()
-    model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
+    arch = Architecture.from_pretrained(directory)
+    model = build_language_model(arch, layout, torch.float32, train_merger=arch.vision is not None)
     load_pretrained(model, directory)
     rows = [tiny.text_row(9), tiny.text_row(8, seed=2)]  # text: T is odd; with images: one lies across both halves
     if model.arch.vision is not None:
         rows.insert(1, tiny.image_row(model.arch, (1, 8, 4), (1, 4, 4)))
-    hidden_TD = hidden_states(model, tiny.pack(rows), FrozenVisionTower.from_pretrained(directory, torch.float32))
+    tokens, vision = tiny.pack(rows), open_tower([model], directory, torch.float32)
+    hidden_TD = hidden_states(model, tokens, vision and vision.features(tokens.pictures))
     # What the loss must do: complete dH over the tp group.
     logits_TU = copy_to_tensor_model_parallel_region(hidden_TD) @ model.head_weight().T
     expected_TV = torch.cat([row.logits(reference) for row in rows])
@@ -66,7 +67,7 @@ def tensor_parallel(family: str, sp: bool, directory: str) -> None:
     error, name = tiny.worst_gradient_error(model, reference)
     assert error <= 1e-4, (name, error)
 
-    stored = {k: v for k, v in reference.state_dict().items() if "visual" not in k}
+    stored = {k: v for k, v in reference.state_dict().items() if "visual" not in k or "merger" in k}
     exported = dict(export_weights([model]))
     assert exported.keys() == stored.keys() and all(torch.equal(exported[k], stored[k]) for k in stored)
 

@@ -80,6 +80,9 @@ def main() -> None:
     [first, *_] = every_rank(Architecture.from_config(student()), shipped[1], 8)
     # 2 bytes of weights and 4 of gradients a parameter; 12 of masters and moments on 8 ranks together
     assert sum(bytes_of_student(first, "bfloat16").values()) == (6 + 12 / 8) * 3_085_938_688
+    seeing = every_rank(Architecture.from_config(student()), ParallelConfig(pp=2), 2, train_merger=True)
+    mergers = [sum(name.startswith("visual.merger.") for name in rank.tensors) for rank in seeing]
+    assert mergers == [5, 0], "norm, two weights, two biases, where the embedding is"
     with pytest.raises(ValueError, match="tp=4 does not divide kv_heads=2 of this model: choose a tp that does"):
         every_rank(Architecture.from_config(student()), ParallelConfig(tp=4), 8)
     print("ok")

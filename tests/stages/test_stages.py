@@ -129,7 +129,8 @@ def test_what_the_gate_saves_the_teacher():
 
     prompt = Prompt("p", (5, 6, 7), "")
     samples = [Sample(prompt, (1,) * length, 1.0, 1.0, weight) for length, weight in [(7, 0.3), (2, 0.0), (5, 0.0)]]
-    assert teacher_metrics(samples) == {"teacher_saved": pytest.approx((5 + 8) / (10 + 5 + 8)), "teacher_failed": 0.0}
+    saved = pytest.approx((5 + 8) / (10 + 5 + 8))
+    assert teacher_metrics(samples, encode_text.length) == {"teacher_saved": saved, "teacher_failed": 0.0}
 
 
 def test_rl_writes_metrics_samples_and_evaluations(rl_run):

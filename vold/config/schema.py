@@ -140,6 +140,22 @@ class ObjectiveConfig(Strict):
     beta: Annotated[float, Field(ge=0.0)] = 1e-3
     clip_low: Share = 0.2
     clip_high: Annotated[float, Field(ge=0.0)] = 0.3
+    visual_advantage: bool = False  # VA-OPD: KL weighs most where the teacher's opinion hangs on an image's detail
+
+
+class RewardConfig(Strict):
+    """accuracy x (the answer is right) + format x (<think>...</think>, then a boxed answer). VOLD: 1 and 0; EasyR1: .9
+    and .1; VLM-R1, which adds the two up: .5 and .5. Routing looks at the answer alone."""
+
+    accuracy: Share = 1.0
+    format: Share = 0.0
+
+    @model_validator(mode="after")
+    def _adds_up_to_one(self):
+        if abs(self.accuracy + self.format - 1.0) > 1e-6 or not self.accuracy:
+            found = f"reward.accuracy = {self.accuracy} and reward.format = {self.format}"
+            raise ValueError(f"{found} must add up to 1, the first above 0")
+        return self
 
 
 class OptimizerConfig(Strict):
@@ -154,6 +170,13 @@ class OptimizerConfig(Strict):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     clip_grad: Annotated[float, Field(gt=0.0)] = 1.0
     max_bad_steps: Positive = 3  # in a row, non-finite or with nothing to learn from, each skipped on every rank
+
+
+class VisionConfig(Strict):
+    """A student that sees. The blocks of its vision tower stay frozen."""
+
+    train_merger: bool = False  # train what turns patches into tokens (with Qwen3-VL's DeepStack mergers)
+    patches_per_pass: Positive = 16384  # image patches the tower looks at side by side
 
 
 class EvaluationConfig(Strict):
@@ -191,6 +214,7 @@ class TrainConfig(RunConfig):
     student: Path
     data: DataConfig
     optimizer: OptimizerConfig
+    vision: VisionConfig = VisionConfig()
     steps: Positive
     microbatch_tokens: Positive = 16384  # packed tokens of one forward/backward pass
     save_every: NonNegative = 0  # steps; the last step is always saved
@@ -228,6 +252,7 @@ class RlConfig(TrainConfig):
     prompts_per_step: Positive = 256  # over all ranks
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()
+    reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
     grader_workers: Positive = 2
 

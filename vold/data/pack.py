@@ -5,13 +5,15 @@ P prompt tokens, L tokens of one sequence, K keys: see PackedTokens."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from operator import itemgetter
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from vold.records import Batch, MicroBatch, PackedTokens, Prompt, Sample
+from vold.records import Batch, MicroBatch, PackedTokens, Picture, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,17 @@ class Encoded:
 
     prompt_ids: Sequence[int]
     position_ids_3P: Tensor
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
-Encoder = Callable[[Prompt], Encoded]
+class Encoder(Protocol):
+    """How a model reads prompts."""
+
+    def __call__(self, prompt: Prompt) -> Encoded: ...
+
+    def length(self, prompt: Prompt) -> int:
+        """Its P, without reading a pixel. Raises ValueError for a prompt that the model cannot read."""
+        ...
 
 
 def _queries(queries: int, keys: int) -> float:
@@ -42,11 +50,19 @@ class Replicas:
     cost: Callable[[int, int], float] = _queries
 
 
-def encode_text(prompt: Prompt) -> Encoded:
+class TextEncoder:
     """Text only: positions count up, the same in all three planes."""
-    if prompt.images:
-        raise ValueError(f"{prompt.id} has images; this stage reads text only")
-    return Encoded(prompt.token_ids, torch.arange(len(prompt.token_ids)).expand(3, -1))
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        return Encoded(prompt.token_ids, torch.arange(self.length(prompt)).expand(3, -1))
+
+    def length(self, prompt: Prompt) -> int:
+        if prompt.images:
+            raise ValueError(f"{prompt.id} has images and the model reads text only: use one with a vision tower")
+        return len(prompt.token_ids)
+
+
+encode_text = TextEncoder()
 
 
 def pack(
@@ -62,12 +78,30 @@ def pack(
     two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
     with too few sequences gets micro-batches of one token and no target.
     """
-    groups = _siblings(samples)
+    groups = _siblings(samples, encode)
     largest = max(map(len, groups), default=1) if replicas.count > 1 else 1
     pieces = sorted({min(1 << power, largest) for power in range(largest.bit_length() + 1)})
     plans = [_divide(_units(groups, max_tokens, count), max_tokens, replicas) for count in pieces]
     shares, _ = min(plans, key=itemgetter(1))  # a prompt is read again where that evens out the replicas' work
+    encode = cache(encode)  # pieces of a group share their prompt's pictures
     return Batch(tuple(_micro_batch(units, encode) for units in shares[replicas.rank]))
+
+
+def read_anew(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prompt], Encoded]) -> MicroBatch:
+    """What another model reads to predict `rows_n` (ascending) of a micro-batch's targets: the same responses behind
+    prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; the targets keep their order."""
+    sequence_N, rows_n = micro.sequence_N.cpu(), rows_n.cpu()
+    wanted = sequence_N[rows_n].unique()
+    units: dict[Prompt, Unit] = {}
+    for sequence in wanted.tolist():
+        sample = micro.samples_B[sequence]
+        units.setdefault(sample.prompt, []).append(Placed(sequence, sample, 0))
+    read = _micro_batch(list(units.values()), encode)
+    # It lies in an order of its own; a stable sort by sequence gives back that of `micro`.
+    read_rows = torch.tensor(read.sample_B)[read.sequence_N].argsort(stable=True)
+    rows = torch.isin(sequence_N, wanted).nonzero()[:, 0]
+    order_n = read_rows[torch.searchsorted(rows, rows_n)]
+    return replace(micro, tokens=read.tokens, source_N=read.source_N[order_n], target_N=read.target_N[order_n])
 
 
 def filler() -> MicroBatch:
@@ -75,16 +109,26 @@ def filler() -> MicroBatch:
     return _micro_batch([], encode_text)
 
 
-Unit = list[tuple[int, Sample]]
-"""Siblings, and their places in the list of samples: they lie in one micro-batch and read their prompt once."""
+class Placed(NamedTuple):
+    """A sample, its place in the list of samples, and its prompt's tokens, those of images included."""
+
+    place: int
+    sample: Sample
+    prompt_tokens: int
 
 
-def _siblings(samples: Sequence[Sample]) -> list[Unit]:
+Unit = list[Placed]
+"""Siblings: they lie in one micro-batch and read their prompt once."""
+
+
+def _siblings(samples: Sequence[Sample], encode: Encoder) -> list[Unit]:
     """The samples that have a gradient, by prompt."""
     found: dict[Prompt, Unit] = {}
     for place, sample in enumerate(samples):
         if sample.pg_weight or sample.kl_weight:
-            found.setdefault(sample.prompt, []).append((place, sample))
+            unit = found.setdefault(sample.prompt, [])
+            tokens = unit[0].prompt_tokens if unit else encode.length(sample.prompt)
+            unit.append(Placed(place, sample, tokens))
     return list(found.values())
 
 
@@ -112,8 +156,8 @@ def _work(unit: Unit, cost: Callable[[int, int], float]) -> float:
 
 def _segments(unit: Unit) -> list[tuple[int, int]]:
     """(queries, keys) of the prompt with the first response, and of each further one."""
-    prompt = len(unit[0][1].prompt.token_ids)
-    first, *others = (len(sample.response_ids[:-1]) for _, sample in unit)
+    prompt = unit[0].prompt_tokens
+    first, *others = (len(placed.sample.response_ids[:-1]) for placed in unit)
     return [(prompt + first, prompt + first), *((queries, prompt + queries) for queries in others)]
 
 
@@ -177,10 +221,10 @@ class _Sequence:
         return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
 
 
-def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
+def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], Encoded]) -> MicroBatch:
     sequences = [
-        _Sequence(number, placed is unit[0], *placed, prompt)
-        for number, (unit, prompt) in enumerate((unit, encode(unit[0][1].prompt)) for unit in units)
+        _Sequence(number, placed is unit[0], placed.place, placed.sample, prompt)
+        for number, (unit, prompt) in enumerate((unit, encode(unit[0].sample.prompt)) for unit in units)
         for placed in unit
     ]
     # A prompt lies before those that read it; segments of one shape side by side: sdpa_attention runs them together.
@@ -201,6 +245,7 @@ def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
         target_N=torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.int64),
         sequence_N=torch.arange(len(samples)).repeat_interleave(counts),
         sample_B=tuple(sequence.place for sequence in sequences),
+        samples_B=tuple(samples),
         advantage_N=_per_token([s.advantage for s in samples], counts),
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
@@ -231,16 +276,13 @@ def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTok
     segments = [(s.shape, key_L) for s, key_L in zip(sequences, keys, strict=True) if s.shape[0]]
     cu_seqlens, cu_seqlens_k = torch.tensor([(0, 0), *(shape for shape, _ in segments)]).cumsum(0).to(torch.int32).T
     prompts = [s.prompt for s in sequences if s.first]
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PackedTokens(
         input_ids_T=torch.tensor([token for s in sequences for token in s.ids]),
         position_ids_3T=torch.cat([s.position_ids_3L for s in sequences], dim=1),
         cu_seqlens=cu_seqlens.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous(),
         kv_index_K=None if len(prompts) == len(segments) else torch.cat([key_L for _, key_L in segments]),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        image_grid_thw=torch.cat(grids) if grids else None,
+        pictures=tuple(picture for prompt in prompts for picture in prompt.pictures),
     )
 
 

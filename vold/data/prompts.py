@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,17 +12,23 @@ from vold.records import Prompt
 
 
 def build_prompts(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig, on_error: str = "stop"
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PromptConfig,
+    on_error: str = "stop",
+    length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
 ) -> list[Prompt]:
-    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip")."""
-    prompts = [build_prompt(problem, tokenizer, config) for problem in problems]
-    for prompt in prompts:
-        if len(prompt.token_ids) > config.max_tokens and on_error == "stop":
+    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip"). `length`
+    counts a prompt's tokens: an Encoder's counts those of images too."""
+    built = [build_prompt(problem, tokenizer, config) for problem in problems]
+    prompts = [(prompt, length(prompt)) for prompt in built]
+    for prompt, tokens in prompts:
+        if tokens > config.max_tokens and on_error == "stop":
             raise ValueError(
-                f"{prompt.id}: prompt of {len(prompt.token_ids)} tokens exceeds prompt.max_tokens = "
+                f"{prompt.id}: prompt of {tokens} tokens exceeds prompt.max_tokens = "
                 f"{config.max_tokens}; raise it, or set data.on_error=skip"
             )
-    return [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_tokens]
+    return [prompt for prompt, tokens in prompts if tokens <= config.max_tokens]
 
 
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:

@@ -8,5 +8,6 @@ from vold.grading.equality import equal
 from vold.grading.extract import extract_answer
 from vold.grading.gold import validate_gold
 from vold.grading.pool import Grader
+from vold.grading.reward import reward
 
-__all__ = ["Grader", "equal", "extract_answer", "validate_gold"]
+__all__ = ["Grader", "equal", "extract_answer", "reward", "validate_gold"]

@@ -1,11 +1,12 @@
 """What a checkpoint's config.json says about the model, and the Megatron configuration that builds it.
 
-Supported: Qwen2/Qwen2.5, Qwen3 (dense) and Qwen2.5-VL, whose text part is a Qwen2 with a three-axis rotary embedding.
+Supported: Qwen2/Qwen2.5, Qwen3 (dense), and Qwen2.5-VL and Qwen3-VL (dense), whose text part is a Qwen2 or a Qwen3 with
+a three-axis rotary embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,19 +16,26 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vold.parallel.launch import Layout
 
-SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl")
+SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
 class VisionFacts:
-    """What the text side must know of the vision tower: special ids and the number of patches merged into a token."""
+    """What the text side must know of the vision tower.
+
+    merge_size  side of the square of patches merged into a token
+    deepstack   first decoder layers to whose output an earlier view of the image is added
+    tower       transformers' configuration of the tower
+    """
 
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
     merge_size: int
-    tokens_per_second: int
+    tokens_per_second: int | None
+    deepstack: int
+    tower: PretrainedConfig = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Architecture:
     """Shape of one model. `vocab` counts the rows of embedding and head, padding included.
 
     mrope_section  frequencies turned by (temporal, height, width) positions; all by the first for text-only models
+    mrope_interleaved  whether these take turns (t h w t h w ... t t) instead of following each other
     """
 
     model_type: str
@@ -48,6 +57,7 @@ class Architecture:
     rms_eps: float
     rope_theta: float
     mrope_section: tuple[int, int, int]
+    mrope_interleaved: bool
     tied: bool
     qkv_bias: bool
     qk_norm: bool
@@ -83,12 +93,24 @@ class Architecture:
             rms_eps=text.rms_norm_eps,
             rope_theta=float(rope["rope_theta"]),
             mrope_section=tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
+            mrope_interleaved=config.model_type == "qwen3_vl",
             tied=bool(config.tie_word_embeddings),
-            qkv_bias=config.model_type != "qwen3",
-            qk_norm=config.model_type == "qwen3",
+            qkv_bias=config.model_type in ("qwen2", "qwen2_5_vl"),
+            qk_norm=config.model_type in ("qwen3", "qwen3_vl"),
             max_positions=text.max_position_embeddings,
             vision=_vision_facts(config),
         )
+
+    @property
+    def mrope_axes(self) -> list[int]:
+        """For each frequency the axis (0 temporal, 1 height, 2 width) whose position turns it."""
+        axes = [axis for axis, count in enumerate(self.mrope_section) for _ in range(count)]
+        if self.mrope_interleaved:
+            axes = [0] * len(axes)
+            for axis in (1, 2):
+                stop = 3 * self.mrope_section[axis]
+                axes[axis:stop:3] = [axis] * len(axes[axis:stop:3])
+        return axes
 
 
 def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
@@ -101,11 +123,13 @@ def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
         raise ValueError(f"{origin}: sliding-window attention is not supported: set use_sliding_window to false")
     if getattr(text, "attention_bias", False):
         raise ValueError(f"{origin}: attention_bias true is not supported: use a checkpoint without it")
+    if text.model_type.endswith("_vl_text") and not rope.get("mrope_section"):
+        raise ValueError(f"{origin}: rope parameters have no mrope_section: add the one of the original checkpoint")
     return rope
 
 
 def _vision_facts(config: PretrainedConfig) -> VisionFacts | None:
-    if config.model_type != "qwen2_5_vl":
+    if not hasattr(config, "vision_config"):
         return None
     return VisionFacts(
         image_token_id=config.image_token_id,
@@ -113,7 +137,9 @@ def _vision_facts(config: PretrainedConfig) -> VisionFacts | None:
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,
         merge_size=config.vision_config.spatial_merge_size,
-        tokens_per_second=config.vision_config.tokens_per_second,
+        tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),  # of videos
+        deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+        tower=config.vision_config,
     )
 
 

@@ -2,62 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from vold.data.pack import Encoded, Encoder, encode_text
+from vold.data.pack import Encoded, Encoder, TextEncoder, encode_text
 from vold.data.pictures import read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
-from vold.records import Prompt
+from vold.records import Picture, Prompt
 
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """pixel_values [patches, C*T*p*p]; grid_thw int64 [images, 3]."""
-
-    pixel_values: Tensor
-    grid_thw: Tensor
+Change = Callable[[Image.Image], Image.Image]
+"""Of an image, before a model sees it; its size stays."""
 
 
 class ImageReader:
-    """Reads files with the checkpoint's image processor and expands image-pad ids to match."""
+    """Reads files with the checkpoint's image processor, each image changed first where `change` says how, and expands
+    image-pad ids to match."""
 
-    def __init__(self, checkpoint: Path):
-        self.arch = Architecture.from_pretrained(checkpoint)
-        self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+    def __init__(self, checkpoint: Path, change: Change | None = None):
+        self.arch, self._change = Architecture.from_pretrained(checkpoint), change
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+        except OSError:
+            raise ValueError(
+                f"{checkpoint} has no image processor: copy preprocessor_config.json from the original checkpoint"
+            ) from None
+        self.token_count = cache(self._token_count)
 
     @property
     def token_id(self) -> int:
         """The image-pad id."""
         return self.arch.vision.image_token_id
 
-    def read(self, paths: Sequence[Path]) -> ImageInputs:
+    def read(self, paths: Sequence[Path]) -> tuple[Picture, ...]:
         """All images of one prompt, in order."""
-        out = self._processor(images=[read_picture(path) for path in paths], return_tensors="pt")
-        return ImageInputs(out["pixel_values"], out["image_grid_thw"])
+        return tuple(self._read(path) for path in paths)
 
-    def expand(self, token_ids: Sequence[int], images: ImageInputs) -> tuple[int, ...]:
-        """One image-pad id -> one per merged patch. Raises ValueError when pads and images differ in number."""
-        return expand_image_tokens(token_ids, images.grid_thw, self.arch)
+    def _read(self, path: Path) -> Picture:
+        image, key = read_picture(path), str(path)
+        if self._change is not None:
+            image, key = self._change(image), f"{path} ({self._change.__name__})"
+        out = self._processor(images=[image], return_tensors="pt")
+        return Picture(key, out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
+
+    def _token_count(self, path: Path) -> int:
+        """Tokens that the image becomes, by its size alone: only the file's header is read."""
+        with Image.open(path) as image:
+            width, height = image.size
+        return self._processor.get_number_of_image_patches(height, width) // self.arch.vision.merge_size**2
+
+    def expand(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
+        """One image-pad id -> one per merged patch. Raises ValueError when pads and pictures differ in number."""
+        return expand_image_tokens(token_ids, grids_of(pictures), self.arch)
+
+
+def grids_of(pictures: Sequence[Picture]) -> Tensor:
+    """int64 [images, 3], as transformers wants them."""
+    return torch.tensor([picture.grid_thw for picture in pictures], dtype=torch.int64).view(-1, 3)
+
+
+class ImageEncoder(TextEncoder):
+    """Prompts of text, of images, of both."""
+
+    def __init__(self, reader: ImageReader):
+        self._reader = reader
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        if not prompt.images:
+            return super().__call__(prompt)
+        pictures = self._reader.read(prompt.images)
+        prompt_ids = self._reader.expand(prompt.token_ids, pictures)
+        positions_3P = mrope_positions(torch.tensor(prompt_ids), grids_of(pictures), self._reader.arch)
+        return Encoded(prompt_ids, positions_3P, pictures)
+
+    def length(self, prompt: Prompt) -> int:
+        pads = prompt.token_ids.count(self._reader.token_id)
+        if pads != len(prompt.images):
+            raise ValueError(f"{prompt.id}: {len(prompt.images)} images but {pads} image-pad tokens in its text")
+        return len(prompt.token_ids) + sum(self._reader.token_count(path) - 1 for path in prompt.images)
 
 
 def image_encoder(reader: ImageReader | None) -> Encoder:
     """How `pack` reads prompts that may hold images; text only without a reader."""
-    if reader is None:
-        return encode_text
+    return encode_text if reader is None else ImageEncoder(reader)
 
-    def encode(prompt: Prompt) -> Encoded:
-        if not prompt.images:
-            return encode_text(prompt)
-        images = reader.read(prompt.images)
-        prompt_ids = reader.expand(prompt.token_ids, images)
-        positions = mrope_positions(torch.tensor(prompt_ids), images.grid_thw, reader.arch)
-        return Encoded(prompt_ids, positions, images.pixel_values, images.grid_thw)
 
-    return encode
+def encoder_of(checkpoint: Path, change: Change | None = None) -> Encoder:
+    """How the model in a checkpoint directory reads prompts."""
+    return image_encoder(ImageReader(checkpoint, change) if Architecture.from_pretrained(checkpoint).vision else None)

@@ -5,8 +5,9 @@ T packed tokens, D hidden width, U head rows of this tensor-parallel rank, I ima
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -17,18 +18,22 @@ from torch import Tensor, nn
 
 from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec
+from vold.models.vision import Features, FrozenVisionTower, Mergers
 from vold.parallel.launch import Layout
 from vold.records import PackedTokens
 
-if TYPE_CHECKING:
-    from vold.models.vision import FrozenVisionTower
-
 
 class LanguageModel(GPTModel):
-    """GPTModel whose last stage returns the final-norm hidden states [T, 1, D] instead of logits."""
+    """GPTModel whose last stage returns the final-norm hidden states [T, 1, D] instead of logits.
+
+    vision_levels  levels of the vision tower's features that this chunk takes in (see vold.models.vision)
+    visual         their mergers, where those are trained
+    """
 
     arch: Architecture
     layout: Layout
+    vision_levels: tuple[int, ...]
+    visual: Mergers | None
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -43,18 +48,25 @@ class LanguageModel(GPTModel):
         return self.output_layer.weight
 
 
-def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
+def build_chunks(
+    arch: Architecture, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+) -> list[LanguageModel]:
     """This rank's part of the model: one chunk, or with virtual stages `layout.vpp` of them, in the order of their
     layers. Weights are uninitialised: call `load_pretrained` next."""
     stages = [None] if layout.vpp is None else range(layout.vpp)
-    return [build_language_model(arch, layout, dtype, vp_stage) for vp_stage in stages]
+    return [build_language_model(arch, layout, dtype, vp_stage, train_merger=train_merger) for vp_stage in stages]
 
 
 def build_language_model(
-    arch: Architecture, layout: Layout, dtype: torch.dtype, vp_stage: int | None = None
+    arch: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    vp_stage: int | None = None,
+    *,
+    train_merger: bool = False,
 ) -> LanguageModel:
     """One chunk of the model on `layout.device`, weights uninitialised. The first of all holds the embedding, the last
-    the final norm and the head."""
+    the final norm and the head; `train_merger`: each also holds the patch mergers of what it takes in."""
     pre_process = layout.is_first_stage and vp_stage in (None, 0)
     post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
@@ -70,10 +82,35 @@ def build_language_model(
         rotary_base=arch.rope_theta,
         vp_stage=vp_stage,
     )
-    model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_section, layout.device)
-    model.arch, model.layout = arch, layout
+    model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_axes, layout.device)
+    model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_shards(model)
-    return model.to(layout.device)
+    model.to(layout.device)
+    model.visual = None
+    if train_merger and model.vision_levels:
+        model.visual = Mergers(arch, model.vision_levels, dtype, layout)
+    return model
+
+
+def _vision_levels(model: LanguageModel, arch: Architecture) -> tuple[int, ...]:
+    """0 where the embedding is; i where the i-th layer is that DeepStack adds to."""
+    if arch.vision is None:
+        return ()
+    layers = [layer.layer_number for layer in model.decoder.layers if layer.layer_number <= arch.vision.deepstack]
+    return (*([0] if model.pre_process else []), *layers)
+
+
+def open_tower(
+    chunks: Sequence[LanguageModel], checkpoint_dir: str | Path, dtype: torch.dtype, patches_per_pass: int | None = None
+) -> FrozenVisionTower | None:
+    """The tower beside these chunks, if one of them takes in what it sees."""
+    if not any(chunk.vision_levels for chunk in chunks):
+        return None
+    merges = all(chunk.visual is None for chunk in chunks)
+    device = chunks[0].layout.device
+    return FrozenVisionTower(
+        checkpoint_dir, chunks[0].arch, dtype, device, patches_per_pass=patches_per_pass, merges=merges
+    )
 
 
 def _mark_shards(model: LanguageModel) -> None:
@@ -85,8 +122,9 @@ def _mark_shards(model: LanguageModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, divided[type(module)], 1)
 
 
-def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTower | None = None) -> Tensor:
-    """Run one stage. `model` may be wrapped (DDP); `vision` is needed where `tokens` holds images.
+def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | None = None) -> Tensor:
+    """Run one stage. `model` may be wrapped (DDP); `features` of the pictures in `tokens` are needed where the stage
+    takes them in.
 
     Returns hidden_TD [T, D] on the last stage; elsewhere what Megatron's schedule sends on, [T, 1, D]. Its gradient
     must be complete on every tp rank (the loss all-reduces it over the tp group).
@@ -94,15 +132,19 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, vision: FrozenVisionTo
     stage = unwrap(model)
     length = tokens.input_ids_T.numel()
     tokens = _padded_for_sequence_parallel(tokens, stage.layout)
-    embedded = None
-    if stage.pre_process and tokens.pixel_values is not None:
-        embedded = _embed_with_images(stage, tokens, vision)
+    packed, embedded = packing(tokens), None
+    if tokens.pictures and stage.vision_levels:
+        packed.image_rows_I, seen = _images_here(stage, tokens, features)
+        packed.deepstack = {level: features_I1D for level, features_I1D in seen.items() if level}
+        if stage.pre_process:
+            embedded_S1D = stage.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
+            embedded = embedded_S1D.index_copy(0, packed.image_rows_I, seen[0])
     out = model(
         input_ids=tokens.input_ids_T[None],
         position_ids=tokens.position_ids_3T[:, None],
         attention_mask=None,
         decoder_input=embedded,
-        packed_seq_params=packing(tokens),
+        packed_seq_params=packed,
     )
     return out[:length, 0] if stage.post_process else out
 
@@ -151,22 +193,30 @@ def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> Packe
     )
 
 
-def _embed_with_images(stage: LanguageModel, tokens: PackedTokens, vision: FrozenVisionTower | None) -> Tensor:
-    """Token embeddings with the image-pad positions replaced by the tower's features: [T (/ tp), 1, D]."""
-    if vision is None:
-        raise ValueError("the batch holds images but no vision tower was given: load one with FrozenVisionTower")
-    embedded_S1D = stage.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
-    features_ID = vision.features(tokens.pixel_values, tokens.image_grid_thw)
-    is_image_T = tokens.input_ids_T == stage.arch.vision.image_token_id
-    if int(is_image_T.sum()) != features_ID.shape[0]:
+def _images_here(
+    stage: LanguageModel, tokens: PackedTokens, features: Features | None
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Where image tokens lie among this rank's rows of T, and of each level that the stage takes in their features
+    [I, 1, D]. T is divided under sequence parallelism."""
+    rows_I = (tokens.input_ids_T == stage.arch.vision.image_token_id).nonzero()[:, 0]
+    seen = _features(tokens, features)
+    if len(rows_I) != len(seen[0]):
         raise ValueError(
-            f"{int(is_image_T.sum())} image-pad tokens but {features_ID.shape[0]} image features: "
+            f"{len(rows_I)} image-pad tokens but {len(seen[0])} image features: "
             "expand each image-pad id to its number of merged patches (positions.expand_image_tokens)"
         )
-    feature_of_T = is_image_T.cumsum(0) - 1
     if stage.config.sequence_parallel:
-        share = slice(stage.layout.tp_rank * embedded_S1D.shape[0], (stage.layout.tp_rank + 1) * embedded_S1D.shape[0])
-        is_image_T, feature_of_T = is_image_T[share], feature_of_T[share]
-    here = is_image_T.nonzero()[:, 0]
-    images_1D = features_ID[feature_of_T[here]][:, None].to(embedded_S1D.dtype)
-    return embedded_S1D.index_copy(0, here, images_1D)
+        share = tokens.input_ids_T.numel() // stage.layout.tp
+        rows_I = rows_I - stage.layout.tp_rank * share
+        here = (rows_I >= 0) & (rows_I < share)
+        rows_I, seen = rows_I[here], [level[here] for level in seen]
+    if stage.visual is not None:
+        seen = {level: stage.visual(level, seen[level]) for level in stage.vision_levels}
+    return rows_I, {level: seen[level][:, None] for level in stage.vision_levels}
+
+
+def _features(tokens: PackedTokens, features: Features | None) -> list[Tensor]:
+    """Of each level those of all pictures, one behind the other."""
+    if features is None:
+        raise ValueError("the batch holds images but no vision tower was given: load one with FrozenVisionTower")
+    return [torch.cat(level) for level in zip(*(features[p.key] for p in tokens.pictures), strict=True)]

@@ -8,7 +8,8 @@ computes each piece is chosen in one place, `vold.models.layer_ops`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,12 @@ class Rotary(nn.Module):
     (TF32, autocast) can blur a position.
     """
 
-    def __init__(self, head_dim: int, theta: float, section: tuple[int, int, int], device: torch.device):
+    def __init__(self, head_dim: int, theta: float, axes: Sequence[int], device: torch.device):
         super().__init__()
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         # Plain attributes, not buffers: a later `.to(bfloat16)` of the model must not touch them.
         self.inverse_frequency = (1.0 / (theta**exponent)).to(device)
-        self.axis = torch.tensor([axis for axis, count in enumerate(section) for _ in range(count)], device=device)
+        self.axis = torch.tensor(axes, device=device)
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group=None) -> Tensor:
@@ -95,9 +96,12 @@ class PackedSelfAttention(SelfAttention):
 
 @dataclass
 class Packing(PackedSeqParams):
-    """Megatron's record of a packing, with the keys that segments share: see PackedTokens."""
+    """Megatron's record of a packing, with the keys that segments share (see PackedTokens) and what DeepStack adds:
+    layer number (Megatron's, from 1) -> features [I, 1, D] for rows `image_rows_I` of this rank's share of T."""
 
     kv_index: Tensor | None = None
+    image_rows_I: Tensor | None = None
+    deepstack: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PackedAttention(nn.Module):
@@ -131,6 +135,17 @@ def _gather(x_TKH: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
 
 
+class Layer(TransformerLayer):
+    """Megatron's layer, and behind the first ones DeepStack: another view of the image is added at its tokens."""
+
+    def forward(self, *args, packed_seq_params: Packing, **kwargs) -> tuple[Tensor, Tensor | None]:
+        hidden_T1D, context = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        features_I1D = packed_seq_params.deepstack.get(self.layer_number)
+        if features_I1D is not None:
+            hidden_T1D = hidden_T1D.index_add(0, packed_seq_params.image_rows_I, features_I1D)
+        return hidden_T1D, context
+
+
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """This stage's layers and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -148,7 +163,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
     )
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear)
     return ModuleSpec(
-        TransformerLayer,
+        Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vold.models.architecture import Architecture, VisionFacts
+
+INDEX_OF = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 
 
 def text_positions(length: int) -> Tensor:
@@ -31,12 +34,13 @@ def mrope_positions(input_ids_T: Tensor, image_grid_thw: Tensor | None, arch: Ar
     facts = _vision_facts(arch)
     _check_runs(input_ids_T, image_grid_thw, facts)
     vision_config = SimpleNamespace(spatial_merge_size=facts.merge_size, tokens_per_second=facts.tokens_per_second)
+    index = INDEX_OF[arch.model_type]
     model = SimpleNamespace(
         config=SimpleNamespace(vision_config=vision_config),
-        get_vision_position_ids=partial(Qwen2_5_VLModel.get_vision_position_ids, None),
+        get_vision_position_ids=partial(index.get_vision_position_ids, None),
     )
     is_image = (input_ids_T == facts.image_token_id).int()
-    positions, _ = Qwen2_5_VLModel.get_rope_index(model, input_ids_T[None], is_image[None], image_grid_thw)
+    positions, _ = index.get_rope_index(model, input_ids_T[None], is_image[None], image_grid_thw)
     return positions[:, 0]
 
 
@@ -63,7 +67,7 @@ def image_token_counts(image_grid_thw: Tensor, arch: Architecture) -> list[int]:
 
 def _vision_facts(arch: Architecture) -> VisionFacts:
     if arch.vision is None:
-        raise ValueError(f"images were given to {arch.model_type}, which reads text only: use a Qwen2.5-VL checkpoint")
+        raise ValueError(f"images were given to {arch.model_type}, which reads text only: use a vision checkpoint")
     return arch.vision
 
 

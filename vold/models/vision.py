@@ -1,57 +1,141 @@
-"""The frozen vision tower: transformers' own module, outside the trained model, its optimiser and its checkpoints.
+"""The vision tower: transformers' own modules. Its blocks are frozen, outside model, optimiser and checkpoints; the
+patch mergers behind them are frozen with it, or trained as part of the language model's chunks.
 
-I image tokens (merged patches of all images), D hidden width of the text model.
+A tower gives each image one tensor a level. Level 0 takes the place of the image's tokens in the embedding; level i > 0
+is DeepStack's (Qwen3-VL): added at those places after decoder layer i (counted from 1), from an earlier block.
+
+I image tokens of one image (its merged patches), D hidden width of the text model, C of the tower, M patches merged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
+from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import tensor_files
+from vold.parallel.launch import Layout
+from vold.records import Picture
 
 VISION_PREFIXES = ("visual.", "model.visual.")
+TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen3_vl": Qwen3VLVisionModel}
+
+Features = Mapping[str, tuple[Tensor, ...]]
+"""Picture key -> of each level features_ID; where mergers are trained, what they read, units_I(MC)."""
 
 
 class FrozenVisionTower:
-    """Pixels in, features of the text model's width out. Deliberately no nn.Module: nothing can register it.
+    """Pictures in, features out, without gradient. Deliberately no nn.Module: nothing can register it.
 
-    Identical on every tensor-parallel rank; needed on the first pipeline stage only.
+    Identical on every tensor-parallel rank; needed where a chunk of the model takes in a level. Weights are read when
+    the first picture comes. `patches_per_pass`: patches the blocks see at once, at most (an image with more goes
+    alone), None without a limit; `merges`: False where the model's own mergers take over from the blocks.
     """
 
-    def __init__(self, tower: Qwen2_5_VisionTransformerPretrainedModel):
-        self._tower = tower.eval().requires_grad_(False)
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        arch: Architecture,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        patches_per_pass: int | None = None,
+        merges: bool = True,
+    ):
+        self._path, self._facts, self._kind = Path(checkpoint_dir), arch.vision, arch.model_type
+        self._dtype, self._device = dtype, device
+        self._patches_per_pass, self._merges = patches_per_pass, merges
 
-    @classmethod
-    def from_pretrained(
-        cls, checkpoint_dir: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> FrozenVisionTower | None:
-        """Load the tower alone, reading only its tensors; None when the checkpoint is a text-only model."""
-        path = Path(checkpoint_dir)
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if not hasattr(config, "vision_config"):
-            return None
+    @cached_property
+    def _tower(self) -> PreTrainedModel:
         with no_init_weights():
-            tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config, dtype=dtype)
-        tower.load_state_dict(_vision_tensors(path, set(tower.state_dict())))
-        return cls(tower.to(device))
+            tower = TOWERS[self._kind]._from_config(self._facts.tower, dtype=self._dtype)
+        tower.load_state_dict(_vision_tensors(self._path, set(tower.state_dict())))
+        if not self._merges:
+            for level in range(1 + self._facts.deepstack):
+                tower.set_submodule(_merger_name(level), _Units(self._facts.merge_size**2))
+        return tower.to(self._device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """pixel_values [patches, channels * t * p * p], image_grid_thw int64 [images, 3] -> features_ID [I, D]."""
-        reference = next(self._tower.parameters())
-        pixels = pixel_values.to(reference.device, reference.dtype)
-        return self._tower(pixels, grid_thw=image_grid_thw.to(reference.device)).pooler_output
+    def features(self, pictures: Iterable[Picture]) -> Features:
+        """Of every picture; equal keys are computed once."""
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for portion in self._portions({picture.key: picture for picture in pictures}.values()):
+            pixels = torch.cat([picture.pixel_values for picture in portion])
+            grids = torch.tensor([picture.grid_thw for picture in portion], device=self._device)
+            out = self._tower(pixels.to(self._device, self._dtype), grid_thw=grids)
+            levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+            counts = [len(picture.pixel_values) // self._facts.merge_size**2 for picture in portion]
+            parts = zip(*(level.split(counts) for level in levels), strict=True)
+            found |= {picture.key: part for picture, part in zip(portion, parts, strict=True)}
+        return found
+
+    def _portions(self, pictures: Collection[Picture]) -> Iterator[list[Picture]]:
+        portion: list[Picture] = []
+        for picture in pictures:
+            patches = sum(len(other.pixel_values) for other in portion) + len(picture.pixel_values)
+            if portion and self._patches_per_pass is not None and patches > self._patches_per_pass:
+                yield portion
+                portion = []
+            portion.append(picture)
+        if portion:
+            yield portion
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._tower.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
         """For tests and fingerprints: the tower's tensors without a prefix."""
         return self._tower.state_dict()
+
+
+class _Units(nn.Module):
+    """In a merger's place: the M patches of each image token side by side, units_I(MC)."""
+
+    def __init__(self, merged: int):
+        super().__init__()
+        self._merged = merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self._merged * x.shape[-1])
+
+
+class Mergers(nn.Module):
+    """Trained patch mergers of some levels, under their names in a checkpoint; weights uninitialised.
+
+    Every tensor-parallel rank holds them whole. Under sequence parallelism it merges its own share of the tokens only,
+    and the mark `sequence_parallel` makes Megatron add up the shares' gradients.
+    """
+
+    def __init__(self, arch: Architecture, levels: Sequence[int], dtype: torch.dtype, layout: Layout):
+        super().__init__()
+        self._merged = arch.vision.merge_size**2
+        with torch.device("meta"):
+            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower, dtype=dtype)
+        mergers = {level: tower.get_submodule(_merger_name(level)) for level in levels}
+        if 0 in mergers:
+            self.merger = mergers.pop(0)
+        self.deepstack_merger_list = nn.ModuleDict({str(level - 1): merger for level, merger in mergers.items()})
+        self.to_empty(device=layout.device)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = layout.sp
+
+    def forward(self, level: int, units: Tensor) -> Tensor:
+        """units_I(MC) -> features_ID"""
+        return self.get_submodule(_merger_name(level))(units.view(-1, units.shape[-1] // self._merged))
+
+
+def _merger_name(level: int) -> str:
+    return f"deepstack_merger_list.{level - 1}" if level else "merger"
 
 
 def _vision_tensors(path: Path, expected: set[str]) -> dict[str, Tensor]:

@@ -64,8 +64,8 @@ def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]
     """Every parameter of this stage with its rule, names completed with the global layer number."""
     for name, parameter in model.named_parameters():
         match = LAYER.fullmatch(name)
-        if match is None:
-            yield name, parameter, MODEL_RULES[name]
+        if match is None:  # mergers have their checkpoint names
+            yield name, parameter, Rule((name,)) if name.startswith("visual.") else MODEL_RULES[name]
             continue
         layer = model.decoder.layers[int(match[1])].layer_number - 1
         rule = LAYER_RULES[match[2]]
@@ -209,7 +209,7 @@ def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], spl
 def export_weights(
     chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream (Hugging Face name, full tensor) of the text model, with the names transformers writes today.
+    """Stream (Hugging Face name, full tensor) of what is trained, with the names transformers writes today.
 
     Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
     from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
@@ -218,11 +218,17 @@ def export_weights(
     shape; its gradient, say.
     """
     arch, layout = chunks[0].arch, chunks[0].layout
-    prefix = "model.language_model." if arch.vision else "model."
     for short, full in _from_all_stages(_own_tensors(chunks, value), layout):
-        yield (short if short == "lm_head.weight" else prefix + short), full
+        yield _long_name(short, arch), full
         if arch.tied and short == "embed_tokens.weight":
             yield "lm_head.weight", full
+
+
+def _long_name(short: str, arch: Architecture) -> str:
+    if short == "lm_head.weight":
+        return short
+    inner = arch.vision is not None and not short.startswith("visual.")
+    return f"model.language_model.{short}" if inner else f"model.{short}"
 
 
 def _own_tensors(

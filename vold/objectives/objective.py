@@ -22,7 +22,8 @@ from vold.records import Group, Sample
 
 @dataclass(frozen=True)
 class Objective:
-    """advantage: rewards of a group -> advantages; route: reward -> share of the KL term; beta: its weight."""
+    """advantage: rewards of a group -> advantages; route: 1.0 for a right answer, else 0.0 -> share of the KL term;
+    beta: its weight."""
 
     advantage: Callable[[Sequence[float]], list[float]]
     route: Callable[[float], float]
@@ -54,19 +55,20 @@ class Objective:
         return any(sample.pg_weight or sample.kl_weight for sample in self.weigh([group]))
 
     def _of_group(self, group: Group) -> list[Sample]:
-        graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
-        advantages_G = self.advantage([reward for _, reward in graded])
+        judged = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        graded = [response for response in judged if response[2] is not None]
+        advantages_G = self.advantage([reward for _, _, reward in graded])
         return [
             Sample(
                 prompt=group.prompt,
                 response_ids=rollout.response_ids,
                 advantage=advantage,
                 pg_weight=float(advantage != 0.0),
-                kl_weight=self.beta * self.route(reward),
+                kl_weight=self.beta * self.route(float(verdict.outcome == "correct")),
                 logp_rollout=rollout.logp_rollout,
                 logp_teacher=rollout.logp_teacher,
             )
-            for (rollout, reward), advantage in zip(graded, advantages_G, strict=True)
+            for (rollout, verdict, _), advantage in zip(graded, advantages_G, strict=True)
         ]
 
 
@@ -90,7 +92,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """The preset with the config's numbers. Raises ValueError for an unknown preset."""
     if config.preset not in PRESETS:
         raise ValueError(f"objective.preset = {config.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    numbers = config.model_dump(exclude={"preset"})
+    numbers = config.model_dump(exclude={"preset", "visual_advantage"})
     return replace(PRESETS[config.preset], **numbers)
 
 

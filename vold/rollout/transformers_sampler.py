@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from vold.config.schema import SamplingConfig
-from vold.models.images import ImageReader
+from vold.models.images import ImageReader, grids_of
 from vold.parallel import cpu
 from vold.records import Prompt, Rollout
 from vold.rollout.decode import GROUPED_SDPA, decode
@@ -89,10 +89,10 @@ class TransformersSampler:
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded ids and mask; with images also their pixels, grids and token types."""
-        images = [self.images.read(prompt.images) if prompt.images else None for prompt in prompts]
+        pictures = [self.images.read(prompt.images) if prompt.images else () for prompt in prompts]
         rows = [
-            self.images.expand(prompt.token_ids, image) if image else list(prompt.token_ids)
-            for prompt, image in zip(prompts, images, strict=True)
+            self.images.expand(prompt.token_ids, seen) if seen else list(prompt.token_ids)
+            for prompt, seen in zip(prompts, pictures, strict=True)
         ]
         ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -100,10 +100,10 @@ class TransformersSampler:
             row_ids[-len(row) :] = torch.tensor(row)
             row_mask[-len(row) :] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if any(images):
-            seen = [image for image in images if image]
-            inputs["pixel_values"] = torch.cat([image.pixel_values for image in seen]).to(self._model.dtype)
-            inputs["image_grid_thw"] = torch.cat([image.grid_thw for image in seen])
+        if any(pictures):
+            seen = [picture for row in pictures for picture in row]
+            inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in seen]).to(self._model.dtype)
+            inputs["image_grid_thw"] = grids_of(seen)
             inputs["mm_token_type_ids"] = (ids == self.images.token_id).long()
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 

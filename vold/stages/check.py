@@ -39,18 +39,22 @@ def run(config: SftConfig | RlConfig, processes: int) -> None:
     held = {}
     for role, path in paths.items():
         if path is not None:
-            held[role] = every_rank(Architecture.from_pretrained(path), config.parallel, processes)
+            train_merger = role == "student" and config.vision.train_merger
+            arch = Architecture.from_pretrained(path)
+            held[role] = every_rank(arch, config.parallel, processes, train_merger=train_merger)
             check_tensors(held[role], path)
     _show(held, config, processes)
 
 
-def every_rank(arch: Architecture, parallel: ParallelConfig, processes: int) -> list[Held]:
+def every_rank(
+    arch: Architecture, parallel: ParallelConfig, processes: int, *, train_merger: bool = False
+) -> list[Held]:
     """What each of `processes` ranks would build. Leaves this process without process groups."""
     held = []
     for rank in range(processes):
         layout = pretend(rank, processes, **parallel.model_dump())
         with torch.device("meta"):
-            chunks = build_chunks(arch, layout, torch.bfloat16)
+            chunks = build_chunks(arch, layout, torch.bfloat16, train_merger=train_merger)
         count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         held.append(Held(layout, count, {name: (shape, here) for name, shape, here in full_tensors(chunks)}))
     shutdown()
@@ -99,7 +103,7 @@ def _shapes(held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
 
 def _show(held: dict[str, list[Held]], config: SftConfig | RlConfig, processes: int) -> None:
     copies = held["student"][0].layout.dp
-    caption = "Language models only; activations and the sampler's cache come on top."
+    caption = "Without frozen vision towers; activations and the sampler's cache come on top."
     if getattr(config, "teacher_offload", False):
         caption += " The teacher waits in CPU memory while the student trains."
     table = Table(

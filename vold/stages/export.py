@@ -29,7 +29,8 @@ def run(config: ExportConfig) -> None:
     if step is None:
         raise ValueError(f"run = {config.run} has no checkpoint yet")
     student = Path(settings["student"])
-    chunks = load_student(student, layout, getattr(torch, settings["dtype"]))
+    train_merger = settings.get("vision", {}).get("train_merger", False)
+    chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
     checkpoints.load_weights(chunks, step)
     export_checkpoint(student, config.out, export_weights(chunks))
     print(f"{config.out}: step {step} of {config.run}")

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vold.config.schema import RolloutConfig
-from vold.grading import Grader
+from vold.config.schema import RewardConfig, RolloutConfig
+from vold.grading import Grader, reward
 from vold.objectives import Objective
 from vold.records import Group, Prompt, Rollout, Sample
 from vold.rollout import Sampler
@@ -92,6 +92,7 @@ class RolloutWorker:
     grader: Grader
     objective: Objective
     config: RolloutConfig
+    reward: RewardConfig
     teacher: StreamedTeacher | None = None
     stop: threading.Event = field(default_factory=threading.Event)  # nobody waits for these groups any more
 
@@ -104,7 +105,7 @@ class RolloutWorker:
         for place, rollouts in self._stream(calls, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
-                groups[place] = grade_group(rollouts, self.grader)
+                groups[place] = grade_group(rollouts, self.grader, self.reward)
             if self.teacher and (wanted := self._distilled(groups[place])):
                 scores[place] = self.teacher.submit(wanted)
             finished.append(seconds)
@@ -145,17 +146,17 @@ class RolloutWorker:
         return replace(group, rollouts=tuple(rollouts))
 
 
-def grade_group(rollouts: Sequence[Rollout], grader: Grader) -> Group:
-    """Siblings with their rewards. A truncated response scores 0; one the grader broke on has no reward."""
+def grade_group(rollouts: Sequence[Rollout], grader: Grader, config: RewardConfig) -> Group:
+    """Siblings with their rewards."""
     verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
-    rewards = tuple(None if v.outcome == "broken" else float(v.outcome == "correct") for v in verdicts)
+    rewards = tuple(reward(rollout, verdict, config) for rollout, verdict in zip(rollouts, verdicts, strict=True))
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
 
 def pass_rate(group: Group | None) -> float | None:
-    """Mean reward; None for a group that was lost, or where the grader broke on every response."""
-    rewards = [reward for reward in group.rewards if reward is not None] if group else []
-    return sum(rewards) / len(rewards) if rewards else None
+    """Share of right answers; None for a group that was lost, or where the grader broke on every response."""
+    judged = [verdict.outcome for verdict in group.verdicts if verdict.outcome != "broken"] if group else []
+    return judged.count("correct") / len(judged) if judged else None
 
 
 def mask_unscored(samples: Sequence[Sample]) -> list[Sample]:
@@ -173,8 +174,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         return {"response_tokens": 0.0}
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards if reward is not None]
-    solved = [set(group.rewards) == {1.0} for group in groups]
-    failed = [set(group.rewards) == {0.0} for group in groups]
+    outcomes = [{verdict.outcome for verdict in group.verdicts} for group in groups]
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     return {
         "reward": sum(rewards) / max(len(rewards), 1),
@@ -182,18 +182,24 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response_length": tokens / len(rollouts),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "broken": float(len(rollouts) - len(rewards)),
-        "groups_solved": sum(solved) / len(groups),
-        "groups_failed": sum(failed) / len(groups),
+        "groups_solved": outcomes.count({"correct"}) / len(groups),
+        "groups_failed": outcomes.count({"wrong"}) / len(groups),
     }
 
 
-def teacher_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+def teacher_metrics(samples: Sequence[Sample], length: Callable[[Prompt], int]) -> dict[str, float]:
     """`teacher_saved`: share of a step's tokens, prompts included, that no teacher reads because their KL weight is 0;
-    `teacher_failed`: responses that it was asked about and did not answer. Samples as they were weighed."""
-    lengths = [len(sample.prompt.token_ids) + len(sample.response_ids) for sample in samples]
-    read = sum(length for length, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
+    `teacher_failed`: responses that it was asked about and did not answer. `length`: of a prompt, images included (see
+    Encoder)."""
+    lengths = [length(sample.prompt) + len(sample.response_ids) for sample in samples]
+    read = sum(tokens for tokens, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
     failed = sum(sample.kl_weight != 0.0 and sample.logp_teacher == () for sample in samples)
     return {"teacher_saved": 1.0 - read / max(sum(lengths), 1), "teacher_failed": float(failed)}
+
+
+def teacher_blind(weighed: Sequence[Sample], admitted: Sequence[Sample]) -> dict[str, float]:
+    """`teacher_blind`: responses that lost their KL term because the teacher does not see their images."""
+    return {"teacher_blind": float(sum(a.kl_weight != b.kl_weight for a, b in zip(weighed, admitted, strict=True)))}
 
 
 def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:

@@ -1,23 +1,36 @@
 """`vold rl`: stage 2. Responses are sampled once and used twice: for a clipped policy gradient on a verifiable reward,
-and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6). Text only, vision frozen."""
+and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6). Text and images; of the vision
+tower nothing is trained but, where the config says so, its mergers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vold.config.schema import RlConfig
 from vold.data.pack import pack
-from vold.data.problems import load_problems
+from vold.data.problems import Problem, load_problems
 from vold.data.prompts import build_prompts
 from vold.grading import Grader
+from vold.models.architecture import Architecture
+from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
+from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import RolloutWorker, StreamedTeacher, group_rows, mask_unscored, teacher_metrics
+from vold.stages.groups import (
+    RolloutWorker,
+    StreamedTeacher,
+    group_rows,
+    mask_unscored,
+    teacher_blind,
+    teacher_metrics,
+)
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.rollouts import Rollouts
-from vold.stages.training import TrainingRun
-from vold.teacher import NoTeacher, Teacher, VllmTeacher
+from vold.stages.training import TrainingRun, check_vision
+from vold.teacher import NoTeacher, OwnPrompts, Teacher, VisualTeacher, VllmTeacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -34,10 +47,12 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
-    prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
+    problems, encode = load_problems(config.data), encoder_of(config.student)
+    prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
+    check_vision(config.vision, prompts)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, vocab_size)
+    teacher = _teacher(config, job, objective, vocab_size, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -51,15 +66,18 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             config,
             job,
             prompts,
-            RolloutWorker(sampler, grader, objective, config.rollout, _streamed_teacher(config, job, objective)),
+            RolloutWorker(
+                sampler, grader, objective, config.rollout, config.reward, _streamed_teacher(config, job, objective)
+            ),
             done=training.done,
         ) as rollouts,
     ):
         for step in training.steps():
             drawn = rollouts.next(step)
             weighed = objective.weigh(drawn.groups)
-            samples = mask_unscored(weighed)
-            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
+            admitted = teacher.admit(weighed)
+            samples = mask_unscored(admitted)
+            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
             with job.log.phase("teacher"):
                 batch = teacher.score(batch)
             with job.log.phase("train"):
@@ -67,7 +85,8 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = drawn.metrics | teacher_metrics(weighed) | report.metrics | parity
+            metrics = drawn.metrics | teacher_metrics(admitted, encode.length) | teacher_blind(weighed, admitted)
+            metrics |= teacher.metrics | report.metrics | parity
             shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -104,20 +123,43 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         clip=(objective.clip_low, objective.clip_high),
         temperature=config.rollout.temperature,
         importance_cap=config.rollout.importance_cap if config.rollout.lag else None,
+        vision=config.vision,
     )
 
 
-def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Teacher | NoTeacher:
+def _teacher(
+    config: RlConfig, job: Job, objective: Objective, vocab_size: int, problems: Sequence[Problem]
+) -> Teacher | NoTeacher:
     if not objective.needs_teacher or config.teacher_engine == "vllm":
         return NoTeacher()
-    return Teacher(
-        config.teacher,
-        job.layout,
+    settings = dict(
         dtype=job.dtype,
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
+        patches_per_pass=config.vision.patches_per_pass,
         offload=config.teacher_offload,
     )
+    if not Architecture.from_pretrained(config.teacher).vision:
+        _check_blind_teacher(config, job, problems)
+        return Teacher(config.teacher, job.layout, **settings)
+    settings["encode"] = OwnPrompts(config.teacher, problems, config.prompt)
+    if not config.objective.visual_advantage:
+        return Teacher(config.teacher, job.layout, **settings)
+    degraded = OwnPrompts(config.teacher, problems, config.prompt, degrade)
+    return VisualTeacher(config.teacher, job.layout, degraded=degraded, **settings)
+
+
+def _check_blind_teacher(config: RlConfig, job: Job, problems: Sequence[Problem]) -> None:
+    """Refuses where a text-only teacher has nothing to say; tells where it has less to say."""
+    line = f"teacher = {config.teacher} reads text only"
+    if config.objective.visual_advantage:
+        raise ValueError(f"{line}; objective.visual_advantage needs one that sees")
+    seen = sum(bool(problem.images) for problem in problems)
+    line = f"{line} and {seen} of {len(problems)} problems have images"
+    if seen == len(problems):
+        raise ValueError(f"{line}; choose a teacher that sees, or objective.preset=grpo")
+    if seen and job.is_writer:
+        print(f"{line}: their responses get no KL term (metric teacher_blind)")
 
 
 def _streamed_teacher(config: RlConfig, job: Job, objective: Objective) -> StreamedTeacher | None:

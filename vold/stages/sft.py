@@ -1,4 +1,4 @@
-"""`vold sft`: stage 1, maximum likelihood on traces, text only, vision frozen (VOLD Eq. 4)."""
+"""`vold sft`: stage 1, maximum likelihood on traces (VOLD Eq. 4; there of text, vision frozen)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from vold.data.order import rows_of_step
 from vold.data.pack import pack
 from vold.data.traces import load_samples
 from vold.grading import Grader
+from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import likelihood
 from vold.rollout import TransformersSampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.job import open_job
 from vold.stages.probe import build_probe
-from vold.stages.training import TrainingRun
+from vold.stages.training import TrainingRun, check_vision
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -28,9 +29,17 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     tokenizer = load_tokenizer(config.student)
     if config.pair_with is not None:
         check_pair(config.student, config.pair_with)
+    encode = encoder_of(config.student)
     samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
+    check_vision(config.vision, (sample.prompt for sample in samples))
     trainer = Trainer(
-        config.student, job.layout, config.optimizer, steps=config.steps, dtype=job.dtype, vocab_size=len(tokenizer)
+        config.student,
+        job.layout,
+        config.optimizer,
+        steps=config.steps,
+        dtype=job.dtype,
+        vocab_size=len(tokenizer),
+        vision=config.vision,
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -45,7 +54,7 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
         for step in training.steps():
             rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=config.seed)
             weighed = likelihood([samples[row] for row in rows])
-            batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
+            batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
             with job.log.phase("train"):
                 report = trainer.step(batch)
             metrics = {**report.metrics, "loss": report.metrics["nll"]}

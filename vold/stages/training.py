@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vold.config.schema import TrainConfig
+from vold.config.schema import TrainConfig, VisionConfig
 from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.parallel.together import any_rank, together
+from vold.records import Prompt
 from vold.rollout import ParityProbe, Sampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.job import Job
@@ -17,6 +18,12 @@ from vold.stages.scores import summarise
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
+
+
+def check_vision(config: VisionConfig, prompts: Iterable[Prompt]) -> None:
+    """Raises ValueError for mergers that no image would teach: weight decay alone would move them."""
+    if config.train_merger and not any(prompt.images for prompt in prompts):
+        raise ValueError("vision.train_merger = true, but no training prompt has an image; set it to false")
 
 
 @dataclass

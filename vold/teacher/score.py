@@ -1,31 +1,36 @@
-"""Teacher scoring in the trainer: the frozen teacher reads the student's own tokens, on Megatron, forward only.
+"""Teacher scoring in the trainer: the frozen teacher reads the student's responses, on Megatron, forward only.
 
+A text-only teacher reads the student's own tokens. One that sees reads prompts of its own: its chat template, its
+number of tokens for an image; only the response ids are the student's.
 Reward-gated: only sequences whose KL weight is not zero are read at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vold.data.pack import Encoder, read_anew
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_chunks
+from vold.models.language_model import build_chunks, open_tower
 from vold.models.weights import load_pretrained
 from vold.parallel.launch import Layout
-from vold.records import Batch, MicroBatch, PackedTokens
-from vold.trainer.device import batch_to
+from vold.records import Batch, MicroBatch, PackedTokens, Sample
+from vold.trainer.device import batch_to, micro_batch_to
 from vold.trainer.pipeline import run_pipeline
 from vold_kernels.linear_logprob import linear_logprob
 
 
 class Teacher:
-    """A text-only teacher in the student's layout. `vocab_size`: ids both models really have; `offload`: its weights
-    wait in CPU memory between calls."""
+    """A teacher in the student's layout. `vocab_size`: ids both models really have; `encode`: how a teacher that sees
+    reads a prompt, None where it reads the student's text; `patches_per_pass`: see FrozenVisionTower; `offload`: its
+    weights wait in CPU memory between calls. `metrics`: what it has to say of the last batch, on every rank."""
 
     def __init__(
         self,
@@ -35,14 +40,25 @@ class Teacher:
         dtype: torch.dtype,
         vocab_size: int,
         temperature: float = 1.0,
+        encode: Encoder | None = None,
+        patches_per_pass: int | None = None,
         offload: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
+        self._encode = encode
+        self.metrics: dict[str, float] = {}
         self._chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
             chunk.requires_grad_(False).eval()
-        self._waiting = _host_copies(self._chunks) if offload else []
+        self._vision = open_tower(self._chunks, checkpoint, dtype, patches_per_pass) if encode else None
+        self._waiting = _host_copies(self._weights()) if offload else []
+
+    def admit(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, without the KL term where they show an image to a teacher that reads text only."""
+        if self._encode is not None:
+            return list(samples)
+        return [replace(sample, kl_weight=0.0) if sample.prompt.images else sample for sample in samples]
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
@@ -50,21 +66,33 @@ class Teacher:
         where the KL weight is 0. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
         scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
+        found = self._read(batch, scored, self._encode)
+        if not self._layout.is_last_stage:
+            return batch
+        return Batch(tuple(map(_filled, batch.micro_batches, scored, found)))
+
+    def _read(self, batch: Batch, rows: Sequence[Tensor], encode: Encoder | None) -> list[Tensor | None]:
+        """What `_logprobs` finds for these rows of each micro-batch's targets, None without rows; on the last stage."""
+        encode = encode and cache(encode)
         read = [
             only_sequences(micro, rows_n)
-            for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
+            if encode is None
+            else micro_batch_to(read_anew(micro, rows_n, encode), self._layout.device)
+            for micro, rows_n in zip(batch.micro_batches, rows, strict=True)
             if rows_n.numel()
         ]
         with self._present():
-            found = iter(run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True))
-        if not self._layout.is_last_stage:
-            return batch
-        return Batch(
-            tuple(
-                _filled(micro, rows_n, next(found) if rows_n.numel() else None)
-                for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
+            found = run_pipeline(
+                self._chunks, read, self._layout, self._logprobs, forward_only=True, vision=self._vision
             )
-        )
+        left = iter(found)
+        return [next(left) if rows_n.numel() else None for rows_n in rows] if self._layout.is_last_stage else []
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        for chunk in self._chunks:
+            yield from chunk.parameters()
+        if self._vision is not None:
+            yield from self._vision.parameters()
 
     @contextmanager
     def _present(self) -> Iterator[None]:
@@ -90,14 +118,19 @@ class Teacher:
 class NoTeacher:
     """For objectives without a KL term."""
 
+    metrics: Mapping[str, float] = {}
+
+    def admit(self, samples: Sequence[Sample]) -> list[Sample]:
+        return list(samples)
+
     def score(self, batch: Batch) -> Batch:
         return batch
 
 
-def _host_copies(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, Tensor]]:
+def _host_copies(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
     """Every parameter moved to CPU memory, pinned where there is a GPU."""
     copies = []
-    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+    for parameter in parameters:
         host = parameter.data.cpu()
         parameter.data = host.pin_memory() if torch.cuda.is_available() else host
         copies.append((parameter, parameter.data))
@@ -113,8 +146,9 @@ def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBa
 
 def only_sequences(micro: MicroBatch, rows_n: Tensor) -> MicroBatch:
     """The packing reduced to what predicts `rows_n` of its N targets, whole sequences, and the targets to those."""
-    if micro.tokens.pixel_values is not None:
-        raise ValueError("a text-only teacher cannot score sequences with images")
+    for sequence in micro.sequence_N[rows_n].unique().tolist():
+        if micro.samples_B[sequence].prompt.images:
+            raise ValueError(f"{micro.samples_B[sequence].prompt.id} has images and the teacher reads text only")
     tokens, count = micro.tokens, micro.tokens.input_ids_T.numel()
     segment_T, segment_K = (
         torch.arange(len(cu) - 1, device=cu.device).repeat_interleave(cu.diff())

@@ -18,11 +18,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from vold.config.schema import OptimizerConfig
+from vold.config.schema import OptimizerConfig, VisionConfig
 from vold.data.pack import Replicas
 from vold.models.architecture import Architecture
-from vold.models.language_model import LanguageModel, build_chunks, unwrap
-from vold.models.vision import FrozenVisionTower
+from vold.models.language_model import LanguageModel, build_chunks, open_tower, unwrap
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
@@ -30,7 +29,7 @@ from vold.trainer.device import batch_to
 from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
-from vold.trainer.pipeline import run_pipeline
+from vold.trainer.pipeline import Head, ResultT, run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
@@ -53,15 +52,15 @@ class Trainer:
         clip: tuple[float, float] = (0.2, 0.3),
         temperature: float = 1.0,
         importance_cap: float | None = None,
+        vision: VisionConfig = VisionConfig(),
     ):
         self._importance_cap = importance_cap
         self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
-        self._student, self._dtype = student, dtype
-        self._chunks = _wrap(load_student(student, layout, dtype))
+        self._chunks = _wrap(load_student(student, layout, dtype, train_merger=vision.train_merger))
+        self._vision = open_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
-        self._vision: FrozenVisionTower | None = None
         self.phases = Phases()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -92,7 +91,10 @@ class Trainer:
         self._optimizer.zero_grad()
         forward = partial(self.phases, "student_forward")
         with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
-            return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss, timed=forward)
+            return self._run(batch, self._loss, timed=forward)
+
+    def _run(self, batch: Batch, head: Head[ResultT], **options) -> list[ResultT]:
+        return run_pipeline(self._chunks, batch.micro_batches, self._layout, head, vision=self._vision, **options)
 
     def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group."""
@@ -169,11 +171,7 @@ class Trainer:
         """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
-        sees = any(micro.tokens.pixel_values is not None for micro in batch.micro_batches)
-        vision = self._tower() if sees and self._layout.is_first_stage else None
-        found = run_pipeline(
-            self._chunks, batch.micro_batches, self._layout, self._read, forward_only=True, vision=vision
-        )
+        found = self._run(batch, self._read, forward_only=True)
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
     def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
@@ -188,13 +186,9 @@ class Trainer:
         return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Trained weights by transformers' names, streamed. The frozen vision tower is not among them."""
+        """Trained weights by transformers' names, streamed. Those of the vision tower's frozen part are not among
+        them."""
         return export_weights(self.chunks)
-
-    def _tower(self) -> FrozenVisionTower:
-        if self._vision is None:
-            self._vision = FrozenVisionTower.from_pretrained(self._student, self._dtype, device=self._layout.device)
-        return self._vision
 
     # -- for checkpoints -------------------------------------------------------------------------------------------
 
@@ -219,9 +213,11 @@ class Trainer:
         return self._optimizer
 
 
-def load_student(checkpoint: Path, layout: Layout, dtype: torch.dtype) -> list[LanguageModel]:
-    """This rank's part of the student's language model with a checkpoint directory's weights."""
-    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
+def load_student(
+    checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+) -> list[LanguageModel]:
+    """This rank's part of what is trained of the student, with a checkpoint directory's weights."""
+    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)
     return chunks

@@ -40,15 +40,19 @@ def run_pipeline(
 ) -> list[ResultT]:
     """`head`'s result of each micro-batch, in order; an empty list off the last stage.
 
-    All ranks of one model copy pass the same micro-batches. `vision` is needed on the first stage where they hold
-    images. `timed` is entered around every forward pass. Without `forward_only`, gradients are reduced over all groups
-    when it returns.
+    All ranks of one model copy pass the same micro-batches. `vision` is needed where they hold pictures and a chunk
+    takes in what is seen: each is looked at once, before the first micro-batch. `timed` is entered around every
+    forward pass. Without `forward_only`, gradients are reduced over all groups when it returns.
     """
     if not micro_batches:
         return []
+    features = None
+    if vision is not None:
+        with timed():
+            features = vision.features(picture for micro in micro_batches for picture in micro.tokens.pictures)
     fed = [*micro_batches, *_fillers(len(micro_batches), layout)]
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, head, vision, timed),
+        forward_step_func=partial(_forward_step, head, features, timed),
         data_iterator=[iter(fed) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(fed),
@@ -89,10 +93,10 @@ def _fillers(count: int, layout: Layout) -> list[MicroBatch]:
     return [micro_batch_to(filler(), layout.device)] * missing
 
 
-def _forward_step(head: Head, vision, timed, batches: Iterator[MicroBatch], chunk: nn.Module):
+def _forward_step(head: Head, features, timed, batches: Iterator[MicroBatch], chunk: nn.Module):
     batch = next(batches)
     with timed():
-        return hidden_states(chunk, batch.tokens, vision), partial(_head_step, head, timed, batch)
+        return hidden_states(chunk, batch.tokens, features), partial(_head_step, head, timed, batch)
 
 
 def _head_step(head: Head, timed, batch: MicroBatch, hidden_TD: Tensor):

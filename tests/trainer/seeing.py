@@ -1,0 +1,194 @@
+"""What test_seeing.py trains on, and one rank of it: prompts of text, with one image and with two, and siblings."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from steps import OPTIMIZER, relative
+
+from vold.config.schema import VisionConfig
+from vold.data.pack import Encoded, TextEncoder, pack
+from vold.models.architecture import Architecture
+from vold.models.images import grids_of
+from vold.models.positions import expand_image_tokens, mrope_positions
+from vold.models.weights import export_weights
+from vold.parallel.launch import initialise, shutdown
+from vold.records import Picture, Prompt, Sample
+from vold.teacher import Teacher, VisualTeacher
+from vold.trainer.checkpoint import Checkpoints
+from vold.trainer.engine import Trainer
+
+IDS = 120  # below the special ones
+GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
+LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2), dict(distributed_optimizer=True), dict(pp=2, vpp=2)]
+
+
+def reference(family: str):
+    """Four layers: with pp = 2 DeepStack adds to layers of either stage."""
+    return tiny.FAMILIES[family](tied=False, num_hidden_layers=4)
+
+
+class Pictures(TextEncoder):
+    """Encodes prompts whose image files are only names; GRIDS has their sizes."""
+
+    def __init__(self, arch: Architecture):
+        self.arch = arch
+
+    def pictures(self, prompt: Prompt) -> tuple[Picture, ...]:
+        found = []
+        for number, grid in enumerate(GRIDS[prompt.id]):
+            generator = torch.Generator().manual_seed(ord(prompt.id) + number)
+            patches = grid[0] * grid[1] * grid[2]
+            found.append(Picture(f"{prompt.id}{number}", torch.randn(patches, 96, generator=generator), grid))
+        return tuple(found)
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        pictures = self.pictures(prompt)
+        ids = expand_image_tokens(prompt.token_ids, grids_of(pictures), self.arch)
+        return Encoded(ids, mrope_positions(torch.tensor(ids), grids_of(pictures), self.arch), pictures)
+
+    def length(self, prompt: Prompt) -> int:
+        return len(self(prompt).prompt_ids)
+
+
+def make_samples() -> list[Sample]:
+    """Three responses of unequal length a prompt."""
+    draw = random.Random(0)
+    ids = lambda low, high: tuple(draw.randrange(IDS) for _ in range(draw.randint(low, high)))  # noqa: E731
+    image = (tiny.VISION_START, tiny.IMAGE_PAD, tiny.VISION_END)
+    samples = []
+    for name, grids in GRIDS.items():
+        tokens = (*ids(1, 3), *(token for _ in grids for token in (*image, *ids(1, 2))), *ids(1, 4))
+        prompt = Prompt(name, tokens, "", images=tuple(Path(f"{name}{n}") for n in range(len(grids))))
+        samples += [Sample(prompt, ids(1, 9), draw.uniform(-1.5, 1.5), 1.0, 0.0) for _ in range(3)]
+    total = sum(len(sample.response_ids) for sample in samples)
+    return [replace(sample, pg_weight=1 / total) for sample in samples]
+
+
+def open_trainer(student: Path, layout, *, train_merger: bool, dtype: torch.dtype = torch.float32) -> Trainer:
+    vision = VisionConfig(train_merger=train_merger, patches_per_pass=40)
+    return Trainer(student, layout, OPTIMIZER, steps=3, dtype=dtype, vocab_size=IDS, vision=vision)
+
+
+def loss_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float | None, dict[str, torch.Tensor]]:
+    """Of one step over all samples, gradients whole and by transformers' names; the loss on the last stage."""
+    batch = pack(make_samples(), max_tokens=max_tokens, encode=Pictures(trainer.chunks[0].arch))
+    assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
+    tallies = trainer.accumulate_gradients(batch)
+    named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
+    return float(sum(t["sums"][1] for t in tallies)), {name: tensor.clone() for name, tensor in named}
+
+
+def expected_loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
+    """The same in plain torch on a transformers model, sequence by sequence, on materialised logits."""
+    encode = Pictures(Architecture.from_config(model.config))
+    total = torch.zeros(())
+    for sample in make_samples():
+        prompt = encode(sample.prompt)
+        ids = torch.tensor([*prompt.prompt_ids, *sample.response_ids])
+        logits = tiny.Row(ids, None, prompt.pictures).logits(model)[len(prompt.prompt_ids) - 1 : -1, :IDS]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        total = total - sample.pg_weight * sample.advantage * (logp - logp.detach()).exp().sum()
+    total.backward()
+    named = model.named_parameters(remove_duplicate=False)
+    return total.item(), {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
+
+def check(trainer: Trainer, family: str) -> None:
+    """Loss and every trained gradient are transformers'."""
+    loss, found = loss_and_gradients(trainer)
+    expected_loss, expected = expected_loss_and_gradients(reference(family))
+    merged = {name for name in expected if "visual" in name and "merger" in name}
+    assert merged and found.keys() == {name for name in expected if "visual" not in name} | merged
+    errors = {name: relative({name: found[name]}, {name: expected[name]}) for name in found}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1e-5, (worst, errors)
+    if trainer.chunks[-1].post_process:
+        assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss), (loss, expected_loss)
+
+
+class OtherPrompts(Pictures):
+    """A teacher's own rendering: an id more in front."""
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        return super().__call__(replace(prompt, token_ids=(3, *prompt.token_ids)))
+
+
+def check_teacher(trainer: Trainer, student: Path, layout) -> None:
+    """The student as its own teacher gives the log-probs that the student has behind the teacher's prompts."""
+    other = OtherPrompts(trainer.chunks[0].arch)
+    teacher = Teacher(student, layout, dtype=torch.float32, vocab_size=IDS, encode=other, patches_per_pass=40)
+    samples = [replace(sample, kl_weight=float(number % 4 > 0)) for number, sample in enumerate(make_samples())]
+    scored = teacher.score(pack(samples, max_tokens=60, encode=Pictures(other.arch)))
+    expected = trainer.logprobs(pack(samples, max_tokens=999, encode=other))
+    for micro in scored.micro_batches if layout.is_last_stage else ():
+        for sequence, place in enumerate(micro.sample_B):
+            wanted = torch.tensor(expected[place]) * (samples[place].kl_weight > 0)
+            torch.testing.assert_close(micro.logp_teacher_N[micro.sequence_N == sequence], wanted, rtol=0, atol=1e-5)
+
+
+class Blurred(Pictures):
+    """The same pictures with hardly a difference between their patches."""
+
+    def pictures(self, prompt: Prompt) -> tuple[Picture, ...]:
+        sharp = super().pictures(prompt)
+        return tuple(replace(p, key=f"{p.key} blurred", pixel_values=0.1 * p.pixel_values) for p in sharp)
+
+
+def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[float]]:
+    """Sample place -> VA-OPD's weights of its tokens, from whichever replica has it."""
+    encode, degraded = (kind(trainer.chunks[0].arch) for kind in (Pictures, Blurred))
+    teacher = VisualTeacher(
+        student, layout, dtype=torch.float32, vocab_size=IDS, encode=encode, degraded=degraded, patches_per_pass=40
+    )
+    samples = [replace(sample, kl_weight=1.0) for sample in make_samples()]
+    batch = teacher.score(pack(samples, max_tokens=30, replicas=trainer.replicas, encode=encode))
+    assert teacher.metrics["visual_advantage"] > 0, "told on every stage"
+    mine = {
+        place: micro.kl_weight_N[micro.sequence_N == sequence].tolist()
+        for micro in (batch.micro_batches if layout.is_last_stage else ())
+        for sequence, place in enumerate(micro.sample_B)
+    }
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if layout.dp == 2:
+        first, second = ({samples[place].prompt.id for place in found} for found in everyone)
+        assert first & second, "siblings on two replicas were tried"
+    return {place: weights for found in everyone for place, weights in found.items()}
+
+
+def rank(students: dict[str, Path], run_dir: Path) -> None:
+    """Every family on every layout of two processes, each continuing from the checkpoint of the one before."""
+    weights_of: dict[str, dict] = {}
+    for step, sizes in enumerate(LAYOUTS):
+        layout = initialise(**sizes, seed=0)
+        for family, student in students.items():
+            trainer = open_trainer(student, layout, train_merger=True)
+            if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
+                check(trainer, family)
+                check_teacher(trainer, student, layout)
+            found = visual_weights(trainer, student, layout)
+            expected = weights_of.setdefault(family, found)
+            assert all(torch.allclose(torch.tensor(found[p]), torch.tensor(expected[p]), atol=1e-4) for p in expected)
+            checkpoints = Checkpoints(run_dir / family, layout, keep=9)
+            if step:
+                checkpoints.load(trainer, step)
+                last = load_file(run_dir / f"{family}-{step}")
+                assert all(torch.equal(last[name], tensor) for name, tensor in trainer.weights())
+            batch = pack(
+                make_samples(), max_tokens=60, replicas=trainer.replicas, encode=Pictures(trainer.chunks[0].arch)
+            )
+            assert trainer.step(batch).metrics["skipped"] == 0.0
+            checkpoints.save(trainer, step + 1)
+            weights = {name: tensor.clone() for name, tensor in trainer.weights()}
+            if dist.get_rank() == 0:
+                save_file(weights, run_dir / f"{family}-{step + 1}")
+                print(family, sizes, flush=True)
+            dist.barrier()
+    shutdown()

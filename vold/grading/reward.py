@@ -1,0 +1,27 @@
+"""A response's reward: whether its answer is right, and whether it is written as asked."""
+
+from __future__ import annotations
+
+import re
+
+from vold.config.schema import RewardConfig
+from vold.grading.extract import extract_answer
+from vold.records import Rollout, Verdict
+
+_FORM = re.compile(r"\s*<think>.*</think>.*", re.DOTALL)
+
+
+def well_formed(response: str) -> bool:
+    """Reasoning in <think> tags, once, from the start, and a boxed answer behind it (EasyR1's rule, VLM-R1's with a box
+    for its <answer>)."""
+    once = response.count("<think>") == response.count("</think>") == 1
+    return once and _FORM.fullmatch(response) is not None and extract_answer(response) is not None
+
+
+def reward(rollout: Rollout, verdict: Verdict, config: RewardConfig) -> float | None:
+    """In [0, 1]; None where the grader broke. A truncated response scores 0."""
+    if verdict.outcome == "broken":
+        return None
+    if rollout.finish_reason == "length":
+        return 0.0
+    return config.accuracy * (verdict.outcome == "correct") + config.format * well_formed(rollout.text)

@@ -50,10 +50,7 @@ def _answer(
     each = config.responses_per_problem
     rollouts = sampler.sample(prompts, config.sampling, responses=each, seed=seed) if prompts else []
     verdicts = grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for r in rollouts])
-    rows = [
-        answer_row(rollout, verdict) | {"category": rollout.prompt.category}
-        for rollout, verdict in zip(rollouts, verdicts, strict=True)
-    ]
+    rows = [answer_row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
     return [rows[first : first + each] for first in range(0, len(rows), each)]
 
 
@@ -90,6 +87,7 @@ def answer_row(rollout: Rollout, verdict: Verdict) -> dict:
         "finish_reason": rollout.finish_reason,
         "response_tokens": len(rollout.response_ids),
         "images": [str(path) for path in rollout.prompt.images],
+        "category": rollout.prompt.category,
     }
 
 

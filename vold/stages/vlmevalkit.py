@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from vold.config import dump_config
 from vold.config.schema import EvalConfig
@@ -41,7 +42,7 @@ class Benchmark:
 
 def _options(rows: Rows) -> dict[str, float]:
     """Shares, one row a split."""
-    return {"score": _mean(100 * float(row["Overall"]) for row in rows)}
+    return {"score": fmean(100 * float(row["Overall"]) for row in rows)}
 
 
 def _overall(key: str) -> Callable[[Rows], dict[str, float]]:
@@ -51,7 +52,7 @@ def _overall(key: str) -> Callable[[Rows], dict[str, float]]:
 def _mathverse(rows: Rows) -> dict[str, float]:
     """One row for each version of the same problems. The public leaderboard's MathVerse is the last of these."""
     versions = {row["split"]: float(row["Overall"]) for row in rows}
-    return {"score": _mean(versions.values()), **{k: v for k, v in versions.items() if k == "Vision Only"}}
+    return {"score": fmean(versions.values()), **{k: v for k, v in versions.items() if k == "Vision Only"}}
 
 
 def _dynamath(rows: Rows) -> dict[str, float]:
@@ -72,7 +73,7 @@ def _mme(rows: Rows) -> dict[str, float]:
 def _hallusion(rows: Rows) -> dict[str, float]:
     overall = next(row for row in rows if row["split"] == "Overall")
     parts = {name: float(overall[name]) for name in ("aAcc", "fAcc", "qAcc")}
-    return {"score": _mean(parts.values()), **parts}
+    return {"score": fmean(parts.values()), **parts}
 
 
 BENCHMARKS = {
@@ -206,8 +207,3 @@ def _write(config: EvalConfig, benchmarks: dict) -> None:
     path.write_text(json.dumps({**before, "benchmarks": benchmarks}, indent=1) + "\n")
     if not (config.run_dir / "config.yaml").exists():
         (config.run_dir / "config.yaml").write_text(dump_config(config, "eval"))
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)

@@ -23,6 +23,7 @@ from vold.records import Picture, Prompt, Sample
 from vold.teacher import Teacher, VisualTeacher
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
+from vold.trainer.tally import SUMS
 
 IDS = 120  # below the special ones
 GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
@@ -76,41 +77,43 @@ def open_trainer(student: Path, layout, *, train_merger: bool, dtype: torch.dtyp
     return Trainer(student, layout, OPTIMIZER, steps=3, dtype=dtype, vocab_size=IDS, vision=vision)
 
 
-def loss_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float | None, dict[str, torch.Tensor]]:
-    """Of one step over all samples, gradients whole and by transformers' names; the loss on the last stage."""
+def nll_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of one step over all samples: -sum of log-probs (on the last stage; at ratio 1 the policy loss itself is the same
+    for every model), and gradients whole and by transformers' names."""
     batch = pack(make_samples(), max_tokens=max_tokens, encode=Pictures(trainer.chunks[0].arch))
     assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
     tallies = trainer.accumulate_gradients(batch)
     named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
-    return float(sum(t["sums"][1] for t in tallies)), {name: tensor.clone() for name, tensor in named}
+    return float(sum(t["sums"][SUMS.index("nll")] for t in tallies)), {name: tensor.clone() for name, tensor in named}
 
 
-def expected_loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
+def expected_nll_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
     """The same in plain torch on a transformers model, sequence by sequence, on materialised logits."""
     encode = Pictures(Architecture.from_config(model.config))
-    total = torch.zeros(())
+    loss, nll = torch.zeros(()), 0.0
     for sample in make_samples():
         prompt = encode(sample.prompt)
         ids = torch.tensor([*prompt.prompt_ids, *sample.response_ids])
         logits = tiny.Row(ids, None, prompt.pictures).logits(model)[len(prompt.prompt_ids) - 1 : -1, :IDS]
         logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
-        total = total - sample.pg_weight * sample.advantage * (logp - logp.detach()).exp().sum()
-    total.backward()
+        loss = loss - sample.pg_weight * sample.advantage * (logp - logp.detach()).exp().sum()
+        nll -= float(logp.double().sum())
+    loss.backward()
     named = model.named_parameters(remove_duplicate=False)
-    return total.item(), {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    return nll, {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
 def check(trainer: Trainer, family: str) -> None:
-    """Loss and every trained gradient are transformers'."""
-    loss, found = loss_and_gradients(trainer)
-    expected_loss, expected = expected_loss_and_gradients(reference(family))
+    """Log-probs and every trained gradient are transformers'."""
+    nll, found = nll_and_gradients(trainer)
+    expected_nll, expected = expected_nll_and_gradients(reference(family))
     merged = {name for name in expected if "visual" in name and "merger" in name}
     assert merged and found.keys() == {name for name in expected if "visual" not in name} | merged
     errors = {name: relative({name: found[name]}, {name: expected[name]}) for name in found}
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 1e-5, (worst, errors)
     if trainer.chunks[-1].post_process:
-        assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss), (loss, expected_loss)
+        assert abs(nll - expected_nll) <= 1e-5 * expected_nll, (nll, expected_nll)
 
 
 class OtherPrompts(Pictures):

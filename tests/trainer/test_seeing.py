@@ -1,4 +1,4 @@
-"""Training on text and images: transformers' loss and gradients at every layout, and what is frozen stays so."""
+"""Training on text and images: transformers' log-probs and gradients at every layout, and what is frozen stays so."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def student(family, tmp_path_factory):
     return tiny.save(seeing.reference(family), tmp_path_factory.mktemp(family))
 
 
-def test_loss_and_gradients_equal_transformers(family, student, layout):
+def test_logprobs_and_gradients_equal_transformers(family, student, layout):
     seeing.check(seeing.open_trainer(student, layout, train_merger=True), family)
 
 

@@ -37,6 +37,8 @@ def linear_policy_loss(
     *,
     eps_low: float,
     eps_high: float,
+    entropy_bonus: float = 0.0,
+    kl_clamp: float = math.inf,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
@@ -52,26 +54,34 @@ def linear_policy_loss(
     )
     dtype = logp_n.dtype
     logp_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, logp_n)
-    entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n.detach())
+    entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n)
 
     logp_pg, advantage = logp_N[has_pg_N], terms.advantage_N[has_pg_N].to(dtype)
     logp_old = logp_pg.detach() if terms.logp_old_N is None else terms.logp_old_N[has_pg_N].to(dtype)
-    ratio = (logp_pg - logp_old).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
-    pg_loss = -(terms.pg_weight_N[has_pg_N].to(dtype) * surrogate).sum()
+    log_ratio, pg_weight = logp_pg - logp_old, terms.pg_weight_N[has_pg_N].to(dtype)
+    if terms.sequence_N is not None:
+        sequence = terms.sequence_N[has_pg_N]
+        log_ratio = torch.stack([log_ratio[sequence == s].mean() for s in sequence]) if len(sequence) else log_ratio
+    ratio, low, high = log_ratio.exp(), 1 - eps_low, 1 + eps_high
+    if terms.ratio_low_N is not None:
+        low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    pg_loss = -(pg_weight * surrogate).sum()
+    bonus = entropy_bonus * (pg_weight * entropy_N[has_pg_N]).sum()
 
     kl_loss = torch.zeros_like(pg_loss)
     if terms.logp_teacher_N is not None:
         gap = logp_N[has_kl_N] - terms.logp_teacher_N[has_kl_N].to(dtype)
-        kl_loss = (terms.kl_weight_N[has_kl_N].to(dtype) * gap.square() / 2).sum()
+        beyond = (gap.abs() - kl_clamp).clamp(min=0)  # Huber: ½ gap² up to the clamp, a line of slope kl_clamp after it
+        kl_loss = (terms.kl_weight_N[has_kl_N].to(dtype) * (gap.square() - beyond.square()) / 2).sum()
     return PolicyLoss(
-        loss=pg_loss + kl_loss,
+        loss=pg_loss + kl_loss - bonus,
         logp_N=logp_N.detach(),
-        entropy_N=entropy_N,
+        entropy_N=entropy_N.detach(),
         pg_loss=pg_loss.detach(),
         kl_loss=kl_loss.detach(),
-        clip_low=((ratio < 1 - eps_low) & (advantage < 0)).sum(),
-        clip_high=((ratio > 1 + eps_high) & (advantage > 0)).sum(),
+        clip_low=((ratio < low) & (advantage < 0)).sum(),
+        clip_high=((ratio > high) & (advantage > 0)).sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
         dropped_mass=torch.zeros_like(pg_loss),
     )

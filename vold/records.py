@@ -68,6 +68,7 @@ class Sample:
     pg_weight: float
     kl_weight: float
     logp_rollout: tuple[float, ...] | None = None
+    minibatch: int = 0  # which update of the step learns from it
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class MicroBatch:
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
-    logp_old_N       float32 or None: strictly on-policy, the ratio is 1
+    logp_old_N       float32, log-prob before the step's first update, or None: its only update, the ratio is 1
     """
 
     tokens: PackedTokens

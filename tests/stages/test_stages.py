@@ -30,11 +30,12 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def rl_run(tmp_path_factory, world, layout):
-    """One uninterrupted run of four steps that saved after two and four."""
+    """One uninterrupted run of four steps that saved after two and four; two updates a step, beta steered by the KL."""
     from vold.config import load_config, schema
 
     run_dir = tmp_path_factory.mktemp("runs") / "rl"
-    config = load_config(schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), world.overrides("rl", run_dir))
+    overrides = [*world.overrides("rl", run_dir), "minibatches=2", "objective.target_kl=0.01"]
+    config = load_config(schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), overrides)
     rl.run(config)
     return config
 
@@ -95,6 +96,8 @@ def test_rl_writes_metrics_samples_and_evaluations(rl_run):
         assert row["mismatch_max"] < 1e-4, "sampler and trainer agree on the sampled tokens"
         assert row["parity_error"] < 1.0001
         assert row["response_tokens"] > 0 and row["kl_teacher"] > 0
+    betas = [row["beta"] for row in rows]
+    assert betas == pytest.approx([0.3, 0.3 * 1.02, 0.3 * 1.02**2, 0.3 * 1.02**3]), "the KL is far above its target"
     assert 0.0 <= rows[-1]["accuracy_image"] <= 1.0 and "accuracy_image" not in rows[0]
     samples = read_rows(rl_run.run_dir / "samples.jsonl")
     shown = {"step", "prompt", "response", "extracted", "gold", "reward", "advantage", "mean_kl"}
@@ -256,6 +259,7 @@ def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tm
     from vold.config import load_config, schema
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
+    settings += ["objective.preset=vold-gspo", "minibatches=2"]  # a ratio that couples tokens, at every layout
     config = Path("configs/miniature/rl.yaml").resolve()
     alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
     rl.run(alone)

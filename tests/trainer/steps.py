@@ -10,16 +10,19 @@ import torch
 
 from vold.config.schema import ObjectiveConfig, OptimizerConfig
 from vold.data.pack import filler, pack
-from vold.objectives import build_objective
+from vold.objectives import Objective, build_objective
 from vold.records import Batch, Group, Prompt, Rollout, Sample, Verdict
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
 
 VOCAB_SIZE = 40  # ids used by the samples stay below
+LONGEST = 13  # tokens of a response
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="constant", warmup_steps=0)
 
 
-def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), dtype=torch.float32, **numbers) -> Trainer:
+def make_trainer(
+    student: Path, layout, *, steps: int = 10, objective=Objective(), dtype=torch.float32, **numbers
+) -> Trainer:
     return Trainer(
         student,
         layout,
@@ -27,7 +30,7 @@ def make_trainer(student: Path, layout, *, steps: int = 10, clip=(0.2, 0.3), dty
         steps=steps,
         dtype=dtype,
         vocab_size=VOCAB_SIZE,
-        clip=clip,
+        objective=objective,
     )
 
 
@@ -51,7 +54,7 @@ def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
 
 
 def weigh(preset: str, groups: list[Group], beta: float = 0.3) -> list[Sample]:
-    return build_objective(ObjectiveConfig(preset=preset, beta=beta)).weigh(groups)
+    return build_objective(ObjectiveConfig(preset=preset, beta=beta), LONGEST).weigh(groups)
 
 
 def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.grading import Grader
 from vold.models.tokenizer import check_pair, load_tokenizer
-from vold.objectives import Objective, build_objective
+from vold.objectives import Objective, build_objective, minibatches
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_calls, teacher_saving
@@ -26,7 +26,7 @@ from vold.trainer.step_profiler import StepProfiler
 
 def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
     """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, config.rollout.max_new_tokens)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
@@ -58,15 +58,19 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
                 graded = [grade_groups(found, grader, responses) for found in rollouts]
             with job.log.phase("gather"):
                 groups = [group for call in job.gather(graded) for group in call]
-            samples = objective.weigh(groups)
-            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
+            current = objective.at(step, training.last)
+            samples = current.weigh(groups, minibatches=config.minibatches)
+            batches = [
+                pack(part, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
+                for part in minibatches(samples)
+            ]
             with job.log.phase("teacher"):
-                batch = teacher.score(batch)
+                batches = [teacher.score(batch) for batch in batches]
             with job.log.phase("train"):
-                report = trainer.step(batch)
+                report = trainer.step(*batches)
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
-            metrics = group_metrics(groups) | teacher_saving(samples) | report.metrics | parity
+            metrics = group_metrics(groups) | teacher_saving(samples) | current.metrics() | report.metrics | parity
             shown = group_rows(groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -92,7 +96,7 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         steps=config.steps,
         dtype=job.dtype,
         vocab_size=vocab_size,
-        clip=(objective.clip_low, objective.clip_high),
+        objective=objective,
         temperature=config.rollout.temperature,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vold.models.architecture import Architecture
 from vold.models.language_model import LanguageModel, build_chunks, unwrap
 from vold.models.vision import FrozenVisionTower
 from vold.models.weights import export_weights, load_pretrained
+from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
 from vold.trainer.device import batch_to
@@ -31,11 +33,12 @@ from vold.trainer.phases import Phases
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
 from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+from vold_kernels.linear_policy_loss import linear_policy_loss
 
 
 class Trainer:
-    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf."""
+    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf. `objective`: its
+    ratio and numbers, read by the loss; what it made of rewards is in the batches' weights."""
 
     def __init__(
         self,
@@ -46,10 +49,11 @@ class Trainer:
         steps: int,
         dtype: torch.dtype,
         vocab_size: int,
-        clip: tuple[float, float] = (0.2, 0.3),
+        objective: Objective = Objective(),
         temperature: float = 1.0,
     ):
-        self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
+        self._layout, self._objective, self._temperature = layout, objective, temperature
+        self._vocab_size = vocab_size
         self._student, self._dtype = student, dtype
         self._chunks = _wrap(load_student(student, layout, dtype))
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
@@ -60,13 +64,20 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepReport:
-        """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
-        batch = batch_to(batch, self._layout.device)
-        tallies = self.accumulate_gradients(batch)
-        with self.phases("optimizer"):
-            grad_norm = self._update()
-        report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
+    def step(self, *minibatches: Batch) -> StepReport:
+        """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
+        denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
+        batches = [batch_to(batch, self._layout.device) for batch in minibatches]
+        if len(batches) > 1:
+            with self.phases("old_logprobs"):
+                batches = [self._with_logp_old(batch) for batch in batches]
+        self.schedule.step(1)
+        tallies, grad_norms = [], []
+        for batch in batches:
+            tallies += self.accumulate_gradients(batch)
+            with self.phases("optimizer"):
+                grad_norms.append(self._update())
+        report = self._report(batches, tallies, grad_norms) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def accumulate_gradients(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -79,12 +90,19 @@ class Trainer:
         with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
             return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss, timed=forward)
 
-    def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
-        """On the last pipeline stage; a collective over its data-parallel group."""
-        group = self._layout.dp_group
-        metrics = reduce_tallies(tallies, group, train_tflop=self._useful_flops(batch) / 1e12)
-        metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
-        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
+    def _report(
+        self, batches: Sequence[Batch], tallies: Sequence[dict[str, Tensor]], grad_norms: Sequence[float]
+    ) -> StepReport:
+        """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
+        updates, the others over all their tokens."""
+        group, updates = self._layout.dp_group, len(batches)
+        flops = sum(self._useful_flops(batch) for batch in batches)
+        metrics = reduce_tallies(tallies, group, train_tflop=flops / 1e12)
+        metrics |= {name: metrics[name] / updates for name in ("loss", "pg_loss", "kl_loss")}
+        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
+        metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
+        micro_batches = [micro for batch in batches for micro in batch.micro_batches]
+        return StepReport(metrics, mean_kl(micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weight = self.chunks[-1].head_weight()
@@ -92,11 +110,8 @@ class Trainer:
             hidden_TD[batch.source_N],
             weight,
             batch.target_N,
-            PolicyTerms(
-                batch.logp_old_N, batch.logp_teacher_N, batch.advantage_N, batch.pg_weight_N, batch.kl_weight_N
-            ),
-            eps_low=self._clip[0],
-            eps_high=self._clip[1],
+            self._objective.terms(batch),
+            **self._objective.numbers(),
             temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
@@ -104,11 +119,10 @@ class Trainer:
             # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
             weight_main_grad=weight.main_grad,
         )
-        return out.loss, tally(out, batch)
+        return out.loss, tally(out, batch, kl_clamp=self._objective.kl_clamp)
 
     def _update(self) -> float:
-        """Clip, check, advance the schedule, update. Returns the gradient norm before clipping."""
-        self.schedule.step(1)
+        """Clip, check, update. Returns the gradient norm before clipping."""
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.clip_grad_norm(self._optimizer.config.clip_grad))
         if math.isfinite(grad_norm):  # the norm is reduced over all ranks, so every rank decides alike
@@ -140,6 +154,22 @@ class Trainer:
     # -- reading the policy ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def _with_logp_old(self, batch: Batch) -> Batch:
+        """The batch with logp_old_N filled in on the last pipeline stage, where the loss is."""
+        read = partial(self._logp, temperature=self._temperature)
+        found = run_pipeline(
+            self._chunks,
+            batch.micro_batches,
+            self._layout,
+            lambda micro, hidden_TD: (hidden_TD, read(micro, hidden_TD)),
+            forward_only=True,
+        )
+        if not self._layout.is_last_stage:
+            return batch
+        filled = zip(batch.micro_batches, found, strict=True)
+        return Batch(tuple(replace(micro, logp_old_N=logp_N) for micro, logp_N in filled))
+
+    @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
         """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
@@ -151,14 +181,18 @@ class Trainer:
         )
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
-    def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
-        logp_N = linear_logprob(
+    def _logp(self, micro: MicroBatch, hidden_TD: Tensor, *, temperature: float = 1.0) -> Tensor:
+        return linear_logprob(
             hidden_TD[micro.source_N],
             self.chunks[-1].head_weight(),
             micro.target_N,
+            temperature=temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
         )
+
+    def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
+        logp_N = self._logp(micro, hidden_TD)
         places = enumerate(micro.sample_B)
         return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 

@@ -5,6 +5,7 @@ Nothing here touches the host until the step is over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from vold_kernels.linear_policy_loss import PolicyLoss
 
 SUMS = (
     "tokens",
+    "loss",
     "pg_loss",
     "kl_loss",
     "nll",
@@ -24,6 +26,7 @@ SUMS = (
     "clip_high",
     "kl_tokens",
     "kl_teacher",
+    "kl_clamped",
     "rollout_tokens",
     "mismatch",
     "kl_rollout",
@@ -31,19 +34,22 @@ SUMS = (
 
 
 @torch.no_grad()
-def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
+def tally(out: PolicyLoss, batch: MicroBatch, *, kl_clamp: float = math.inf) -> dict[str, Tensor]:
     """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence."""
     logp_N = out.logp_N.double()
     live_N = ((batch.pg_weight_N != 0) | (batch.kl_weight_N != 0)).double()
     scored_N = (batch.kl_weight_N != 0).double()
-    kl_N = torch.zeros_like(logp_N)
+    pull_N = torch.zeros_like(logp_N)
     if batch.logp_teacher_N is not None:
-        kl_N = 0.5 * torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0).square()
+        pull_N = torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0)
+    kl_N = 0.5 * pull_N.square()
     gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(live_N)
     if batch.logp_rollout_N is not None:
-        gap_N, compared_N = torch.where(live_N > 0, batch.logp_rollout_N - logp_N, 0.0), live_N
+        sampled_from_N = logp_N if batch.logp_old_N is None else batch.logp_old_N  # the weights that the sampler had
+        gap_N, compared_N = torch.where(live_N > 0, batch.logp_rollout_N - sampled_from_N, 0.0), live_N
     values = {
         "tokens": live_N.sum(),
+        "loss": out.loss,
         "pg_loss": out.pg_loss,
         "kl_loss": out.kl_loss,
         "nll": -(logp_N * live_N).sum(),
@@ -52,6 +58,7 @@ def tally(out: PolicyLoss, batch: MicroBatch) -> dict[str, Tensor]:
         "clip_high": out.clip_high,
         "kl_tokens": scored_N.sum(),
         "kl_teacher": kl_N.sum(),
+        "kl_clamped": (pull_N.abs() > kl_clamp).sum(),
         "rollout_tokens": compared_N.sum(),
         "mismatch": gap_N.abs().sum(),
         "kl_rollout": gap_N.sum(),
@@ -77,7 +84,7 @@ def reduce_tallies(
     total = dict(zip((*SUMS, "train_tflop"), sums.tolist(), strict=True))
     tokens = max(total["tokens"], 1.0)
     metrics = {
-        "loss": total["pg_loss"] + total["kl_loss"],
+        "loss": total["loss"],
         "pg_loss": total["pg_loss"],
         "kl_loss": total["kl_loss"],
         "nll": total["nll"] / tokens,
@@ -89,6 +96,7 @@ def reduce_tallies(
     }
     if total["kl_tokens"]:
         metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]
+        metrics["kl_clamped"] = total["kl_clamped"] / total["kl_tokens"]
         metrics["kl_tokens"] = total["kl_tokens"]
     if total["rollout_tokens"]:
         metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]

@@ -183,7 +183,8 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
-    elsewhere = load("rl", rl_run.run_dir, "parallel.tp=2", "parallel.pp=2", "save_async=true")
+    free = {"parallel": rl_run.parallel.model_copy(update={"tp": 2, "pp": 2}), "save_async": True}
+    elsewhere = rl_run.model_copy(update=free)
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.yaml").write_text("")

@@ -108,6 +108,8 @@ class MicroBatch:
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
+    hidden_teacher_nE, head_teacher_UE   the teacher's hidden states that predict the n tokens whose kl_weight_N is not
+                0, and this rank's rows of its head, where the objective compares whole distributions; else None
     logp_old_N       float32, log-prob before the step's first update, or None: its only update, the ratio is 1
     """
 
@@ -122,6 +124,8 @@ class MicroBatch:
     logp_rollout_N: Tensor | None = None
     logp_teacher_N: Tensor | None = None
     logp_old_N: Tensor | None = None
+    hidden_teacher_nE: Tensor | None = None
+    head_teacher_UE: Tensor | None = None
 
 
 @dataclass(frozen=True)

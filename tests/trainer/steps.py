@@ -34,8 +34,8 @@ def make_trainer(
     )
 
 
-def make_teacher(checkpoint: Path, layout, dtype=torch.float32) -> Teacher:
-    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE)
+def make_teacher(checkpoint: Path, layout, dtype=torch.float32, whole: bool = False) -> Teacher:
+    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE, whole=whole)
 
 
 def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:

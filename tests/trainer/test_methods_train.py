@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from steps import LONGEST, VOCAB_SIZE, batch_of, gradients, make_groups, make_teacher, make_trainer, relative, weigh
 from test_step import MIXED, as_megatron
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vold.config.schema import ObjectiveConfig
 from vold.models.checkpoint_dir import export_checkpoint
@@ -24,8 +25,7 @@ NUMBERS = dict(lr=2e-2, clip_grad=1e9)  # far enough that ratios leave their bou
 
 def read(model, sample):
     """Log-prob of each response token, entropy of each distribution."""
-    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
-    logp_TV = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE].log_softmax(-1)
+    logp_TV = distribution(model, sample)
     logp_T = logp_TV.gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
     return logp_T, -(logp_TV.exp() * logp_TV).sum(-1)
 
@@ -75,6 +75,68 @@ def test_the_second_update_equals_the_formula_on_materialised_logits(name, tiny_
     assert metrics["clip_low"] + metrics["clip_high"] == pytest.approx(clipped / tokens)
     if objective.needs_teacher:
         assert 0 < metrics["kl_clamped"] < 1
+
+
+@pytest.mark.parametrize("keys", [{"divergence": "full"}, {"divergence": "jsd", "top_k": 5}], ids=["full", "jsd"])
+def test_a_full_divergence_equals_the_formula_on_materialised_logits(
+    keys, tiny_student_dir, tiny_teacher_dir, layout, tmp_path
+):
+    """With GRPO beside it, in the second of two updates: a token's divergence counts as often as its truncated ratio."""
+    objective = build_objective(ObjectiveConfig(preset="vold", beta=0.5, **keys), LONGEST)
+    assert objective.divergence.ratio_cap == 2
+    objective = replace(objective, divergence=replace(objective.divergence, ratio_cap=1.02))
+    teacher = make_teacher(tiny_teacher_dir, layout, whole=True)
+    parts = minibatches(objective.weigh(make_groups(GROUPS), minibatches=2))
+    batches = [teacher.score(batch_of(part, max_tokens=60)) for part in parts]
+    trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
+    metrics = trainer.step(*batches).metrics
+    found = {key: parameter.main_grad.clone() for key, parameter in trainer.parameters.items()}
+    once = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
+    once.step(batches[0])
+    export_checkpoint(tiny_student_dir, tmp_path / "moved", once.weights())
+
+    before, moved, above = (
+        kind.from_pretrained(path, dtype=torch.float32)
+        for kind, path in (
+            (AutoModelForImageTextToText, tiny_student_dir),
+            (AutoModelForImageTextToText, tmp_path / "moved"),
+            (AutoModelForCausalLM, tiny_teacher_dir),
+        )
+    )
+    truncated = 0
+    for sample in (s for s in parts[1] if s.pg_weight or s.kl_weight):
+        logp_old, logp = read(before, sample)[0].detach(), read(moved, sample)[0]
+        ratio = (logp - logp_old).exp()
+        clipped = ratio.clamp(0.8, 1.3) * sample.advantage
+        loss = -(sample.pg_weight * torch.minimum(ratio * sample.advantage, clipped)).sum()
+        if sample.kl_weight:
+            student_TV, teacher_TV = distribution(moved, sample), distribution(above, sample).detach()
+            weight_T = sample.kl_weight * ratio.detach().clamp(max=1.02)
+            truncated += int((ratio > 1.02).sum())
+            loss = loss + (weight_T * divergence(student_TV, teacher_TV, keys.get("top_k"))).sum()
+        loss.backward()
+    assert truncated > 0, "a cap that nothing reaches proves nothing"
+    assert relative(found, as_megatron(moved, trainer)) < 1e-4
+    assert metrics["kl_teacher"] > 0.1 and metrics["entropy"] > 0.1 and metrics["kl_loss"] > 0
+
+
+def distribution(model, sample):
+    """Log-probs [T, V] at the response's tokens."""
+    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+    return model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE].log_softmax(-1)
+
+
+def divergence(student_TV, teacher_TV, top_k):
+    """KL(S || T), or the symmetric Jensen-Shannon divergence over the student's top and one bucket for the rest."""
+    if top_k is None:
+        return (student_TV.exp() * (student_TV - teacher_TV)).sum(-1)
+    top = student_TV.topk(top_k).indices
+    student_TV, teacher_TV = (
+        torch.cat([x.gather(1, top), (1 - x.gather(1, top).exp().sum(-1, keepdim=True)).log()], dim=1)
+        for x in (student_TV, teacher_TV)
+    )
+    mixture = (student_TV.exp() + teacher_TV.exp()).log() - math.log(2)
+    return 0.5 * sum((x.exp() * (x - mixture)).sum(-1) for x in (student_TV, teacher_TV))
 
 
 def test_at_one_update_a_step_every_ratio_is_exactly_one(tiny_student_dir, layout):

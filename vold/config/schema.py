@@ -102,7 +102,8 @@ class ObjectiveConfig(Strict):
     ratio: str | None = None  # token | sequence | adaptive
     routing: str | None = None  # nowhere | every | failed | failed-groups
     normaliser: str | None = None  # tokens | sequences | constant
-    divergence: Literal["k1", "k2", "k3", "full"] = "k2"  # the others are refused, each with its reason
+    divergence: Literal["k1", "k2", "k3", "full", "forward", "jsd"] | None = None  # k1, k3: refused, with the reason
+    top_k: Positive | None = None  # of full, forward and jsd: the student's likeliest ids, all others as one
     beta: Annotated[float, Field(ge=0.0)] | None = None
     beta_end: Annotated[float, Field(ge=0.0)] | None = None  # linear: from beta to beta_end, beta_step a step
     beta_step: Annotated[float, Field(gt=0.0)] | None = None

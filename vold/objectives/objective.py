@@ -16,7 +16,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from vold.objectives import advantages, normalisers, ratios, routing, schedules
+from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
 from vold.records import Group, MicroBatch, Sample
 from vold_kernels.records import PolicyTerms
@@ -30,6 +33,7 @@ class Objective:
     route: routing.Route = routing.nowhere
     ratio: ratios.Ratio = ratios.TOKEN
     normaliser: normalisers.Normaliser = normalisers.tokens
+    divergence: FullDivergence | None = None  # None: k2 of the sampled tokens
     schedule: schedules.Schedule = schedules.constant
     overlong: OverlongPenalty | None = None
     beta: float = 1e-3
@@ -89,16 +93,17 @@ class Objective:
     # -- the trainer's part ----------------------------------------------------------------------------------------
 
     def terms(self, batch: MicroBatch) -> PolicyTerms:
-        """What the fused loss reads of each of the N tokens."""
+        """What the fused policy loss reads of each of the N tokens. A full divergence is not its part."""
+        sampled = self.divergence is None
         low_N = high_N = None
         if self.ratio.bounds is not None and batch.logp_old_N is not None:
             low_N, high_N = self.ratio.bounds(batch.logp_old_N, self.clip_low, self.clip_high)
         return PolicyTerms(
             batch.logp_old_N,
-            batch.logp_teacher_N,
+            batch.logp_teacher_N if sampled else None,
             batch.advantage_N,
             batch.pg_weight_N,
-            batch.kl_weight_N,
+            batch.kl_weight_N if sampled else torch.zeros_like(batch.kl_weight_N),
             sequence_N=batch.sequence_N if self.ratio.couples_tokens else None,
             ratio_low_N=low_N,
             ratio_high_N=high_N,
@@ -112,6 +117,11 @@ class Objective:
             "entropy_bonus": self.entropy_bonus,
             "kl_clamp": self.kl_clamp,
         }
+
+    def divergence_options(self) -> dict:
+        """`linear_kl`'s keywords."""
+        full = self.divergence
+        return {"divergence": full.kind, "alpha": full.alpha, "top_k": full.top_k}
 
 
 def _scaled(sample: Sample, scale: float, minibatch: int) -> Sample:

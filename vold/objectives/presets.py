@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vold.config.schema import ObjectiveConfig
 from vold.objectives.advantages import ADVANTAGES, group_normalised, mean_centred
-from vold.objectives.divergences import check_divergence
+from vold.objectives.divergences import build_divergence
 from vold.objectives.normalisers import NORMALISERS, constant, sequences
 from vold.objectives.objective import Objective
 from vold.objectives.ratios import ADAPTIVE, RATIOS, SEQUENCE
@@ -41,13 +41,20 @@ PRESETS: dict[str, Objective] = {
 def build_objective(config: ObjectiveConfig, longest: int) -> Objective:
     """The preset with what the config changes of it. longest: tokens of the longest response that is sampled.
     Raises ValueError for an unknown name, or for numbers that do not fit each other."""
-    check_divergence(config.divergence)
     objective = replace(_named("preset", config.preset, PRESETS), longest=longest)
     parts = {"advantage": ADVANTAGES, "ratio": RATIOS, "normaliser": NORMALISERS, "routing": ROUTES}
     for key, choices in parts.items():
         if (name := getattr(config, key)) is not None:
             field = "route" if key == "routing" else key
             objective = replace(objective, **{field: _named(key, name, choices)})
+    if config.divergence is not None:
+        objective = replace(objective, divergence=build_divergence(config.divergence))
+    if config.top_k is not None:
+        if objective.divergence is None:
+            raise ValueError(
+                "objective.top_k is of a whole distribution; set objective.divergence: full, forward or jsd"
+            )
+        objective = replace(objective, divergence=replace(objective.divergence, top_k=config.top_k))
     numbers = config.model_dump(include={"beta", "clip_low", "clip_high", "kl_clamp", "entropy_bonus"})
     objective = replace(objective, **{key: value for key, value in numbers.items() if value is not None})
     if config.target_kl is not None:

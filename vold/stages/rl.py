@@ -111,6 +111,7 @@ def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
         offload=config.teacher_offload,
+        whole=objective.divergence is not None,
     )
 
 

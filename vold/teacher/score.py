@@ -25,7 +25,7 @@ from vold_kernels.linear_logprob import linear_logprob
 
 class Teacher:
     """A text-only teacher in the student's layout. `vocab_size`: ids both models really have; `offload`: its weights
-    wait in CPU memory between calls."""
+    wait in CPU memory between calls; `whole`: it gives hidden states, of which a loss makes whole distributions."""
 
     def __init__(
         self,
@@ -36,18 +36,20 @@ class Teacher:
         vocab_size: int,
         temperature: float = 1.0,
         offload: bool = False,
+        whole: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype)
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
             chunk.requires_grad_(False).eval()
+        self._whole = whole
         self._waiting = _host_copies(self._chunks) if offload else []
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
         """The batch with logp_teacher_N filled in on the last pipeline stage, where the student's loss is: nats, 0
-        where the KL weight is 0. All ranks of one model copy pass the same batch."""
+        where the KL weight is 0; or hidden states and head. All ranks of one model copy pass the same batch."""
         batch = batch_to(batch, self._layout.device)
         scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
         read = [
@@ -56,12 +58,14 @@ class Teacher:
             if rows_n.numel()
         ]
         with self._present():
-            found = iter(run_pipeline(self._chunks, read, self._layout, self._logprobs, forward_only=True))
+            read_out = _hidden_states if self._whole else self._logprobs
+            found = iter(run_pipeline(self._chunks, read, self._layout, read_out, forward_only=True))
+            head_UE = self._chunks[-1].head_weight().data if self._whole and self._layout.is_last_stage else None
         if not self._layout.is_last_stage:
             return batch
         return Batch(
             tuple(
-                _filled(micro, rows_n, next(found) if rows_n.numel() else None)
+                _filled(micro, rows_n, next(found) if rows_n.numel() else None, head_UE)
                 for micro, rows_n in zip(batch.micro_batches, scored, strict=True)
             )
         )
@@ -104,10 +108,16 @@ def _host_copies(chunks: Sequence[nn.Module]) -> list[tuple[nn.Parameter, Tensor
     return copies
 
 
-def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBatch:
+def _hidden_states(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden_TD, hidden_TD[micro.source_N]
+
+
+def _filled(micro: MicroBatch, rows_n: Tensor, found_n: Tensor | None, head_UE: Tensor | None) -> MicroBatch:
+    if head_UE is not None:
+        return replace(micro, hidden_teacher_nE=found_n, head_teacher_UE=head_UE)
     logp_teacher_N = torch.zeros_like(micro.kl_weight_N)
-    if logp_n is not None:
-        logp_teacher_N[rows_n] = logp_n.to(logp_teacher_N)
+    if found_n is not None:
+        logp_teacher_N[rows_n] = found_n.to(logp_teacher_N)
     return replace(micro, logp_teacher_N=logp_teacher_N)
 
 

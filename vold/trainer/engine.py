@@ -32,6 +32,7 @@ from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
+from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
@@ -105,21 +106,41 @@ class Trainer:
         return StepReport(metrics, mean_kl(micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weight = self.chunks[-1].head_weight()
-        out = linear_policy_loss(
-            hidden_TD[batch.source_N],
+        hidden_ND, weight = hidden_TD[batch.source_N], self.chunks[-1].head_weight()
+        # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
+        # scale, 0 tokens to divide by): what both losses ask of whoever hands them the buffer.
+        head = self._head() | {"weight_main_grad": weight.main_grad}
+        terms, numbers = self._objective.terms(batch), self._objective.numbers()
+        out = linear_policy_loss(hidden_ND, weight, batch.target_N, terms, **numbers, **head)
+        if batch.hidden_teacher_nE is None:
+            return out.loss, tally(out, batch, kl_clamp=self._objective.kl_clamp)
+        scored_n = (batch.kl_weight_N != 0).nonzero()[:, 0]
+        full = linear_kl(
+            hidden_ND[scored_n],
             weight,
-            batch.target_N,
-            self._objective.terms(batch),
-            **self._objective.numbers(),
-            temperature=self._temperature,
-            tp_group=self._layout.tp_group,
-            vocab_size=self._vocab_size,
-            # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
-            # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
-            weight_main_grad=weight.main_grad,
+            batch.hidden_teacher_nE,
+            batch.head_teacher_UE,
+            weight_N=(batch.kl_weight_N * self._truncated_ratio(batch, hidden_TD))[scored_n],
+            **self._objective.divergence_options(),
+            **head,
         )
-        return out.loss, tally(out, batch, kl_clamp=self._objective.kl_clamp)
+        return out.loss + full.loss, tally(out, batch, full=full)
+
+    @torch.no_grad()
+    def _truncated_ratio(self, batch: MicroBatch, hidden_TD: Tensor) -> Tensor:
+        """min(pi / pi_old, cap) of each token, without gradient; 1 where this is the step's only update."""
+        if batch.logp_old_N is None:
+            return torch.ones_like(batch.kl_weight_N)
+        ratio_N = (self._logp(batch, hidden_TD) - batch.logp_old_N).exp()
+        return ratio_N.clamp(max=self._objective.divergence.ratio_cap)
+
+    def _head(self) -> dict:
+        """How logits are made of hidden states, for every function of vold_kernels."""
+        return {
+            "temperature": self._temperature,
+            "tp_group": self._layout.tp_group,
+            "vocab_size": self._vocab_size,
+        }
 
     def _update(self) -> float:
         """Clip, check, update. Returns the gradient norm before clipping."""
@@ -156,14 +177,11 @@ class Trainer:
     @torch.no_grad()
     def _with_logp_old(self, batch: Batch) -> Batch:
         """The batch with logp_old_N filled in on the last pipeline stage, where the loss is."""
-        read = partial(self._logp, temperature=self._temperature)
-        found = run_pipeline(
-            self._chunks,
-            batch.micro_batches,
-            self._layout,
-            lambda micro, hidden_TD: (hidden_TD, read(micro, hidden_TD)),
-            forward_only=True,
-        )
+
+        def read(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden_TD, self._logp(micro, hidden_TD)
+
+        found = run_pipeline(self._chunks, batch.micro_batches, self._layout, read, forward_only=True)
         if not self._layout.is_last_stage:
             return batch
         filled = zip(batch.micro_batches, found, strict=True)
@@ -181,18 +199,12 @@ class Trainer:
         )
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
-    def _logp(self, micro: MicroBatch, hidden_TD: Tensor, *, temperature: float = 1.0) -> Tensor:
-        return linear_logprob(
-            hidden_TD[micro.source_N],
-            self.chunks[-1].head_weight(),
-            micro.target_N,
-            temperature=temperature,
-            tp_group=self._layout.tp_group,
-            vocab_size=self._vocab_size,
-        )
+    def _logp(self, micro: MicroBatch, hidden_TD: Tensor, **head) -> Tensor:
+        weight = self.chunks[-1].head_weight()
+        return linear_logprob(hidden_TD[micro.source_N], weight, micro.target_N, **self._head() | head)
 
     def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
-        logp_N = self._logp(micro, hidden_TD)
+        logp_N = self._logp(micro, hidden_TD, temperature=1.0)
         places = enumerate(micro.sample_B)
         return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 

@@ -69,6 +69,7 @@ class Sample:
     kl_weight: float
     logp_rollout: tuple[float, ...] | None = None
     minibatch: int = 0  # which update of the step learns from it
+    demonstration: str | None = None  # what a self-teacher is shown: a correct sibling's text
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class MicroBatch:
     target_N    int64, the token id
     sequence_N  int64, which of the B sequences the token belongs to
     sample_B    for each sequence, its place in the list of samples that was packed
+    samples     those samples, in the same order
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
@@ -124,6 +126,7 @@ class MicroBatch:
     logp_rollout_N: Tensor | None = None
     logp_teacher_N: Tensor | None = None
     logp_old_N: Tensor | None = None
+    samples: tuple[Sample, ...] = ()
     hidden_teacher_nE: Tensor | None = None
     head_teacher_UE: Tensor | None = None
 

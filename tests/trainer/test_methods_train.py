@@ -81,7 +81,7 @@ def test_the_second_update_equals_the_formula_on_materialised_logits(name, tiny_
 def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     keys, tiny_student_dir, tiny_teacher_dir, layout, tmp_path
 ):
-    """With GRPO beside it, in the second of two updates: a token's divergence counts as often as its truncated ratio."""
+    """With GRPO beside it, in the second of two updates: divergences count as often as the truncated ratio says."""
     objective = build_objective(ObjectiveConfig(preset="vold", beta=0.5, **keys), LONGEST)
     assert objective.divergence.ratio_cap == 2
     objective = replace(objective, divergence=replace(objective.divergence, ratio_cap=1.02))
@@ -117,7 +117,7 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
         loss.backward()
     assert truncated > 0, "a cap that nothing reaches proves nothing"
     assert relative(found, as_megatron(moved, trainer)) < 1e-4
-    assert metrics["kl_teacher"] > 0.1 and metrics["entropy"] > 0.1 and metrics["kl_loss"] > 0
+    assert metrics["kl_teacher"] > 0.01 and metrics["entropy"] > 0.1 and metrics["kl_loss"] > 0
 
 
 def distribution(model, sample):

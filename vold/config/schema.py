@@ -112,6 +112,7 @@ class ObjectiveConfig(Strict):
     clip_high: Annotated[float, Field(ge=0.0)] | None = None
     kl_clamp: Annotated[float, Field(gt=0.0)] | None = None  # nats of |logp - logp_teacher| that a token is pulled for
     entropy_bonus: float | None = None
+    average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # a step's, of the average that teaches (SDPO)
     overlong_share: Share | None = None  # last part of the budget over which the penalty grows; 0: none
     overlong_penalty: Annotated[float, Field(gt=0.0)] = 0.5  # at its end; rewards lie in [0, 1]
 
@@ -196,6 +197,10 @@ class RlConfig(TrainConfig):
     teacher: Path | None = None  # needed when the objective has a KL term
     teacher_offload: bool = False  # its weights wait in CPU memory while it does not score
     prompts_per_step: Positive = 256  # over all ranks
+    # What a self-teacher (SDPO, SRPO) reads instead of the problem; {demonstration} is a correct sibling's answer.
+    self_teacher_template: str = (
+        "{problem}\n\nA correct solution of this problem:\n\n{demonstration}\n\nSolve the problem correctly."
+    )
     minibatches: Positive = 1  # updates that a step's prompts are divided among; at 1 no ratio is clipped
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()

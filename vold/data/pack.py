@@ -202,6 +202,7 @@ def _micro_batch(units: Sequence[Unit], encode: Encoder) -> MicroBatch:
         advantage_N=_per_token([s.advantage for s in samples], counts),
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
+        samples=tuple(samples),
         logp_rollout_N=_flat(rollout_logps) if samples and len(rollout_logps) == len(samples) else None,
     )
 

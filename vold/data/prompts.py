@@ -34,6 +34,14 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     return Prompt(problem.id, tuple(token_ids), problem.question, problem.gold, problem.images)
 
 
+def show_demonstration(
+    prompt: Prompt, demonstration: str, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, template: str
+) -> Prompt:
+    """The same problem as a self-teacher reads it: `template` with {problem} and {demonstration} put in."""
+    question = template.replace("{problem}", prompt.text).replace("{demonstration}", demonstration)
+    return build_prompt(Problem(prompt.id, question, prompt.gold, prompt.images), tokenizer, config)
+
+
 def _content(problem: Problem, suffix: str) -> str | list[dict]:
     """Plain text, or text and image items in the order of the problem's <image> marks."""
     if not problem.images:

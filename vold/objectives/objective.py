@@ -21,6 +21,7 @@ import torch
 from vold.objectives import advantages, normalisers, ratios, routing, schedules
 from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
+from vold.objectives.self_distillation import Demonstration, without_thinking
 from vold.records import Group, MicroBatch, Sample
 from vold_kernels.records import PolicyTerms
 
@@ -36,6 +37,12 @@ class Objective:
     divergence: FullDivergence | None = None  # None: k2 of the sampled tokens
     schedule: schedules.Schedule = schedules.constant
     overlong: OverlongPenalty | None = None
+    demonstration: Demonstration | None = None  # given: the student's own average teaches, and is shown this sibling
+    confident: bool = (
+        False  # that teacher counts by its confidence at a token, the mean over an update's tokens being 1
+    )
+    either: bool = False  # a response is distilled or has a policy gradient, never both
+    average_rate: float = 0.05  # how fast the student's average follows it
     beta: float = 1e-3
     clip_low: float = 0.2
     clip_high: float = 0.3
@@ -45,6 +52,15 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
+        """Another model's scores."""
+        return self._distils and self.demonstration is None
+
+    @property
+    def teaches_itself(self) -> bool:
+        return self._distils and self.demonstration is not None
+
+    @property
+    def _distils(self) -> bool:
         return self.beta > 0.0 and self.route is not routing.nowhere
 
     def at(self, step: int, last: Mapping[str, float]) -> Objective:
@@ -53,7 +69,7 @@ class Objective:
 
     def metrics(self) -> dict[str, float]:
         """What of it changes from step to step; `at` reads it back."""
-        return {"beta": self.beta} if self.needs_teacher else {}
+        return {"beta": self.beta} if self._distils else {}
 
     # -- rewards -> weights ----------------------------------------------------------------------------------------
 
@@ -75,16 +91,19 @@ class Objective:
         graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
         rewards_G = [reward for _, reward in graded]
         advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, reward in graded])
+        shown_G = self.demonstration(rewards_G) if self.demonstration else [None] * len(graded)
+        parts = zip(graded, advantages_G, self.route(rewards_G), shown_G, strict=True)
         return [
             Sample(
                 prompt=group.prompt,
                 response_ids=rollout.response_ids,
                 advantage=advantage,
-                pg_weight=float(advantage != 0.0 or self.entropy_bonus != 0.0),
+                pg_weight=float(advantage != 0.0 or self.entropy_bonus != 0.0) * (1.0 - share if self.either else 1.0),
                 kl_weight=self.beta * share,
                 logp_rollout=rollout.logp_rollout,
+                demonstration=None if sibling is None else without_thinking(graded[sibling][0].text),
             )
-            for (rollout, _), advantage, share in zip(graded, advantages_G, self.route(rewards_G), strict=True)
+            for (rollout, _), advantage, share, sibling in parts
         ]
 
     def _penalty(self, rollout) -> float:

@@ -3,13 +3,15 @@ and for k2 distillation towards the teacher where the objective routes it (VOLD 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from vold.config.schema import RlConfig
 from vold.data.order import rows_of_step
 from vold.data.pack import pack
 from vold.data.problems import load_problems
-from vold.data.prompts import build_prompts
+from vold.data.prompts import build_prompts, show_demonstration
 from vold.grading import Grader
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective, minibatches
@@ -19,7 +21,7 @@ from vold.stages.groups import grade_groups, group_metrics, group_rows, rollout_
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.training import TrainingRun
-from vold.teacher import NoTeacher, Teacher
+from vold.teacher import NoTeacher, SelfTeacher, Teacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -34,7 +36,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, vocab_size)
+    teacher = _teacher(config, job, objective, vocab_size, trainer, tokenizer)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -101,7 +103,20 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
     )
 
 
-def _teacher(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Teacher | NoTeacher:
+def _teacher(
+    config: RlConfig, job: Job, objective: Objective, vocab_size: int, trainer: Trainer, tokenizer
+) -> Teacher | SelfTeacher | NoTeacher:
+    if objective.teaches_itself:
+        shown = {"tokenizer": tokenizer, "config": config.prompt, "template": config.self_teacher_template}
+        return SelfTeacher(
+            trainer.average,
+            job.layout,
+            partial(show_demonstration, **shown),
+            max_tokens=config.microbatch_tokens,
+            temperature=config.rollout.temperature,
+            vocab_size=vocab_size,
+            confident=objective.confident,
+        )
     if not objective.needs_teacher:
         return NoTeacher()
     return Teacher(

@@ -1,5 +1,6 @@
-"""Teacher log-probabilities of the student's tokens."""
+"""What the student's tokens are compared with: a teacher's log-probabilities or distributions, or the student's own."""
 
 from vold.teacher.score import NoTeacher, Teacher
+from vold.teacher.self_teacher import SelfTeacher
 
-__all__ = ["NoTeacher", "Teacher"]
+__all__ = ["NoTeacher", "SelfTeacher", "Teacher"]

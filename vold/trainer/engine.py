@@ -26,6 +26,7 @@ from vold.models.weights import export_weights, load_pretrained
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
+from vold.trainer.average import MovingAverage
 from vold.trainer.device import batch_to
 from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
@@ -60,6 +61,9 @@ class Trainer:
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
+        self.average: MovingAverage | None = None
+        if objective.teaches_itself:
+            self.average = MovingAverage(load_student(student, layout, dtype), objective.average_rate)
         self._vision: FrozenVisionTower | None = None
         self.phases = Phases()
 
@@ -78,6 +82,8 @@ class Trainer:
             tallies += self.accumulate_gradients(batch)
             with self.phases("optimizer"):
                 grad_norms.append(self._update())
+        if self.average is not None:
+            self.average.follow(self.chunks)
         report = self._report(batches, tallies, grad_norms) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 

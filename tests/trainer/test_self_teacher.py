@@ -1,4 +1,4 @@
-"""The student's average as its teacher: its loss against plain torch, how it follows, and that a resume brings it back."""
+"""The student's average as its teacher: its loss against plain torch, how it follows, and how a resume finds it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives import build_objective
+from vold.objectives import PRESETS, build_objective
 from vold.records import Group, Prompt, Rollout, Verdict
+from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
 REWARDS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
@@ -91,7 +92,7 @@ def ours(case: Problem, **keys) -> tuple[Tensor, Tensor]:
 def assert_same(case: Problem, actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     assert expected.abs() > 1e-5, "nothing to compare with"
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-    gradients = (torch.autograd.grad(loss, case.leaves) for loss in (actual, expected))
+    gradients = (torch.autograd.grad(loss, case.leaves, retain_graph=True) for loss in (actual, expected))
     for mine, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 1e-3
         assert (mine - theirs).norm() / theirs.norm() < tolerance
@@ -200,6 +201,8 @@ def test_verl_entropy_bonus(verl):
     assert_same(case, actual, expected)
 
 
+NO_TRL = "trl is not installed; make test-peers has it"
+
 # -- TRL -------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +210,7 @@ def test_verl_entropy_bonus(verl):
 def trl() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:  # pytest put tests/ on the path, and trl takes tests/vllm for vLLM
         patch.setattr(sys, "path", [path for path in sys.path if Path(path).name != "tests"])
-        return pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed; make test-peers has it")
+        return pytest.importorskip("trl.trainer.grpo_trainer", reason=NO_TRL)
 
 
 def trl_loss(trl: ModuleType, case: Problem, advantage_B: Tensor, loss_type: str, level: str, low: float, high: float):
@@ -260,6 +263,27 @@ def test_trl(trl, name):
     case, (*settings, keys) = problem(), PEERS[name]
     actual, advantage_B = ours(case, **(keys or {"preset": name}))
     assert_same(case, actual, trl_loss(trl, case, advantage_B, *settings))
+
+
+@pytest.mark.parametrize(("alpha", "kind"), [(0.5, "jsd"), (1.0, "reverse"), (0.0, "forward")])
+def test_trl_sdpo(alpha, kind):
+    """SDPO's divergence over the student's top and one bucket for the rest, token by token."""
+    theirs = pytest.importorskip(
+        "trl.experimental.sdpo.loss_utils", reason="trl is not installed; make test-peers has it"
+    )
+    case, preset = problem(), PRESETS["sdpo"]
+    torch.manual_seed(1)
+    teacher_ND = case.hidden_BTD.detach()[MASK_BT] + 0.5 * torch.randn(sum(LENGTHS), WIDTH, dtype=torch.float64)
+    hidden_ND, weight_N = case.hidden_BTD[MASK_BT], torch.rand(sum(LENGTHS), dtype=torch.float64)
+    settings = {"distillation_topk": 10, "distillation_alpha": alpha, "distillation_add_tail": True}
+    teacher_logits_NV = teacher_ND @ case.weight_VD.detach().T
+    logits_NV = hidden_ND @ case.weight_VD.T
+    expected = theirs.compute_topk_self_distillation_loss(logits_NV, teacher_logits_NV, **settings)
+    options = replace(preset, divergence=replace(preset.divergence, kind=kind, top_k=10)).divergence_options()
+    heads = (hidden_ND, case.weight_VD, teacher_ND, case.weight_VD.detach())
+    actual = linear_kl(*heads, weight_N=weight_N, **options)
+    torch.testing.assert_close(actual.kl_N, expected.detach(), rtol=1e-9, atol=1e-9)
+    assert_same(case, actual.loss, (weight_N * expected).sum())
 
 
 # -- Liger -----------------------------------------------------------------------------------------------------------

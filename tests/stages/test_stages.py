@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from vold.data.pack import encode_text
+from vold.grading import Grader
+from vold.records import Verdict
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
@@ -131,6 +133,19 @@ def test_sampler_and_trainer_agree_at_another_temperature(load, tmp_path, layout
     rl.run(config)
     for row in read_rows(config.run_dir / "metrics.jsonl"):
         assert row["mismatch_max"] < 1e-4 and row["parity_max"] < 1e-4
+
+
+def test_a_student_that_teaches_itself(load, tmp_path, layout, monkeypatch):
+    """SRPO through the whole stage. An untrained student is never right, so every third verdict here says it was."""
+    found = lambda rows: [Verdict("wrong" if n % 3 else "correct", None, "test") for n in range(len(rows))]  # noqa: E731
+    monkeypatch.setattr(Grader, "grade", lambda self, rows: found(rows))
+    settings = ["objective={preset: srpo, top_k: 5}", "teacher=null", "steps=2", "evaluation.every=0"]
+    config = load("rl", tmp_path / "srpo", *settings)
+    rl.run(config)
+    for row in read_rows(config.run_dir / "metrics.jsonl"):
+        assert row["kl_tokens"] > 0 and row["kl_loss"] > 0 and row["pg_loss"] != 0
+    assert row["kl_tokens"] < row["gradient_tokens"] == row["response_tokens"]
+    assert (config.run_dir / "model" / "model.safetensors").is_file()
 
 
 def test_stale_weights_raise_the_alarm(world, layout):

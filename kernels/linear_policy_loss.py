@@ -83,15 +83,16 @@ def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> 
     has_pg_C, advantage_C = terms.pg_weight_N != 0, terms.advantage_N
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_N is None else logp_C - terms.logp_old_N
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
-    if terms.sequence_N is not None:
-        log_ratio_C = _sequence_mean(log_ratio_C, has_pg_C, terms.sequence_N)
+    sequences = None if terms.sequence_N is None else _Sequences.of(terms.sequence_N, has_pg_C.to(logp_C))
+    if sequences is not None:
+        log_ratio_C = sequences.mean(log_ratio_C)
     ratio_C = log_ratio_C.exp()
     unclipped_C = ratio_C * advantage_C
     clipped_C = _within_bounds(ratio_C, terms, options) * advantage_C
     is_clipped_C = clipped_C < unclipped_C
     d_pg_C = torch.where(is_clipped_C, 0.0, -terms.pg_weight_N * unclipped_C)
-    if terms.sequence_N is not None:  # of every term of the sequence, as each has all its tokens in its ratio
-        d_pg_C = torch.where(has_pg_C, _sequence_mean(d_pg_C, has_pg_C, terms.sequence_N), 0.0)
+    if sequences is not None:  # of every term of the sequence, as each has all its tokens in its ratio
+        d_pg_C = torch.where(has_pg_C, sequences.mean(d_pg_C), 0.0)
     gap_C = torch.where(terms.kl_weight_N != 0, logp_C - terms.logp_teacher_N, 0.0)
     pull_C = gap_C.clamp(-options.kl_clamp, options.kl_clamp)
     return _PerToken(
@@ -113,13 +114,24 @@ def _within_bounds(ratio_C: Tensor, terms: PolicyTerms, options: _Options) -> Te
     return ratio_C.clamp(terms.ratio_low_N, terms.ratio_high_N)
 
 
-def _sequence_mean(value_C: Tensor, counts_C: Tensor, sequence_C: Tensor) -> Tensor:
-    """Of each token, the mean of its sequence over the tokens that count; the others' values are 0. Sums over segments,
-    not atomic additions: two runs are bit-equal. The host waits for the number of sequences."""
-    _, length_S = sequence_C.unique_consecutive(return_counts=True)
-    total_S = torch.segment_reduce(value_C, "sum", lengths=length_S)
-    count_S = torch.segment_reduce(counts_C.to(value_C), "sum", lengths=length_S)
-    return (total_S / count_S.clamp(min=1)).repeat_interleave(length_S, output_size=len(value_C))
+@dataclass(frozen=True)
+class _Sequences:
+    """S runs of adjacent tokens, and how many tokens of each count."""
+
+    length_S: Tensor
+    count_S: Tensor
+
+    @classmethod
+    def of(cls, sequence_C: Tensor, counts_C: Tensor) -> "_Sequences":
+        """counts_C: 1 or 0. The host waits: S is a shape."""
+        _, length_S = sequence_C.unique_consecutive(return_counts=True)
+        return cls(length_S, torch.segment_reduce(counts_C, "sum", lengths=length_S, unsafe=True).clamp(min=1))
+
+    def mean(self, value_C: Tensor) -> Tensor:
+        """Of each token, the mean of its sequence over the tokens that count; the others' values are 0. Sums of
+        segments, not atomic additions: two runs are bit-equal."""
+        total_S = torch.segment_reduce(value_C, "sum", lengths=self.length_S, unsafe=True)
+        return (total_S / self.count_S).repeat_interleave(self.length_S, output_size=len(value_C))
 
 
 def _kept_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> PolicyTerms:

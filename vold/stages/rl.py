@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import RlConfig
 from vold.data.order import rows_of_step
@@ -36,7 +37,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, vocab_size, trainer, tokenizer)
+    teacher = _teacher(config, job, objective, trainer, tokenizer)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -104,8 +105,9 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
 
 
 def _teacher(
-    config: RlConfig, job: Job, objective: Objective, vocab_size: int, trainer: Trainer, tokenizer
+    config: RlConfig, job: Job, objective: Objective, trainer: Trainer, tokenizer: PreTrainedTokenizerBase
 ) -> Teacher | SelfTeacher | NoTeacher:
+    head = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
     if objective.teaches_itself:
         shown = {"tokenizer": tokenizer, "config": config.prompt, "template": config.self_teacher_template}
         return SelfTeacher(
@@ -113,18 +115,16 @@ def _teacher(
             job.layout,
             partial(show_demonstration, **shown),
             max_tokens=config.microbatch_tokens,
-            temperature=config.rollout.temperature,
-            vocab_size=vocab_size,
             confident=objective.confident,
+            **head,
         )
     if not objective.needs_teacher:
         return NoTeacher()
     return Teacher(
         config.teacher,
         job.layout,
+        **head,
         dtype=job.dtype,
-        vocab_size=vocab_size,
-        temperature=config.rollout.temperature,
         offload=config.teacher_offload,
         whole=objective.divergence is not None,
     )

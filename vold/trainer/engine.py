@@ -55,7 +55,7 @@ class Trainer:
         temperature: float = 1.0,
     ):
         self._layout, self._objective, self._temperature = layout, objective, temperature
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._student, self._dtype = student, dtype
         self._chunks = _wrap(load_student(student, layout, dtype))
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
@@ -145,7 +145,7 @@ class Trainer:
         return {
             "temperature": self._temperature,
             "tp_group": self._layout.tp_group,
-            "vocab_size": self._vocab_size,
+            "vocab_size": self.vocab_size,
         }
 
     def _update(self) -> float:

@@ -59,7 +59,7 @@ def test_sdpo_has_no_policy_gradient_and_no_other_teacher():
         assert PRESETS[name].teaches_itself and not PRESETS[name].needs_teacher
         full = PRESETS[name].divergence
         assert (full.kind, full.alpha, full.top_k, full.ratio_cap) == ("jsd", 0.5, 100, 2.0)
-        assert PRESETS[name].average_rate == 0.05 and PRESETS[name].metrics() == {"beta": 1.0}
+        assert PRESETS[name].self_teaching.rate == 0.05 and PRESETS[name].metrics() == {"beta": 1.0}
     assert not PRESETS["vold"].teaches_itself
 
 

@@ -21,7 +21,7 @@ import torch
 from vold.objectives import advantages, normalisers, ratios, routing, schedules
 from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
-from vold.objectives.self_distillation import Demonstration, without_thinking
+from vold.objectives.self_distillation import SelfTeaching, without_thinking
 from vold.records import Group, MicroBatch, Sample
 from vold_kernels.records import PolicyTerms
 
@@ -37,12 +37,8 @@ class Objective:
     divergence: FullDivergence | None = None  # None: k2 of the sampled tokens
     schedule: schedules.Schedule = schedules.constant
     overlong: OverlongPenalty | None = None
-    demonstration: Demonstration | None = None  # given: the student's own average teaches, and is shown this sibling
-    confident: bool = (
-        False  # that teacher counts by its confidence at a token, the mean over an update's tokens being 1
-    )
+    self_teaching: SelfTeaching | None = None  # given: the student's own average is the teacher
     either: bool = False  # a response is distilled or has a policy gradient, never both
-    average_rate: float = 0.05  # how fast the student's average follows it
     beta: float = 1e-3
     clip_low: float = 0.2
     clip_high: float = 0.3
@@ -53,11 +49,11 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Another model's scores."""
-        return self._distils and self.demonstration is None
+        return self._distils and self.self_teaching is None
 
     @property
     def teaches_itself(self) -> bool:
-        return self._distils and self.demonstration is not None
+        return self._distils and self.self_teaching is not None
 
     @property
     def _distils(self) -> bool:
@@ -91,7 +87,7 @@ class Objective:
         graded = [pair for pair in zip(group.rollouts, group.rewards, strict=True) if pair[1] is not None]
         rewards_G = [reward for _, reward in graded]
         advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, reward in graded])
-        shown_G = self.demonstration(rewards_G) if self.demonstration else [None] * len(graded)
+        shown_G = self.self_teaching.demonstration(rewards_G) if self.self_teaching else [None] * len(graded)
         parts = zip(graded, advantages_G, self.route(rewards_G), shown_G, strict=True)
         return [
             Sample(

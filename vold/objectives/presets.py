@@ -16,16 +16,15 @@ from vold.objectives.ratios import ADAPTIVE, RATIOS, SEQUENCE
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.routing import ROUTES, every, failed, failed_groups
 from vold.objectives.schedules import Linear, TargetKL
-from vold.objectives.self_distillation import correct_sibling, failed_and_taught, taught
+from vold.objectives.self_distillation import SelfTeaching, failed_and_taught, taught
 
 _GRPO = Objective(group_normalised, beta=0.0)
 _VOLD = Objective(group_normalised, failed)
 _GSPO = {"ratio": SEQUENCE, "normaliser": sequences, "clip_low": 3e-4, "clip_high": 4e-4}
 _KDRL = Objective(group_normalised, every, beta=5e-3, schedule=Linear(end=1e-3, by=5e-5), clip_high=0.2)
-
 _SDPO = Objective(
     route=taught,
-    demonstration=correct_sibling,
+    self_teaching=SelfTeaching(),
     divergence=FullDivergence("jsd", alpha=0.5, top_k=100),
     beta=1.0,
     clip_high=0.28,
@@ -45,7 +44,13 @@ PRESETS: dict[str, Objective] = {
     "kdrl-response": replace(_KDRL, route=failed),
     "kdrl-group": replace(_KDRL, route=failed_groups),
     "sdpo": _SDPO,
-    "srpo": replace(_SDPO, advantage=group_normalised, route=failed_and_taught, confident=True, either=True),
+    "srpo": replace(
+        _SDPO,
+        advantage=group_normalised,
+        route=failed_and_taught,
+        self_teaching=SelfTeaching(confident=True),
+        either=True,
+    ),
 }
 
 
@@ -66,8 +71,10 @@ def build_objective(config: ObjectiveConfig, longest: int) -> Objective:
                 "objective.top_k is of a whole distribution; set objective.divergence: full, forward or jsd"
             )
         objective = replace(objective, divergence=replace(objective.divergence, top_k=config.top_k))
-    numbers = config.model_dump(include={"beta", "clip_low", "clip_high", "kl_clamp", "entropy_bonus", "average_rate"})
+    numbers = config.model_dump(include={"beta", "clip_low", "clip_high", "kl_clamp", "entropy_bonus"})
     objective = replace(objective, **{key: value for key, value in numbers.items() if value is not None})
+    if config.average_rate is not None and objective.self_teaching:
+        objective = replace(objective, self_teaching=replace(objective.self_teaching, rate=config.average_rate))
     if config.target_kl is not None:
         objective = replace(objective, schedule=TargetKL(config.target_kl))
     elif config.beta_end is not None:

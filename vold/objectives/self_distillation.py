@@ -6,6 +6,7 @@ G: responses of a prompt, n: tokens that are distilled in one update, over all r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,6 +18,16 @@ def correct_sibling(rewards_G: Sequence[float]) -> list[int | None]:
     """The first other response with reward 1, as SDPO shows it; a response is never shown itself."""
     correct = [place for place, reward in enumerate(rewards_G) if reward == 1.0]
     return [next((sibling for sibling in correct if sibling != place), None) for place in range(len(rewards_G))]
+
+
+@dataclass(frozen=True)
+class SelfTeaching:
+    """rate: of the average, w += rate (student - w) a step. confident: a token counts exp(-H) of the self-teacher, over
+    the mean of that in the update (SRPO)."""
+
+    demonstration: Demonstration = correct_sibling
+    rate: float = 0.05
+    confident: bool = False
 
 
 def taught(rewards_G: Sequence[float]) -> list[float]:

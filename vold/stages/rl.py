@@ -115,7 +115,7 @@ def _teacher(
             job.layout,
             partial(show_demonstration, **shown),
             max_tokens=config.microbatch_tokens,
-            confident=objective.confident,
+            confident=objective.self_teaching.confident,
             **head,
         )
     if not objective.needs_teacher:

@@ -63,7 +63,7 @@ class Trainer:
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self.average: MovingAverage | None = None
         if objective.teaches_itself:
-            self.average = MovingAverage(load_student(student, layout, dtype), objective.average_rate)
+            self.average = MovingAverage(load_student(student, layout, dtype), objective.self_teaching.rate)
         self._vision: FrozenVisionTower | None = None
         self.phases = Phases()
 

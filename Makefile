@@ -6,7 +6,7 @@ BENCH  := .venv-bench
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: env demo reproduce test test-vllm check bench bench-rl clean
+.PHONY: env demo reproduce test test-vllm test-peers check bench bench-rl clean
 
 env: $(VENV)/.ready
 
@@ -32,6 +32,9 @@ test: env
 test-vllm: env       ## real vLLM on the CPU, in an environment of its own
 	bash tests/vllm/run.sh
 
+test-peers: $(BENCH)/.ready  ## every method's loss and gradient beside TRL's, Liger's and verl's own functions
+	$(BENCH)/bin/python -m pytest tests/objectives/test_peers.py
+
 check: env           ## style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
@@ -45,7 +48,7 @@ $(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		torch numpy triton transformers matplotlib
+		torch numpy triton transformers matplotlib pytest pytest-timeout
 	grep -v '^#' constraints-bench.txt | xargs -n 1 $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 		|| echo "some peers are missing: their rows will say so"
 	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core

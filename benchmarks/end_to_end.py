@@ -212,8 +212,11 @@ def _vold_prompts(job: Job):
 
 def _trl_config(kind: Callable, job: Job, config, folder: str):
     """Everything that only costs time is off: gradient checkpointing, logging, saving, tables."""
+    from vold.objectives import build_objective
+
     responses = job.prompts_per_step * job.responses_per_prompt
     batch = min(job.trl_batch, responses)
+    objective = build_objective(config.objective, job.max_new_tokens)
     return kind(
         output_dir=folder,
         per_device_train_batch_size=batch,
@@ -225,8 +228,8 @@ def _trl_config(kind: Callable, job: Job, config, folder: str):
         top_k=config.rollout.top_k,
         generation_kwargs={"min_new_tokens": job.max_new_tokens} if job.work == EQUAL else {},
         beta=0.0,
-        epsilon=config.objective.clip_low,
-        epsilon_high=config.objective.clip_high,
+        epsilon=objective.clip_low,
+        epsilon_high=objective.clip_high,
         learning_rate=config.optimizer.lr,
         max_grad_norm=config.optimizer.clip_grad,
         max_steps=job.steps,

@@ -67,7 +67,9 @@ def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
         raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
 
 
-def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float, importance_cap: float) -> None:
+def check_policy(
+    terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: float, importance_cap: float, kl_clamp: float
+) -> None:
     for name, value in vars(terms).items():
         if value is not None and value.shape != (tokens,):
             raise ValueError(
@@ -80,6 +82,12 @@ def check_policy(terms: PolicyTerms, tokens: int, *, eps_low: float, eps_high: f
         )
     if not importance_cap > 0:
         raise ValueError(f"importance_cap is {importance_cap}; it must be positive")
+    if not kl_clamp > 0:
+        raise ValueError(f"kl_clamp is {kl_clamp}; it must be positive, and inf clamps nothing")
+    if (terms.ratio_low_N is None) != (terms.ratio_high_N is None):
+        raise ValueError("terms has one of ratio_low_N and ratio_high_N; give both or neither")
+    if terms.sequence_N is not None and terms.sequence_N.dtype.is_floating_point:
+        raise ValueError(f"terms.sequence_N is {terms.sequence_N.dtype}; it must be integer")
 
 
 def check_pair(

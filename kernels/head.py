@@ -122,6 +122,8 @@ class Wanted:
     """dW is added to this buffer instead of being returned."""
     filter_eps: float = 0.0
     """Share of Σ|dlogits| of a chunk that may be left out; 0 is exact."""
+    entropy: bool = False
+    """Whether the loss depends on the entropy too."""
 
     def __bool__(self) -> bool:
         return self.hidden or self.weight

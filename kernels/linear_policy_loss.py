@@ -8,10 +8,16 @@ rows; the head is a small share of a training step.
     L = Σ w · (pg_weight · L_pg + kl_weight · ½ (logp − logp_teacher)²)
     L_pg = −min(ρ A, clip(ρ, 1 − eps_low, 1 + eps_high) A),   ρ = exp(logp − logp_old)
     dL_pg/dlogp = −ρ A where the unclipped branch is the minimum, else 0;   dL_kl/dlogp = logp − logp_teacher
-    w = min(exp(logp − logp_rollout), importance_cap), a constant to the gradient; 1 where rollouts are on-policy
+    w = min(exp(logp_old − logp_rollout), importance_cap), a constant to the gradient; 1 without logp_rollout
 
 VOLD, GRPO, DAPO, Dr.GRPO, KDRL, OPD and SRPO's sampled part are choices of the two weights (Eqs. 5 and 6 of VOLD).
-Deviation from the paper: the ratio is per token, as in GRPO.
+Deviation from the paper: the ratio is per token, as in GRPO. Three things can be asked for beyond that:
+
+    terms.sequence_N      ρ = exp(mean of logp − logp_old over the sequence), the same for all its tokens (GSPO). Tokens
+                          then depend on each other: they share a chunk where it holds them all, and otherwise the
+                          logits are made twice (8NHV). Never more of them at once than the budget says.
+    terms.ratio_low_N, _high_N   bounds of the ratio token by token (DCPO)
+    entropy_bonus         L −= entropy_bonus · Σ pg_weight · entropy
 
 Shape letters: N tokens, n tokens with weight, C tokens of a chunk, D hidden, V vocabulary, U = this rank's rows.
 The kernels are in `rows_triton.py`, the specification in `reference.py`.
@@ -35,7 +41,7 @@ from .checks import (
 )
 from .chunks import ChunkBudget, default_budget
 from .head import Head, HeadGradients, OnePass, Wanted
-from .one_pass import one_pass
+from .one_pass import one_pass, two_passes
 from .operators import fake, gradient_outputs, gradient_shapes, register_backward
 from .records import PolicyLoss, PolicyTerms
 from .rows import Statistics
@@ -52,6 +58,8 @@ class _Options:
     eps_low: float
     eps_high: float
     importance_cap: float
+    entropy_bonus: float
+    kl_clamp: float
     wanted: Wanted
 
 
@@ -63,6 +71,7 @@ class _PerToken:
     entropy: Tensor
     pg_loss: Tensor
     kl_loss: Tensor
+    bonus: Tensor
     d_logp: Tensor
     clip_low: Tensor
     clip_high: Tensor
@@ -70,30 +79,66 @@ class _PerToken:
 
 
 def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> _PerToken:
-    """The loss of each token and its derivative with respect to its log-prob. `terms` as `_kept_terms` leaves them."""
+    """The loss of each token and its derivative with respect to its log-prob. `terms` as `_kept_terms` leaves them, and
+    with sequence_N all of them."""
     logp_C = statistics.logp_C
     pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_N, terms.kl_weight_N, terms.advantage_N
     has_pg_C = pg_weight_C != 0
     if terms.logp_rollout_N is not None:
-        importance_C = (logp_C - terms.logp_rollout_N).exp().clamp(max=options.importance_cap)
+        trainer_C = logp_C if terms.logp_old_N is None else torch.where(has_pg_C, terms.logp_old_N, logp_C)
+        importance_C = (trainer_C - terms.logp_rollout_N).exp().clamp(max=options.importance_cap)
         pg_weight_C, kl_weight_C = importance_C * pg_weight_C, importance_C * kl_weight_C
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_N is None else logp_C - terms.logp_old_N
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
+    sequences = None if terms.sequence_N is None else _Sequences.of(terms.sequence_N, has_pg_C.to(logp_C))
+    if sequences is not None:
+        log_ratio_C = sequences.mean(log_ratio_C)
     ratio_C = log_ratio_C.exp()
     unclipped_C = ratio_C * advantage_C
-    clipped_C = ratio_C.clamp(1 - options.eps_low, 1 + options.eps_high) * advantage_C
+    clipped_C = _within_bounds(ratio_C, terms, options) * advantage_C
     is_clipped_C = clipped_C < unclipped_C
+    d_pg_C = torch.where(is_clipped_C, 0.0, -pg_weight_C * unclipped_C)
+    if sequences is not None:  # of every term of the sequence, as each has all its tokens in its ratio
+        d_pg_C = torch.where(has_pg_C, sequences.mean(d_pg_C), 0.0)
     gap_C = torch.where(terms.kl_weight_N != 0, logp_C - terms.logp_teacher_N, 0.0)
+    pull_C = gap_C.clamp(-options.kl_clamp, options.kl_clamp)
     return _PerToken(
         logp=logp_C,
         entropy=statistics.entropy_C,
         pg_loss=-pg_weight_C * torch.minimum(unclipped_C, clipped_C),
-        kl_loss=kl_weight_C * gap_C.square() / 2,
-        d_logp=kl_weight_C * gap_C - torch.where(is_clipped_C, 0.0, pg_weight_C * unclipped_C),
+        kl_loss=kl_weight_C * pull_C * (gap_C - pull_C / 2),
+        bonus=options.entropy_bonus * terms.pg_weight_N * statistics.entropy_C,
+        d_logp=kl_weight_C * pull_C + d_pg_C,
         clip_low=is_clipped_C & has_pg_C & (advantage_C < 0),
         clip_high=is_clipped_C & has_pg_C & (advantage_C > 0),
-        kl_old=-log_ratio_C,
+        kl_old=torch.where(has_pg_C, -log_ratio_C, 0.0),
     )
+
+
+def _within_bounds(ratio_C: Tensor, terms: PolicyTerms, options: _Options) -> Tensor:
+    if terms.ratio_low_N is None:
+        return ratio_C.clamp(1 - options.eps_low, 1 + options.eps_high)
+    return ratio_C.clamp(terms.ratio_low_N, terms.ratio_high_N)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """S runs of adjacent tokens, and how many tokens of each count."""
+
+    length_S: Tensor
+    count_S: Tensor
+
+    @classmethod
+    def of(cls, sequence_C: Tensor, counts_C: Tensor) -> "_Sequences":
+        """counts_C: 1 or 0. The host waits: S is a shape."""
+        _, length_S = sequence_C.unique_consecutive(return_counts=True)
+        return cls(length_S, torch.segment_reduce(counts_C, "sum", lengths=length_S, unsafe=True).clamp(min=1))
+
+    def mean(self, value_C: Tensor) -> Tensor:
+        """Of each token, the mean of its sequence over the tokens that count; the others' values are 0. Sums of
+        segments, not atomic additions: two runs are bit-equal."""
+        total_S = torch.segment_reduce(value_C, "sum", lengths=self.length_S, unsafe=True)
+        return (total_S / self.count_S).repeat_interleave(self.length_S, output_size=len(value_C))
 
 
 def _kept_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> PolicyTerms:
@@ -102,16 +147,20 @@ def _kept_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> Polic
     kl_weight_n = terms.kl_weight_N[rows_n].to(dtype)
     missing_n = torch.full_like(kl_weight_n, float("nan"))
     logp_teacher_n = missing_n if terms.logp_teacher_N is None else terms.logp_teacher_N[rows_n].to(dtype)
-    logp_old_n = None
-    if terms.logp_old_N is not None:
-        logp_old_n = torch.where(pg_weight_n != 0, terms.logp_old_N[rows_n].to(dtype), 0.0)
+
+    def of_pg(value_N: Tensor | None, unused: float = 0.0) -> Tensor | None:
+        return None if value_N is None else torch.where(pg_weight_n != 0, value_N[rows_n].to(dtype), unused)
+
     return PolicyTerms(
-        logp_old_N=logp_old_n,
+        logp_old_N=of_pg(terms.logp_old_N),
         logp_teacher_N=torch.where(kl_weight_n != 0, logp_teacher_n, 0.0),
-        advantage_N=torch.where(pg_weight_n != 0, terms.advantage_N[rows_n].to(dtype), 0.0),
+        advantage_N=of_pg(terms.advantage_N),
         pg_weight_N=pg_weight_n,
         kl_weight_N=kl_weight_n,
         logp_rollout_N=None if terms.logp_rollout_N is None else terms.logp_rollout_N[rows_n].to(dtype),
+        sequence_N=None if terms.sequence_N is None else terms.sequence_N[rows_n],
+        ratio_low_N=of_pg(terms.ratio_low_N, 1.0),
+        ratio_high_N=of_pg(terms.ratio_high_N, 1.0),
     )
 
 
@@ -130,9 +179,12 @@ def _one_pass(
     terms = _kept_terms(terms, rows_n, head.dtype)
     gradients = HeadGradients(head, len(rows_n), options.wanted)
     per_token = _empty_per_token(len(rows_n), terms.pg_weight_N)
-    for where, statistics, add_gradient in one_pass(head, hidden_ND, target_N, rows_n, gradients, tokens=tokens):
-        result = surrogate(statistics, _chunk_of(terms, where), options)
-        add_gradient(result.d_logp)
+    couples_chunks = terms.sequence_N is not None and tokens < len(rows_n)
+    chunks = two_passes if couples_chunks else one_pass
+    for where, statistics, add_gradient in chunks(head, hidden_ND, target_N, rows_n, gradients, tokens=tokens):
+        chunk = _chunk_of(terms, where)
+        result = surrogate(statistics, chunk, options)
+        add_gradient(result.d_logp, *([-options.entropy_bonus * chunk.pg_weight_N] if options.wanted.entropy else []))
         for name, value in vars(result).items():
             getattr(per_token, name)[where] = value
     return rows_n, per_token, gradients
@@ -142,7 +194,7 @@ def _results(rows_n: Tensor, per_token: _PerToken, gradients: HeadGradients, tok
     """The fields of `PolicyLoss`. The gradients must be finished."""
     pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
     return (
-        pg_loss + kl_loss,
+        pg_loss + kl_loss - per_token.bonus.sum(),
         per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.logp),
         per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.entropy),
         pg_loss,
@@ -191,6 +243,9 @@ def _policy_loss_op(
     pg_weight_N: Tensor,
     kl_weight_N: Tensor,
     logp_rollout_N: Tensor | None,
+    sequence_N: Tensor | None,
+    ratio_low_N: Tensor | None,
+    ratio_high_N: Tensor | None,
     wanted: list[bool],
     vocab_size: int | None,
     group: str | None,
@@ -198,18 +253,19 @@ def _policy_loss_op(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyLoss`, dH [N, D] and dW as accumulated; a side that is not wanted has no elements."""
-    terms = PolicyTerms(logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N, logp_rollout_N)
+    each = (logp_old_N, logp_teacher_N, advantage_N, pg_weight_N, kl_weight_N, logp_rollout_N)
+    terms = PolicyTerms(*each, sequence_N, ratio_low_N, ratio_high_N)
     shard = vocab_shard(weight_UD, vocab_size, group_named(group))
-    temperature, eps_low, eps_high, importance_cap, filter_eps = numbers
-    wants = Wanted(*wanted, filter_eps=filter_eps)
-    options = _Options(shard, temperature, ChunkBudget(*budget), eps_low, eps_high, importance_cap, wants)
+    temperature, *loss, filter_eps = numbers
+    wants = Wanted(*wanted, filter_eps=filter_eps, entropy=loss[3] != 0)
+    options = _Options(shard, temperature, ChunkBudget(*budget), *loss, wants)
     rows_n, per_token, gradients = _one_pass(hidden_ND, weight_UD, target_N, terms, options)
     d_head = gradient_outputs(rows_n, gradients, len(hidden_ND))
     return *_results(rows_n, per_token, gradients, len(hidden_ND)), *d_head
 
 
 @_policy_loss_op.register_fake
-def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, _rollout, wanted, *_):
+def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, _rollout, _seq, _low, _high, wanted, *_):
     one, each, shapes = (), target_N.shape, gradient_shapes(hidden_ND, weight_UD, wanted)
     loss, logp_N, entropy_N, pg_loss, kl_loss, *rest = fake(hidden_ND, one, each, each, one, one, one, one, *shapes)
     clips = (torch.empty_like(loss, dtype=torch.int64) for _ in range(2))
@@ -228,6 +284,8 @@ def linear_policy_loss(
     eps_low: float,
     eps_high: float,
     importance_cap: float = 2.0,
+    entropy_bonus: float = 0.0,
+    kl_clamp: float = float("inf"),
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -240,8 +298,11 @@ def linear_policy_loss(
     hidden_ND [N, D], weight_VD [V, D], target_N [N], temperature, tp_group, vocab_size: as for `linear_logprob`.
     terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
         NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
-    eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high].
+    eps_low, eps_high: the ratio is clipped to [1 − eps_low, 1 + eps_high], unless `terms` has bounds of its own.
     importance_cap: the largest weight a token gets from terms.logp_rollout_N (truncated importance sampling).
+    entropy_bonus: of a nat of entropy, where pg_weight is not 0. On a CPU its gradient costs the tiles' reuse in cache.
+    kl_clamp > 0, nats: beyond it ½ (logp − logp_teacher)² goes on linearly (Huber), so that no token is pulled towards
+        the teacher harder than kl_weight · kl_clamp.
     weight_main_grad [V, D], fp32 (fp64 for fp64): dW is added to it in place, straight from the matmul, and autograd
         gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
         the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
@@ -260,19 +321,21 @@ def linear_policy_loss(
     check_head(hidden_ND, weight_VD, temperature=temperature)
     check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
-    check_policy(terms, len(hidden_ND), eps_low=eps_low, eps_high=eps_high, importance_cap=importance_cap)
+    bounds = {"eps_low": eps_low, "eps_high": eps_high}
+    check_policy(terms, len(hidden_ND), **bounds, importance_cap=importance_cap, kl_clamp=kl_clamp)
     check_main_grad(weight_main_grad, weight_VD)
     check_filter(filter_eps)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
     budget = budget or default_budget(hidden_ND.device)
     check_budget(budget, hidden_ND)
+    loss = (eps_low, eps_high, importance_cap, entropy_bonus, kl_clamp)
     if torch.compiler.is_compiling():
         sizes = list(vars(budget).values())
-        numbers = [float(x) for x in (temperature, eps_low, eps_high, importance_cap, filter_eps)]
+        numbers = [float(x) for x in (temperature, *loss, filter_eps)]
         constants = (wanted, vocab_size, group_name(tp_group), sizes, numbers)
         fields = _policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2]
         return PolicyLoss(*fields)
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
-    wanted = Wanted(*wanted, weight_main_grad, filter_eps)
-    options = _Options(shard, temperature, budget, eps_low, eps_high, importance_cap, wanted)
+    wanted = Wanted(*wanted, weight_main_grad, filter_eps, entropy=entropy_bonus != 0)
+    options = _Options(shard, temperature, budget, *loss, wanted)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

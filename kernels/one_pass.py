@@ -19,10 +19,11 @@ from torch import Tensor
 
 from . import matmuls, rows_torch
 from .chunks import slices
-from .head import Head, HeadGradients, finish, resident_chunks
+from .head import Head, HeadGradients, finish, resident_chunks, stream
 from .rows import Statistics, row_functions
 
-AddGradient = Callable[[Tensor], None]
+AddGradient = Callable[..., None]
+"""(d_logp_C, d_entropy_C where `Wanted.entropy`)"""
 
 
 def one_pass(
@@ -33,8 +34,9 @@ def one_pass(
     Each chunk overwrites the one before, so its gradient is added before the next is asked for. One MAX and one SUM
     all-reduce a chunk: every rank must be at the same one.
     """
-    exact = gradients.wanted.filter_eps == 0  # the filter looks at columns of the gradient itself
-    if exact and row_functions(hidden_ND.device) is rows_torch:
+    # The filter looks at columns of the gradient itself, the entropy's gradient needs the logits again.
+    in_cache = gradients.wanted.filter_eps == 0 and not gradients.wanted.entropy
+    if in_cache and row_functions(hidden_ND.device) is rows_torch:
         yield from _in_cache(head, hidden_ND, target_N, rows_n, gradients, tokens)
         return
     for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
@@ -42,6 +44,23 @@ def one_pass(
         head.fold_(folded_4C, chunk.z_CU, head.local(chunk.target_C), 0)
         statistics = finish(head, folded_4C, chunk.target_C)
         yield chunk.where, statistics, partial(gradients.add_, chunk, statistics)
+
+
+def two_passes(
+    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, *, tokens: int
+) -> Iterator[tuple[slice, Statistics, AddGradient]]:
+    """The same for a loss whose derivative at a token depends on other tokens, where they do not fit into one chunk:
+    all rows at once, and their logits made a second time, `tokens` rows after another, for the gradient (8NHV)."""
+    statistics = stream(head, hidden_ND[rows_n], target_N[rows_n])
+
+    def add_gradient(d_logp_n: Tensor, d_entropy_n: Tensor | None = None) -> None:
+        if not gradients.wanted:
+            return
+        for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
+            d_entropy_C = None if d_entropy_n is None else d_entropy_n[chunk.where]
+            gradients.add_(chunk, statistics.rows(chunk.where), d_logp_n[chunk.where], d_entropy_C)
+
+    yield slice(0, len(rows_n)), statistics, add_gradient
 
 
 @dataclass(frozen=True)

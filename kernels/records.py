@@ -14,7 +14,7 @@ class PolicyTerms:
     """
 
     logp_old_N: Tensor | None
-    """[N] log-prob under the policy that sampled (nats). None: strictly on-policy, the ratio is exactly 1."""
+    """[N] log-prob under the policy before this update (nats). None: strictly on-policy, the ratio is exactly 1."""
     logp_teacher_N: Tensor | None
     """[N] log-prob under the teacher (nats). None: every kl_weight is 0 (where one is not, the loss is NaN)."""
     advantage_N: Tensor
@@ -25,7 +25,13 @@ class PolicyTerms:
     """[N] weight of ½ (logp − logp_teacher)²."""
     logp_rollout_N: Tensor | None = None
     """[N] log-prob under the engine that sampled, where it may hold older weights (nats): both terms of a token are
-    weighted by min(exp(logp − logp_rollout), importance_cap), a constant to the gradient. None: by 1."""
+    weighted by min(exp(logp_old − logp_rollout), importance_cap), a constant to the gradient; logp where there is no
+    logp_old, or no pg_weight. None: by 1."""
+    sequence_N: Tensor | None = None
+    """[N] integer, the same for the tokens of a sequence, which are adjacent. Given: one ratio a sequence (GSPO)."""
+    ratio_low_N: Tensor | None = None
+    """[N] bounds of the ratio token by token (DCPO), instead of 1 − eps_low and 1 + eps_high. Both or neither."""
+    ratio_high_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class PolicyLoss:
     """Only `loss` carries a gradient. All are fp32 (fp64 for fp64 inputs), the counts int64; sums are over tokens."""
 
     loss: Tensor
-    """[] pg_loss + kl_loss, differentiable with respect to hidden and weight."""
+    """[] pg_loss + kl_loss − entropy bonus, differentiable with respect to hidden and weight."""
     logp_N: Tensor
     """[N] log-prob of the target (nats), ≤ 0. Exactly 0 where both weights are 0: those rows are never computed."""
     entropy_N: Tensor
@@ -41,11 +47,11 @@ class PolicyLoss:
     pg_loss: Tensor
     """[] Σ pg_weight · L_pg."""
     kl_loss: Tensor
-    """[] Σ kl_weight · ½ (logp − logp_teacher)²."""
+    """[] Σ kl_weight · ½ (logp − logp_teacher)², beyond kl_clamp its linear continuation."""
     clip_low: Tensor
-    """[] number of tokens with pg_weight ≠ 0, A < 0 and ratio < 1 − eps_low: the lower bound took their gradient."""
+    """[] number of tokens with pg_weight ≠ 0, A < 0 and a ratio below the lower bound, which took their gradient."""
     clip_high: Tensor
-    """[] number of tokens with pg_weight ≠ 0, A > 0 and ratio > 1 + eps_high: the upper bound took their gradient."""
+    """[] number of tokens with pg_weight ≠ 0, A > 0 and a ratio above the upper bound, which took their gradient."""
     kl_old: Tensor
     """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): the k1 estimate of KL(old‖now), a sum, no mean."""
     dropped_mass: Tensor

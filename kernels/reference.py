@@ -38,6 +38,8 @@ def linear_policy_loss(
     eps_low: float,
     eps_high: float,
     importance_cap: float = 2.0,
+    entropy_bonus: float = 0.0,
+    kl_clamp: float = math.inf,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
@@ -53,32 +55,43 @@ def linear_policy_loss(
     )
     dtype = logp_n.dtype
     logp_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, logp_n)
-    entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n.detach())
+    entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n)
 
     importance_N = torch.ones_like(logp_N)
     if terms.logp_rollout_N is not None:
-        log_importance_n = logp_n.detach() - terms.logp_rollout_N[kept_N].to(dtype)
+        trainer_N = logp_N.detach()
+        if terms.logp_old_N is not None:
+            trainer_N = torch.where(has_pg_N, terms.logp_old_N.to(dtype), trainer_N)
+        log_importance_n = (trainer_N - terms.logp_rollout_N.to(dtype))[kept_N]
         importance_N[kept_N] = log_importance_n.exp().clamp(max=importance_cap)
     pg_weight_N, kl_weight_N = importance_N * terms.pg_weight_N.to(dtype), importance_N * terms.kl_weight_N.to(dtype)
 
     logp_pg, advantage = logp_N[has_pg_N], terms.advantage_N[has_pg_N].to(dtype)
     logp_old = logp_pg.detach() if terms.logp_old_N is None else terms.logp_old_N[has_pg_N].to(dtype)
-    ratio = (logp_pg - logp_old).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
+    log_ratio, pg_weight = logp_pg - logp_old, terms.pg_weight_N[has_pg_N].to(dtype)
+    if terms.sequence_N is not None:
+        sequence = terms.sequence_N[has_pg_N]
+        log_ratio = torch.stack([log_ratio[sequence == s].mean() for s in sequence]) if len(sequence) else log_ratio
+    ratio, low, high = log_ratio.exp(), 1 - eps_low, 1 + eps_high
+    if terms.ratio_low_N is not None:
+        low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     pg_loss = -(pg_weight_N[has_pg_N] * surrogate).sum()
+    bonus = entropy_bonus * (pg_weight * entropy_N[has_pg_N]).sum()
 
     kl_loss = torch.zeros_like(pg_loss)
     if terms.logp_teacher_N is not None:
         gap = logp_N[has_kl_N] - terms.logp_teacher_N[has_kl_N].to(dtype)
-        kl_loss = (kl_weight_N[has_kl_N] * gap.square() / 2).sum()
+        beyond = (gap.abs() - kl_clamp).clamp(min=0)  # Huber: ½ gap² up to the clamp, a line of slope kl_clamp after it
+        kl_loss = (kl_weight_N[has_kl_N] * (gap.square() - beyond.square()) / 2).sum()
     return PolicyLoss(
-        loss=pg_loss + kl_loss,
+        loss=pg_loss + kl_loss - bonus,
         logp_N=logp_N.detach(),
-        entropy_N=entropy_N,
+        entropy_N=entropy_N.detach(),
         pg_loss=pg_loss.detach(),
         kl_loss=kl_loss.detach(),
-        clip_low=((ratio < 1 - eps_low) & (advantage < 0)).sum(),
-        clip_high=((ratio > 1 + eps_high) & (advantage > 0)).sum(),
+        clip_low=((ratio < low) & (advantage < 0)).sum(),
+        clip_high=((ratio > high) & (advantage > 0)).sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
         dropped_mass=torch.zeros_like(pg_loss),
     )

@@ -40,7 +40,7 @@ class Statistics:
     """≤ 0 by construction: x ≤ top and total ≥ 1. NaN where the target is no real row."""
     entropy_C: Tensor
 
-    def rows(self, index: Tensor) -> "Statistics":
+    def rows(self, index: Tensor | slice) -> "Statistics":
         return Statistics(*(value[index] for value in vars(self).values()))
 
 

@@ -22,7 +22,9 @@ from vold.config import load_config, load_training_config, schema
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: optimizer.lr=1e-6 rollout.top_p=0.9")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="optimizer.lr=1e-6 rollout.top_p=0.9, or YAML files laid over CONFIG")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run_dir after its latest checkpoint")]
 
 

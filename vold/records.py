@@ -77,6 +77,8 @@ class Sample:
     kl_weight: float
     logp_rollout: tuple[float, ...] | None = None
     logp_teacher: tuple[float, ...] | None = None  # see Rollout
+    minibatch: int = 0  # which update of the step learns from it
+    demonstration: str | None = None  # what a self-teacher is shown: a correct sibling's text
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class MicroBatch:
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
-    logp_old_N       float32 or None: strictly on-policy, the ratio is 1
+    hidden_teacher_nE, head_teacher_UE   the teacher's hidden states that predict the n tokens whose kl_weight_N is not
+                0, and this rank's rows of its head, where the objective compares whole distributions; else None
+    logp_old_N       float32, log-prob before the step's first update, or None: its only update, the ratio is 1
     """
 
     tokens: PackedTokens
@@ -144,6 +148,8 @@ class MicroBatch:
     logp_rollout_N: Tensor | None = None
     logp_teacher_N: Tensor | None = None
     logp_old_N: Tensor | None = None
+    hidden_teacher_nE: Tensor | None = None
+    head_teacher_UE: Tensor | None = None
 
 
 @dataclass(frozen=True)

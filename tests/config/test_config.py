@@ -1,5 +1,6 @@
 """Strict configuration: one line that names the field, the value and the fix."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from vold.config import dump_config, load_config
 from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, TracesConfig
+from vold.objectives import PRESETS, build_objective
 
 ROOT = Path(__file__).parents[2]
 RL = {
@@ -62,6 +64,8 @@ def test_missing_key_names_it_and_the_fix(rl_yaml):
         ("data.layout=orzz", "data.layout = 'orzz'"),
         ("parallel.tp=0", "parallel.tp = 0"),
         ("student={a: [", "is not a YAML value"),
+        ("minibatches=300", "minibatches = 300 exceeds prompts_per_step = 256; lower it"),
+        ("objective.beta_end=1e-3", "objective.beta_end and objective.beta_step belong together"),
     ],
 )
 def test_bad_overrides(rl_yaml, override, says):
@@ -94,7 +98,34 @@ SCHEMAS = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+METHODS = ROOT / "configs" / "methods"
+WHOLE = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent != METHODS)
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_shipped_configs_are_valid(path):
     stem = path.stem if path.stem in SCHEMAS else "rl"
     load_config(SCHEMAS[stem], path)
+
+
+@pytest.mark.parametrize("path", sorted(METHODS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_methods_lie_over_a_config(path):
+    """What the base says elsewhere stays, and a method with a preset of its name is that preset, number by number."""
+    stage, schema = ("sft", SftConfig) if path.stem.endswith("-sft") else ("vold", RlConfig)
+    base = ROOT / "configs" / "qwen2.5-vl-3b" / f"{stage}.yaml"
+    config = load_config(schema, base, [str(path), "optimizer.lr=7e-7"])
+    assert config.optimizer.lr == 7e-7 and config.steps == load_config(schema, base).steps
+    if schema is RlConfig:
+        found = build_objective(config.objective, config.rollout.max_new_tokens)
+        preset = PRESETS[{"x-reasoner": "grpo"}.get(path.stem, path.stem)]
+        assert found == replace(preset, longest=config.rollout.max_new_tokens)
+        assert config.teacher or not found.needs_teacher
+
+
+def test_a_file_is_laid_over_section_by_section(rl_yaml, tmp_path):
+    over = tmp_path / "over.yaml"
+    over.write_text("steps: 9\nrollout: {top_p: 0.5}\nobjective: {preset: gspo}")
+    config = load_config(RlConfig, rl_yaml, ["rollout.top_p=0.9", str(over), "steps=10"])
+    assert (config.steps, config.rollout.top_p, config.rollout.max_new_tokens) == (10, 0.5, 8)
+    assert config.objective.preset == "gspo"
+    assert "none.yaml does not exist" in message(rl_yaml, "none.yaml")

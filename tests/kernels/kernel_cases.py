@@ -100,6 +100,17 @@ def policy_terms(case: Problem, *, temperature: float = 1.0, seed: int = 1) -> P
     )
 
 
+def coupled(terms: PolicyTerms) -> PolicyTerms:
+    """The same tokens in sequences of 3 (the last may be shorter)."""
+    return replace(terms, sequence_N=torch.arange(len(terms.advantage_N), device=DEVICE) // 3)
+
+
+def bounded(terms: PolicyTerms) -> PolicyTerms:
+    """Bounds of the ratio that differ from token to token."""
+    low_N, high_N = torch.rand(2, len(terms.advantage_N), dtype=torch.float64, device=DEVICE)
+    return replace(terms, ratio_low_N=0.5 + 0.4 * low_N, ratio_high_N=1.05 + 0.5 * high_N)
+
+
 def small_chunks(vocab: int, *, itemsize: int = 8, tokens: int = CHUNK, columns: int = 16) -> ChunkBudget:
     """`tokens` rows resident, tiles of tokens − 1 rows × `columns`."""
     tile = max(tokens - 1, 1) * min(columns, vocab) * itemsize

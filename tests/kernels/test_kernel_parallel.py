@@ -12,6 +12,7 @@ from kernel_cases import (
     Problem,
     assert_near,
     assert_same_record,
+    coupled,
     gradients,
     pair_problem,
     policy_terms,
@@ -93,11 +94,14 @@ def _check_policy_loss(sizes: tuple[int, ...], rank: int, vocab_size: int | None
     whole, shard, mine = _whole_and_shard(sizes, rank, vocab_size)
     terms = policy_terms(Problem(whole.hidden_ND, whole.weight_VD[:vocab_size], whole.target_N), temperature=0.7)
     keywords = {**CLIP, "temperature": 0.7, "vocab_size": vocab_size}
-    actual = linear_policy_loss(*shard, terms, **keywords, tp_group=group, budget=small_chunks(47, tokens=3))
-    expected = reference.linear_policy_loss(*whole, terms, **keywords)
-    assert_same_record(actual, expected, 1e-12)
-    actual, expected = (gradients(-1.7 * record.loss, case) for record, case in ((actual, shard), (expected, whole)))
-    _check_gradients(actual, expected, mine, vocab_size)
+    bonus = {"entropy_bonus": 0.3}
+    for each, more, tokens in ((terms, {}, 3), (coupled(terms), bonus, 3), (coupled(terms), bonus, 11)):
+        given = {**keywords, **more}
+        actual = linear_policy_loss(*shard, each, **given, tp_group=group, budget=small_chunks(47, tokens=tokens))
+        expected = reference.linear_policy_loss(*whole, each, **given)
+        assert_same_record(actual, expected, 1e-12)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
+        _check_gradients(actual, expected, mine, vocab_size)
 
 
 def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:

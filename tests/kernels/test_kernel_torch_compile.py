@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import CHUNK, CLIP, gradients, pair_problem, policy_terms, problem, small_chunks, token_weights
+from kernel_cases import (
+    CHUNK,
+    CLIP,
+    bounded,
+    coupled,
+    gradients,
+    pair_problem,
+    policy_terms,
+    problem,
+    small_chunks,
+    token_weights,
+)
 
 from vold_kernels.linear_kl import _kl_op, linear_kl
 from vold_kernels.linear_logprob import _logprob_op, linear_logprob
@@ -46,10 +57,11 @@ def test_linear_logprob_with_a_frozen_weight_and_without_gradients():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_linear_policy_loss(dtype, backend):
     case, budget = problem(2 * CHUNK + 1, 77, dtype=dtype), small_chunks(77)
-    terms = policy_terms(case)
+    terms = coupled(bounded(policy_terms(case))) if dtype == torch.float64 else policy_terms(case)
 
     def loss(hidden_ND, weight_VD, target_N):
         keywords = {"temperature": 0.7, "vocab_size": 70, "budget": budget, **CLIP}
+        keywords |= {"entropy_bonus": 0.3, "kl_clamp": 0.5} if dtype == torch.float64 else {}
         record = linear_policy_loss(2 * hidden_ND, weight_VD, target_N % 70, terms, **keywords)
         return -1.7 * record.loss, record
 
@@ -101,7 +113,9 @@ def test_the_operators_keep_the_rules_of_torch_library():
     for wanted in ([True, True], [False, True]):
         terms = vars(policy_terms(case)).values()
         torch.library.opcheck(
-            _policy_loss_op, (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 2.0, 0.0]), test_utils=tests
+            _policy_loss_op,
+            (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 2.0, 0.1, 0.5, 0.0]),
+            test_utils=tests,
         )
         constants = (wanted, 70, None, sizes, "forward", None, [0.5, 0.7, 0.0])
         torch.library.opcheck(_kl_op, (*pair, weight_N, *constants), test_utils=tests)

@@ -1,5 +1,6 @@
 """linear_policy_loss against the specification. The same file runs in plain torch, interpreted and on a GPU."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from kernel_cases import (
     Recorder,
     assert_near,
     assert_same_record,
+    bounded,
+    coupled,
     gradients,
     policy_terms,
     problem,
@@ -78,6 +81,86 @@ def test_float32_is_within_5e_6():
     actual, expected = gradients(FACTOR * actual.loss, case), gradients(FACTOR * expected.loss, exact_case)
     for a, b in zip(actual, expected, strict=True):
         assert relative(a, b) < 5e-6
+
+
+BEYOND = {
+    "sequence": (coupled, {}),
+    "bounds": (bounded, {}),
+    "entropy": (lambda terms: terms, {"entropy_bonus": 0.3}),
+    "clamp": (lambda terms: terms, {"kl_clamp": 0.5}),
+    "all": (lambda terms: bounded(coupled(terms)), {"entropy_bonus": -0.2, "kl_clamp": 0.5}),
+}
+
+
+@pytest.mark.parametrize("resident", [CHUNK, 64], ids=["recomputed", "resident"])
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_goes_beyond_the_clipped_token_ratio_equals_the_specification(name, resident):
+    change, numbers = BEYOND[name]
+    case = problem(2 * CHUNK + 3, 77)
+    terms = change(policy_terms(case, temperature=0.7))
+    keywords = {**CLIP, **numbers, "temperature": 0.7}
+    actual = linear_policy_loss(*case, terms, **keywords, budget=small_chunks(77, tokens=resident))
+    expected = reference.linear_policy_loss(*case, terms, **keywords)
+    plain = reference.linear_policy_loss(*case, policy_terms(case, temperature=0.7), **CLIP, temperature=0.7)
+    assert (expected.loss - plain.loss).abs() > 1e-3
+    assert_same_record(actual, expected, 1e-12)
+    actual, expected = (gradients(FACTOR * record.loss, case) for record in (actual, expected))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_a_sequence_ratio_by_hand():
+    """Two sequences, of 2 and of 3 tokens: exp of the mean log-ratio, once clipped, once not; each token carries
+    pg_weight · A · s of its whole sequence, spread evenly over it."""
+    case = problem(5, 77)
+    logp_N = reference.linear_logprob(*case).detach()
+    sequence_N = torch.tensor([7, 7, 4, 4, 4], device=DEVICE)
+    gap_N = torch.tensor([0.5, 0.1, 0.3, -0.6, 0.0], dtype=torch.float64, device=DEVICE)  # means 0.3 and −0.1
+    advantage_N = torch.tensor([2.0, 2.0, -1.0, -1.0, -1.0], dtype=torch.float64, device=DEVICE)
+    weight_N = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6], dtype=torch.float64, device=DEVICE)
+    terms = PolicyTerms(logp_N - gap_N, None, advantage_N, weight_N, 0 * weight_N, sequence_N=sequence_N)
+    first, second = math.exp(0.3), math.exp(-0.1)
+    record = linear_policy_loss(*case, terms, eps_low=0.2, eps_high=0.4)
+    assert_near(record.loss, torch.tensor(-first + 0.5 * second, dtype=torch.float64, device=DEVICE), 1e-12)
+    coefficient_N = torch.tensor([-first / 2] * 2 + [second / 6] * 3, dtype=torch.float64, device=DEVICE)
+    expected = gradients((coefficient_N * reference.linear_logprob(*case)).sum(), case)
+    for a, b in zip(gradients(record.loss, case), expected, strict=True):
+        assert relative(a, b) < 1e-12
+    tight = linear_policy_loss(*case, terms, eps_low=0.2, eps_high=0.3)
+    assert (tight.clip_high.item(), tight.clip_low.item()) == (2, 0)
+    assert torch.all(gradients(tight.loss, case)[0][:2] == 0)
+
+
+def test_the_clamp_bounds_the_pull_and_leaves_the_rest_alone():
+    case = problem(2, 77)
+    logp_N = reference.linear_logprob(*case).detach()
+    gap_N = torch.tensor([3.0, -0.4], dtype=torch.float64, device=DEVICE)
+    ones = torch.ones_like(gap_N)
+    record = linear_policy_loss(*case, PolicyTerms(None, logp_N - gap_N, 0 * ones, 0 * ones, ones), **CLIP, kl_clamp=1)
+    assert_near(record.kl_loss, torch.tensor(3.0 - 0.5 + 0.08, dtype=torch.float64, device=DEVICE), 1e-12)
+    pull_N = torch.tensor([1.0, -0.4], dtype=torch.float64, device=DEVICE)
+    expected = gradients((pull_N * reference.linear_logprob(*case)).sum(), case)
+    assert relative(gradients(record.loss, case)[0], expected[0]) < 1e-12
+
+
+def test_coupled_tokens_never_hold_more_logits_than_the_budget():
+    tokens, vocab, width = 64, 1000, 6
+    case = problem(tokens, vocab, width=width, dtype=torch.float32)
+    terms = coupled(policy_terms(case))
+    kept = int(((terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)).sum())
+    with Recorder() as recorder:
+        linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab, itemsize=4, columns=250)).loss.backward()
+    assert case.weight_VD.grad.abs().sum() > 0
+    assert recorder.largest == 4 * max(vocab * width, CHUNK * vocab, tokens * width) < 4 * tokens * vocab / 10
+    with Recorder() as resident:
+        linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab, itemsize=4, tokens=kept))
+    alone = replace(terms, sequence_N=None)
+    with Recorder() as uncoupled:
+        linear_policy_loss(*case, alone, **CLIP, budget=small_chunks(vocab, itemsize=4, tokens=kept))
+    assert resident.matmuls == uncoupled.matmuls, "where a chunk holds them all, nothing is made twice"
+    with Recorder() as reading, torch.no_grad():
+        linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab, itemsize=4, columns=250))
+    assert reading.matmuls == -(-kept // (CHUNK - 1)) * 4, "one tile after another, and no second pass"
 
 
 def eager_loss(case: Problem, terms: PolicyTerms) -> torch.Tensor:
@@ -165,6 +248,8 @@ def test_stale_rollouts_are_weighted_by_a_truncated_constant(logp_old):
     case = problem(2 * CHUNK + 3, 77)
     terms = policy_terms(case) if logp_old else replace(policy_terms(case), logp_old_N=None)
     logp_N = reference.linear_logprob(*case).detach()
+    if logp_old:
+        logp_N = torch.where(terms.pg_weight_N != 0, terms.logp_old_N, logp_N)
     ratio_N = torch.linspace(0.2, 3.0, len(logp_N), dtype=torch.float64, device=DEVICE)
     stale = replace(terms, logp_rollout_N=logp_N - ratio_N.log())
     idle_N = (terms.pg_weight_N == 0) & (terms.kl_weight_N == 0)
@@ -180,21 +265,24 @@ def test_stale_rollouts_are_weighted_by_a_truncated_constant(logp_old):
             assert relative(a, b) < 1e-12
 
 
-def test_rows_without_weight_cannot_leak():
-    case = problem(9, 77)
-    terms = policy_terms(case)
+@pytest.mark.parametrize("resident", [2, 64])
+@pytest.mark.parametrize("change", [bounded, lambda terms: coupled(bounded(terms))], ids=["tokens", "sequences"])
+def test_rows_without_weight_cannot_leak(change, resident):
+    case, numbers = problem(9, 77), {**CLIP, "kl_clamp": 0.5, "budget": small_chunks(77, tokens=resident)}
+    terms = change(policy_terms(case))
     idle_N = (terms.pg_weight_N == 0) & (terms.kl_weight_N == 0)
     assert idle_N.sum() == 2
     nan = float("nan")
+    bounds = {"ratio_low_N": nan, "ratio_high_N": nan}
     poisoned = with_fields(terms, idle_N, logp_old_N=nan, logp_teacher_N=nan, advantage_N=nan)
-    poisoned = with_fields(poisoned, terms.pg_weight_N == 0, logp_old_N=nan, advantage_N=nan)
+    poisoned = with_fields(poisoned, terms.pg_weight_N == 0, logp_old_N=nan, advantage_N=nan, **bounds)
     poisoned = with_fields(poisoned, terms.kl_weight_N == 0, logp_teacher_N=nan)
     target_N = torch.where(idle_N, -100, case.target_N)
     dirty = Problem(case.hidden_ND, case.weight_VD, target_N).to(torch.float64)
     with torch.no_grad():
         dirty.hidden_ND[idle_N] = nan
-    clean_record = linear_policy_loss(*case, terms, **CLIP)
-    record = linear_policy_loss(*dirty, poisoned, **CLIP)
+    clean_record = linear_policy_loss(*case, terms, **numbers)
+    record = linear_policy_loss(*dirty, poisoned, **numbers)
     assert_same_record(record, clean_record, 0.0)
     assert torch.all(record.logp_N[idle_N] == 0) and torch.all(record.entropy_N[idle_N] == 0)
     d_hidden_ND, d_weight_VD = gradients(record.loss, dirty)

@@ -10,6 +10,8 @@ from vold.objectives import PRESETS, build_objective, likelihood
 from vold.objectives.advantages import group_normalised
 from vold.records import Group, Prompt, Rollout, Sample, Verdict
 
+LONGEST = 10
+
 
 def group(rewards, lengths=None, name="p"):
     prompt = Prompt(name, (1, 2, 3), "question", "7")
@@ -20,7 +22,7 @@ def group(rewards, lengths=None, name="p"):
 
 
 def weigh(preset, groups, **numbers):
-    return build_objective(ObjectiveConfig(preset=preset, **numbers)).weigh(groups)
+    return build_objective(ObjectiveConfig(preset=preset, **numbers), LONGEST).weigh(groups)
 
 
 def test_group_normalised_uses_the_unbiased_std():
@@ -69,7 +71,7 @@ def test_the_normaliser_is_shared_by_all_groups_of_the_step():
 
 def test_unknown_preset_names_the_choices():
     with pytest.raises(ValueError, match=r"objective.preset = 'grop' is unknown; choose one of grpo, vold"):
-        build_objective(ObjectiveConfig(preset="grop"))
+        build_objective(ObjectiveConfig(preset="grop"), LONGEST)
 
 
 def test_likelihood_is_the_policy_gradient_with_unit_advantage():

@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from vold.config import dump_config
 from vold.data.pack import encode_text
-from vold.records import Rollout
+from vold.grading import Grader
+from vold.records import Rollout, Verdict
 from vold.stages import evaluate, export, rl, sft, traces
 from vold.trainer.run_log import check_run_dir, read_rows
 
@@ -33,11 +34,12 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def rl_run(tmp_path_factory, world, layout):
-    """One uninterrupted run of four steps that saved after two and four."""
+    """One uninterrupted run of four steps that saved after two and four; two updates a step, beta steered by the KL."""
     from vold.config import load_config, schema
 
     run_dir = tmp_path_factory.mktemp("runs") / "rl"
-    config = load_config(schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), world.overrides("rl", run_dir))
+    overrides = [*world.overrides("rl", run_dir), "minibatches=2", "objective.target_kl=0.01"]
+    config = load_config(schema.RlConfig, Path("configs/miniature/rl.yaml").resolve(), overrides)
     rl.run(config)
     return config
 
@@ -140,6 +142,8 @@ def test_rl_writes_metrics_samples_and_evaluations(rl_run):
         assert row["mismatch_max"] < 1e-4, "sampler and trainer agree on the sampled tokens"
         assert row["parity_error"] < 1.0001
         assert row["response_tokens"] > 0 and row["kl_teacher"] > 0
+    betas = [row["beta"] for row in rows]
+    assert betas == pytest.approx([0.3, 0.3 * 1.02, 0.3 * 1.02**2, 0.3 * 1.02**3]), "the KL is far above its target"
     assert 0.0 <= rows[-1]["accuracy_image"] <= 1.0 and "accuracy_image" not in rows[0]
     samples = read_rows(rl_run.run_dir / "samples.jsonl")
     shown = {"step", "prompt", "response", "extracted", "gold", "reward", "advantage", "mean_kl"}
@@ -173,6 +177,19 @@ def test_sampler_and_trainer_agree_at_another_temperature(load, tmp_path, layout
     rl.run(config)
     for row in read_rows(config.run_dir / "metrics.jsonl"):
         assert row["mismatch_max"] < 1e-4 and row["parity_max"] < 1e-4
+
+
+def test_a_student_that_teaches_itself(load, tmp_path, layout, monkeypatch):
+    """SRPO through the whole stage. An untrained student is never right, so every third verdict here says it was."""
+    found = lambda rows: [Verdict("wrong" if n % 3 else "correct", None, "test") for n in range(len(rows))]  # noqa: E731
+    monkeypatch.setattr(Grader, "grade", lambda self, rows: found(rows))
+    settings = ["objective={preset: srpo, top_k: 5}", "teacher=null", "steps=2", "evaluation.every=0"]
+    config = load("rl", tmp_path / "srpo", *settings)
+    rl.run(config)
+    for row in read_rows(config.run_dir / "metrics.jsonl"):
+        assert row["kl_tokens"] > 0 and row["kl_loss"] > 0 and row["pg_loss"] != 0
+    assert row["kl_tokens"] < row["gradient_tokens"] == row["response_tokens"]
+    assert (config.run_dir / "model" / "model.safetensors").is_file()
 
 
 def test_stale_weights_raise_the_alarm(world, layout):
@@ -241,7 +258,8 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         rl.run(rl_run.model_copy(update={"optimizer": rl_run.optimizer.model_copy(update={"lr": 1.0})}), resume=True)
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
-    elsewhere = load("rl", rl_run.run_dir, "parallel.tp=2", "parallel.pp=2", "save_async=true")
+    free = {"parallel": rl_run.parallel.model_copy(update={"tp": 2, "pp": 2}), "save_async": True}
+    elsewhere = rl_run.model_copy(update=free)
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
     engines = [f"{section}.urls=[http://127.0.0.1:8001]" for section in ("rollout.vllm", "teacher_vllm")]
     check_run_dir(load("rl", rl_run.run_dir, *engines), "rl", resume=True)  # so are other engines
@@ -323,6 +341,7 @@ def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tm
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
     settings += ["rollout.lag=1"]
+    settings += ["objective.preset=vold-gspo", "minibatches=2"]  # a ratio that couples tokens, at every layout
     config = Path("configs/miniature/rl.yaml").resolve()
     alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])
     rl.run(alone)

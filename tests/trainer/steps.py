@@ -10,12 +10,13 @@ import torch
 
 from vold.config.schema import ObjectiveConfig, OptimizerConfig
 from vold.data.pack import filler, pack
-from vold.objectives import build_objective
+from vold.objectives import Objective, build_objective
 from vold.records import Batch, Group, Prompt, Rollout, Sample, Verdict
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
 
 VOCAB_SIZE = 40  # ids used by the samples stay below
+LONGEST = 13  # tokens of a response
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="constant", warmup_steps=0)
 
 
@@ -24,7 +25,7 @@ def make_trainer(
     layout,
     *,
     steps: int = 10,
-    clip=(0.2, 0.3),
+    objective=Objective(),
     dtype=torch.float32,
     importance_cap: float | None = None,
     **numbers,
@@ -36,13 +37,13 @@ def make_trainer(
         steps=steps,
         dtype=dtype,
         vocab_size=VOCAB_SIZE,
-        clip=clip,
+        objective=objective,
         importance_cap=importance_cap,
     )
 
 
-def make_teacher(checkpoint: Path, layout, dtype=torch.float32) -> Teacher:
-    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE)
+def make_teacher(checkpoint: Path, layout, dtype=torch.float32, whole: bool = False) -> Teacher:
+    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE, whole=whole)
 
 
 def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
@@ -61,7 +62,7 @@ def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
 
 
 def weigh(preset: str, groups: list[Group], beta: float = 0.3) -> list[Sample]:
-    return build_objective(ObjectiveConfig(preset=preset, beta=beta)).weigh(groups)
+    return build_objective(ObjectiveConfig(preset=preset, beta=beta), LONGEST).weigh(groups)
 
 
 def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:

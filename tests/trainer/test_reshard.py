@@ -48,8 +48,11 @@ def test_a_chain_of_layouts(tied, dtype, tolerance, chain, tmp_path):
         saved = whole_tensors(run_dir / f"checkpoints/step-{step:06d}")
         again = whole_tensors(run_dir / f"again-{step}/checkpoints/step-{step:06d}")
         assert saved.keys() == again.keys() and len(saved) > 100
+        assert any(not torch.equal(saved[name], saved[name.replace("average/", "model/")]) for name in saved)
         assert all(torch.equal(saved[name], again[name]) for name in saved), f"{chain[step - 1]} -> {chain[step]}"
         before, after = steps[step - 1], steps[step]
         assert after["lr"][0] == before["lr"][1]
         assert after["nll"][0] == pytest.approx(before["nll"][1], rel=tolerance)
+        assert before["kl_loss"][1] > 0
+        assert after["kl_loss"][0] == pytest.approx(before["kl_loss"][1], rel=10 * tolerance)
         assert after["grad_norm"][0] == pytest.approx(before["grad_norm"][1], rel=10 * tolerance)

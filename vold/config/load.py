@@ -1,4 +1,4 @@
-"""YAML + dotted overrides -> one frozen config; a mistake is one line that names the field, the value and the fix."""
+"""YAML + overrides -> one frozen config; a mistake is one line that names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ConfigT = TypeVar("ConfigT", bound=Strict)
 
 
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path`, apply `a.b=value` overrides (values are YAML), validate. Raises ValueError with one line."""
+    """Read `path`, apply the overrides in order, validate: `a.b=value` (values are YAML), or the path of a YAML file
+    whose keys are laid over what is there, section by section. Raises ValueError with one line."""
     return _validate(schema, _read_tree(path, overrides), path)
 
 
@@ -29,8 +30,19 @@ def load_training_config(path: Path, overrides: Sequence[str] = ()) -> RlConfig 
 def _read_tree(path: Path, overrides: Sequence[str]) -> dict:
     tree = _read_yaml(path)
     for override in overrides:
-        _apply(tree, override)
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            _lay_over(tree, _read_yaml(Path(override)))
+        else:
+            _apply(tree, override)
     return tree
+
+
+def _lay_over(tree: dict, over: dict) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _lay_over(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _validate(schema: type[ConfigT], tree: dict, path: Path) -> ConfigT:
@@ -62,7 +74,9 @@ def _read_yaml(path: Path) -> dict:
 def _apply(tree: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"override {override!r} is not of the form key=value, e.g. optimizer.lr=1e-5")
+        raise ValueError(
+            f"override {override!r} is not of the form key=value, e.g. optimizer.lr=1e-5, nor a .yaml file"
+        )
     *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -134,13 +134,39 @@ class RolloutConfig(SamplingConfig, EngineConfig):
 
 
 class ObjectiveConfig(Strict):
-    """A preset of vold.objectives and its numbers. beta: the paper's table 4 says 1e-3, its text 0.1."""
+    """A preset of vold.objectives, what is changed of it; an absent key is the preset's own (docs/methods.md).
+    VOLD's beta: the paper's table 4 says 1e-3, which is the preset's, its text 0.1."""
 
     preset: str = "vold"
-    beta: Annotated[float, Field(ge=0.0)] = 1e-3
-    clip_low: Share = 0.2
-    clip_high: Annotated[float, Field(ge=0.0)] = 0.3
-    visual_advantage: bool = False  # VA-OPD: KL weighs most where the teacher's opinion hangs on an image's detail
+    advantage: str | None = None  # group-normalised | mean-centred | none
+    ratio: str | None = None  # token | sequence | adaptive
+    routing: str | None = None  # nowhere | every | failed | failed-groups
+    normaliser: str | None = None  # tokens | sequences | constant
+    divergence: Literal["k1", "k2", "k3", "full", "forward", "jsd"] | None = None  # k1, k3: refused, with the reason
+    top_k: Positive | None = None  # of full, forward and jsd: the student's likeliest ids, all others as one
+    beta: Annotated[float, Field(ge=0.0)] | None = None
+    beta_end: Annotated[float, Field(ge=0.0)] | None = None  # linear: from beta to beta_end, beta_step a step
+    beta_step: Annotated[float, Field(gt=0.0)] | None = None
+    target_kl: Annotated[float, Field(gt=0.0)] | None = None  # automatic: kl_teacher, in nats a token, is held here
+    clip_low: Share | None = None
+    clip_high: Annotated[float, Field(ge=0.0)] | None = None
+    kl_clamp: Annotated[float, Field(gt=0.0)] | None = None  # nats of |logp - logp_teacher| that a token is pulled for
+    entropy_bonus: float | None = None
+    average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # a step's, of the average that teaches (SDPO)
+    overlong_share: Share | None = None  # last part of the budget over which the penalty grows; 0: none
+    overlong_penalty: Annotated[float, Field(gt=0.0)] = 0.5  # at its end; rewards lie in [0, 1]
+
+    visual_advantage: bool | None = (
+        None  # VA-OPD: KL weighs most where the teacher's opinion hangs on an image's detail
+    )
+
+    @model_validator(mode="after")
+    def _one_schedule(self):
+        if (self.beta_end is None) != (self.beta_step is None):
+            raise ValueError("objective.beta_end and objective.beta_step belong together; give both or neither")
+        if self.target_kl is not None and self.beta_end is not None:
+            raise ValueError("objective.target_kl and objective.beta_end both steer beta; leave one out")
+        return self
 
 
 class RewardConfig(Strict):
@@ -250,11 +276,24 @@ class RlConfig(TrainConfig):
     teacher_vllm: VllmConfig = VllmConfig()  # its engine's settings
     teacher_offload: bool = False  # its weights wait in CPU memory while it does not score (in the trainer)
     prompts_per_step: Positive = 256  # over all ranks
+    # What a self-teacher (SDPO, SRPO) reads instead of the problem; {demonstration} is a correct sibling's answer.
+    self_teacher_template: str = (
+        "{problem}\n\nA correct solution of this problem:\n\n{demonstration}\n\nSolve the problem correctly."
+    )
+    minibatches: Positive = 1  # updates that a step's prompts are divided among; at 1 no ratio is clipped
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
     grader_workers: Positive = 2
+
+    @model_validator(mode="after")
+    def _a_prompt_for_each_minibatch(self):
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches = {self.minibatches} exceeds prompts_per_step = {self.prompts_per_step}; lower it"
+            )
+        return self
 
 
 class VlmevalkitConfig(Strict):

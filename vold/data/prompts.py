@@ -48,6 +48,14 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     )
 
 
+def show_demonstration(
+    prompt: Prompt, demonstration: str, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, template: str
+) -> Prompt:
+    """The same problem as a self-teacher reads it: `template` with {problem} and {demonstration} put in."""
+    question = template.replace("{problem}", prompt.text).replace("{demonstration}", demonstration)
+    return build_prompt(Problem(prompt.id, question, prompt.gold, prompt.images), tokenizer, config)
+
+
 def _content(problem: Problem, suffix: str) -> str | list[dict]:
     """Plain text, or text and image items in the order of the problem's <image> marks."""
     if not problem.images:

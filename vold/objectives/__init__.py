@@ -1,5 +1,6 @@
-"""Objectives as values: advantages, routing, presets."""
+"""Objectives as values: advantage, ratio, routing, divergence, normaliser, schedule; presets name the methods."""
 
-from vold.objectives.objective import PRESETS, Objective, build_objective, likelihood
+from vold.objectives.objective import Objective, likelihood, minibatches
+from vold.objectives.presets import PRESETS, build_objective
 
-__all__ = ["PRESETS", "Objective", "build_objective", "likelihood"]
+__all__ = ["PRESETS", "Objective", "build_objective", "likelihood", "minibatches"]

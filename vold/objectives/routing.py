@@ -1,18 +1,32 @@
-"""Routing: which responses the distillation term applies to, as a factor in [0, 1]."""
+"""Routing: which responses the distillation term applies to, as factors in [0, 1]. G: responses per prompt. `right`: 1
+for a right answer, else 0, whatever else a reward is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 
-def failed(reward: float) -> float:
-    """1 - r: distil where the response failed (VOLD Eq. 6, reward-guided masking)."""
-    return 1.0 - reward
-
-
-def every(reward: float) -> float:
-    """Distil every response (VOLD Eq. 5; OPD)."""
-    return 1.0
+Route = Callable[[Sequence[float]], list[float]]
+"""right_G -> factors_G of the distillation term"""
 
 
-def nowhere(reward: float) -> float:
+def failed(right_G: Sequence[float]) -> list[float]:
+    """1 - r: distil where the response failed (VOLD Eq. 6, reward-guided masking; KDRL's response-level mask)."""
+    return [1.0 - right for right in right_G]
+
+
+def every(right_G: Sequence[float]) -> list[float]:
+    """Distil every response (VOLD Eq. 5; OPD; KDRL without mask)."""
+    return [1.0] * len(right_G)
+
+
+def failed_groups(right_G: Sequence[float]) -> list[float]:
+    """Distil where no response of the prompt succeeded at all (KDRL's group-level mask)."""
+    return [float(not any(right_G))] * len(right_G)
+
+
+def nowhere(right_G: Sequence[float]) -> list[float]:
     """No teacher (GRPO)."""
-    return 0.0
+    return [0.0] * len(right_G)
+
+
+ROUTES: dict[str, Route] = {"nowhere": nowhere, "every": every, "failed": failed, "failed-groups": failed_groups}

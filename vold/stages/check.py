@@ -16,6 +16,7 @@ from vold.config.schema import ParallelConfig, RlConfig, SftConfig
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_chunks
 from vold.models.weights import CheckpointReader, full_tensors
+from vold.objectives import build_objective
 from vold.parallel.launch import Layout, pretend, shutdown
 
 GIB = 2**30
@@ -92,9 +93,17 @@ def _rows(held: dict[str, list[Held]], config: SftConfig | RlConfig) -> Iterator
             continue
         needs = bytes_of_student(student, config.dtype)
         needs["teacher"] = teacher.parameters * size if teacher else 0.0
+        if _teaches_itself(config):  # the student's average, accumulated in fp32
+            needs["teacher"] = float(student.parameters * (size if size == 4 else size + 4))
         needs["sampler"] = float(sampler)
         place = f"tp {student.layout.tp_rank} pp {student.layout.pp_rank}"
         yield place, *(f"{value / GIB:.2f}" for value in (*needs.values(), sum(needs.values())))
+
+
+def _teaches_itself(config: SftConfig | RlConfig) -> bool:
+    if not isinstance(config, RlConfig):
+        return False
+    return build_objective(config.objective, config.rollout.max_new_tokens).teaches_itself
 
 
 def _shapes(held: Sequence[Held]) -> dict[str, tuple[int, ...]]:

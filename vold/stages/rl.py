@@ -5,16 +5,19 @@ tower nothing is trained but, where the config says so, its mergers."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import RlConfig
 from vold.data.pack import pack
 from vold.data.problems import Problem, load_problems
-from vold.data.prompts import build_prompts
+from vold.data.prompts import build_prompts, show_demonstration
 from vold.grading import Grader
 from vold.models.architecture import Architecture
 from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
-from vold.objectives import Objective, build_objective
+from vold.objectives import Objective, build_objective, minibatches
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
@@ -30,7 +33,7 @@ from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.rollouts import Rollouts
 from vold.stages.training import TrainingRun, check_vision
-from vold.teacher import NoTeacher, OwnPrompts, Teacher, VisualTeacher, VllmTeacher
+from vold.teacher import NoTeacher, OwnPrompts, SelfTeacher, Teacher, VisualTeacher, VllmTeacher
 from vold.trainer.engine import Trainer
 from vold.trainer.step_profiler import StepProfiler
 
@@ -42,7 +45,7 @@ NOTHING_LEFT = (
 
 def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
     """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, config.rollout.max_new_tokens)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
@@ -52,7 +55,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     check_vision(config.vision, prompts)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
     trainer = _trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, vocab_size, problems)
+    teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
@@ -74,19 +77,23 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     ):
         for step in training.steps():
             drawn = rollouts.next(step)
-            weighed = objective.weigh(drawn.groups)
+            current = objective.at(step, training.last)
+            weighed = current.weigh(drawn.groups, minibatches=config.minibatches)
             admitted = teacher.admit(weighed)
             samples = mask_unscored(admitted)
-            batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
+            batches = [
+                pack(part, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
+                for part in minibatches(samples)
+            ]
             with job.log.phase("teacher"):
-                batch = teacher.score(batch)
+                batches = [teacher.score(batch) for batch in batches]
             with job.log.phase("train"):
-                report = trainer.step(batch) if samples else trainer.skip(*NOTHING_LEFT)
+                report = trainer.step(*batches) if samples else trainer.skip(*NOTHING_LEFT)
             rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = drawn.metrics | teacher_metrics(admitted, encode.length) | teacher_blind(weighed, admitted)
-            metrics |= teacher.metrics | report.metrics | parity
+            metrics |= teacher.metrics | current.metrics() | report.metrics | parity
             shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()
@@ -120,7 +127,7 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         steps=config.steps,
         dtype=job.dtype,
         vocab_size=vocab_size,
-        clip=(objective.clip_low, objective.clip_high),
+        objective=objective,
         temperature=config.rollout.temperature,
         importance_cap=config.rollout.importance_cap if config.rollout.lag else None,
         vision=config.vision,
@@ -128,31 +135,46 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
 
 
 def _teacher(
-    config: RlConfig, job: Job, objective: Objective, vocab_size: int, problems: Sequence[Problem]
-) -> Teacher | NoTeacher:
+    config: RlConfig,
+    job: Job,
+    objective: Objective,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+) -> Teacher | SelfTeacher | NoTeacher:
+    head = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
+    if objective.teaches_itself:
+        shown = {"tokenizer": tokenizer, "config": config.prompt, "template": config.self_teacher_template}
+        return SelfTeacher(
+            trainer.average,
+            job.layout,
+            partial(show_demonstration, **shown),
+            max_tokens=config.microbatch_tokens,
+            confident=objective.self_teaching.confident,
+            **head,
+        )
     if not objective.needs_teacher or config.teacher_engine == "vllm":
         return NoTeacher()
-    settings = dict(
+    settings = head | dict(
         dtype=job.dtype,
-        vocab_size=vocab_size,
-        temperature=config.rollout.temperature,
         patches_per_pass=config.vision.patches_per_pass,
         offload=config.teacher_offload,
+        whole=objective.divergence is not None,
     )
     if not Architecture.from_pretrained(config.teacher).vision:
-        _check_blind_teacher(config, job, problems)
+        _check_blind_teacher(config, job, objective, problems)
         return Teacher(config.teacher, job.layout, **settings)
     settings["encode"] = OwnPrompts(config.teacher, problems, config.prompt)
-    if not config.objective.visual_advantage:
+    if not objective.visual_advantage:
         return Teacher(config.teacher, job.layout, **settings)
     degraded = OwnPrompts(config.teacher, problems, config.prompt, degrade)
     return VisualTeacher(config.teacher, job.layout, degraded=degraded, **settings)
 
 
-def _check_blind_teacher(config: RlConfig, job: Job, problems: Sequence[Problem]) -> None:
+def _check_blind_teacher(config: RlConfig, job: Job, objective: Objective, problems: Sequence[Problem]) -> None:
     """Refuses where a text-only teacher has nothing to say; tells where it has less to say."""
     line = f"teacher = {config.teacher} reads text only"
-    if config.objective.visual_advantage:
+    if objective.visual_advantage:
         raise ValueError(f"{line}; objective.visual_advantage needs one that sees")
     seen = sum(bool(problem.images) for problem in problems)
     line = f"{line} and {seen} of {len(problems)} problems have images"

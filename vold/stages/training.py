@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vold.config.schema import TrainConfig, VisionConfig
 from vold.grading import Grader
@@ -36,6 +36,7 @@ class TrainingRun:
     evaluator: Evaluator
     checkpoints: Checkpoints
     done: int = 0  # completed steps
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last of them; seconds are this rank's own
     asked_to_stop: bool = False
     profiler: StepProfiler | None = None  # then nothing is saved or exported
 
@@ -53,7 +54,7 @@ class TrainingRun:
         if step is not None:
             self.checkpoints.load(self.trainer, step)
             self.done = step
-        self.job.log.rewind(self.done)
+        self.last = self.job.from_writer(self.job.log.rewind(self.done))
 
     def steps(self) -> Iterator[int]:
         """0-based steps still to do. SIGTERM lets the step under way finish (see finish_step); a second one kills."""
@@ -86,7 +87,7 @@ class TrainingRun:
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
             metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
-        row = self.job.log.write(done, metrics, rows)
+        row = self.last = self.job.log.write(done, metrics, rows)
         stop = any_rank(self.asked_to_stop, self.job.layout.device)
         if self.profiler:
             self.profiler.step(row, self.job.log.phase.intervals)

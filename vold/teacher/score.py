@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,14 +23,15 @@ from vold.models.weights import load_pretrained
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, PackedTokens, Sample
 from vold.trainer.device import batch_to, micro_batch_to
-from vold.trainer.pipeline import run_pipeline
+from vold.trainer.pipeline import Head, run_pipeline
 from vold_kernels.linear_logprob import linear_logprob
 
 
 class Teacher:
     """A teacher in the student's layout. `vocab_size`: ids both models really have; `encode`: how a teacher that sees
     reads a prompt, None where it reads the student's text; `patches_per_pass`: see FrozenVisionTower; `offload`: its
-    weights wait in CPU memory between calls. `metrics`: what it has to say of the last batch, on every rank."""
+    weights wait in CPU memory between calls; `whole`: it gives hidden states, of which a loss makes whole
+    distributions. `metrics`: what it has to say of the last batch, on every rank."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Teacher:
         encode: Encoder | None = None,
         patches_per_pass: int | None = None,
         offload: bool = False,
+        whole: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._encode = encode
@@ -51,6 +53,7 @@ class Teacher:
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
             chunk.requires_grad_(False).eval()
+        self._whole = whole
         self._vision = open_tower(self._chunks, checkpoint, dtype, patches_per_pass) if encode else None
         self._waiting = _host_copies(self._weights()) if offload else []
 
@@ -63,16 +66,22 @@ class Teacher:
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
         """The batch with logp_teacher_N filled in on the last pipeline stage, where the student's loss is: nats, 0
-        where the KL weight is 0. All ranks of one model copy pass the same batch."""
-        batch = batch_to(batch, self._layout.device)
+        where the KL weight is 0; or hidden states and head. All ranks of one model copy pass the same batch."""
+        with self._present():
+            return self._scored(batch_to(batch, self._layout.device))
+
+    def _scored(self, batch: Batch) -> Batch:
         scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
-        found = self._read(batch, scored, self._encode)
+        found = self._read(batch, scored, self._encode, _hidden_states if self._whole else self._logprobs)
         if not self._layout.is_last_stage:
             return batch
-        return Batch(tuple(map(_filled, batch.micro_batches, scored, found)))
+        head_UE = self._chunks[-1].head_weight().data if self._whole else None
+        return Batch(tuple(map(partial(_filled, head_UE=head_UE), batch.micro_batches, scored, found)))
 
-    def _read(self, batch: Batch, rows: Sequence[Tensor], encode: Encoder | None) -> list[Tensor | None]:
-        """What `_logprobs` finds for these rows of each micro-batch's targets, None without rows; on the last stage."""
+    def _read(
+        self, batch: Batch, rows: Sequence[Tensor], encode: Encoder | None, read_out: Head[Tensor]
+    ) -> list[Tensor | None]:
+        """What `read_out` finds for these rows of each micro-batch's targets, None without rows; on the last stage."""
         encode = encode and cache(encode)
         read = [
             only_sequences(micro, rows_n)
@@ -81,10 +90,7 @@ class Teacher:
             for micro, rows_n in zip(batch.micro_batches, rows, strict=True)
             if rows_n.numel()
         ]
-        with self._present():
-            found = run_pipeline(
-                self._chunks, read, self._layout, self._logprobs, forward_only=True, vision=self._vision
-            )
+        found = run_pipeline(self._chunks, read, self._layout, read_out, forward_only=True, vision=self._vision)
         left = iter(found)
         return [next(left) if rows_n.numel() else None for rows_n in rows] if self._layout.is_last_stage else []
 
@@ -104,15 +110,17 @@ class Teacher:
             parameter.data = host
 
     def _logprobs(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        logp_n = linear_logprob(
-            hidden_TD[micro.source_N],
+        return hidden_TD, self._logp(hidden_TD[micro.source_N], micro.target_N)
+
+    def _logp(self, hidden_nE: Tensor, target_n: Tensor) -> Tensor:
+        return linear_logprob(
+            hidden_nE,
             self._chunks[-1].head_weight(),
-            micro.target_N,
+            target_n,
             temperature=self._temperature,
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
         )
-        return hidden_TD, logp_n
 
 
 class NoTeacher:
@@ -137,10 +145,16 @@ def _host_copies(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter,
     return copies
 
 
-def _filled(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBatch:
+def _hidden_states(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden_TD, hidden_TD[micro.source_N]
+
+
+def _filled(micro: MicroBatch, rows_n: Tensor, found_n: Tensor | None, *, head_UE: Tensor | None) -> MicroBatch:
+    if head_UE is not None:
+        return replace(micro, hidden_teacher_nE=found_n, head_teacher_UE=head_UE)
     logp_teacher_N = torch.zeros_like(micro.kl_weight_N)
-    if logp_n is not None:
-        logp_teacher_N[rows_n] = logp_n.to(logp_teacher_N)
+    if found_n is not None:
+        logp_teacher_N[rows_n] = found_n.to(logp_teacher_N)
     return replace(micro, logp_teacher_N=logp_teacher_N)
 
 

@@ -45,23 +45,29 @@ class VisualTeacher(Teacher):
         super().__init__(checkpoint, layout, **settings)
         self._degraded = degraded
 
-    @torch.no_grad()
-    def score(self, batch: Batch) -> Batch:
-        """See Teacher."""
-        batch = super().score(batch)
+    def _scored(self, batch: Batch) -> Batch:
+        batch = super()._scored(batch)
         rows = [_rows_with_images(micro) for micro in batch.micro_batches]
-        logps = self._read(batch, rows, self._degraded)
+        degraded = self._read(batch, rows, self._degraded, self._logprobs)
         if self._layout.is_last_stage:
             responses = [
                 response
-                for number, (micro, rows_n, logp_n) in enumerate(zip(batch.micro_batches, rows, logps, strict=True))
+                for number, (micro, rows_n, logp_n) in enumerate(zip(batch.micro_batches, rows, degraded, strict=True))
                 if logp_n is not None
-                for response in _responses(number, micro, rows_n, logp_n)
+                for response in _responses(number, micro, rows_n, self._logp_teacher(micro)[rows_n], logp_n)
             ]
             weights, self.metrics = _among_siblings(responses, self._layout.dp_group)
             batch = _weighed(batch, responses, weights)
         self.metrics = self._layout.from_last_stage(self.metrics)
         return batch
+
+    def _logp_teacher(self, micro: MicroBatch) -> Tensor:
+        """[N], on the images as they are; of hidden states where those are what the loss wants."""
+        if micro.hidden_teacher_nE is None:
+            return micro.logp_teacher_N
+        scored_n = (micro.kl_weight_N != 0).nonzero()[:, 0]
+        logp_n = self._logp(micro.hidden_teacher_nE, micro.target_N[scored_n])
+        return torch.zeros_like(micro.kl_weight_N).index_copy(0, scored_n, logp_n.to(micro.kl_weight_N))
 
 
 def _rows_with_images(micro: MicroBatch) -> Tensor:
@@ -69,8 +75,10 @@ def _rows_with_images(micro: MicroBatch) -> Tensor:
     return ((micro.kl_weight_N != 0) & seen_B.to(micro.sequence_N.device)[micro.sequence_N]).nonzero()[:, 0]
 
 
-def _responses(number: int, micro: MicroBatch, rows_n: Tensor, logp_degraded_n: Tensor) -> list[_Response]:
-    advantage_n = token_advantage(micro.logp_teacher_N[rows_n], logp_degraded_n.to(micro.logp_teacher_N))
+def _responses(
+    number: int, micro: MicroBatch, rows_n: Tensor, logp_n: Tensor, logp_degraded_n: Tensor
+) -> list[_Response]:
+    advantage_n = token_advantage(logp_n, logp_degraded_n.to(logp_n))
     sequence_n = micro.sequence_N[rows_n]
     found = []
     for sequence in sequence_n.unique().tolist():

@@ -4,8 +4,8 @@
     checkpoints/latest        the name of the newest complete one
 
 Every rank writes its own pieces (vold.trainer.shards), at once or in a background thread; rank 0 commits when all have
-reported. What is in state.json: step (which is also the data position: rows and sampling seeds are functions of it, and
-so would be a schedule of beta), schedule, Adam's update count, layout, versions. Objectives keep no state.
+reported. What is in state.json: step (which is also the data position: rows and sampling seeds are functions of it),
+schedule, Adam's update count, layout, versions. Objectives keep no state: a steered beta goes on from metrics.jsonl.
 Only safetensors and JSON: loading a checkpoint never runs code from it.
 """
 
@@ -30,6 +30,7 @@ from vold.trainer.optimizer import updates_made
 from vold.trainer.shards import (
     Piece,
     PieceReader,
+    load_average,
     load_optimizer,
     load_random_state,
     load_weights,
@@ -57,7 +58,7 @@ class Checkpoints:
             return
         partial = self._root / f".partial-{_name(step)}"
         together(lambda: self._start_directory(partial))
-        pieces = {**snapshot(trainer.chunks, trainer.optimizer), **random_state()}
+        pieces = {**snapshot(trainer.chunks, trainer.optimizer, trainer.average), **random_state()}
         updates = max(together(lambda: updates_made(trainer.optimizer)))
         state = {
             "step": step,
@@ -175,6 +176,8 @@ class Checkpoints:
         with PieceReader(shard_files(path)) as reader:
             load_weights(trainer.chunks, reader)
             load_optimizer(trainer.chunks, trainer.optimizer, reader, state["updates"])
+            if trainer.average is not None:
+                load_average(trainer.average, reader)
             if state["layout"] == _sizes(self._layout):
                 load_random_state(reader)
         trainer.schedule.num_steps = 0  # Megatron's load adds to it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,22 +24,26 @@ from vold.data.pack import Replicas
 from vold.models.architecture import Architecture
 from vold.models.language_model import LanguageModel, build_chunks, open_tower, unwrap
 from vold.models.weights import export_weights, load_pretrained
+from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, StepReport
+from vold.trainer.average import MovingAverage
 from vold.trainer.device import batch_to
 from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
 from vold.trainer.pipeline import Head, ResultT, run_pipeline
 from vold.trainer.tally import mean_kl, reduce_tallies, tally
+from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+from vold_kernels.linear_policy_loss import linear_policy_loss
 
 
 class Trainer:
-    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf.
-    `importance_cap`: rollouts may be of older weights, and each token's loss is weighted by
-    min(exp(logp - logp_rollout), importance_cap); None: they are of these weights."""
+    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf. `objective`: its
+    ratio and numbers, read by the loss; what it made of rewards is in the batches' weights. `importance_cap`: rollouts
+    may be of older weights, and each token's loss is weighted by min(exp(logp - logp_rollout), importance_cap); None:
+    they are of these weights."""
 
     def __init__(
         self,
@@ -49,29 +54,43 @@ class Trainer:
         steps: int,
         dtype: torch.dtype,
         vocab_size: int,
-        clip: tuple[float, float] = (0.2, 0.3),
+        objective: Objective = Objective(),
         temperature: float = 1.0,
         importance_cap: float | None = None,
         vision: VisionConfig = VisionConfig(),
     ):
         self._importance_cap = importance_cap
-        self._layout, self._clip, self._temperature, self._vocab_size = layout, clip, temperature, vocab_size
+        self._layout, self._objective, self._temperature = layout, objective, temperature
+        self.vocab_size = vocab_size
         self._chunks = _wrap(load_student(student, layout, dtype, train_merger=vision.train_merger))
         self._vision = open_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
+        self.average: MovingAverage | None = None
+        if objective.teaches_itself:
+            average = load_student(student, layout, dtype, train_merger=vision.train_merger)
+            self.average = MovingAverage(average, objective.self_teaching.rate)
         self.phases = Phases()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepReport:
-        """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
-        batch = batch_to(batch, self._layout.device)
-        tallies = self.accumulate_gradients(batch)
-        with self.phases("optimizer"):
-            grad_norm = self._update()
-        report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
+    def step(self, *minibatches: Batch) -> StepReport:
+        """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
+        denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
+        batches = [batch_to(batch, self._layout.device) for batch in minibatches]
+        if len(batches) > 1:
+            with self.phases("old_logprobs"):
+                batches = [self._with_logp_old(batch) for batch in batches]
+        self.schedule.step(1)
+        tallies, grad_norms = [], []
+        for batch in batches:
+            tallies += self.accumulate_gradients(batch)
+            with self.phases("optimizer"):
+                grad_norms.append(self._update())
+        if self.average is not None:
+            self.average.follow(self.chunks)
+        report = self._report(batches, tallies, grad_norms) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def skip(self, reason: str, remedy: str) -> StepReport:
@@ -96,42 +115,64 @@ class Trainer:
     def _run(self, batch: Batch, head: Head[ResultT], **options) -> list[ResultT]:
         return run_pipeline(self._chunks, batch.micro_batches, self._layout, head, vision=self._vision, **options)
 
-    def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
-        """On the last pipeline stage; a collective over its data-parallel group."""
-        group = self._layout.dp_group
-        metrics = reduce_tallies(tallies, group, train_tflop=self._useful_flops(batch) / 1e12)
-        metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
-        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
+    def _report(
+        self, batches: Sequence[Batch], tallies: Sequence[dict[str, Tensor]], grad_norms: Sequence[float]
+    ) -> StepReport:
+        """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
+        updates, the others over all their tokens."""
+        group, updates = self._layout.dp_group, len(batches)
+        flops = sum(self._useful_flops(batch) for batch in batches)
+        metrics = reduce_tallies(tallies, group, train_tflop=flops / 1e12)
+        metrics |= {name: metrics[name] / updates for name in ("loss", "pg_loss", "kl_loss")}
+        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
+        metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
+        micro_batches = [micro for batch in batches for micro in batch.micro_batches]
+        return StepReport(metrics, mean_kl(micro_batches, tallies, group))
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weight, off_policy = self.chunks[-1].head_weight(), self._importance_cap is not None
-        out = linear_policy_loss(
-            hidden_TD[batch.source_N],
+        hidden_ND, weight = hidden_TD[batch.source_N], self.chunks[-1].head_weight()
+        # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
+        # scale, 0 tokens to divide by): what both losses ask of whoever hands them the buffer.
+        head = self._head() | {"weight_main_grad": weight.main_grad}
+        terms, numbers = self._objective.terms(batch), self._objective.numbers()
+        if self._importance_cap is not None:
+            terms = replace(terms, logp_rollout_N=batch.logp_rollout_N)
+            numbers |= {"importance_cap": self._importance_cap}
+        out = linear_policy_loss(hidden_ND, weight, batch.target_N, terms, **numbers, **head)
+        if batch.hidden_teacher_nE is None:
+            return out.loss, tally(out, batch, importance_cap=self._importance_cap, kl_clamp=self._objective.kl_clamp)
+        scored_n = (batch.kl_weight_N != 0).nonzero()[:, 0]
+        full = linear_kl(
+            hidden_ND[scored_n],
             weight,
-            batch.target_N,
-            PolicyTerms(
-                batch.logp_old_N,
-                batch.logp_teacher_N,
-                batch.advantage_N,
-                batch.pg_weight_N,
-                batch.kl_weight_N,
-                batch.logp_rollout_N if off_policy else None,
-            ),
-            eps_low=self._clip[0],
-            eps_high=self._clip[1],
-            importance_cap=self._importance_cap or 1.0,  # without logp_rollout_N it is not read
-            temperature=self._temperature,
-            tp_group=self._layout.tp_group,
-            vocab_size=self._vocab_size,
-            # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
-            # scale, 0 tokens to divide by): what this call asks of whoever hands it the buffer.
-            weight_main_grad=weight.main_grad,
+            batch.hidden_teacher_nE,
+            batch.head_teacher_UE,
+            weight_N=(batch.kl_weight_N * self._truncated_ratio(batch, hidden_TD))[scored_n],
+            **self._objective.divergence_options(),
+            **head,
         )
-        return out.loss, tally(out, batch, self._importance_cap)
+        return out.loss + full.loss, tally(out, batch, importance_cap=self._importance_cap, full=full)
+
+    @torch.no_grad()
+    def _truncated_ratio(self, batch: MicroBatch, hidden_TD: Tensor) -> Tensor:
+        """min(pi / pi that sampled, cap) of each token, without gradient; 1 where these weights sampled it."""
+        sampled_N, cap = batch.logp_old_N, self._objective.divergence.ratio_cap
+        if self._importance_cap is not None:
+            sampled_N, cap = batch.logp_rollout_N, self._importance_cap
+        if sampled_N is None:
+            return torch.ones_like(batch.kl_weight_N)
+        return (self._logp(batch, hidden_TD) - sampled_N).exp().clamp(max=cap)
+
+    def _head(self) -> dict:
+        """How logits are made of hidden states, for every function of vold_kernels."""
+        return {
+            "temperature": self._temperature,
+            "tp_group": self._layout.tp_group,
+            "vocab_size": self.vocab_size,
+        }
 
     def _update(self) -> float:
-        """Clip, check, advance the schedule, update. Returns the gradient norm before clipping."""
-        self.schedule.step(1)
+        """Clip, check, update. Returns the gradient norm before clipping."""
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.clip_grad_norm(self._optimizer.config.clip_grad))
         if math.isfinite(grad_norm):  # the norm is reduced over all ranks, so every rank decides alike
@@ -167,6 +208,19 @@ class Trainer:
     # -- reading the policy ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def _with_logp_old(self, batch: Batch) -> Batch:
+        """The batch with logp_old_N filled in on the last pipeline stage, where the loss is."""
+
+        def read(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden_TD, self._logp(micro, hidden_TD)
+
+        found = run_pipeline(self._chunks, batch.micro_batches, self._layout, read, forward_only=True)
+        if not self._layout.is_last_stage:
+            return batch
+        filled = zip(batch.micro_batches, found, strict=True)
+        return Batch(tuple(replace(micro, logp_old_N=logp_N) for micro, logp_N in filled))
+
+    @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
         """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
@@ -174,14 +228,12 @@ class Trainer:
         found = self._run(batch, self._read, forward_only=True)
         return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
+    def _logp(self, micro: MicroBatch, hidden_TD: Tensor, **head) -> Tensor:
+        weight = self.chunks[-1].head_weight()
+        return linear_logprob(hidden_TD[micro.source_N], weight, micro.target_N, **self._head() | head)
+
     def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
-        logp_N = linear_logprob(
-            hidden_TD[micro.source_N],
-            self.chunks[-1].head_weight(),
-            micro.target_N,
-            tp_group=self._layout.tp_group,
-            vocab_size=self._vocab_size,
-        )
+        logp_N = self._logp(micro, hidden_TD, temperature=1.0)
         places = enumerate(micro.sample_B)
         return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
 

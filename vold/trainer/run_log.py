@@ -58,16 +58,20 @@ class RunLog:
         """How many steps there will be, where that is known only once the data are read."""
         self._progress.update(self._task, total=total)
 
-    def rewind(self, step: int) -> None:
-        """Drop rows after `step`: they belong to updates that were never saved."""
+    def rewind(self, step: int) -> dict[str, float]:
+        """Drop rows after `step`: they belong to updates that were never saved. Returns the metrics of `step`, on the
+        writer, where there are any."""
         if not self._writer:
-            return
+            return {}
+        last: dict[str, float] = {}
         for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
                 _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+                last = rows[-1] if rows and name == "metrics.jsonl" else last
         self._progress.update(self._task, completed=step)
+        return last
 
     def write(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
         """Append one finished step (1-based) and move the progress line. Returns this rank's row: seconds and memory

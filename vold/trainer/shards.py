@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vold.models.language_model import LanguageModel
 from vold.models.weights import EMBEDDING_RULE, HEAD_RULE, Rule, join_pieces, named_rules, piece_shapes, split_pieces
+from vold.trainer.average import MovingAverage
 from vold.trainer.optimizer import (
     is_distributed,
     load_optimizer_state,
@@ -53,17 +54,21 @@ class Piece:
 
 
 @torch.no_grad()
-def snapshot(chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer) -> dict[str, Piece]:
+def snapshot(
+    chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, average: MovingAverage | None = None
+) -> dict[str, Piece]:
     """The pieces this rank writes, copied to the CPU. All ranks call it: a distributed optimizer's shares of a tensor
     are brought together on one data-parallel rank, each rank in turn, so replicas share the work of writing."""
     layout = chunks[0].layout
     pieces: dict[str, Piece] = {}
+    averaged = [average.exact[parameter] for _, parameter, _ in _parameters(average.chunks)] if average else None
     for number, (chunk, parameter, rule) in enumerate(_parameters(chunks)):
         writer = number % layout.dp
         values = {"model": parameter.detach()} | {
             field: _gather(optimizer, parameter, part, writer, layout.dp_group)
             for field, part in optimizer_state(optimizer, parameter).items()
         }
+        values |= {"average": averaged[number]} if averaged else {}
         if layout.dp_rank == writer and _is_first_copy(chunk, rule):
             for field, value in values.items():
                 pieces |= _pieces(field, value.view(parameter.shape), rule, chunk)
@@ -173,6 +178,12 @@ def load_weights(chunks: Sequence[LanguageModel], reader: PieceReader) -> None:
     """Fill this rank's parameters, whatever layout they were saved from."""
     for chunk, parameter, rule in _parameters(chunks):
         parameter.copy_(_read(reader, "model", parameter, rule, chunk))
+
+
+def load_average(average: MovingAverage, reader: PieceReader) -> None:
+    """Fill this rank's part of the student's average."""
+    for chunk, parameter, rule in _parameters(average.chunks):
+        average.put(parameter, _read(reader, "average", parameter, rule, chunk))
 
 
 @torch.no_grad()

@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vold.records import MicroBatch
+from vold_kernels.linear_kl import KLLoss
 from vold_kernels.linear_policy_loss import PolicyLoss
 
 SUMS = (
     "tokens",
+    "read_tokens",
+    "loss",
     "pg_loss",
     "kl_loss",
     "nll",
@@ -25,6 +28,7 @@ SUMS = (
     "clip_high",
     "kl_tokens",
     "kl_teacher",
+    "kl_clamped",
     "rollout_tokens",
     "mismatch",
     "kl_rollout",
@@ -35,30 +39,48 @@ SUMS = (
 
 
 @torch.no_grad()
-def tally(out: PolicyLoss, batch: MicroBatch, importance_cap: float | None = None) -> dict[str, Tensor]:
+def tally(
+    out: PolicyLoss,
+    batch: MicroBatch,
+    *,
+    importance_cap: float | None = None,
+    kl_clamp: float = math.inf,
+    full: KLLoss | None = None,
+) -> dict[str, Tensor]:
     """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence. The
-    importance weights are those of the loss, none without a cap."""
+    importance weights are those of the loss, none without a cap.
+
+    full: the divergence of whole distributions, where that is the distillation term. Log-probs are then known only
+    where there is a policy gradient."""
     logp_N = out.logp_N.double()
     live_N = ((batch.pg_weight_N != 0) | (batch.kl_weight_N != 0)).double()
+    read_N = live_N if full is None else (batch.pg_weight_N != 0).double()
     scored_N = (batch.kl_weight_N != 0).double()
-    kl_N = torch.zeros_like(logp_N)
+    pull_N = torch.zeros_like(logp_N)
     if batch.logp_teacher_N is not None:
-        kl_N = 0.5 * torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0).square()
+        pull_N = torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0)
+    kl_N = 0.5 * pull_N.square()
+    if full is not None:
+        kl_N[batch.kl_weight_N != 0] = full.kl_N.double()
     gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(live_N)
     if batch.logp_rollout_N is not None:
-        gap_N, compared_N = torch.where(live_N > 0, batch.logp_rollout_N - logp_N, 0.0), live_N
+        sampled_from_N = logp_N if batch.logp_old_N is None else batch.logp_old_N  # the weights that the sampler had
+        gap_N, compared_N = torch.where(read_N > 0, batch.logp_rollout_N - sampled_from_N, 0.0), read_N
     ratio_N = torch.zeros_like(gap_N) if importance_cap is None else (-gap_N).exp() * compared_N
     weight_N = ratio_N.clamp(max=importance_cap or math.inf)
     values = {
         "tokens": live_N.sum(),
+        "read_tokens": read_N.sum(),
+        "loss": out.loss if full is None else out.loss + full.loss,
         "pg_loss": out.pg_loss,
-        "kl_loss": out.kl_loss,
-        "nll": -(logp_N * live_N).sum(),
-        "entropy": (out.entropy_N * live_N).sum(),
+        "kl_loss": out.kl_loss if full is None else full.loss,
+        "nll": -(logp_N * read_N).sum(),
+        "entropy": (out.entropy_N * read_N).sum(),
         "clip_low": out.clip_low,
         "clip_high": out.clip_high,
         "kl_tokens": scored_N.sum(),
         "kl_teacher": kl_N.sum(),
+        "kl_clamped": (pull_N.abs() > kl_clamp).sum(),
         "rollout_tokens": compared_N.sum(),
         "mismatch": gap_N.abs().sum(),
         "kl_rollout": gap_N.sum(),
@@ -85,9 +107,9 @@ def reduce_tallies(
     dist.all_reduce(sums, group=group)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     total = dict(zip((*SUMS, "train_tflop"), sums.tolist(), strict=True))
-    tokens = max(total["tokens"], 1.0)
+    tokens = max(total["read_tokens"], 1.0)
     metrics = {
-        "loss": total["pg_loss"] + total["kl_loss"],
+        "loss": total["loss"],
         "pg_loss": total["pg_loss"],
         "kl_loss": total["kl_loss"],
         "nll": total["nll"] / tokens,
@@ -99,6 +121,7 @@ def reduce_tallies(
     }
     if total["kl_tokens"]:
         metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]
+        metrics["kl_clamped"] = total["kl_clamped"] / total["kl_tokens"]
         metrics["kl_tokens"] = total["kl_tokens"]
     if total["rollout_tokens"]:
         metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]

@@ -1,0 +1,70 @@
+"""SDPO and SRPO by hand: who is taught and by what, which term a response has, and how much it counts."""
+
+import pytest
+import torch
+from test_objective import group, weigh
+
+from vold.objectives import PRESETS
+from vold.objectives.self_distillation import (
+    confidence,
+    correct_sibling,
+    failed_and_taught,
+    taught,
+    without_thinking,
+)
+from vold.records import Rollout
+
+
+def test_a_response_is_shown_a_correct_sibling_and_never_itself():
+    assert correct_sibling([0.0, 1.0, 0.0, 1.0]) == [1, 3, 1, 1]
+    assert correct_sibling([0.0, 1.0]) == [1, None]
+    assert correct_sibling([0.0, 0.9]) == [None, None], "partly right is no demonstration"
+
+
+def test_routing():
+    assert taught([0.0, 1.0, 0.0, 1.0]) == [1, 1, 1, 1] and taught([0.0, 1.0]) == [1, 0]
+    assert failed_and_taught([0.0, 1.0, 0.5, 1.0]) == [1, 0, 1, 0]
+    assert failed_and_taught([0.0, 0.0]) == [0, 0] == failed_and_taught([1.0, 1.0])
+
+
+def test_thinking_is_stripped_from_the_demonstration():
+    assert without_thinking("<think>a </think> b</think> \n It is \\boxed{7}. ") == "It is \\boxed{7}."
+    assert without_thinking("It is 7") == "It is 7"
+    mixed = group([0.0, 1.0])
+    right = mixed.rollouts[1]
+    mixed = type(mixed)(
+        mixed.prompt,
+        (mixed.rollouts[0], Rollout(right.prompt, right.response_ids, right.logp_rollout, "stop", "<think>x</think>7")),
+        mixed.verdicts,
+        mixed.rewards,
+    )
+    assert [s.demonstration for s in weigh("sdpo", [mixed])] == ["7", None]
+
+
+def test_srpo_gives_each_response_one_term_and_all_one_token_count():
+    """(sum z^G l^G + sum z^S w l^S) / sum (z^G + z^S): the failed response is taught, the other two stay with GRPO."""
+    samples = weigh("srpo", [group([0.0, 1.0, 1.0], lengths=[4, 3, 1])])
+    assert [s.kl_weight for s in samples] == [1 / 8, 0, 0]
+    assert [s.pg_weight for s in samples] == [0, 1 / 8, 1 / 8]
+    assert samples[1].advantage > 0 > samples[0].advantage, "advantages are those of the whole group"
+    hopeless = weigh("srpo", [group([0.0, 0.0]), group([1.0, 0.0])])
+    assert [s.kl_weight > 0 for s in hopeless] == [False, False, False, True]
+    assert all(not (s.pg_weight and s.kl_weight) for s in hopeless)
+
+
+def test_sdpo_has_no_policy_gradient_and_no_other_teacher():
+    samples = weigh("sdpo", [group([0.0, 1.0, 1.0])])
+    assert all(s.pg_weight == 0 and s.kl_weight == 1 / 6 for s in samples)
+    for name in ("sdpo", "srpo"):
+        assert PRESETS[name].teaches_itself and not PRESETS[name].needs_teacher
+        full = PRESETS[name].divergence
+        assert (full.kind, full.alpha, full.top_k, full.ratio_cap) == ("jsd", 0.5, 100, 2.0)
+        assert PRESETS[name].self_teaching.rate == 0.05 and PRESETS[name].metrics() == {"beta": 1.0}
+    assert not PRESETS["vold"].teaches_itself
+
+
+def test_confidence_weights_have_mean_one():
+    entropy_n = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    weight_n = confidence(entropy_n) / confidence(entropy_n).mean()
+    assert weight_n.mean() == pytest.approx(1.0) and weight_n[0] > weight_n[1] > weight_n[2]
+    assert weight_n[0] / weight_n[1] == pytest.approx(1.6487212707)

@@ -1,0 +1,34 @@
+"""Importance ratios of the policy gradient and their bounds. N: tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Bounds = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
+"""(logp_old_N, clip_low, clip_high) -> (lowest, highest)_N ratio that has a gradient"""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """couples_tokens: one ratio for all tokens of a sequence, exp of the mean log-ratio, so that its coefficients need
+    the whole sequence first; else one for each token. bounds: of each token, instead of 1 - clip_low, 1 + clip_high."""
+
+    couples_tokens: bool = False
+    bounds: Bounds | None = None
+
+
+def adaptive_bounds(logp_old_N: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """DCPO: 1/2 + 1/2 sqrt(max(1 - 4 clip_low / q, 0)) <= ratio <= 1/2 + 1/2 sqrt(1 + 4 clip_high / q), with q the old
+    probability: a rare token may gain much, and lose at most half of its probability."""
+    inverse_N = (-logp_old_N).exp()  # infinite for a q of 0: bounds 1/2 and infinity
+    low_N = 0.5 + 0.5 * (1 - 4 * clip_low * inverse_N).clamp(min=0).sqrt()
+    return low_N, 0.5 + 0.5 * (1 + 4 * clip_high * inverse_N).sqrt()
+
+
+TOKEN = Ratio()
+SEQUENCE = Ratio(couples_tokens=True)
+ADAPTIVE = Ratio(bounds=adaptive_bounds)
+RATIOS: dict[str, Ratio] = {"token": TOKEN, "sequence": SEQUENCE, "adaptive": ADAPTIVE}

@@ -88,6 +88,17 @@ def test_confidence_is_normalised_over_the_update_not_over_a_micro_batch(tiny_st
     assert relative(*(gradients(trainer, batch) for batch in batches)) < 1e-5
 
 
+def test_a_step_in_which_nobody_can_be_taught(tiny_student_dir, layout, condition):
+    """No response of any prompt is right: nothing is read, and GRPO has nothing to learn either."""
+    objective = objective_of("srpo")
+    trainer = make_trainer(tiny_student_dir, layout, objective=objective)
+    batch = batch_of(objective.weigh(make_groups([[0.0, 0.0], [0.0, 0.0]])))
+    scored = self_teacher(trainer, layout, condition, objective).score(batch)
+    assert all(micro.hidden_teacher_nE is None for micro in scored.micro_batches)
+    metrics = trainer.step(scored).metrics
+    assert metrics["gradient_tokens"] == metrics["grad_norm"] == 0 and "kl_teacher" not in metrics
+
+
 def test_the_average_follows_and_comes_back_from_a_checkpoint(tiny_student_dir, layout, condition, tmp_path):
     objective = objective_of("srpo", average_rate=0.25)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective)

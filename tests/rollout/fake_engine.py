@@ -25,6 +25,7 @@ class FakeEngine:
         self.victim: int | None = None
         self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
         self.held: set[int] = set()
+        self.twelve = threading.Barrier(12)
         self.hung_up = threading.Event()  # a client did not wait for its answer
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.engine = self
@@ -67,6 +68,10 @@ class _Handler(BaseHTTPRequestHandler):
         while asked[0] in engine.held:
             if select.select([self.connection], [], [], 0.05)[0]:  # nothing more is sent: it is the end
                 return engine.hung_up.set()
+        if fault == "all fail once":  # together: a barrier of the twelve
+            engine.twelve.wait(60.0)
+            engine.fault = ""
+            return self.reply({"error": "broken"}, 500)
         if fault == "500":
             return self.reply({"error": "broken"}, 500)
         if fault == "400":

@@ -123,6 +123,18 @@ def test_an_engine_started_again_is_found_before_the_next_weights(two, connect, 
     assert f"engine {two[0].url} answers and gets requests again" in capfd.readouterr().err
 
 
+def test_late_failures_do_not_cost_an_engine_that_is_back(two, connect, capfd):
+    """All twelve requests are under way when the only engine dies; one of them finds it again, started anew."""
+    two[1].stop()
+    remote = connect(two, restart_seconds=60.0)
+    capfd.readouterr()
+    two[0].fault = "all fail once"
+    assert complete(remote)
+    assert [line for line in capfd.readouterr().err.splitlines() if "gets no more requests" in line] == [
+        f'vold: engine {two[0].url} gets no more requests: HTTP 500: {{"error": "broken"}}'
+    ]
+
+
 def test_no_engine_left_is_one_line(two, connect):
     remote = connect(two)
     for engine in two:

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +47,14 @@ TRIAL = Request((0,), (), {"max_tokens": 1, "temperature": 0.0})
 """What an engine that failed must answer before it is asked again."""
 
 
+@dataclass(eq=False)
+class Living:
+    """An engine from when it was found until it is lost; found again, it is another."""
+
+    url: str
+    requests: int = 0  # of this rank, under way
+
+
 class RemoteEngines:
     """Every rank has one and asks the same engines; rank 0 gives them their weights."""
 
@@ -58,7 +67,7 @@ class RemoteEngines:
         self._provides = True  # a lost engine with its weights; the checkpoint's, every rank can
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream
         self._files: tempfile.TemporaryDirectory | None = None
-        self._running: dict[str, int] = {}  # requests of this rank, by engine that is alive
+        self._living: dict[str, Living] = {}  # by url
         self._lock = threading.Lock()
         self._deadline: float | None = None  # for an engine to be there, while there is none
         self._patience = max(settings.restart_seconds, 10.0)  # with an engine that failed
@@ -106,45 +115,46 @@ class RemoteEngines:
         for _ in range(1 + self._settings.retries):
             if calls.broken_off:
                 return None
-            url = self._take_turn()
+            engine = self._take_turn()
             try:
-                return generate(url, request, self._label, self._settings.timeout, calls)
+                return generate(engine.url, request, self._label, self._settings.timeout, calls)
             except EngineFailed as failure:
                 if calls.broken_off:
                     return None
-                self._drop(url, failure)
-                failed.append(url)
+                self._drop(engine, failure)
+                failed.append(engine.url)
             finally:
-                self._end_turn(url)
+                with self._lock:
+                    engine.requests -= 1
         self._pardon(failed)
         return None
 
-    def _take_turn(self) -> str:
+    def _take_turn(self) -> Living:
         """The living engine with the fewest requests."""
         with self._lock:
-            if not self._running:
-                self._running[self._wait_for_one(self._ready)] = 0
-            url = min(self._running, key=self._running.__getitem__)
-            self._running[url] += 1
-            return url
+            if not self._living:
+                self._admit(self._wait_for_one(self._ready))
+            engine = min(self._living.values(), key=lambda engine: engine.requests)
+            engine.requests += 1
+            return engine
 
-    def _end_turn(self, url: str) -> None:
-        with self._lock:
-            if url in self._running:
-                self._running[url] = max(self._running[url] - 1, 0)  # 0 already when it was lost and is back
+    def _admit(self, url: str) -> None:
+        self._living[url] = Living(url)
 
-    def _drop(self, url: str, reason: Exception) -> None:
+    def _drop(self, engine: Living, reason: Exception) -> None:
+        """Once, however many requests it owed; not when it has been lost and found meanwhile."""
         with self._lock:
-            if self._running.pop(url, None) is not None:
-                print(f"vold: engine {url} gets no more requests: {reason}", file=sys.stderr, flush=True)
+            if self._living.get(engine.url) is engine:
+                del self._living[engine.url]
+                print(f"vold: engine {engine.url} gets no more requests: {reason}", file=sys.stderr, flush=True)
 
     def _pardon(self, urls: Sequence[str]) -> None:
         """A request failed on all of these, so it may be to blame: those that answer another go on. Raises ValueError
         when no engine does."""
         with self._lock:
             self._readmit(urls)
-            if not self._running:
-                self._running[self._wait_for_one(self._ready)] = 0
+            if not self._living:
+                self._admit(self._wait_for_one(self._ready))
 
     def _look_again(self) -> None:
         """Now and then: an engine that was started again need not wait for the next weights; a teacher's never come."""
@@ -154,9 +164,9 @@ class RemoteEngines:
                 self._next_look = time.monotonic() + self._patience
 
     def _readmit(self, urls: Sequence[str]) -> None:
-        for url in set(urls) - self._running.keys():
+        for url in set(urls) - self._living.keys():
             if self._ready(url):
-                self._running[url] = 0
+                self._admit(url)
                 print(f"vold: engine {url} answers and gets requests again", file=sys.stderr, flush=True)
 
     def _wait_for_one(self, ready: Callable[[str], bool]) -> str:
@@ -198,7 +208,7 @@ class RemoteEngines:
 
     def _use(self, urls: Sequence[str]) -> None:
         with self._lock:
-            self._running = dict.fromkeys(urls, 0)
+            self._living = {url: Living(url) for url in urls}
 
     def _write_and_provide(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
         self._files = tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix="vold-weights-")

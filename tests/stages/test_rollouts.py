@@ -21,7 +21,7 @@ from test_stages import same_tensors, timeless
 
 from vold.config.schema import CurriculumConfig, DynamicSamplingConfig, ObjectiveConfig
 from vold.data.order import rows_of_step
-from vold.data.pack import pack
+from vold.data.pack import encode_text, pack
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.grading import Grader
@@ -42,7 +42,7 @@ from vold.trainer.step_profiler import StepProfiler
 SHORT = ["steps=3", "evaluation.every=0", "save_every=0"]
 
 
-def reward_by_length(rollouts, _grader=None) -> Group:
+def reward_by_length(rollouts, *_) -> Group:
     """An untrained student never answers; the parity of its lengths gives groups of mixed rewards."""
     rewards = tuple(float(len(rollout.response_ids) % 2) for rollout in rollouts)
     verdicts = tuple(Verdict("correct" if reward else "wrong", None, "length") for reward in rewards)
@@ -385,7 +385,7 @@ def test_a_masked_response_stays_in_its_groups_baseline():
     assert [s.pg_weight for s in samples] == pytest.approx([1 / 6, 0, 1 / 6])
     assert [s.kl_weight for s in samples] == pytest.approx([0, 0, 0.1])
     assert samples[0].advantage == pytest.approx(2 / 3 / np.std([1, 0, 0], ddof=1), rel=1e-5), "of three rewards"
-    assert groups.teacher_metrics(weighed)["teacher_failed"] == 1
+    assert groups.teacher_metrics(weighed, encode_text.length)["teacher_failed"] == 1
     [micro] = pack(samples, max_tokens=99).micro_batches
     assert micro.logp_teacher_N.tolist() == [0, 0, -2, -3] and micro.kl_weight_N[:2].tolist() == [0, 0]
 
@@ -437,7 +437,8 @@ class MadeUp:
         """Prompts 0, 3, 6 … are solved, 1, 4, … failed, the others mixed."""
         rewards = ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0))[int(prompt.id) % 3]
         rollouts = tuple(Rollout(prompt, (1, 2), (-1.0, -1.0), "stop", "", version) for _ in rewards)
-        return Group(prompt, rollouts, (Verdict("wrong", None, ""),) * 2, rewards)
+        verdicts = tuple(Verdict("correct" if reward else "wrong", None, "") for reward in rewards)
+        return Group(prompt, rollouts, verdicts, rewards)
 
 
 @pytest.fixture

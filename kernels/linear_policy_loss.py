@@ -5,10 +5,11 @@ before, the normaliser sits in the weights). So logits -> statistics -> coeffici
 one chunk is resident: 6NHV, no recomputation, no [N, V] tensor. What is won is memory, fp32 precision and dropped
 rows; the head is a small share of a training step.
 
-    L = Σ w · (pg_weight · L_pg + kl_weight · ½ (logp − logp_teacher)²)
+    L = Σ w_pg · pg_weight · L_pg + w_kl · kl_weight · ½ (logp − logp_teacher)²
     L_pg = −min(ρ A, clip(ρ, 1 − eps_low, 1 + eps_high) A),   ρ = exp(logp − logp_old)
     dL_pg/dlogp = −ρ A where the unclipped branch is the minimum, else 0;   dL_kl/dlogp = logp − logp_teacher
-    w = min(exp(logp_old − logp_rollout), importance_cap), a constant to the gradient; 1 without logp_rollout
+    w_pg = min(exp(logp_old − logp_rollout), importance_cap), w_kl with logp for logp_old, which has no ρ beside it:
+    constants to the gradient; 1 without logp_rollout
 
 VOLD, GRPO, DAPO, Dr.GRPO, KDRL, OPD and SRPO's sampled part are choices of the two weights (Eqs. 5 and 6 of VOLD).
 Deviation from the paper: the ratio is per token, as in GRPO. Three things can be asked for beyond that:
@@ -85,9 +86,9 @@ def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> 
     pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_N, terms.kl_weight_N, terms.advantage_N
     has_pg_C = pg_weight_C != 0
     if terms.logp_rollout_N is not None:
-        trainer_C = logp_C if terms.logp_old_N is None else torch.where(has_pg_C, terms.logp_old_N, logp_C)
-        importance_C = (trainer_C - terms.logp_rollout_N).exp().clamp(max=options.importance_cap)
-        pg_weight_C, kl_weight_C = importance_C * pg_weight_C, importance_C * kl_weight_C
+        before_C = logp_C if terms.logp_old_N is None else terms.logp_old_N
+        pg_weight_C = pg_weight_C * _importance(before_C, terms, options)
+        kl_weight_C = kl_weight_C * _importance(logp_C, terms, options)
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_N is None else logp_C - terms.logp_old_N
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
     sequences = None if terms.sequence_N is None else _Sequences.of(terms.sequence_N, has_pg_C.to(logp_C))
@@ -113,6 +114,10 @@ def surrogate(statistics: Statistics, terms: PolicyTerms, options: _Options) -> 
         clip_high=is_clipped_C & has_pg_C & (advantage_C > 0),
         kl_old=torch.where(has_pg_C, -log_ratio_C, 0.0),
     )
+
+
+def _importance(logp_C: Tensor, terms: PolicyTerms, options: _Options) -> Tensor:
+    return (logp_C - terms.logp_rollout_N).exp().clamp(max=options.importance_cap)
 
 
 def _within_bounds(ratio_C: Tensor, terms: PolicyTerms, options: _Options) -> Tensor:

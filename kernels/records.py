@@ -24,9 +24,9 @@ class PolicyTerms:
     kl_weight_N: Tensor
     """[N] weight of ½ (logp − logp_teacher)²."""
     logp_rollout_N: Tensor | None = None
-    """[N] log-prob under the engine that sampled, where it may hold older weights (nats): both terms of a token are
-    weighted by min(exp(logp_old − logp_rollout), importance_cap), a constant to the gradient; logp where there is no
-    logp_old, or no pg_weight. None: by 1."""
+    """[N] log-prob under the engine that sampled, where it may hold older weights (nats): the terms of a token are
+    weighted by min(exp(x − logp_rollout), importance_cap), a constant to the gradient; x is logp_old beside the ratio
+    (logp where there is none), and logp in the teacher's term. None: by 1."""
     sequence_N: Tensor | None = None
     """[N] integer, the same for the tokens of a sequence, which are adjacent. Given: one ratio a sequence (GSPO)."""
     ratio_low_N: Tensor | None = None

@@ -57,14 +57,10 @@ def linear_policy_loss(
     logp_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, logp_n)
     entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n)
 
-    importance_N = torch.ones_like(logp_N)
-    if terms.logp_rollout_N is not None:
-        trainer_N = logp_N.detach()
-        if terms.logp_old_N is not None:
-            trainer_N = torch.where(has_pg_N, terms.logp_old_N.to(dtype), trainer_N)
-        log_importance_n = (trainer_N - terms.logp_rollout_N.to(dtype))[kept_N]
-        importance_N[kept_N] = log_importance_n.exp().clamp(max=importance_cap)
-    pg_weight_N, kl_weight_N = importance_N * terms.pg_weight_N.to(dtype), importance_N * terms.kl_weight_N.to(dtype)
+    def importance(logp: Tensor, has_N: Tensor) -> Tensor | float:
+        if terms.logp_rollout_N is None:
+            return 1.0
+        return (logp.detach() - terms.logp_rollout_N[has_N].to(dtype)).exp().clamp(max=importance_cap)
 
     logp_pg, advantage = logp_N[has_pg_N], terms.advantage_N[has_pg_N].to(dtype)
     logp_old = logp_pg.detach() if terms.logp_old_N is None else terms.logp_old_N[has_pg_N].to(dtype)
@@ -76,14 +72,15 @@ def linear_policy_loss(
     if terms.ratio_low_N is not None:
         low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    pg_loss = -(pg_weight_N[has_pg_N] * surrogate).sum()
+    pg_loss = -(importance(logp_old, has_pg_N) * pg_weight * surrogate).sum()
     bonus = entropy_bonus * (pg_weight * entropy_N[has_pg_N]).sum()
 
     kl_loss = torch.zeros_like(pg_loss)
     if terms.logp_teacher_N is not None:
         gap = logp_N[has_kl_N] - terms.logp_teacher_N[has_kl_N].to(dtype)
         beyond = (gap.abs() - kl_clamp).clamp(min=0)  # Huber: ½ gap² up to the clamp, a line of slope kl_clamp after it
-        kl_loss = (kl_weight_N[has_kl_N] * (gap.square() - beyond.square()) / 2).sum()
+        kl_weight = importance(logp_N[has_kl_N], has_kl_N) * terms.kl_weight_N[has_kl_N].to(dtype)
+        kl_loss = (kl_weight * (gap.square() - beyond.square()) / 2).sum()
     return PolicyLoss(
         loss=pg_loss + kl_loss - bonus,
         logp_N=logp_N.detach(),

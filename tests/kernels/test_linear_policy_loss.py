@@ -248,14 +248,13 @@ def test_stale_rollouts_are_weighted_by_a_truncated_constant(logp_old):
     case = problem(2 * CHUNK + 3, 77)
     terms = policy_terms(case) if logp_old else replace(policy_terms(case), logp_old_N=None)
     logp_N = reference.linear_logprob(*case).detach()
-    if logp_old:
-        logp_N = torch.where(terms.pg_weight_N != 0, terms.logp_old_N, logp_N)
     ratio_N = torch.linspace(0.2, 3.0, len(logp_N), dtype=torch.float64, device=DEVICE)
     stale = replace(terms, logp_rollout_N=logp_N - ratio_N.log())
     idle_N = (terms.pg_weight_N == 0) & (terms.kl_weight_N == 0)
     stale = with_fields(stale, idle_N, logp_rollout_N=float("nan"))
-    weight_N = ratio_N.clamp(max=1.5)
-    by_hand = replace(terms, pg_weight_N=weight_N * terms.pg_weight_N, kl_weight_N=weight_N * terms.kl_weight_N)
+    before_N = ratio_N if not logp_old else ratio_N * (terms.logp_old_N - logp_N).exp()
+    pg_weight_N = before_N.clamp(max=1.5) * terms.pg_weight_N
+    by_hand = replace(terms, pg_weight_N=pg_weight_N, kl_weight_N=ratio_N.clamp(max=1.5) * terms.kl_weight_N)
     expected = reference.linear_policy_loss(*case, by_hand, **CLIP)
     d_expected = gradients(expected.loss, case)
     for function in (linear_policy_loss, reference.linear_policy_loss):

@@ -63,12 +63,10 @@ def by_hand(config, layout) -> dict[str, torch.Tensor]:
     tokenizer, cpu = load_tokenizer(config.student), torch.device("cpu")
     prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt)
     numbers = dict(dtype=torch.float32, vocab_size=len(tokenizer))
-    lag, objective = config.rollout.lag, build_objective(config.objective)
+    lag, objective = config.rollout.lag, build_objective(config.objective, config.rollout.max_new_tokens)
     cap = config.rollout.importance_cap if lag else None
-    clip = (objective.clip_low, objective.clip_high)
-    trainer = Trainer(
-        config.student, layout, config.optimizer, steps=config.steps, clip=clip, importance_cap=cap, **numbers
-    )
+    numbers_of_loss = {"objective": objective, "importance_cap": cap}
+    trainer = Trainer(config.student, layout, config.optimizer, steps=config.steps, **numbers_of_loss, **numbers)
     teacher = Teacher(config.teacher, layout, **numbers)
     sampler = TransformersSampler(config.student, dtype=torch.float32, device=cpu)
     policies = []
@@ -380,7 +378,7 @@ def test_a_masked_response_stays_in_its_groups_baseline():
     )
     verdicts = (Verdict("correct", None, ""), Verdict("wrong", None, ""), Verdict("wrong", None, ""))
     group = Group(prompt, rollouts, verdicts, (1.0, 0.0, 0.0))
-    weighed = build_objective(ObjectiveConfig(preset="vold", beta=0.6)).weigh([group])
+    weighed = build_objective(ObjectiveConfig(preset="vold", beta=0.6), 40).weigh([group])
     samples = groups.mask_unscored(weighed)
     assert [s.pg_weight for s in samples] == pytest.approx([1 / 6, 0, 1 / 6])
     assert [s.kl_weight for s in samples] == pytest.approx([0, 0, 0.1])
@@ -399,7 +397,7 @@ class MadeUp:
 
     def __init__(self, tmp_path: Path, ranks: int = 1, lost: tuple[str, ...] = ()):
         self.world, self.layout, self._lost, self.asked = ranks, SimpleNamespace(device=torch.device("cpu")), lost, []
-        self.objective = build_objective(ObjectiveConfig(preset="grpo"))
+        self.objective = build_objective(ObjectiveConfig(preset="grpo"), 40)
         self.path, self.teacher, self.stop = tmp_path / "prompts.jsonl", None, SimpleNamespace(set=lambda: None)
         phase = SimpleNamespace(beside=lambda lane: lane)
         self.log = SimpleNamespace(asked=self.write, asked_before=self.read, live=print)
@@ -481,7 +479,7 @@ def test_the_budget_ends_it_and_the_step_takes_what_there_is(open_made_up, tmp_p
 def test_the_objective_says_what_informs(open_made_up, tmp_path):
     """Under VOLD a group that failed altogether still has the teacher's gradient."""
     made_up = MadeUp(tmp_path)
-    made_up.objective = build_objective(ObjectiveConfig(preset="vold", beta=0.1))
+    made_up.objective = build_objective(ObjectiveConfig(preset="vold", beta=0.1), 40)
     found = open_made_up(made_up, dynamic_sampling=FACTOR_4).next(0)
     assert len(found.groups) == 6 and {int(name) % 3 for name in names(found)} == {1, 2}
 

@@ -68,6 +68,22 @@ def test_rollouts_have_the_trainers_logprobs_at_every_step(rl_run):
         assert row["mismatch_max"] < 1e-4 and row["parity_max"] < 1e-4
 
 
+def test_a_teacher_in_vllm_trains_alike(rl_runs, world, tmp_path, layout):
+    """Scored for each group as it is done, by an engine in the process: the same updates."""
+    from conftest import CONFIGS
+
+    from vold.config import load_config, schema
+
+    teacher = ["teacher_engine=vllm", f"teacher_vllm={VLLM}"]
+    overrides = [*world.overrides("rl", tmp_path / "rl"), *ROLLOUT, *STEPS, *teacher]
+    rl.run(load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides))
+    ours, theirs = (read_rows(run_dir / "metrics.jsonl") for run_dir in (tmp_path / "rl", rl_runs[0].run_dir))
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine["kl_teacher"] > 0
+        for name in ("reward", "response_length", "kl_teacher", "grad_norm"):
+            assert mine[name] == pytest.approx(yours[name], rel=1e-4)
+
+
 def test_both_engines_answer_the_trained_model_alike(rl_run, load, tmp_path, layout):
     """Text and images, word for word; and as the run itself did at its last step."""
     answers = {}

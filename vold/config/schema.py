@@ -122,7 +122,9 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     # 1: a step's rollouts are drawn while the step before trains, with weights one update old. Weights are handed over
     # only when nothing is being drawn, so that a larger lag would make rollouts older and overlap no more.
     lag: Annotated[int, Field(ge=0, le=1)] = 0
-    importance_cap: Annotated[float, Field(gt=0.0)] = 2.0  # of each token's exp(logp - logp_rollout), where lag > 0
+    importance_cap: Annotated[float, Field(gt=0.0)] = (
+        2.0  # of each token's importance weight, where lag > 0 or minibatches > 1
+    )
     dynamic_sampling: DynamicSamplingConfig | None = None
     curriculum: CurriculumConfig | None = None
 

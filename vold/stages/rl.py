@@ -111,6 +111,11 @@ def _check(config: RlConfig, objective: Objective) -> None:
                 f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
                 f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
             )
+    if objective.divergence is not None and scored_by[1] == "vllm":
+        raise ValueError(
+            "objective.divergence is of whole distributions and teacher_engine = 'vllm' gives log-probs of the sampled "
+            "tokens; set teacher_engine=trainer, or objective.divergence=k2"
+        )
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(
@@ -129,7 +134,7 @@ def _trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) 
         vocab_size=vocab_size,
         objective=objective,
         temperature=config.rollout.temperature,
-        importance_cap=config.rollout.importance_cap if config.rollout.lag else None,
+        importance_cap=config.rollout.importance_cap if config.rollout.lag or config.minibatches > 1 else None,
         vision=config.vision,
     )
 

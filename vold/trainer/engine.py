@@ -214,7 +214,7 @@ class Trainer:
         def read(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
             return hidden_TD, self._logp(micro, hidden_TD)
 
-        found = run_pipeline(self._chunks, batch.micro_batches, self._layout, read, forward_only=True)
+        found = self._run(batch, read, forward_only=True)
         if not self._layout.is_last_stage:
             return batch
         filled = zip(batch.micro_batches, found, strict=True)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vold.config import dump_config, load_config
-from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, TracesConfig
+from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, Strict, TracesConfig
 
 ROOT = Path(__file__).parents[2]
 RL = {
@@ -98,3 +98,43 @@ SCHEMAS = {
 def test_shipped_configs_are_valid(path):
     stem = path.stem if path.stem in SCHEMAS else "rl"
     load_config(SCHEMAS[stem], path)
+
+
+@pytest.mark.parametrize(
+    ("url", "saved"),
+    [
+        ("http://user:pass@host:8000", "http://[redacted]@host:8000"),
+        ("http://hf_abcdefghijklmnopqrstuv:8000", "http://[redacted]:8000"),
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+    ],
+)
+def test_saved_configs_hold_no_secrets(rl_yaml, url, saved):
+    config = load_config(
+        RlConfig, rl_yaml, [f"rollout.vllm.urls=['{url}']", "prompt.system=say sk-abcdefghijklmnopqrst"]
+    )
+    tree = yaml.safe_load(dump_config(config, "rl"))
+    assert tree["rollout"]["vllm"]["urls"] == [saved]
+    assert tree["prompt"]["system"] == "say [redacted]"
+    assert config.rollout.vllm.urls == (url,)  # the run itself uses it
+    assert tree["prompt"]["max_tokens"] == config.prompt.max_tokens and tree["student"] == "s"
+
+
+def test_keys_that_name_a_secret_lose_their_value():
+    class Hidden(Strict):
+        hf_token: str = "anything"
+        api_key: str = "x"
+        password: str = "y"
+        max_tokens: int = 7
+        tokenizer: str = "path"
+        token_kind: str = "bpe"
+
+    tree = yaml.safe_load(dump_config(Hidden(), "rl"))
+    assert tree == {
+        "verb": "rl",
+        "hf_token": "[redacted]",
+        "api_key": "[redacted]",
+        "password": "[redacted]",
+        "max_tokens": 7,
+        "tokenizer": "path",
+        "token_kind": "bpe",
+    }

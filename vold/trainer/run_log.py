@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
+from vold.trainer.loggers import Loggers
 from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
@@ -28,6 +29,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "samples_per_step",
     "grader_workers",
+    "loggers",
 )
 
 
@@ -37,6 +39,7 @@ class RunLog:
     def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int, peak_flops: float | None = None):
         self.path, self._writer = config.run_dir, writer
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
+        self._loggers = Loggers(config, verb)
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="")
         self.phase = Phases()
@@ -75,11 +78,13 @@ class RunLog:
         if self._writer:
             _append(self.path / "metrics.jsonl", [row])
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            self._loggers.log(step, row)
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 
     def close(self) -> None:
         self._progress.stop()
+        self._loggers.close()
 
 
 def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:

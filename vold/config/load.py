@@ -72,7 +72,7 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"config {path} does not exist; configs/ holds examples")
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99, bytes
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {reason}") from None
     if not isinstance(tree, dict):
@@ -92,7 +92,7 @@ def _apply(tree: dict, override: str) -> None:
             raise ValueError(f"override {override!r}: {parent} is a value, not a section")
     try:
         tree[leaf] = _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 

@@ -12,7 +12,7 @@ from vold.config.schema import EvalConfig
 from vold.trainer import loggers
 from vold.trainer.run_log import RunLog, read_rows
 
-ROWS = [{"reward": 0.25, "nll": float("nan")}, {"reward": 0.5}, {"reward": 0.75}]
+ROWS = [{"reward": 0.25, "nll": float("nan"), "note": None}, {"reward": 0.5}, {"reward": 0.75}]
 
 
 def config(tmp_path, *names, **more):
@@ -57,7 +57,9 @@ def test_every_step_arrives_with_finite_numbers_only(tmp_path, monkeypatch, caps
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=fake.init, log=fake.log, finish=fake.finish))
     write(config(tmp_path, name))
     assert [(step, metrics["reward"]) for step, metrics in fake.seen[:-1]] == [(1, 0.25), (2, 0.5), (3, 0.75)]
-    assert fake.seen[-1] == "finish" and all("nll" not in metrics for _, metrics in fake.seen[:-1])
+    assert fake.seen[-1] == "finish" and all(
+        not {"nll", "note", "step"} & metrics.keys() for _, metrics in fake.seen[:-1]
+    )
     assert fake.settings["config"]["verb"] == "eval" and fake.settings["name"] == "run"
     assert capsys.readouterr().err == ""
 

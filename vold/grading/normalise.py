@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789-+", strict=True))
@@ -90,6 +91,7 @@ _WRAPPERS = (
 )
 
 
+@lru_cache(maxsize=1024)  # all responses to a prompt have one gold
 def normalise(text: str) -> str:
     """The canonical spelling of an answer; two answers with the same spelling are the same answer."""
     text = _plain_unicode(text).strip()

@@ -39,7 +39,8 @@ class Loggers:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """The finite numbers of one finished step (1-based)."""
-        metrics = {key: float(row[key]) for key in row if key != "step" and math.isfinite(row[key])}
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        metrics = {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
         for name in list(self._names):
             self._try(name, lambda name=name: self._sink(name, step).log(step, metrics))
 

@@ -71,7 +71,7 @@ class Problem:
 
     @staticmethod
     def load(path: Path, device: torch.device, *, gradients: bool) -> Problem:
-        fields = torch.load(path, map_location=device)
+        fields = torch.load(path, map_location=device, weights_only=True)
         problem = Problem(**(fields | {"truth": Truth(**fields["truth"])}))
         for leaf in (problem.hidden_ND, problem.weight_VD):
             leaf.requires_grad_(gradients)

@@ -104,6 +104,15 @@ def serve(
 
 
 @app.command()
+def grade(
+    file: Annotated[Path, typer.Argument(help='JSONL rows {"gold": ..., "response": ...}; - reads standard input')],
+    workers: Annotated[int, typer.Option(min=1, help="processes that compare what only algebra can")] = 2,
+) -> None:
+    """Verdict, extracted answer and deciding rule of every row: one JSON object a line on standard output."""
+    _stage("grade").run(file, workers=workers)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),

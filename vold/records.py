@@ -47,12 +47,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the grader found. `broken` is not `wrong`: such a response is masked out and counted."""
+    """What the grader found, and by which rule. `broken` is not `wrong`: such a response is masked out and counted.
+    `gold` is the gold answer as it was compared."""
 
     outcome: Literal["correct", "wrong", "broken"]
     extracted: str | None
     rule: str
     seconds: float = 0.0
+    gold: str = ""
 
 
 @dataclass(frozen=True)

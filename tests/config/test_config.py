@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from vold.config import dump_config, load_config
-from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, TracesConfig
+from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, Strict, TracesConfig
 from vold.objectives import PRESETS, build_objective
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +129,43 @@ def test_a_file_is_laid_over_section_by_section(rl_yaml, tmp_path):
     assert (config.steps, config.rollout.top_p, config.rollout.max_new_tokens) == (10, 0.5, 8)
     assert config.objective.preset == "gspo"
     assert "none.yaml does not exist" in message(rl_yaml, "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("url", "saved"),
+    [
+        ("http://user:pass@host:8000", "http://[redacted]@host:8000"),
+        ("http://hf_abcdefghijklmnopqrstuv:8000", "http://[redacted]:8000"),
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+    ],
+)
+def test_saved_configs_hold_no_secrets(rl_yaml, url, saved):
+    config = load_config(
+        RlConfig, rl_yaml, [f"rollout.vllm.urls=['{url}']", "prompt.system=say sk-abcdefghijklmnopqrst"]
+    )
+    tree = yaml.safe_load(dump_config(config, "rl"))
+    assert tree["rollout"]["vllm"]["urls"] == [saved]
+    assert tree["prompt"]["system"] == "say [redacted]"
+    assert config.rollout.vllm.urls == (url,)  # the run itself uses it
+    assert tree["prompt"]["max_tokens"] == config.prompt.max_tokens and tree["student"] == "s"
+
+
+def test_keys_that_name_a_secret_lose_their_value():
+    class Hidden(Strict):
+        hf_token: str = "anything"
+        api_key: str = "x"
+        password: str = "y"
+        max_tokens: int = 7
+        tokenizer: str = "path"
+        token_kind: str = "bpe"
+
+    tree = yaml.safe_load(dump_config(Hidden(), "rl"))
+    assert tree == {
+        "verb": "rl",
+        "hf_token": "[redacted]",
+        "api_key": "[redacted]",
+        "password": "[redacted]",
+        "max_tokens": 7,
+        "tokenizer": "path",
+        "token_kind": "bpe",
+    }

@@ -9,14 +9,12 @@ import time
 
 import pytest
 
-from vold.grading import Grader
+from vold.grading import Grader, pool
 
 SECONDS = 2.0
 HARD = [(rf"\sqrt{{{12 * n * n}}}", rf"{2 * n}\sqrt{{3}}") for n in range(2, 8)]  # equal, but need a worker
 HANGING = {
     "factorial": "100000000!",
-    "binomial": r"\binom{10^9}{5\cdot10^8}",
-    "tower": "9^{9^{9^9}}",
     "braces": "{" * 10_000 + "7" + "}" * 10_000,
     "digits": "9" * 1_000_000,
     "braces below the cap": "{" * 2000 + "7" + "}" * 2000,
@@ -27,6 +25,14 @@ HANGING = {
 
 def boxed(answer):
     return rf"so \boxed{{{answer}}}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience():
+    """On a busy machine a hostile answer waits for its CPU time, instead of being `starved`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_PATIENCE", 200)
+        yield
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def warm(grader):
         grader._collect(None)
 
 
-@pytest.mark.timeout(60)  # unlimited, each of these hangs for ever; no test asserts a time on a shared machine
+@pytest.mark.timeout(300)  # unlimited, each of these hangs for ever; no test asserts a time on a shared machine
 @pytest.mark.parametrize("name", HANGING)
 def test_a_hanging_answer_is_wrong_and_the_next_one_right(shared, name):
     warm(shared)
@@ -79,8 +85,6 @@ def test_a_killed_idle_worker_is_replaced(grader):
 
 
 def test_a_worker_that_dies_on_an_answer_twice_breaks_it_and_only_it(grader, monkeypatch):
-    from vold.grading import pool
-
     send = pool._Worker.send
 
     def send_and_shoot(self, job):
@@ -97,9 +101,35 @@ def test_a_worker_that_dies_on_an_answer_twice_breaks_it_and_only_it(grader, mon
     assert grader.counters == {"timeouts": 0, "respawns": 2, "broken": 1}
 
 
-def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
-    from vold.grading import pool
+def test_an_answer_that_crashes_its_worker_twice_is_wrong_not_masked(monkeypatch):
+    send = pool._Worker.send
 
+    def send_and_crash(self, job):
+        send(self, job)
+        os.kill(self.process.pid, signal.SIGSEGV)
+
+    monkeypatch.setattr(pool._Worker, "send", send_and_crash)
+    with Grader(workers=1, seconds=SECONDS) as grader:
+        (verdict,) = grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
+        assert (verdict.outcome, verdict.rule) == ("wrong", "crashed")
+        assert grader.counters == {"timeouts": 0, "respawns": 2, "broken": 0}
+
+
+def test_an_answer_on_which_the_parser_raises_is_wrong(shared):
+    (verdict,) = shared.grade([(boxed(r"7 \mod 10"), "7", False)])  # TypeError in math-verify 0.9
+    assert (verdict.outcome, verdict.rule) == ("wrong", "unparsed")
+
+
+def test_a_gold_on_which_the_parser_raises_by_itself_is_broken():
+    from vold.grading.worker import _answer
+
+    def compare(answer, gold):
+        raise KeyError("a huge expression")
+
+    assert _answer(compare, b'{"answer": "7", "gold": "x"}') == {"error": "KeyError"}
+
+
+def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
     send, shots = pool._Worker.send, []
 
     def shoot_once(self, job):
@@ -113,8 +143,6 @@ def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
 
 
 def test_a_worker_without_cpu_is_waited_for_and_then_broken_not_wrong(monkeypatch):
-    from vold.grading import pool
-
     send = pool._Worker.send
 
     def send_and_stop(self, job):
@@ -122,16 +150,15 @@ def test_a_worker_without_cpu_is_waited_for_and_then_broken_not_wrong(monkeypatc
         os.kill(self.process.pid, signal.SIGSTOP)
 
     monkeypatch.setattr(pool._Worker, "send", send_and_stop)
+    monkeypatch.setattr(pool, "_PATIENCE", 4)
     with Grader(workers=1, seconds=0.5) as grader:
         (verdict,) = grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
         assert (verdict.outcome, verdict.rule) == ("broken", "starved")
-        assert verdict.seconds >= 5 * 0.5
+        assert verdict.seconds >= 4 * 0.5
         assert grader.counters == {"timeouts": 0, "respawns": 1, "broken": 1}
 
 
 def test_a_worker_close_to_its_memory_limit_is_retired(monkeypatch):
-    from vold.grading import pool
-
     monkeypatch.setattr(pool, "MAX_BYTES", 120 << 20)  # sympy needs about 70 MiB: above half, below the limit
     with Grader(workers=1, seconds=SECONDS) as grader:
         verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold in HARD[:2]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,14 @@ from pydantic import BaseModel, ValidationError
 from vold.config.schema import RlConfig, SftConfig, Strict
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
+
+REDACTED = "[redacted]"
+_SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credentials?|(?:api|access|private)_?key)$", re.I)
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|(?:gh[pousr]|github_pat)_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}|xox[a-z]-[\w-]{10,}"
+    r"|eyJ[\w-]+\.[\w-]+\.[\w-]+)"
+)
+_USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
 
 
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
@@ -53,8 +62,21 @@ def _validate(schema: type[ConfigT], tree: dict, path: Path) -> ConfigT:
 
 
 def dump_config(config: Strict, verb: str) -> str:
-    """The resolved config as YAML, with the verb that used it."""
-    return yaml.safe_dump({"verb": verb, **config.model_dump(mode="json")}, sort_keys=False)
+    """The resolved config as YAML, with the verb that used it; what looks like a secret is not written."""
+    return yaml.safe_dump({"verb": verb, **_redacted(config.model_dump(mode="json"))}, sort_keys=False)
+
+
+def _redacted(value, key: str = ""):
+    """Run directories are shared: values of keys like `api_key`, known kinds of tokens, and passwords in URLs go."""
+    if isinstance(value, dict):
+        return {name: _redacted(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item, key) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if _SECRET_KEY.search(key):
+        return REDACTED
+    return _SECRET_VALUE.sub(REDACTED, _USERINFO.sub(rf"\1{REDACTED}@", value))
 
 
 def _read_yaml(path: Path) -> dict:
@@ -62,7 +84,7 @@ def _read_yaml(path: Path) -> dict:
         raise ValueError(f"config {path} does not exist; configs/ holds examples")
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99, bytes
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not YAML: {reason}") from None
     if not isinstance(tree, dict):
@@ -84,7 +106,7 @@ def _apply(tree: dict, override: str) -> None:
             raise ValueError(f"override {override!r}: {parent} is a value, not a section")
     try:
         tree[leaf] = _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 

@@ -234,6 +234,7 @@ class RunConfig(Strict):
     parallel: ParallelConfig = ParallelConfig()
     timeout_seconds: Positive = 1800  # a rank that makes the others wait longer ends the job, and is named
     prompt: PromptConfig = PromptConfig()
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.jsonl
 
 
 class TrainConfig(RunConfig):

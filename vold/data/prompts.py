@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import PromptConfig
@@ -35,7 +36,13 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     """Token ids with one image-pad id per image: expansion belongs to whoever runs a model."""
     messages = [{"role": "system", "content": config.system}] if config.system else []
     messages.append({"role": "user", "content": _content(problem, config.suffix)})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # many templates know no system turn
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{problem.id}: the tokenizer's chat template refuses this prompt: {reason}; leave prompt.system out"
+        ) from None
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt(
         id=problem.id,

@@ -27,7 +27,7 @@ _EQUALS = re.compile(r"=|\\(?:approx|equiv|simeq|cong)(?![A-Za-z])")
 _BASED = re.compile(r"(?<![A-Za-z0-9_^{\\])(?:[0-9][0-9A-Z]*|\([0-9A-Z]+\))_(?:\{[0-9]+\}|[0-9])")
 _RATIO = re.compile(r"[0-9}]\s?:\s?[\\0-9-]")
 _SIDE_BY_SIDE = re.compile(r"(?<![_^])[0-9] [0-9]")
-_MARKS = (r"\%", r"\$", r"^\circ", "€", "£", "¥", "₹", "'")
+_MARKS = (r"\%", r"\$", r"^\circ", "€", "£", "¥", "₹", "'", r"\ldots")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
@@ -180,7 +180,7 @@ def _number(answer: str, gold: str) -> bool | None:
 
 
 def _marks(answer: str, gold: str) -> bool | None:
-    """Percent, degree, currency and words *inside* an answer (a list, say) must occur on both sides."""
+    """Percent, degree, currency, dots and words *inside* an answer (a list, say) must occur on both sides."""
     if any(answer.count(mark) != gold.count(mark) for mark in _MARKS):
         return False
     return None if sorted(_TEXT.findall(answer)) == sorted(_TEXT.findall(gold)) else False

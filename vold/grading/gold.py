@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 
+from vold.grading.extract import extract_answer
 from vold.grading.normalise import normalise
 
 MAX_GOLD_CHARS = 4096
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
-def validate_gold(gold: str) -> None:
-    r"""Raise ValueError with one line where no response could ever be graded against `gold`.
+def validate_gold(gold: str) -> str:
+    r"""`gold` as it is compared. Raises ValueError with one line unless the response `\boxed{gold}` would be correct.
 
-    Unusable: not a string, empty once markup is removed, longer than `MAX_GOLD_CHARS`, or with unbalanced braces
-    (it could not be wrapped in `\boxed{}` for the parser).
+    Unusable: not a string, empty once markup is removed, longer than `MAX_GOLD_CHARS`, with unbalanced braces, or not
+    what is extracted from its own box (it holds another one, or a thinking tag).
     """
     if not isinstance(gold, str):
         raise ValueError(f"gold answer must be a string, got {type(gold).__name__} {gold!r}; quote it in the data")
@@ -24,8 +25,12 @@ def validate_gold(gold: str) -> None:
         )
     if not _balanced(gold):
         raise ValueError(f"gold answer {gold[:80]!r} has unbalanced braces; fix or drop the row")
-    if not normalise(gold):
+    normal = normalise(gold)
+    if not normal:
         raise ValueError(f"gold answer {gold[:80]!r} is empty; fill it in or drop the row")
+    if normalise(extract_answer(rf"\boxed{{{gold}}}") or "") != normal:
+        raise ValueError(f"gold answer {gold[:80]!r} holds a box or a thinking tag; keep only the final answer")
+    return normal
 
 
 def _balanced(text: str) -> bool:

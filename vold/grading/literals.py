@@ -9,7 +9,9 @@ _DECIMAL = re.compile(r"([+-]?)\s?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{
 _INTEGER = r"[+-]?\s?[0-9]{1,100}"
 _RATIO = re.compile(rf"([+-]?)\s?\\frac\s?\{{({_INTEGER})\}}\s?\{{({_INTEGER})\}}|({_INTEGER})\s?/\s?({_INTEGER})")
 _MIXED = re.compile(r"(-?)([0-9]{1,100})\s?\\frac\s?\{([0-9]{1,100})\}\{([0-9]{1,100})\}")
-_SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?)[eE]([+-]?[0-9]{1,3})")
+_SCIENTIFIC = re.compile(
+    r"([+-]?[0-9]{1,100}(?:\.[0-9]{1,100})?)(?:[eE]|\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?\{?)([+-]?[0-9]{1,3})\}?"
+)
 _REPEATING = re.compile(r"([+-]?)([0-9]{1,50})\.([0-9]{0,50})\\(?:overline|bar|dot)\s?\{([0-9]{1,50})\}")
 _FRACTION_CHARS = 300
 
@@ -57,8 +59,12 @@ def compare(answer: str, gold: str) -> bool | None:
     a, g = rational(answer), rational(gold)
     if a is None or g is None:
         return None
-    one_is_rounded = (answer_decimal is None) != (gold_decimal is None)
-    return a == g or (one_is_rounded and close(a, g))
+    return a == g or (_has_digits_only(answer) != _has_digits_only(gold) and close(a, g))
+
+
+def _has_digits_only(text: str) -> bool:
+    """A decimal, scientific notation included: it may be the rounding of a fraction, but of no other decimal."""
+    return decimal(text) is not None or _SCIENTIFIC.fullmatch(text) is not None
 
 
 def close(a: Fraction | float, b: Fraction | float) -> bool:

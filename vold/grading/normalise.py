@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789-+", strict=True))
@@ -23,9 +24,11 @@ _SYMBOLS = str.maketrans(
         "⇒": r"\Rightarrow ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
         "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "ℝ": r"\mathbb{R}",
         "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "、": ",", "。": ".", "∶": ":", "′": "'", "’": "'",
-        "“": '"', "”": '"', "⟨": r"\langle ", "⟩": r"\rangle ",
+        "“": '"', "”": '"', "⟨": "(", "⟩": ")", "⁄": "/", "∕": "/", "…": r"\ldots ",
     }
 )  # fmt: skip
+
+_ROOT = re.compile(r"√\s?(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z])|\(([^()]*)\))")
 
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
@@ -38,10 +41,16 @@ _REWRITES = tuple(
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\{,\}", ","),
-        (r"\\(?:mathrm|textrm|textnormal|textbf|textit|mathbf|mathit|mathsf|texttt|mbox|emph)\s*\{", r"\\text{"),
+        (r"\\(?:textcolor|color)\s*\{[A-Za-z]+\}", ""),
+        (
+            r"\\(?:(?:math|text)(?:rm|bf|it|sf|tt)|text(?:normal|sc|sl)|mbox|emph|underline|boldsymbol|bm)\s*\{",
+            r"\\text{",
+        ),
         (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\\(?:bf|it|rm|sf|tt)(?![A-Za-z])", ""),
         (r"\\text\s*\{\s*", r"\\text{"),
-        (r"\\text\{([A-Za-z]|[^{}A-Za-z]*)\s*\}", r"\1"),
+        (r"\\text\{([^{}A-Za-z]*)\s*\}", r"\1"),
+        (r"(?<![0-9}])(?<![0-9}] )\\text\{([A-Za-z])\s*\}", r"\1"),  # after a number it is a unit: 5\text{ m}
         (r",?\s*\\text\{(and|or)\s*\}", r" \1 "),
         (r"(?:\{\})?\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
@@ -49,6 +58,12 @@ _REWRITES = tuple(
         (r"\s*\\(?:rbrace|\})", r"\\}"),
         (r"(?<![A-Za-z])([ap])\.\s?m\.?(?![A-Za-z])", r"\1m"),
         (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
+        (r"\\(?:[lc]dots|dots[cbmi]?)(?![A-Za-z])|\.{2,}", r"\\ldots "),
+        (r"(?<=[0-9A-Za-z)}])\*\*(?=[0-9A-Za-z({\\-])", "^"),
+        (r"\^\s?(-\s?[0-9]+)", r"^{\1}"),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi"),
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
         (r"<=|≦", r"\\le "),
@@ -59,24 +74,34 @@ _REWRITES = tuple(
         (r"(?<!\\)\$", r"\\$"),
     )
 )
+_PREAMBLE = re.compile(
+    r"(\\text\{)?(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?![A-Za-z])(?: is)?\s?[:=]?\s?(?(1)\})"
+    r"\s?[:=]?\s?(?=\S)",
+    re.IGNORECASE,
+)
 _WRAPPERS = (
     ("$$", "$$"),
     ("$", "$"),
     ("\\(", "\\)"),
     ("\\[", "\\]"),
     ("**", "**"),
+    ("`", "`"),
     ("\\boxed{", "}"),
     ("\\text{", "}"),
 )
 
 
+@lru_cache(maxsize=1024)  # all responses to a prompt have one gold
 def normalise(text: str) -> str:
     """The canonical spelling of an answer; two answers with the same spelling are the same answer."""
     text = _plain_unicode(text).strip()
     text = _unwrap(text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _unwrap(text.strip()).rstrip(" .,;")
+    text = _unwrap(text.strip())
+    if match := _PREAMBLE.match(text):
+        text = _unwrap(text[match.end() :])
+    text = text.rstrip(" .,;")
     return re.sub(r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1\2\\frac{\3}{\4}", text)
 
 
@@ -84,10 +109,12 @@ def _plain_unicode(text: str) -> str:
     if text.isascii():
         return text
     text = _scripts(_scripts(text, _RAISED, "^"), _LOWERED, "_")
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
     for glyph, (above, below) in _VULGAR.items():
         text = text.replace(glyph, rf"\frac{{{above}}}{{{below}}}")
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS)).translate(_SYMBOLS)
-    return "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width and direction marks
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # zero-width and direction marks
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
 
 
 def _scripts(text: str, table: dict[str, str], mark: str) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from vold.grading.equality import Undecided, decide
 from vold.grading.extract import extract_answer
 from vold.grading.gold import validate_gold
@@ -30,14 +29,17 @@ if TYPE_CHECKING:
     from vold.records import Verdict
 
 MAX_BYTES = 1 << 30
-START_SECONDS = 60.0
+START_SECONDS = 300.0  # a second where there is CPU
 _FAILED_STARTS = 3
-_PATIENCE = 5  # a worker that gets no CPU may wait this many times `seconds`: slow is not hung
+_PATIENCE = 10  # a worker that gets little CPU may take this many times `seconds`: slow is not hung
+# How a worker ends through its answer: out of CPU time, or crashed. (SIGKILL comes from outside: the system's or ours.)
+_TIMEOUT = -signal.SIGPROF
+_CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
 
 
 @dataclass
 class _Job:
-    question: Undecided
+    question: Undecided | None = None
     deaths: int = 0
     started: float = 0.0
     seconds: float = 0.0
@@ -71,18 +73,7 @@ class _Worker:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         self.job, job.started = job, time.monotonic()
-        self.deadline, self.cpu_before = job.started + self.seconds, self._cpu_seconds()
-
-    def starved(self) -> bool:
-        """Past its deadline, but on a busy machine: it has computed for less than half of its seconds."""
-        return self._cpu_seconds() - self.cpu_before < self.seconds / 2
-
-    def _cpu_seconds(self) -> float:
-        try:
-            times = psutil.Process(self.process.pid).cpu_times()
-        except psutil.Error:
-            return 0.0
-        return times.user + times.system
+        self.deadline = job.started + _PATIENCE * self.seconds
 
     def receive(self) -> list[dict] | None:
         """Messages that have arrived, None once the worker has died."""
@@ -91,6 +82,12 @@ class _Worker:
             return None
         *lines, self.buffer = (self.buffer + chunk).split(b"\n")
         return [json.loads(line) for line in lines]
+
+    def exit_code(self) -> int | None:
+        """Of a worker whose pipe has closed; None if it lives on without it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(1.0)
+        return None
 
     def kill(self) -> None:
         self.process.kill()
@@ -104,8 +101,8 @@ class Grader:
     """Grades responses; use as a context manager. Not for several threads at once.
 
     workers     processes, started when an answer first needs one
-    seconds     limit of one answer in a worker; beyond it the worker is killed and replaced. Wall-clock time, but
-                a worker that got less than half of it as CPU time is waited for (5 times as long at most)
+    seconds     CPU time of one answer in a worker; the kernel kills one that takes longer, and it is replaced. One that
+                gets too little CPU is waited for, 10 times as long at most
     max_chars   longer answers are wrong ("too_long") without being read
     counters    since construction: timeouts, respawns (replacements for any reason), broken
     """
@@ -135,40 +132,41 @@ class Grader:
     def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
         """Verdicts for (response, gold, truncated), in order.
 
-        Truncated, boxless and oversized answers are wrong; a hung answer is wrong ("timeout"). `broken` (mask the
-        sample) is a worker that died twice on an answer or got no CPU, or a gold that `validate_gold` refuses.
+        Truncated, boxless and oversized answers are wrong; so are those that hang ("timeout"), raise ("unparsed") or
+        crash the worker twice ("crashed"). `broken` (mask the sample) is never the answer's doing: a worker killed
+        twice from outside ("worker_died"), one that got no CPU ("starved"), a gold that `validate_gold` refuses
+        ("gold") or that raises by itself (the exception's name).
         """
         from vold.records import Verdict  # records import torch, which workers must not
 
-        jobs: dict[Undecided, _Job] = {}
-        graded: list[Verdict | tuple[str, _Job]] = []
-        for response, gold, truncated in items:
-            answer = None if truncated else extract_answer(response)
-            decision = ("wrong", "truncated") if truncated else self._decide(answer, gold)
-            if isinstance(decision, Undecided):
-                graded.append((answer, jobs.setdefault(decision, _Job(decision))))
-            else:
-                graded.append(Verdict(decision[0], answer, decision[1]))
+        jobs: dict[Undecided, _Job] = {}  # a question is asked once, however many responses give the answer
+        graded = [self._open(response, gold, truncated, jobs) for response, gold, truncated in items]
         self._run(list(jobs.values()))
-        verdicts = [
-            v if isinstance(v, Verdict) else Verdict(v[1].outcome, v[0], v[1].rule, v[1].seconds) for v in graded
-        ]
+        verdicts = [Verdict(job.outcome, answer, job.rule, job.seconds, gold) for answer, gold, job in graded]
         self.counters["broken"] += sum(verdict.outcome == "broken" for verdict in verdicts)
         return verdicts
 
-    def _decide(self, answer: str | None, gold: str) -> tuple[str, str] | Undecided:
-        if answer is None:
-            return "wrong", "no_answer"
-        if len(answer) > self.max_chars:
-            return "wrong", "too_long"
+    def _open(
+        self, response: str, gold: str, truncated: bool, jobs: dict[Undecided, _Job]
+    ) -> tuple[str | None, str, _Job]:
+        """(answer, normalised gold, job): closed already where the policy decides, else one of `jobs`."""
+        job = _Job(started=time.monotonic())
+        answer = None if truncated else extract_answer(response)
         try:
-            validate_gold(gold)
+            normal = validate_gold(gold)
         except ValueError:
-            return "broken", "gold"
-        decision = decide(answer, gold)
-        if isinstance(decision, Undecided):
-            return decision
-        return "correct" if decision[0] else "wrong", decision[1]
+            job.close("broken", "gold")
+            return answer, "", job
+        if answer is None:
+            job.close("wrong", "truncated" if truncated else "no_answer")
+        elif len(answer) > self.max_chars:
+            job.close("wrong", "too_long")
+        else:
+            decision = decide(answer, gold)
+            if isinstance(decision, Undecided):
+                return answer, normal, jobs.setdefault(decision, _Job(decision))
+            job.close("correct" if decision[0] else "wrong", decision[1])
+        return answer, normal, job
 
     def _run(self, jobs: list[_Job]) -> None:
         waiting = deque(jobs)
@@ -217,14 +215,20 @@ class Grader:
             self._replace(worker)
 
     def _bury(self, worker: _Worker, waiting: deque[_Job]) -> None:
-        """A worker died by itself: its answer gets one more chance, in case something else killed it."""
-        job = worker.job
+        """A worker died: out of CPU time, or otherwise. Then its answer gets one more chance: something else may have
+        been the cause."""
+        job, code = worker.job, worker.exit_code()
         self._replace(worker)
         if job is None:
             return
         job.deaths += 1
-        if job.deaths < 2:
+        if code == _TIMEOUT:
+            self.counters["timeouts"] += 1
+            job.close("wrong", "timeout")
+        elif job.deaths < 2:
             waiting.appendleft(job)
+        elif code in _CRASHES:
+            job.close("wrong", "crashed")
         else:
             job.close("broken", "worker_died")
 
@@ -233,16 +237,9 @@ class Grader:
         for worker in list(self._workers):
             if now < worker.deadline or (worker.ready and worker.job is None):
                 continue
-            job, starved = worker.job, worker.job is not None and worker.starved()
-            if starved and now < job.started + _PATIENCE * self.seconds:
-                worker.deadline = now + self.seconds / 4
-                continue
+            if worker.job is not None:
+                worker.job.close("broken", "starved")
             self._replace(worker)
-            if starved:
-                job.close("broken", "starved")
-            elif job is not None:
-                self.counters["timeouts"] += 1
-                job.close("wrong", "timeout")
 
     def _start(self) -> None:
         worker = _Worker(self.seconds)

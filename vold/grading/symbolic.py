@@ -3,14 +3,19 @@ r"""math-verify as the parser and comparer of what the policy leaves open. Impor
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import LatexExtractionConfig, parse, parser, verify
 from sympy import Basic, FiniteSet, Interval, MatrixBase, Tuple
 
 from vold.grading.literals import close
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off; the pool has its own
+
+# latex2sympy takes R for r unless told otherwise, and math-verify has no way to tell it.
+parser.latex2sympy = partial(parser.latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
 
 # units=False: they were compared before; math-verify would also strip variables (`5m`, `2t`) as if they were units.
 _LATEX = LatexExtractionConfig(

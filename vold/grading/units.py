@@ -1,7 +1,11 @@
-r"""A quantity is a value and a unit; the unit is compared strictly, under its aliases (`centimetres` is `cm`).
+r"""A quantity is a value and a unit. Two units must be the same, under their aliases (`centimetres` is `cm`).
 
-No conversion: 1 m is not 100 cm, 50% is not 0.5 and 5 cm is not 5. math-verify drops units on both sides, which
-makes 5 cm equal 5 km.
+No conversion: 1 m is not 100 cm and 50% is not 0.5. math-verify drops units on both sides, which makes 5 cm equal 5 km.
+
+A unit on one side only is dropped: the question has fixed it. In MATH-500 21 golds of 500 carry one (`145^\circ`,
+`\$36`, `15\mbox{ cm}^2`), in GSM8K none of 1319: bare numbers of dollars, eggs or miles. So `5 cm` and `5`, `\$18` and
+`18`, `7 apples` and `7` are equal. What scales or dates a number is no such unit (percent, dozen, million, pm), nor are
+letters that may be variables (`5m`), nor a degree sign after a multiple of pi.
 """
 
 from __future__ import annotations
@@ -16,23 +20,29 @@ _ALIASES = {
     "ml": "milliliter millilitre", "l": "liter litre", "gal": "gallon", "ha": "hectare", "acre": "",
     "ms": "millisecond", "s": "second sec", "min": "minute mins", "h": "hour hr hrs", "day": "", "week": "",
     "month": "", "yr": "year yrs", "hz": "hertz", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "pa": "pascal",
-    "mph": "", "kph": "kmph kmh", "rpm": "", "degree": "deg degrees", "rad": "radian", "percent": "pct percentage",
-    "dollar": "usd", "cent": "", "euro": "eur", "pound sterling": "gbp", "yuan": "rmb cny", "rupee": "rs inr",
+    "mi/h": "mph", "km/h": "kph kmph kmh", "rpm": "", "degree": "deg degrees", "rad": "radian",
+    "percent": "pct percentage",
+    "dollar": "usd", "cent": "", "euro": "eur", "sterling": "gbp", "yuan": "rmb cny", "rupee": "rs inr",
     "yen": "jpy", "unit": "", "am": "", "pm": "", "mol": "mole", "kj": "kilojoule", "kw": "kilowatt", "kwh": "",
 }  # fmt: skip
 _CANONICAL = {name: unit for unit, names in _ALIASES.items() for name in (unit, *names.split())}
 _CURRENCY = {
     r"\$": "dollar",
     "€": "euro",
-    "£": "pound sterling",
+    "£": "sterling",
     "¥": "yen",
     "₹": "rupee",
-    r"\pounds": "pound sterling",
+    r"\pounds": "sterling",
 }
+_KEPT = frozenset({
+    "percent", "percentile", "am", "pm", "ten", "hundred", "thousand", "million", "billion", "trillion", "dozen",
+    "gross", "score", "pair", "couple", "half", "halve", "third", "quarter", "tenth", "hundredth", "thousandth",
+    "double", "triple", "squared", "cubed", "factorial", "not", "mod", "modulo", "or", "and",
+})  # fmt: skip
 _PREFIX = re.compile(r"(-?)\s?(\\\$|€|£|¥|₹|\\pounds(?![A-Za-z]))\s?(.+)", re.DOTALL)
 _SUFFIX = re.compile(r"(.+?)\s?(\\%|\\\$|€|£|¥|₹|\^\\circ(?:\s?(?:\\text\{)?[CF]\}?|\s?\\text\{[^{}]*\})?)", re.DOTALL)
 
-_LONG = "|".join(sorted((name for name in _CANONICAL if len(name) > 2 and " " not in name), key=len, reverse=True))
+_LONG = "|".join(sorted((name for name in _CANONICAL if len(name) > 2), key=len, reverse=True))
 _SHORT = "|".join([name for name in _CANONICAL if len(name) == 2] + ["Hz", "Pa", "kW", "kJ", "mL", "AM", "PM"])
 _MEASURE = rf"(?<![A-Za-z\\])(?:(?i:{_LONG})s?|{_SHORT})(?![A-Za-z])"
 _NOUN = r"(?<= )[A-Za-z]{3,}"
@@ -56,6 +66,9 @@ class Quantity:
 
 def same_unit(answer: Quantity, gold: Quantity) -> bool | None:
     """None where only algebra can tell: letters that may be variables, against none or against other such letters."""
+    if bool(answer.unit) != bool(gold.unit):
+        side = answer if answer.unit else gold
+        return True if _goes_without_saying(side) else False if side.certain else None
     if answer.certain and gold.certain:
         return answer.unit == gold.unit
     if answer.unit == gold.unit:
@@ -63,6 +76,15 @@ def same_unit(answer: Quantity, gold: Quantity) -> bool | None:
     if answer.unit and gold.unit and (answer.certain or gold.certain or _are_nouns(answer, gold)):
         return False
     return None
+
+
+def _goes_without_saying(quantity: Quantity) -> bool:
+    """Measures, currencies and single nouns, which the question names; see above for what is not."""
+    if " " in quantity.unit or not _KEPT.isdisjoint(re.findall("[a-z]+", quantity.unit)):
+        return False
+    if quantity.unit == "degree" and "\\pi" in quantity.value:
+        return False
+    return quantity.certain or re.fullmatch("[a-z]{3,}", quantity.unit) is not None
 
 
 def _are_nouns(answer: Quantity, gold: Quantity) -> bool:
@@ -115,4 +137,4 @@ def _mark(mark: str) -> str:
     if mark in _CURRENCY:
         return _CURRENCY[mark]
     scale = re.sub(r"\\text|\\circ|[^A-Za-z]", "", mark).lower()
-    return f"degree {scale[:1]}".strip()
+    return f"degree{scale[:1]}"

@@ -3,7 +3,8 @@
     in   {"answer": "\\\\frac{1}{2}", "gold": "0.5"}
     out  {"ready": true} once, then per line {"equal": true, "rule": "math-verify", "retire": false}
 
-It is killed from outside; it also ends itself when its parent is gone, even in the middle of C code.
+SECONDS of CPU time an answer, BYTES of address space. The kernel ends a worker that computes longer (SIGPROF), even in
+the middle of C code, whether or not its parent still lives.
 """
 
 from __future__ import annotations
@@ -35,19 +36,24 @@ def main() -> None:
         return
     _send(output, {"ready": True})
     for line in _lines(parent):
-        # Default SIGALRM ends the process from the kernel: an orphan stuck in one long C call still goes away.
-        signal.setitimer(signal.ITIMER_REAL, 6 * seconds + 1)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         reply = _answer(symbolically_equal, line)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy's caches grow; near the limit a MemoryError would make *correct* answers wrong.
         reply["retire"] = _address_space() > max_bytes / 2
         _send(output, reply)
 
 
 def _answer(symbolically_equal, line: bytes) -> dict:
+    """An exception is the answer's fault, and wrong, unless the gold raises by itself: nobody escapes a zero by
+    breaking the parser."""
     job = json.loads(line)
     try:
-        verdict, rule = symbolically_equal(job["answer"], job["gold"])
+        try:
+            verdict, rule = symbolically_equal(job["answer"], job["gold"])
+        except Exception:
+            symbolically_equal(job["gold"], job["gold"])
+            verdict, rule = False, "unparsed"
     except Exception as error:
         return {"error": type(error).__name__}  # never str(error): printing a huge expression can hang
     return {"equal": verdict, "rule": rule}
@@ -65,8 +71,8 @@ def _limit(max_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; the closed pipe ends us
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     sys.modules["gmpy2"] = None  # type: ignore[assignment]  # its powers cannot be interrupted
 
 

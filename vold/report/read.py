@@ -174,7 +174,7 @@ def _lines(path: Path, tail_bytes: int | None) -> Iterator[str]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-99-99
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
+from vold.trainer.loggers import Loggers
 from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
@@ -32,6 +33,7 @@ FREE_KEYS = (
     "rollout.vllm",
     "vllm",
     "teacher_vllm",
+    "loggers",
 )
 
 
@@ -41,6 +43,7 @@ class RunLog:
     def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int, peak_flops: float | None = None):
         self.path, self._writer = config.run_dir, writer
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
+        self._loggers = Loggers(config, verb)
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="", live="")
         self.phase = Phases()
@@ -89,6 +92,7 @@ class RunLog:
         if self._writer:
             _append(self.path / "metrics.jsonl", [row])
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            self._loggers.log(step, row)
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 
@@ -108,6 +112,7 @@ class RunLog:
 
     def close(self) -> None:
         self._progress.stop()
+        self._loggers.close()
 
 
 def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:

@@ -1,0 +1,122 @@
+r"""How many answers a second the grader judges, and what hostile ones cost.
+
+    python -m benchmarks.grading             two workers; writes results/grading.csv and prints the table
+
+Answers are made up, all different, half of them wrong. `ordinary` has MATH-500's shares: 82 % of its golds are decided
+by the policy alone (numbers, choices, words, bases), 18 % need the parser (a surd, polynomial, pair, interval, complex
+number); `algebra` is only the latter. `hung` of the answers never end by themselves (`3700001!`) and each costs a
+worker: its CPU seconds and the start of the next one. Workers are started before the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from vold.grading import Grader
+
+from .harness import facts, table_line, write_rows
+
+PARSED_SHARE = {"ordinary": 0.18, "algebra": 1.0}
+HUNG = (0.0, 0.01)
+
+
+def question(number: int, parsed: bool, right: bool) -> tuple[str, str]:
+    """(answer, gold) of the `number`-th kind and size; in a wrong one another number stands in the gold."""
+    n, k = number + 2, 2 + number % 8
+    m = n if right else n + 1
+    decided = (
+        (f"{n:,}", str(m)),
+        (rf"\frac{{{n * k}}}{{{7 * k}}}", rf"\dfrac{{{m}}}{{7}}"),
+        (f"{n}.50", f"{m}.5"),
+        (rf"{n}\text{{ cm}}", f"{m} cm"),
+        (rf"x = {n}", str(m)),
+    )
+    undecided = (
+        (rf"\sqrt{{{k * k * n}}}", rf"{k}\sqrt{{{m}}}"),
+        (rf"x^2+{n + k}x+{n * k}", rf"(x+{m})(x+{k})"),
+        (rf"({k}, \frac{{{n}\pi}}{{2}})", rf"\left({k},\frac{{{m}}}{{2}}\pi\right)"),
+        (rf"{k} < x \le {n + k}", rf"({k},{m + k}]"),
+        (rf"{k}i + {n}", rf"{m}+{k}i"),
+    )
+    return (undecided if parsed else decided)[number % 5]
+
+
+def items(mix: str, count: int, hung: float) -> list[tuple[str, str, bool]]:
+    """(response, gold, truncated) of `count` rows."""
+    draw, rows = random.Random(0), []
+    hung_rows = set(draw.sample(range(count), round(hung * count)))
+    for number in range(count):
+        answer, gold = question(number, parsed=draw.random() < PARSED_SHARE[mix], right=draw.random() < 0.5)
+        if number in hung_rows:
+            answer, gold = f"{3_700_001 + number}!", "7"
+        rows.append((rf"<think>...</think> So it is \boxed{{{answer}}}.", gold, False))
+    return rows
+
+
+def measure(mix: str, count: int, hung: float, workers: int) -> dict[str, object]:
+    with Grader(workers=workers) as grader:
+        grader.grade([(rf"\boxed{{\sqrt{{{4 * n}}}}}", rf"2\sqrt{{{n}}}", False) for n in range(2, 42)])
+        rows, before, started = items(mix, count, hung), _cpu_seconds(), time.perf_counter()
+        verdicts = grader.grade(rows)
+        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - before
+        counters = grader.counters
+    outcomes = [verdict.outcome for verdict in verdicts]
+    return {
+        "mix": mix,
+        "hung": f"{hung:.1%}",
+        "workers": workers,
+        "answers": count,
+        "parsed": sum(verdict.rule in ("math-verify", "tiny", "unparsed", "timeout") for verdict in verdicts),
+        "correct": outcomes.count("correct"),
+        "timeouts": counters["timeouts"],
+        "broken": counters["broken"],
+        "seconds": f"{seconds:.2f}",
+        "answers_per_s": f"{count / seconds:.0f}",
+        "cpu_s": f"{cpu:.2f}",
+        "answers_per_cpu_s": f"{count / cpu:.0f}",
+    }
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all its workers, living and dead: what a busy machine does not change much."""
+    times = [psutil.Process().cpu_times(), *(child.cpu_times() for child in psutil.Process().children())]
+    dead = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(t.user + t.system for t in times) + dead.ru_utime + dead.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/grading.csv")
+    options = parser.parse_args()
+    plans = [(mix, hung) for mix in PARSED_SHARE for hung in HUNG[: 2 if mix == "ordinary" else 1]]
+    known = facts(torch.device("cpu"), options.workers)
+    rows = [measure(mix, options.answers, hung, options.workers) | known for mix, hung in plans]
+    write_rows(options.out, rows, list(rows[0]))
+    shown = (
+        "mix",
+        "hung",
+        "answers",
+        "parsed",
+        "timeouts",
+        "broken",
+        "seconds",
+        "answers_per_s",
+        "cpu_s",
+        "answers_per_cpu_s",
+    )
+    print(table_line(shown), table_line("--" for _ in shown), sep="\n")
+    for row in rows:
+        print(table_line(str(row[key]) for key in shown))
+
+
+if __name__ == "__main__":
+    main()

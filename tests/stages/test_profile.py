@@ -10,9 +10,9 @@ import pytest
 
 from vold.config import load_training_config
 from vold.config.schema import RlConfig, SftConfig
+from vold.report import lanes
 from vold.report import profile as report
-from vold.report import timeline
-from vold.report.timeline import Span
+from vold.report.lanes import Span
 from vold.stages import profile
 from vold.trainer.run_log import read_rows
 
@@ -46,10 +46,10 @@ def test_two_profiled_ranks_have_all_they_should(world, torchrun, tmp_path):
         names = {event.get("name") for event in trace["traceEvents"]}
         assert {"rollout", "student_forward", "student_backward", "optimizer"} <= names
     assert (folder / "phases.png").stat().st_size > 5000 and (folder / "phases.svg").stat().st_size > 5000
-    spans = timeline.from_csv((folder / "timeline.csv").read_text())
+    spans = lanes.from_csv((folder / "timeline.csv").read_text())
     assert {"rollout", "grade", "teacher", "train", "sync"} <= {span.name for span in spans}
     assert (folder / "timeline.png").stat().st_size > 5000
-    idle = timeline.idle_shares(spans)
+    idle = lanes.idle_shares(spans)
     assert f"idle in {run_dir}: sampler {idle['sampler']:.0%}, trainer {idle['trainer']:.0%}" in done.stdout
 
 
@@ -69,12 +69,12 @@ def test_a_timeline_beside_a_run_that_was_not_profiled(tmp_path, load):
 def test_idle_shares_by_hand():
     strict = [Span("rollout", "train", 0, 4), Span("grade", "train", 4, 5), Span("train", "train", 5, 9)]
     strict += [Span("student_forward", "train", 5, 7), Span("gather", "train", 9, 10)]
-    assert timeline.idle_shares(strict) == pytest.approx({"sampler": 0.5, "trainer": 0.6})
+    assert lanes.idle_shares(strict) == pytest.approx({"sampler": 0.5, "trainer": 0.6})
     ahead = [Span("rollout", "rollout", 0, 6), Span("grade", "rollout", 5, 8), Span("teacher", "rollout", 8, 9)]
     ahead += [Span("train", "train", 0, 4), Span("rollout_wait", "train", 4, 9), Span("sync", "train", 9, 10)]
-    assert timeline.idle_shares(ahead) == pytest.approx({"sampler": 0.2, "trainer": 0.5})
-    assert timeline.from_csv(timeline.as_csv(ahead)) == ahead
-    assert timeline.figure({"lag 0": strict, "lag 1": ahead}, fmt="png")[:4] == b"\x89PNG"
+    assert lanes.idle_shares(ahead) == pytest.approx({"sampler": 0.2, "trainer": 0.5})
+    assert lanes.from_csv(lanes.as_csv(ahead)) == ahead
+    assert lanes.figure({"lag 0": strict, "lag 1": ahead}, fmt="png")[:4] == b"\x89PNG"
 
 
 def test_the_config_says_which_stage_it_is(world, tmp_path):

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
 from vold.models.layer_ops import layer_ops
+from vold.report import lanes
 from vold.report import profile as report
-from vold.report import timeline
-from vold.report.timeline import Span
+from vold.report.lanes import Span
 from vold.stages import rl, sft
 from vold.trainer.flops import peak_flops
 from vold.trainer.step_profiler import StepProfiler
@@ -95,17 +95,17 @@ def _timeline_of(run_dir: Path) -> list[Span]:
     path = run_dir / "profile" / "timeline.csv"
     if not path.exists():
         raise ValueError(f"--beside {run_dir}: no {path}; profile that run first")
-    return timeline.from_csv(path.read_text())
+    return lanes.from_csv(path.read_text())
 
 
 def _write_timeline(folder: Path, runs: dict[str, list[Span]]) -> None:
     """The last of `runs` is the one at hand."""
     *_, own = runs.values()
-    (folder / "timeline.csv").write_text(timeline.as_csv(own))
+    (folder / "timeline.csv").write_text(lanes.as_csv(own))
     for fmt in ("png", "svg"):
-        (folder / f"timeline.{fmt}").write_bytes(timeline.figure(runs, fmt=fmt))
+        (folder / f"timeline.{fmt}").write_bytes(lanes.figure(runs, fmt=fmt))
     for name, spans in runs.items():
-        idle = ", ".join(f"{row} {share:.0%}" for row, share in timeline.idle_shares(spans).items())
+        idle = ", ".join(f"{row} {share:.0%}" for row, share in lanes.idle_shares(spans).items())
         Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
 
 

@@ -12,7 +12,14 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import RolloutWorker, StreamedTeacher, group_rows, mask_unscored, teacher_metrics
+from vold.stages.groups import (
+    RolloutWorker,
+    StreamedTeacher,
+    group_rows,
+    mask_unscored,
+    shown_places,
+    teacher_metrics,
+)
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.rollouts import Rollouts
@@ -62,14 +69,15 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
             with job.log.phase("teacher"):
                 batch = teacher.score(batch)
+            shown = shown_places(drawn.groups, config.samples_per_step)
             with job.log.phase("train"):
-                report = trainer.step(batch) if samples else trainer.skip(*NOTHING_LEFT)
+                report = trainer.step(batch, shown=shown) if samples else trainer.skip(*NOTHING_LEFT)
             rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = drawn.metrics | teacher_metrics(weighed) | report.metrics | parity
-            shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
-            training.finish_step(step, metrics, shown, sampler, grader)
+            rows = group_rows(drawn.groups, samples, report, shown, tokenizer)
+            training.finish_step(step, metrics, rows, sampler, grader)
     training.export()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
 from vold.trainer.pipeline import run_pipeline
-from vold.trainer.tally import mean_kl, reduce_tallies, tally
+from vold.trainer.tally import mean_kl, reduce_tallies, tally, token_logps
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
 
@@ -66,13 +66,14 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepReport:
-        """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
+    def step(self, batch: Batch, *, shown: Container[int] = ()) -> StepReport:
+        """One update. The numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
+        `shown`: places of the samples whose tokens are reported one by one."""
         batch = batch_to(batch, self._layout.device)
         tallies = self.accumulate_gradients(batch)
         with self.phases("optimizer"):
             grad_norm = self._update()
-        report = self._report(batch, tallies, grad_norm) if self._layout.is_last_stage else None
+        report = self._report(batch, tallies, grad_norm, shown) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def skip(self, reason: str, remedy: str) -> StepReport:
@@ -94,12 +95,15 @@ class Trainer:
         with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
             return run_pipeline(self._chunks, batch.micro_batches, self._layout, self._loss, timed=forward)
 
-    def _report(self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float) -> StepReport:
+    def _report(
+        self, batch: Batch, tallies: Sequence[dict[str, Tensor]], grad_norm: float, shown: Container[int]
+    ) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group."""
         group = self._layout.dp_group
         metrics = reduce_tallies(tallies, group, train_tflop=self._useful_flops(batch) / 1e12)
         metrics |= {"grad_norm": grad_norm, "lr": self._lr(), "skipped": float(not math.isfinite(grad_norm))}
-        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group))
+        tokens = token_logps(batch.micro_batches, tallies, shown, group)
+        return StepReport(metrics, mean_kl(batch.micro_batches, tallies, group), tokens)
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weight, off_policy = self.chunks[-1].head_weight(), self._importance_cap is not None

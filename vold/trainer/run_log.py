@@ -1,5 +1,5 @@
 """A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, prompts.jsonl (one object for each
-prompt that was asked), and a progress line on a terminal."""
+prompt that was asked), timeline.jsonl (phases of the last few steps), and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ FREE_KEYS = (
     "vllm",
     "teacher_vllm",
 )
+TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few tell what a run is like
 
 
 class RunLog:
@@ -45,6 +47,7 @@ class RunLog:
         self._task = self._progress.add_task(verb, total=total, note="", live="")
         self.phase = Phases()
         self._step_started = time.perf_counter()
+        self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run."""
@@ -58,7 +61,7 @@ class RunLog:
         """Drop rows after `step`: they belong to updates that were never saved."""
         if not self._writer:
             return
-        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
@@ -79,6 +82,8 @@ class RunLog:
         if self._writer:
             _append(self.path / "metrics.jsonl", [row])
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            self._timeline.append({"step": step, "seconds": seconds, "intervals": self.phase.intervals})
+            _replace(self.path / "timeline.jsonl", "".join(json.dumps(kept) + "\n" for kept in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 

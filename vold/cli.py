@@ -104,6 +104,12 @@ def report(
     _stage("report").run(runs, out)
 
 
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """A live run in the terminal: metrics, phases, time left, warnings. q quits; off a terminal it prints once."""
+    _stage("watch").run(run)
+
+
 @app.command("prepare-student")
 def prepare_student(
     student: Annotated[Path, typer.Argument(help="checkpoint directory of the student")],

@@ -83,7 +83,7 @@ def test_the_band_is_the_standard_error_of_each_window():
 def test_a_long_run_is_drawn_with_few_points_and_its_spikes():
     values = np.random.default_rng(0).normal(size=10_000)
     values[7_777], values[1_234] = 50, -50
-    x, y = extremes(np.arange(10_000.0), values)
+    x, _ = extremes(np.arange(10_000.0), values)
     assert len(x) <= 2 * POINTS and {7_777, 1_234} <= set(x) and np.all(np.diff(x) > 0)
     assert len(curve([run_of(values)], "reward")) < 60_000
 

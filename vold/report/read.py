@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ class RunRecord:
     """What one run directory says.
 
     metrics    key -> one float per step, NaN where a step did not log the key; always has "step" if not empty
+    timeline   the last steps, oldest first: {"step", "intervals": [[phase, lane, start s, end s], …]}
     skipped    lines that could not be read, usually the last one of a run that was stopped
     """
 
@@ -28,6 +30,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, list[float]] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+    timeline: tuple[Mapping[str, Any], ...] = ()
     evaluation: Mapping[str, Any] | None = None
     skipped: int = 0
 
@@ -83,12 +86,14 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     path = Path(path)
     metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
     samples, bad_samples = read_jsonl(path / "samples.jsonl", tail_bytes=SAMPLES_TAIL_BYTES)
+    timeline, _ = read_jsonl(path / "timeline.jsonl")
     return RunRecord(
         name=name or path.name,
         path=path,
-        config=_read_config(path / "config.yaml"),
+        config=read_config(path / "config.yaml"),
         metrics=columns(metric_rows),
         samples=tuple(samples),
+        timeline=tuple(timeline),
         evaluation=read_json(path / "evaluation.json"),
         skipped=bad_metrics + bad_samples,
     )
@@ -137,15 +142,45 @@ def read_jsonl(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str
     rows: list[dict[str, Any]] = []
     bad = 0
     for line in _lines(path, tail_bytes):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+        if isinstance(row := _parsed(line), dict):
             rows.append(row)
         else:
             bad += 1
     return rows, bad
+
+
+class MetricsTail:
+    """A live run's metrics.jsonl. `rows`: those that are whole so far; a line that is still being written comes later.
+    A file that was replaced, as --resume does when it drops rows, or cut, is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path = path
+        self._file: tuple[int, int] | None = None  # device and inode
+        self._offset = 0
+
+    def poll(self) -> float | None:
+        """Read what has come since; the time of the file's last change, None while there is no file."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != self._file or status.st_size < self._offset:
+                    self.rows, self._offset = [], 0
+                    self._file = status.st_dev, status.st_ino
+                file.seek(self._offset)
+                whole = file.read().rpartition(b"\n")
+        except OSError:
+            return None
+        self._offset += len(whole[0]) + len(whole[1])
+        self.rows += [row for line in whole[0].splitlines() if isinstance(row := _parsed(line), dict)]
+        return status.st_mtime
+
+
+def _parsed(line: str | bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -171,7 +206,8 @@ def _lines(path: Path, tail_bytes: int | None) -> Iterator[str]:
         return
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; {} where there is none."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):

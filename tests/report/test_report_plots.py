@@ -85,7 +85,10 @@ def test_a_long_run_is_drawn_with_few_points_and_its_spikes():
     values[7_777], values[1_234] = 50, -50
     x, _ = extremes(np.arange(10_000.0), values)
     assert len(x) <= 2 * POINTS and {7_777, 1_234} <= set(x) and np.all(np.diff(x) > 0)
-    assert len(curve([run_of(values)], "reward")) < 60_000
+    evaluated = RunRecord(
+        "e", path=None, metrics={"step": list(range(10_000)), "accuracy_text": [0.5, math.nan] * 5_000}
+    )
+    assert len(curve([run_of(values)], "reward")) < 60_000 > len(curve([evaluated], "accuracy_text"))
 
 
 def test_labels_are_pushed_apart_and_stay_inside():

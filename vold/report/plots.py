@@ -40,6 +40,7 @@ _RC = {
     "text.parse_math": False,  # names and labels are text, never TeX
 }
 POINTS = 240  # a panel is about as many points wide
+MARKS = 60  # more evaluations than these are a line with a band, not points with whiskers
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
@@ -152,7 +153,7 @@ def trend(run: RunRecord, key: str) -> Trend:
 def trend_of_seeds(runs: Sequence[RunRecord], key: str) -> Trend:
     """The mean over runs of their moving averages, at the steps that all of them logged, and its standard error over
     the runs. What is evaluated now and then is not averaged over steps."""
-    dense = all(_every_step(run, key) for run in runs)
+    dense = all(_dense(run, key) for run in runs)
     lines = [
         {step: value for step, value in zip(run.steps, values, strict=True) if math.isfinite(value)}
         for run in runs
@@ -176,10 +177,10 @@ def _window(values: np.ndarray, half: int) -> np.ndarray:
     return sums[np.minimum(ends + half + 1, len(values))] - sums[np.maximum(ends - half, 0)]
 
 
-def _every_step(run: RunRecord, key: str) -> bool:
-    """Logged on most steps; else it is an evaluation now and then, to be shown as points."""
-    values = np.asarray(run.metrics[key], dtype=float)
-    return not key.startswith("accuracy_") and np.isfinite(values).sum() * 2 >= len(values)
+def _dense(run: RunRecord, key: str) -> bool:
+    """Logged on most steps, or often; else it is an evaluation now and then, to be shown as points."""
+    logged = sum(map(math.isfinite, run.metrics[key]))
+    return logged > MARKS or (not key.startswith("accuracy_") and logged * 2 >= len(run.steps))
 
 
 def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,7 +245,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
 def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float, float]:
     """Draw one run; give the point where its line ends."""
     x, y = np.asarray(run.steps), np.asarray(run.metrics[key], dtype=float)
-    if _every_step(run, key):
+    if _dense(run, key):
         axis.plot(*extremes(x, y), color=colour, linewidth=0.9, alpha=0.35)
         return _draw_trend(axis, trend(run, key), colour)
     logged = np.isfinite(y)
@@ -259,7 +260,7 @@ def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float,
 def _draw_seeds_run(axis: Axes, runs: Sequence[RunRecord], key: str, colour: str) -> tuple[float, float]:
     """Draw one arm of several seeds: each faint and without a name, their mean with its standard error over it."""
     for run in runs:
-        dense = _every_step(run, key)
+        dense = _dense(run, key)
         line = _thin(trend(run, key) if dense else _as_logged(run, key))
         axis.plot(line.x, line.mean, color=colour, linewidth=0.7, alpha=0.3, marker="" if dense else ".")
     return _draw_trend(axis, trend_of_seeds(runs, key), colour)

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-SAMPLES_TAIL_BYTES = 64 * 2**20  # of a longer samples.jsonl only the newest part is read
+EVALUATION_BYTES = 64 * 2**20  # of a longer samples.jsonl only the end is read
+TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # of a training run's, as much in parts from all along the run
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json")
 
 
@@ -85,7 +86,9 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     """One run directory -> RunRecord. Absent or damaged files leave their field empty."""
     path = Path(path)
     metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
-    samples, bad_samples = read_jsonl(path / "samples.jsonl", tail_bytes=SAMPLES_TAIL_BYTES)
+    evaluation = read_json(path / "evaluation.json")
+    some = (EVALUATION_BYTES, 1) if evaluation else (TRAINING_BYTES, TRAINING_PARTS)
+    samples, bad_samples = read_jsonl(path / "samples.jsonl", *some)
     timeline, _ = read_jsonl(path / "timeline.jsonl")
     return RunRecord(
         name=name or path.name,
@@ -94,7 +97,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         metrics=columns(metric_rows),
         samples=tuple(samples),
         timeline=tuple(timeline),
-        evaluation=read_json(path / "evaluation.json"),
+        evaluation=evaluation,
         skipped=bad_metrics + bad_samples,
     )
 
@@ -137,11 +140,12 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
-def read_jsonl(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0)."""
+def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0). Of one longer than
+    `most_bytes` only so many bytes, in `parts` spread evenly, the last at its end."""
     rows: list[dict[str, Any]] = []
     bad = 0
-    for line in _lines(path, tail_bytes):
+    for line in _lines(path, most_bytes, parts):
         if isinstance(row := _parsed(line), dict):
             rows.append(row)
         else:
@@ -192,18 +196,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _lines(path: Path, tail_bytes: int | None) -> Iterator[str]:
+def _lines(path: Path, most_bytes: int | None, parts: int) -> Iterator[str]:
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            if tail_bytes is not None and size > tail_bytes:
-                file.seek(size - tail_bytes)
-                file.readline()  # the rest of a line that began before
-            for raw in file:
-                if line := raw.decode("utf-8", errors="replace").strip():
-                    yield line
+            for start, end in _stretches(path.stat().st_size, most_bytes, parts):
+                file.seek(max(start - 1, 0))
+                if start:
+                    file.readline()  # the rest of a line that began before
+                while file.tell() < end and (raw := file.readline()):
+                    if line := raw.decode("utf-8", errors="replace").strip():
+                        yield line
     except OSError:
         return
+
+
+def _stretches(size: int, most_bytes: int | None, parts: int) -> list[tuple[int, int]]:
+    if most_bytes is None or size <= most_bytes:
+        return [(0, size)]
+    each = most_bytes // parts
+    starts = [(size - each) * (part + 1) // parts for part in range(parts)]
+    return [(start, start + each) for start in starts]
 
 
 def read_config(path: Path) -> dict[str, Any]:

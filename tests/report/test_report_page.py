@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_up_runs import HOSTILE, REPORT, rl_metrics, rl_samples, write_demo, write_run
@@ -11,9 +12,9 @@ from PIL import Image
 
 from vold.report import write_report
 from vold.report.browse import problems, thumbnail, visible
-from vold.report.health import alarms, amount, duration, number, phases, vital
+from vold.report.health import alarms, amount, duration, limit_text, number, phases, vital
 from vold.report.read import RunRecord, read_runs
-from vold.report.style import metric
+from vold.report.style import METRICS, metric
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -204,6 +205,17 @@ def test_vital_counts_steps_over_the_limit():
 )
 def test_number(value, text):
     assert number(value) == text
+
+
+def test_the_documented_limits_are_the_ones_that_flag():
+    documented = (Path(__file__).parents[2] / "docs/report.md").read_text(encoding="utf-8")
+    table = [line for line in documented.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
+    rows = [
+        f"| {shown.label} | `{key}` | {limit_text(shown)} | {shown.meaning} | {shown.remedy} |"
+        for key, shown in METRICS.items()
+        if shown.has_limit
+    ]
+    assert table == rows and all(shown.remedy for shown in METRICS.values() if shown.has_limit)
 
 
 def test_amount_and_duration():

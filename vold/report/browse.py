@@ -125,7 +125,7 @@ def card(run: RunRecord, row: Mapping[str, Any]) -> Card:
         facts=tuple(_facts(row)),
         pictures=tuple(_pictures(run.path, row.get("images"))),
         tokens=tokens_of(row),
-        gist=visible(" ".join(str(row.get("extracted") or row.get("response") or "nothing").split())[:40]),
+        gist=_gist(row, right),
     )
 
 
@@ -183,6 +183,12 @@ def _in_turn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     pairs = [row for pair in zip(wrong, right, strict=False) for row in pair]
     both = len(pairs) // 2
     return pairs + wrong[both:] + right[both:]
+
+
+def _gist(row: Mapping[str, Any], right: bool) -> str:
+    """A line of a list: the answer, and the right one where it is another."""
+    answer, gold = (" ".join(str(row.get(key) or "nothing").split())[:24] for key in ("extracted", "gold"))
+    return visible(answer if right else f"{answer} ≠ {gold}")
 
 
 def _facts(row: Mapping[str, Any]) -> Iterable[str]:

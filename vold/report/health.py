@@ -74,7 +74,7 @@ def phase_colours(names: Sequence[str]) -> dict[str, str]:
     paint = {name: f"--run-{PALETTE.index(colour)}" for name, colour in colours(arms).items()}
     paint |= {name: f"--phase-{PHASES.index(name)}" for name in names if name in PHASES}
     rest = [name for name in names if name not in paint]
-    return paint | {name: f"--phase-{(5 - i) % 6}" for i, name in enumerate(rest)}
+    return paint | {name: f"--phase-{i % len(PHASES)}" for i, name in enumerate(rest)}
 
 
 def vitals(runs: Sequence[RunRecord]) -> list[VitalRow]:

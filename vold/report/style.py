@@ -166,8 +166,9 @@ CURVES: dict[str, tuple[str, ...]] = {
 }
 HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
-PHASES = ("rollout", "grade", "teacher", "train", "sync")
 TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
+# In the order of a step. page.css colours them --phase-0 … in this order.
+PHASES = ("rollout", "rollout_wait", "grade", "gather", "teacher", "train", *TRAIN_PARTS, "sync", "evaluate", "other")
 
 
 def metric(key: str) -> Metric:

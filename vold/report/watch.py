@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -106,16 +107,13 @@ def _metrics(run: RunRecord) -> Table:
 
 def _phases(run: RunRecord) -> list[RenderableType]:
     """A bar of the phases' shares and its legend, those of a percent and more."""
-    bar, legend = Text(), Text()
+    bar, legend = Text(), []
     for i, phase in enumerate(phase for phase in phases(run) if phase.share >= 0.01):
         colour = _PAINT[i % len(_PAINT)]
         bar.append("█" * round(2 * WIDTH * phase.share), colour)
-        legend.append("■\u00a0", colour)
-        legend.append(f"{phase.name.replace('_', ' ')} {100 * phase.share:.0f} %".replace(" ", "\u00a0") + "  ")
-    table = Table.grid(padding=(0, 2))
-    table.add_row("phases", bar)
-    table.add_row("", legend)
-    return [table] if bar else []
+        name = phase.name.replace("_", " ")
+        legend.append(Text.assemble(("■ ", colour), f"{name} {100 * phase.share:.0f} %", no_wrap=True))
+    return [bar, Columns(legend, padding=(0, 2))] if bar else []
 
 
 def _warnings(run: RunRecord, silent: float) -> list[RenderableType]:

@@ -97,7 +97,7 @@ def serve(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page over one or several runs."""

@@ -114,11 +114,17 @@ def grade(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories")],
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page over one or several runs."""
     _stage("report").run(runs, out)
+
+
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """A live run in the terminal: metrics, phases, time left, warnings. q quits; off a terminal it prints once."""
+    _stage("watch").run(run)
 
 
 @app.command("prepare-student")

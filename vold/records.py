@@ -164,7 +164,10 @@ class Batch:
 @dataclass(frozen=True)
 class StepReport:
     """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for the samples of
-    all ranks (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2."""
+    all ranks (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2.
+    tokens: for the samples that were asked for and trained on, `logp` and, where the teacher scored them,
+    `logp_teacher` of each response token, nats."""
 
     metrics: dict[str, float]
     mean_kl: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, dict[str, list[float]]] = field(default_factory=dict)

@@ -37,7 +37,10 @@ def write_demo(root: Path, *, seed: int = 0, problems: int = 400) -> Path:
     write_run(root / "sft", config={"verb": "sft", "lr": 5e-4, "steps": 40}, metrics=sft_metrics(rng))
     for arm, beta in (("grpo", 0.0), ("vold", 0.3)):
         config = {"verb": "rl", "seed": 0, "steps": 45, "objective": {"preset": arm, "beta": beta}, "lr": 6e-4}
-        write_run(root / arm, config=config, metrics=rl_metrics(rng, teacher=arm == "vold"), samples=rl_samples(rng))
+        run = write_run(
+            root / arm, config=config, metrics=rl_metrics(rng, teacher=arm == "vold"), samples=rl_samples(rng)
+        )
+        (run / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timeline()))
     truth = [(name, i, problem(rng)) for name in ("text", "image") for i in range(problems)]
     for name, i, (text, _) in truth:
         if name == "image" and i < 40:
@@ -124,11 +127,39 @@ def rl_samples(rng: random.Random, n: int = 60) -> list[dict]:
                 **_response(rng, text, gold, right),
                 "reward": float(right),
                 "advantage": rng.gauss(0, 1),
-                "mean_kl": rng.random(),
+                "mean_kl": None if right else rng.random(),
                 "finish_reason": "stop",
                 "images": [],
             }
         )
+        if not right:  # scored by the teacher
+            rows[-1] |= token_logps(rng, rows[-1]["response"])
+    return rows
+
+
+def token_logps(rng: random.Random, text: str) -> dict:
+    """A character a token; the teacher would not have said the last digit but one."""
+    logp = [round(-abs(rng.gauss(0, 0.04)), 3) for _ in text]
+    teacher = [round(value - abs(rng.gauss(0, 0.05)), 3) for value in logp]
+    teacher[-3] = -9.5
+    return {"tokens": list(text), "logp": logp, "logp_teacher": teacher}
+
+
+def timeline(steps: int = 3) -> list[dict]:
+    """Strict steps of 2.4 s with a second thread; the last one evaluates."""
+    rows = []
+    for i in range(steps):
+        zero, last = 100 + 3 * i, i == steps - 1
+        found = [
+            ("rollout", 0, 0.9),
+            ("train", 1.2, 2.3),
+            ("student_backward", 1.2, 2.2),
+            ("student_forward", 1.2, 1.6),
+        ]
+        found += [("evaluate", 2.3, 2.9)] if last else []
+        intervals = [[name, "train", zero + start, zero + end] for name, start, end in found]
+        intervals += [["grade", "ahead", zero + 0.001 * j, zero + 0.001 * j + 0.0008] for j in range(500)]
+        rows.append({"step": 43 + i, "seconds": 3.0, "intervals": intervals})
     return rows
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_up_runs import HOSTILE, REPORT, rl_metrics, rl_samples, write_demo, write_run
@@ -11,9 +12,9 @@ from PIL import Image
 
 from vold.report import write_report
 from vold.report.browse import galleries, problems, thumbnail, visible
-from vold.report.health import amount, duration, number, phases, vital
+from vold.report.health import alarms, amount, duration, limit_text, number, phases, vital
 from vold.report.read import RunRecord, read_runs
-from vold.report.style import metric
+from vold.report.style import METRICS, metric
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -142,7 +143,7 @@ def test_a_single_run_with_trouble_is_flagged(tmp_path):
         tmp_path / "grpo", config={"verb": "rl", "steps": 90}, metrics=rows, samples=rl_samples(random.Random(1))
     )
     text = " ".join("".join(Page(write_report([run], tmp_path / "r.html", title="One").read_text()).text).split())
-    assert "over on 1 of 45 steps" in text and "not finite or missing on some steps: grad_norm" in text
+    assert "beyond on 1 of 45 steps" in text and "not finite or missing on some steps: grad_norm" in text
     assert "45 of 90" in text and "What each step changed" not in text
 
 
@@ -213,9 +214,14 @@ def test_phases_and_what_none_of_them_claims():
 
 
 def test_vital_counts_steps_over_the_limit():
-    record = RunRecord("a", path=None, metrics={"step": [0.0, 1.0, 2.0], "broken": [0.0, 0.02, 0.01]})
-    found = vital(record, "broken")
-    assert (found.median, found.worst, found.last, found.over, found.steps) == (0.01, 0.02, 0.01, 1, 3)
+    metrics = {"truncated": [0.0, 0.2, 0.1], "effective_sample_size": [0.4, 0.9, 0.8]}
+    record = RunRecord("a", path=None, metrics={"step": [0.0, 1.0, 2.0], **metrics})
+    found = vital(record, "truncated")
+    assert (found.median, found.worst, found.last, found.over, found.steps) == (0.1, 0.2, 0.1, 1, 3)
+    found = vital(record, "effective_sample_size")
+    assert (found.median, found.worst, found.over) == (0.8, 0.4, 1), "below is the wrong side"
+    assert len(alarms(record)) == 2 and "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in alarms(record)[0]
+    assert len(alarms(record, last=2)) == 1
     assert vital(record, "entropy") is None
 
 
@@ -224,6 +230,17 @@ def test_vital_counts_steps_over_the_limit():
 )
 def test_number(value, text):
     assert number(value) == text
+
+
+def test_the_documented_limits_are_the_ones_that_flag():
+    documented = (Path(__file__).parents[2] / "docs/report.md").read_text(encoding="utf-8")
+    table = [line for line in documented.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
+    rows = [
+        f"| {shown.label} | `{key}` | {limit_text(shown)} | {shown.meaning} | {shown.remedy} |"
+        for key, shown in METRICS.items()
+        if shown.has_limit
+    ]
+    assert table == rows and all(shown.remedy for shown in METRICS.values() if shown.has_limit)
 
 
 def test_amount_and_duration():

@@ -11,7 +11,7 @@ from made_up_runs import REPORT, write_demo
 from PIL import Image
 
 from vold.report import RunRecord, accuracy_bars, curve, curves, read_runs, seeds_errorbars
-from vold.report.plots import _spread, mean_run, smooth
+from vold.report.plots import POINTS, _spread, extremes, trend, trend_of_seeds
 from vold.report.style import PALETTE, colours
 
 
@@ -52,22 +52,43 @@ def test_names_are_text_never_mathematics():
     assert "$\\frac{<b>" in "".join(ET.fromstring(curve([hostile], "reward")).itertext())
 
 
-def test_runs_of_several_seeds_are_one_labelled_mean():
-    runs = [
-        RunRecord(f"seed{i}/vold", path=None, metrics={"step": [1.0, 2.0, 3.0], "reward": [i, i + 1.0, last]})
-        for i, last in ((0, 4.0), (1, math.nan))
-    ]
-    mean = mean_run("vold", runs, "reward")
-    assert (mean.metrics["step"], mean.metrics["reward"]) == ([1.0, 2.0], [0.5, 1.5])
+def run_of(values, name="run"):
+    return RunRecord(name, path=None, metrics={"step": [float(i) for i in range(len(values))], "reward": list(values)})
+
+
+def test_runs_of_several_seeds_are_one_labelled_mean_with_its_standard_error():
+    runs = [run_of([0.0, 0.0, 0.0], "seed0/vold"), run_of([1.0, 1.0, math.nan], "seed1/vold")]
+    line = trend_of_seeds(runs, "reward")
+    assert line.x.tolist() == [0, 1] and np.allclose(line.mean, 0.5)
+    assert np.allclose(line.stderr, np.std([0, 1], ddof=1) / math.sqrt(2))
     text = "".join(ET.fromstring(curve(runs, "reward")).itertext())
     assert text.count("VOLD") == 1 and "seed" not in text
 
 
 def test_smoothing_keeps_constants_lines_and_gaps():
-    assert np.allclose(smooth([2.0] * 50), 2.0)
-    line = smooth(np.arange(50.0))
+    assert np.allclose(trend(run_of([2.0] * 50), "reward").mean, 2.0)
+    line = trend(run_of(np.arange(50.0)), "reward").mean
     assert np.allclose(line[2:-2], np.arange(50.0)[2:-2])
-    assert np.isnan(smooth([1.0, math.nan, 3.0])).tolist() == [False, True, False]
+    assert np.isnan(trend(run_of([1.0, math.nan, 3.0]), "reward").mean).tolist() == [False, True, False]
+
+
+def test_the_band_is_the_standard_error_of_each_window():
+    values = np.random.default_rng(0).normal(1e6, 1, 240)  # far from zero: sums of squares must not lose the scatter
+    line, half = trend(run_of(values), "reward"), 10
+    window = values[100 - half : 100 + half + 1]
+    assert line.mean[100] == pytest.approx(window.mean(), abs=1e-6)
+    assert line.stderr[100] == pytest.approx(window.std(ddof=1) / math.sqrt(len(window)), rel=1e-6)
+
+
+def test_a_long_run_is_drawn_with_few_points_and_its_spikes():
+    values = np.random.default_rng(0).normal(size=10_000)
+    values[7_777], values[1_234] = 50, -50
+    x, _ = extremes(np.arange(10_000.0), values)
+    assert len(x) <= 2 * POINTS and {7_777, 1_234} <= set(x) and np.all(np.diff(x) > 0)
+    evaluated = RunRecord(
+        "e", path=None, metrics={"step": list(range(10_000)), "accuracy_text": [0.5, math.nan] * 5_000}
+    )
+    assert len(curve([run_of(values)], "reward")) < 60_000 > len(curve([evaluated], "accuracy_text"))
 
 
 def test_labels_are_pushed_apart_and_stay_inside():

@@ -2,12 +2,13 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from made_up_runs import write_run
 
 from vold.report import find_runs, read_run, read_runs
-from vold.report.read import columns, flatten, read_jsonl
+from vold.report.read import MetricsTail, columns, flatten, read_jsonl
 
 
 def test_half_written_last_line_is_skipped_and_counted(tmp_path):
@@ -68,11 +69,38 @@ def test_a_folder_without_runs_says_so(tmp_path):
         find_runs(tmp_path / "nothing")
 
 
-def test_only_the_tail_of_a_long_file_is_read(tmp_path):
+def test_of_a_long_file_only_parts_are_read(tmp_path):
     path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(100)))
-    rows, bad = read_jsonl(path, tail_bytes=60)
-    assert bad == 0 and 0 < len(rows) < 10 and rows[-1] == {"step": 99}
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(100, 200)))  # 14 bytes a line
+    rows, bad = read_jsonl(path, 60)
+    assert bad == 0 and 0 < len(rows) < 10 and rows[-1] == {"step": 199}
+    rows, bad = read_jsonl(path, 140, 5)
+    steps = [row["step"] for row in rows]
+    assert bad == 0 and steps == sorted(set(steps)) and 10 <= len(steps) <= 15 and steps[-1] == 199
+    assert max(b - a for a, b in pairwise([100, *steps])) < 25, "from all along the file"
+    assert len(read_jsonl(path, 1400, 5)[0]) == 100
+
+
+def test_a_growing_file_is_followed_through_a_resumption(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    assert tail.poll() is None and tail.rows == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert tail.poll() and [row["step"] for row in tail.rows] == [1, 2]
+    with path.open("a") as file:
+        file.write('ep": 3}\nnonsense\n[3]\n')
+    tail.poll()
+    assert [row["step"] for row in tail.rows] == [1, 2, 3], "the line that was half there came later, whole"
+    partial = tmp_path / "partial"
+    partial.write_text('{"step": 1}\n')
+    partial.replace(path)  # as RunLog.rewind does
+    with path.open("a") as file:
+        file.writelines(f'{{"step": {step}, "again": 1}}\n' for step in (2, 3, 4))
+    tail.poll()
+    assert [(row["step"], "again" in row) for row in tail.rows] == [(1, False), (2, True), (3, True), (4, True)]
+    path.write_text('{"step": 1}\n')  # cut in place
+    tail.poll()
+    assert [row["step"] for row in tail.rows] == [1]
 
 
 def test_flatten():

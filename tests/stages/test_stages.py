@@ -18,6 +18,7 @@ from vold.data.pack import encode_text
 from vold.grading import Grader
 from vold.records import Rollout, Verdict
 from vold.stages import evaluate, export, rl, sft, traces
+from vold.stages.groups import token_texts
 from vold.trainer.run_log import check_run_dir, read_rows
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib", "rollout_tail", "rollout_tokens_per_second")
@@ -149,6 +150,32 @@ def test_rl_writes_metrics_samples_and_evaluations(rl_run):
     shown = {"step", "prompt", "response", "extracted", "gold", "reward", "advantage", "mean_kl"}
     assert shown <= samples[0].keys()
     assert len(samples) == 4 * rl_run.samples_per_step
+
+
+def test_samples_show_student_and_teacher_on_each_token(rl_run):
+    samples = read_rows(rl_run.run_dir / "samples.jsonl")
+    scored = [row for row in samples if row["mean_kl"] is not None]
+    assert scored, "some response failed and was scored by the teacher"
+    for row in scored:
+        assert len(row["tokens"]) == len(row["logp"]) == len(row["logp_teacher"]) == row["response_tokens"]
+        spelled = iter("".join(row["tokens"]))
+        assert all(letter in spelled for letter in row["response"]), "the response, less its special tokens"
+        gaps = [a - b for a, b in zip(row["logp"], row["logp_teacher"], strict=True)]
+        assert sum(0.5 * gap**2 for gap in gaps) / len(gaps) == pytest.approx(row["mean_kl"], rel=0, abs=0.01)
+    assert all("logp_teacher" not in row for row in samples if row["mean_kl"] is None), "the teacher was not asked"
+    timeline = read_rows(rl_run.run_dir / "timeline.jsonl")
+    assert [row["step"] for row in timeline] == [1, 2, 3, 4]
+    assert {"rollout", "train", "sync"} <= {name for name, *_ in timeline[-1]["intervals"]}
+
+
+def test_a_character_of_several_tokens_is_shown_once():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    assert token_texts(Bytes(), [97, *"é".encode(), 98]) == ["a", "", "é", "b"]
+    assert token_texts(Bytes(), [97, "é".encode()[0]]) == ["a", "\ufffd"]
+    assert token_texts(Bytes(), [0xFF, 0xFF, 0xFF, 0xFF, 97]) == ["", "", "", "\ufffd" * 4, "a"]
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):

@@ -52,6 +52,8 @@ def test_both_engines_train_alike(rl_runs):
     assert len(ours) == 3 * 12
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine.pop("mean_kl") == pytest.approx(yours.pop("mean_kl"), rel=0, abs=1e-4)
+        for name in ("logp", "logp_teacher"):  # to 3 decimals
+            assert mine.pop(name, []) == pytest.approx(yours.pop(name, []), rel=0, abs=2e-3)
         assert mine == yours
     ours, theirs = (read_rows(config.run_dir / "metrics.jsonl") for config in rl_runs)
     for mine, yours in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""Samples a person should see: one problem across models, and the right and wrong ones of each run."""
+"""Samples a person should see: one problem across models, and right and wrong ones from all along each run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from vold.data.pictures import read_picture
 
 from .read import RunRecord, as_number
 from .style import arm_of
+from .tokens import Tokens, tokens_of
 from .words import is_right
 
 THUMBNAIL = (560, 320)  # pixels; larger images are shrunk, small ones stay as they are
 LONGEST = 4000  # characters of a prompt or response; the middle of a longer one is left out
-PER_VERDICT = 3
+PER_SHELF = 24  # samples of a run
+STEPS_OF_A_SHELF = 6  # that they are from
 PATTERNS = 5
 SMALL = (160, 160)  # pixels of a picture in the gallery of failures
 FAILURES = 24
@@ -57,6 +59,8 @@ class Card:
     where: str
     facts: tuple[str, ...]
     pictures: tuple[Picture, ...]
+    tokens: Tokens | None
+    gist: str
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Shelf:
-    """Right and wrong responses of one run."""
+    """Responses of one run, newest first; how many of those on file are right and how many are not."""
 
     run: str
-    right: tuple[Card, ...]
-    wrong: tuple[Card, ...]
+    cards: tuple[Card, ...]
     n_right: int
     n_wrong: int
 
@@ -128,7 +131,7 @@ def _failure(run: RunRecord, row: Mapping[str, Any]) -> Failure:
 
 
 def shelves(runs: Sequence[RunRecord]) -> list[Shelf]:
-    """Per run with samples: its newest right and wrong ones, spread over sets for an evaluation."""
+    """Per run with samples: right and wrong ones alike from a few steps all along it, or of an evaluation's sets."""
     return [_shelf(run) for run in runs if run.samples]
 
 
@@ -171,6 +174,8 @@ def card(run: RunRecord, row: Mapping[str, Any]) -> Card:
         where=visible(f"{row['set']} set" if row.get("set") else f"step {row['step']}" if "step" in row else ""),
         facts=tuple(_facts(row)),
         pictures=tuple(_pictures(run.path, row.get("images"))),
+        tokens=tokens_of(row),
+        gist=_gist(row, right),
     )
 
 
@@ -200,26 +205,37 @@ def thumbnail(path: Path, box: tuple[int, int] = THUMBNAIL) -> Picture:
 
 
 def _shelf(run: RunRecord) -> Shelf:
-    newest_first = list(reversed(run.samples)) if run.verb != "eval" else list(run.samples)
-    right = [row for row in newest_first if is_right(row)]
-    wrong = [row for row in newest_first if not is_right(row)]
-    pick = _alternate if run.verb == "eval" else lambda rows: rows[:PER_VERDICT]
-    return Shelf(
-        run=run.name,
-        right=tuple(card(run, row) for row in pick(right)),
-        wrong=tuple(card(run, row) for row in pick(wrong)),
-        n_right=len(right),
-        n_wrong=len(wrong),
-    )
+    right = sum(map(is_right, run.samples))
+    cards = tuple(card(run, row) for row in _chosen(run.samples))
+    return Shelf(run=run.name, cards=cards, n_right=right, n_wrong=len(run.samples) - right)
 
 
-def _alternate(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A few of each set, sets in the order in which they come."""
-    by_set: dict[str, list[Mapping[str, Any]]] = {}
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first right and wrong ones in turn of each set, or of steps spread evenly from the newest to the oldest."""
+    bins: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        by_set.setdefault(str(row.get("set", "")), []).append(row)
-    each = max(1, -(-PER_VERDICT // max(1, len(by_set))))
-    return [row for group in by_set.values() for row in group[:each]]
+        bins.setdefault(str(row.get("set", row.get("step", ""))), []).append(row)
+    names = list(reversed(bins)) if "set" not in rows[0] else list(bins)
+    if len(names) > STEPS_OF_A_SHELF:
+        last = len(names) - 1
+        names = [names[round(i * last / (STEPS_OF_A_SHELF - 1))] for i in range(STEPS_OF_A_SHELF)]
+    each = -(-PER_SHELF // len(names))
+    return [row for name in names for row in _in_turn(bins[name])[:each]][:PER_SHELF]
+
+
+def _in_turn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Wrong, right, wrong, …, and then what is left of either. First those whose tokens are known one by one."""
+    known = sorted(rows, key=lambda row: ("logp_teacher" not in row, "logp" not in row))
+    wrong, right = ([row for row in known if is_right(row) == verdict] for verdict in (False, True))
+    pairs = [row for pair in zip(wrong, right, strict=False) for row in pair]
+    both = len(pairs) // 2
+    return pairs + wrong[both:] + right[both:]
+
+
+def _gist(row: Mapping[str, Any], right: bool) -> str:
+    """A line of a list: the answer, and the right one where it is another."""
+    answer, gold = (" ".join(str(row.get(key) or "nothing").split())[:24] for key in ("extracted", "gold"))
+    return visible(answer if right else f"{answer} ≠ {gold}")
 
 
 def _facts(row: Mapping[str, Any]) -> Iterable[str]:

@@ -21,12 +21,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Vital:
-    """One metric of one run: median, worst (highest), last, and the points of a sparkline."""
+    """One metric of one run: median, worst (the highest; the lowest where it has a least), last, and the points of a
+    sparkline."""
 
     median: float
     worst: float
     last: float
-    over: int  # steps above the limit
+    over: int  # steps on the wrong side of the limit
     steps: int
     spark: str  # "x,y x,y …" in a box of 100 × 24
 
@@ -63,17 +64,17 @@ def as_phases(seconds: Mapping[str, float]) -> list[Phase]:
     kept = {name: as_number(seconds[name]) for name in order}
     kept = {name: value for name, value in kept.items() if math.isfinite(value) and value > 0}
     whole = sum(kept.values())
-    paint = _phase_colours(list(kept))
+    paint = phase_colours(list(kept))
     return [Phase(name, value, value / whole, paint[name]) for name, value in kept.items()]
 
 
-def _phase_colours(names: Sequence[str]) -> dict[str, str]:
+def phase_colours(names: Sequence[str]) -> dict[str, str]:
     """CSS variables: a phase of a step has one colour on every bar, a phase that is a run has the run's."""
     arms = [name for name in names if label(name) != name]
     paint = {name: f"--run-{PALETTE.index(colour)}" for name, colour in colours(arms).items()}
     paint |= {name: f"--phase-{PHASES.index(name)}" for name in names if name in PHASES}
     rest = [name for name in names if name not in paint]
-    return paint | {name: f"--phase-{(5 - i) % 6}" for i, name in enumerate(rest)}
+    return paint | {name: f"--phase-{i % len(PHASES)}" for i, name in enumerate(rest)}
 
 
 def vitals(runs: Sequence[RunRecord]) -> list[VitalRow]:
@@ -87,15 +88,37 @@ def vital(run: RunRecord, key: str) -> Vital | None:
     values = [value for value in run.metrics.get(key, ()) if math.isfinite(value)]
     if not values:
         return None
-    limit = metric(key).limit
-    over = sum(value > limit for value in values) if limit is not None else 0
-    return Vital(statistics.median(values), max(values), values[-1], over, len(values), spark(values))
+    shown = metric(key)
+    over = sum(map(shown.is_over, values))
+    worst = min(values) if shown.least is not None else max(values)
+    return Vital(statistics.median(values), worst, values[-1], over, len(values), spark(values))
 
 
-def unfinite(run: RunRecord) -> list[str]:
-    """Keys that a run logs every step but that were not finite on some: the first sign of a broken run."""
+def alarms(run: RunRecord, *, last: int = 20) -> list[str]:
+    """A line for each metric that was beyond its limit, or not finite, on one of the last steps."""
+    found = []
+    for key in HEALTH:
+        shown, steps = metric(key), run.metrics.get(key, [])[-last:]
+        if beyond := [value for value in steps if shown.is_over(value)]:
+            now = f"{shown.label}: {amount(beyond[-1], shown)}, healthy {limit_text(shown)}"
+            found.append(f"{now}, on {len(beyond)} of the last {len(steps)} steps. Look at: {shown.remedy}")
+    return found + [
+        f"{metric(key).label}: not finite on one of the last {last} steps" for key in unfinite(run, last=last)
+    ]
+
+
+def limit_text(shown: Metric) -> str:
+    """ "≤ 10 %", "≥ 50 %", "–"."""
+    if shown.limit is not None:
+        return f"≤ {amount(shown.limit, shown)}"
+    return f"≥ {amount(shown.least, shown)}" if shown.least is not None else "–"
+
+
+def unfinite(run: RunRecord, *, last: int = 0) -> list[str]:
+    """Keys that a run logs every step but that were not finite on some: the first sign of a broken run. `last`: only of
+    so many steps; 0: of all."""
     dense = ("loss", "pg_loss", "kl_loss", "grad_norm", "reward", "entropy")
-    return [key for key in dense if key in run.metrics and any(not math.isfinite(v) for v in run.metrics[key])]
+    return [key for key in dense if any(not math.isfinite(value) for value in run.metrics.get(key, ())[-last:])]
 
 
 def spark(values: Sequence[float], *, width: float = 100, height: float = 24) -> str:
@@ -123,7 +146,7 @@ def number(value: float) -> str:
 
 def amount(value: float, shown: Metric) -> str:
     """`number`, but a share as percent."""
-    return f"{number(round(100 * value, 1))} %" if shown.unit.startswith("share") else number(value)
+    return f"{number(round(100 * value, 1))} %" if shown.is_share else number(value)
 
 
 def duration(seconds: float) -> str:

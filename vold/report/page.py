@@ -14,10 +14,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import browse, health, plots, tables, words
+from . import browse, health, plots, tables, timeline, tokens, words
+from .compare import compare, keys_of
 from .published import beside_published
 from .read import RunRecord, as_number, flatten, read_json, read_runs
-from .style import CURVES, GRID, INK, PALETTE, SOFT, arm_of, colours, label, metric
+from .style import GRID, INK, PALETTE, SOFT, arm_of, colours, label, metric
 
 _VERBS = {"sft": "Stage 1: learning from the teacher's traces", "rl": "Stage 2: reinforcement learning"}
 
@@ -33,6 +34,7 @@ class Run:
     throughput: str
     memory: str
     phases: list[health.Phase]
+    timeline: timeline.Timeline | None
     unfinite: list[str]
     config: str
     evaluation: Mapping[str, Mapping[str, Any]]
@@ -80,10 +82,13 @@ def write_report(
             seeds=_seeds(seeds),
             runs=_runs(records),
             curves=_curves(records),
+            comparisons=compare(records),
             vitals=health.vitals([record for record in records if record.metrics]),
             problems=browse.problems(_in_order(evaluations, table)),
             galleries=browse.galleries(_in_order(evaluations, table)),
             shelves=browse.shelves(records),
+            shelf_size=browse.PER_SHELF,
+            shades=tokens.STEPS,
             changes=_changes(records),
         )
     )
@@ -99,6 +104,9 @@ def inline_svg(svg: bytes) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
+    text = re.sub(
+        r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), text
+    )  # hundredths of a point
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same ids in every figure; nothing refers to them
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)  # as wide as its place
     for colour, variable in _VARIABLES.items():
@@ -120,6 +128,8 @@ def _environment() -> Environment:
     environment.filters |= {
         "number": lambda value: health.number(as_number(value)),
         "amount": health.amount,
+        "limit": health.limit_text,
+        "signed": lambda value: f"{value:+.2f}".replace("-", "−"),
         "duration": health.duration,
         "difference": words.difference_text,
         "percent": lambda value, error=math.nan: tables.cell(as_number(value), as_number(error)),
@@ -190,6 +200,7 @@ def _run(record: RunRecord, colour: str) -> Run:
         throughput=health.number(speed.median) if speed else "–",
         memory=health.number(memory.worst) if memory else "–",
         phases=times,
+        timeline=timeline.timeline(record),
         unfinite=health.unfinite(record),
         config=yaml.safe_dump(dict(record.config), sort_keys=False, allow_unicode=True) if record.config else "",
         evaluation=tables.evaluation_sets(record),
@@ -202,10 +213,7 @@ def _curves(records: Sequence[RunRecord]) -> list[CurveGroup]:
     groups = []
     for verb in dict.fromkeys(record.verb for record in records):
         same = [record for record in records if record.verb == verb and record.metrics]
-        wanted = CURVES.get(verb, ("reward", "loss"))
-        sets = sorted({key for record in same for key in record.metrics if key.startswith("accuracy_")})
-        keys = [key for key in wanted if any(plots.has(record, key) for record in same)]
-        keys += [key for key in sets if key not in keys and any(plots.has(record, key) for record in same)]
+        keys = [key for key in keys_of(same) if any(plots.has(record, key) for record in same)]
         names = [record.name for record in same]
         panels = [(f"{metric(k).label} by step: {', '.join(names)}", inline_svg(plots.curve(same, k))) for k in keys]
         if panels:

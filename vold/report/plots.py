@@ -1,10 +1,12 @@
-"""Figures as self-contained SVG or PNG bytes. Raw values faint, a light moving average over them, labels at lines."""
+"""Figures as self-contained SVG or PNG bytes. Raw values faint, a moving average with its standard error over them,
+labels at lines. A long run is drawn as what a panel can show of it: a few hundred points, its extremes kept."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
@@ -37,6 +39,8 @@ _RC = {
     "ytick.major.size": 0,
     "text.parse_math": False,  # names and labels are text, never TeX
 }
+POINTS = 240  # a panel is about as many points wide
+MARKS = 60  # more evaluations than these are a line with a band, not points with whiskers
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
@@ -121,28 +125,83 @@ def seed_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return groups
 
 
-def mean_run(name: str, runs: Sequence[RunRecord], key: str) -> RunRecord:
-    """The mean of `key` over the runs at each step that all of them logged; a single run is itself."""
-    if len(runs) == 1:
-        return runs[0]
-    logged = [
-        {step: value for step, value in zip(run.steps, run.metrics[key], strict=True) if math.isfinite(value)}
-        for run in runs
-    ]
-    steps = sorted(set.intersection(*(set(values) for values in logged)))
-    mean = [float(np.mean([values[step] for values in logged])) for step in steps]
-    return RunRecord(name, path=None, metrics={"step": steps, key: mean})
+@dataclass(frozen=True)
+class Trend:
+    """A line with its standard error: three arrays of equal length, NaN where there is nothing."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    stderr: np.ndarray
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """Centred moving average over about a twelfth of the run; NaN stays NaN and is not averaged in."""
-    y = np.asarray(values, dtype=float)
+def trend(run: RunRecord, key: str) -> Trend:
+    """Centred moving average over about a twelfth of the run, and its standard error from the scatter of the steps in
+    each window, taken as independent. NaN stays NaN and is not averaged in."""
+    y = np.asarray(run.metrics[key], dtype=float)
+    logged = np.isfinite(y)
     half = max(1, len(y) // 24)
-    return np.array([_mean(y[max(0, i - half) : i + half + 1]) if np.isfinite(y[i]) else np.nan for i in range(len(y))])
+    level = y[logged].mean() if logged.any() else 0.0  # sums of what is left lose no digits
+    rest = np.where(logged, y - level, 0.0)
+    n, total, squares = (_window(values, half) for values in (logged.astype(float), rest, rest**2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / n
+        variance = np.maximum(squares - total * mean, 0.0) / (n - 1)
+        stderr = np.sqrt(variance / n)
+    return Trend(np.asarray(run.steps), np.where(logged, level + mean, np.nan), np.where(logged, stderr, np.nan))
 
 
-def _mean(window: np.ndarray) -> float:
-    return float(window[np.isfinite(window)].mean())
+def trend_of_seeds(runs: Sequence[RunRecord], key: str) -> Trend:
+    """The mean over runs of their moving averages, at the steps that all of them logged, and its standard error over
+    the runs. What is evaluated now and then is not averaged over steps."""
+    dense = all(_dense(run, key) for run in runs)
+    lines = [
+        {step: value for step, value in zip(run.steps, values, strict=True) if math.isfinite(value)}
+        for run in runs
+        for values in [trend(run, key).mean if dense else run.metrics[key]]
+    ]
+    steps = sorted(set.intersection(*(set(line) for line in lines)))
+    values = np.array([[line[step] for step in steps] for line in lines])
+    stderr = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(len(steps), np.nan)
+    return Trend(np.array(steps), values.mean(axis=0), stderr)
+
+
+def _as_logged(run: RunRecord, key: str) -> Trend:
+    y = np.asarray(run.metrics[key], dtype=float)
+    return Trend(np.asarray(run.steps), y, np.full(len(y), np.nan))
+
+
+def _window(values: np.ndarray, half: int) -> np.ndarray:
+    """Sum over the `half` neighbours on either side and the value itself; fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(len(values))
+    return sums[np.minimum(ends + half + 1, len(values))] - sums[np.maximum(ends - half, 0)]
+
+
+def _dense(run: RunRecord, key: str) -> bool:
+    """Logged on most steps, or often; else it is an evaluation now and then, to be shown as points."""
+    logged = sum(map(math.isfinite, run.metrics[key]))
+    return logged > MARKS or (not key.startswith("accuracy_") and logged * 2 >= len(run.steps))
+
+
+def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most 2 × POINTS points of a line that look like all of them: the lowest and the highest of each stretch."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if len(y) <= 2 * POINTS:
+        return x, y
+    kept: set[int] = set()
+    for stretch in np.array_split(np.arange(len(y)), POINTS):
+        kept |= {int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])}
+    order = sorted(kept)
+    return x[order], y[order]
+
+
+def _thin(line: Trend) -> Trend:
+    """At most POINTS points of a line that is smooth already; the last one stays."""
+    logged = np.flatnonzero(np.isfinite(line.mean))
+    kept = logged[:: -(-len(logged) // POINTS)] if len(logged) else logged
+    if len(logged) and kept[-1] != logged[-1]:
+        kept = np.append(kept, logged[-1])
+    return Trend(line.x[kept], line.mean[kept], line.stderr[kept])
 
 
 def _short(name: str) -> str:
@@ -165,10 +224,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     ends: list[tuple[float, float, str, str]] = []
     for name, group in seed_groups([run for run in runs if has(run, key)]).items():
         colour = paint[group[0].name]
-        if len(group) > 1:
-            for run in group:
-                _draw_seed_run(axis, run, key, colour)
-        x, y = _draw_run(axis, mean_run(name, group, key), key, colour)
+        x, y = _draw_seeds_run(axis, group, key, colour) if len(group) > 1 else _draw_run(axis, group[0], key, colour)
         ends.append((x, y, _short(name), colour))
     every = [v for run in runs for v in run.metrics.get(key, ()) if math.isfinite(v)]
     if shown.log and every and min(every) > 0 and max(every) / min(every) > 20:
@@ -189,23 +245,33 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
 def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float, float]:
     """Draw one run; give the point where its line ends."""
     x, y = np.asarray(run.steps), np.asarray(run.metrics[key], dtype=float)
+    if _dense(run, key):
+        axis.plot(*extremes(x, y), color=colour, linewidth=0.9, alpha=0.35)
+        return _draw_trend(axis, trend(run, key), colour)
     logged = np.isfinite(y)
-    if logged.sum() * 2 < len(y) or key.startswith("accuracy_"):  # evaluated now and then: points, joined
-        x, y = x[logged], y[logged]
-        axis.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=4)
-        return float(x[-1]), float(y[-1])
-    trend = smooth(y)
-    axis.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
-    axis.plot(x, trend, color=colour, linewidth=2, solid_capstyle="round")
-    return float(x[logged][-1]), float(trend[logged][-1])
+    error = run.metrics.get(f"stderr_{key.removeprefix('accuracy_')}")
+    whiskers = np.nan_to_num(np.asarray(error, dtype=float)[logged]) if error else None
+    axis.errorbar(
+        x[logged], y[logged], yerr=whiskers, color=colour, linewidth=1.6, elinewidth=1, fmt="-o", markersize=4
+    )
+    return float(x[logged][-1]), float(y[logged][-1])
 
 
-def _draw_seed_run(axis: Axes, run: RunRecord, key: str, colour: str) -> None:
-    """One of several seeds: faint, and without a name."""
-    x, y = np.asarray(run.steps), smooth(run.metrics[key])
-    logged = np.isfinite(y)
-    dots = "." if logged.sum() * 2 < len(y) else ""
-    axis.plot(x[logged], y[logged], color=colour, linewidth=0.7, alpha=0.3, marker=dots)
+def _draw_seeds_run(axis: Axes, runs: Sequence[RunRecord], key: str, colour: str) -> tuple[float, float]:
+    """Draw one arm of several seeds: each faint and without a name, their mean with its standard error over it."""
+    for run in runs:
+        dense = _dense(run, key)
+        line = _thin(trend(run, key) if dense else _as_logged(run, key))
+        axis.plot(line.x, line.mean, color=colour, linewidth=0.7, alpha=0.3, marker="" if dense else ".")
+    return _draw_trend(axis, trend_of_seeds(runs, key), colour)
+
+
+def _draw_trend(axis: Axes, line: Trend, colour: str) -> tuple[float, float]:
+    line = _thin(line)
+    band = np.nan_to_num(line.stderr)
+    axis.fill_between(line.x, line.mean - band, line.mean + band, color=colour, alpha=0.18, linewidth=0)
+    axis.plot(line.x, line.mean, color=colour, linewidth=2, solid_capstyle="round")
+    return float(line.x[-1]), float(line.mean[-1])
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import yaml
 
-SAMPLES_TAIL_BYTES = 64 * 2**20  # of a longer samples.jsonl only the newest part is read
+EVALUATION_BYTES = 64 * 2**20  # of a longer samples.jsonl only the end is read
+TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # of a training run's, as much in parts from all along the run
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json")
 
 
@@ -20,6 +22,7 @@ class RunRecord:
     """What one run directory says.
 
     metrics    key -> one float per step, NaN where a step did not log the key; always has "step" if not empty
+    timeline   the last steps, oldest first: {"step", "intervals": [[phase, lane, start s, end s], …]}
     skipped    lines that could not be read, usually the last one of a run that was stopped
     """
 
@@ -28,6 +31,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, list[float]] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+    timeline: tuple[Mapping[str, Any], ...] = ()
     evaluation: Mapping[str, Any] | None = None
     skipped: int = 0
 
@@ -82,14 +86,18 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
     """One run directory -> RunRecord. Absent or damaged files leave their field empty."""
     path = Path(path)
     metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
-    samples, bad_samples = read_jsonl(path / "samples.jsonl", tail_bytes=SAMPLES_TAIL_BYTES)
+    evaluation = read_json(path / "evaluation.json")
+    some = (EVALUATION_BYTES, 1) if evaluation else (TRAINING_BYTES, TRAINING_PARTS)
+    samples, bad_samples = read_jsonl(path / "samples.jsonl", *some)
+    timeline, _ = read_jsonl(path / "timeline.jsonl")
     return RunRecord(
         name=name or path.name,
         path=path,
-        config=_read_config(path / "config.yaml"),
+        config=read_config(path / "config.yaml"),
         metrics=columns(metric_rows),
         samples=tuple(samples),
-        evaluation=read_json(path / "evaluation.json"),
+        timeline=tuple(timeline),
+        evaluation=evaluation,
         skipped=bad_metrics + bad_samples,
     )
 
@@ -132,20 +140,51 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
-def read_jsonl(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0)."""
+def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0). Of one longer than
+    `most_bytes` only so many bytes, in `parts` spread evenly, the last at its end."""
     rows: list[dict[str, Any]] = []
     bad = 0
-    for line in _lines(path, tail_bytes):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
+    for line in _lines(path, most_bytes, parts):
+        if isinstance(row := _parsed(line), dict):
             rows.append(row)
         else:
             bad += 1
     return rows, bad
+
+
+class MetricsTail:
+    """A live run's metrics.jsonl. `rows`: those that are whole so far; a line that is still being written comes later.
+    A file that was replaced, as --resume does when it drops rows, or cut, is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path = path
+        self._file: tuple[int, int] | None = None  # device and inode
+        self._offset = 0
+
+    def poll(self) -> float | None:
+        """Read what has come since; the time of the file's last change, None while there is no file."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != self._file or status.st_size < self._offset:
+                    self.rows, self._offset = [], 0
+                    self._file = status.st_dev, status.st_ino
+                file.seek(self._offset)
+                whole = file.read().rpartition(b"\n")
+        except OSError:
+            return None
+        self._offset += len(whole[0]) + len(whole[1])
+        self.rows += [row for line in whole[0].splitlines() if isinstance(row := _parsed(line), dict)]
+        return status.st_mtime
+
+
+def _parsed(line: str | bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -157,21 +196,30 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _lines(path: Path, tail_bytes: int | None) -> Iterator[str]:
+def _lines(path: Path, most_bytes: int | None, parts: int) -> Iterator[str]:
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            if tail_bytes is not None and size > tail_bytes:
-                file.seek(size - tail_bytes)
-                file.readline()  # the rest of a line that began before
-            for raw in file:
-                if line := raw.decode("utf-8", errors="replace").strip():
-                    yield line
+            for start, end in _stretches(path.stat().st_size, most_bytes, parts):
+                file.seek(max(start - 1, 0))
+                if start:
+                    file.readline()  # the rest of a line that began before
+                while file.tell() < end and (raw := file.readline()):
+                    if line := raw.decode("utf-8", errors="replace").strip():
+                        yield line
     except OSError:
         return
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _stretches(size: int, most_bytes: int | None, parts: int) -> list[tuple[int, int]]:
+    if most_bytes is None or size <= most_bytes:
+        return [(0, size)]
+    each = most_bytes // parts
+    starts = [(size - each) * (part + 1) // parts for part in range(parts)]
+    return [(start, start + each) for start in starts]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; {} where there is none."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-99-99

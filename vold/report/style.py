@@ -14,18 +14,35 @@ _RESERVED = {"base": 0, "teacher": 5, "sft": 1, "grpo": 2, "vold": 3, "unmasked"
 
 @dataclass(frozen=True)
 class Metric:
-    """`limit`: above it the page raises a flag. Limits are rules of thumb, and the page says so."""
+    """Above `limit`, or below `least`, the page raises a flag; `remedy`: where to look then. Limits are rules of thumb,
+    and the page says so. `better`: +1 where more is better, -1 where less is, 0 where neither is."""
 
     label: str
     unit: str = ""
     meaning: str = ""
     limit: float | None = None
+    least: float | None = None
+    remedy: str = ""
+    better: int = 0
     log: bool = False
+
+    @property
+    def has_limit(self) -> bool:
+        return self.limit is not None or self.least is not None
+
+    @property
+    def is_share(self) -> bool:
+        return self.unit.startswith("share")
+
+    def is_over(self, value: float) -> bool:
+        """Whether a value is on the wrong side of a limit; NaN is on neither."""
+        return (self.limit is not None and value > self.limit) or (self.least is not None and value < self.least)
 
 
 METRICS: dict[str, Metric] = {
-    "reward": Metric("Reward", "mean over responses", "Share of sampled responses that the grader accepts."),
+    "reward": Metric("Reward", "mean over responses", "Share of sampled responses that the grader accepts.", better=1),
     "loss": Metric("Loss", "nats per token"),
+    "nll": Metric("Negative log-likelihood", "nats per token"),
     "pg_loss": Metric("Policy loss", "nats per token"),
     "kl_loss": Metric("Distillation loss", "nats² per token"),
     "kl_teacher": Metric("Teacher KL", "½(log p − log p teacher)², nats²", "How far the student is from the teacher."),
@@ -34,30 +51,112 @@ METRICS: dict[str, Metric] = {
     "grad_norm": Metric("Gradient norm", "before clipping", "Spikes come before collapses.", log=True),
     "lr": Metric("Learning rate", ""),
     "tokens_per_second": Metric("Throughput", "tokens per second", "All phases included."),
+    "mfu": Metric("MFU", "share of peak", "Useful work of the training phase over the device's peak."),
     "peak_memory_gib": Metric("Peak memory", "GiB", "Highest so far on one device."),
     "mismatch_mean": Metric(
         "Sampler–trainer mismatch, mean",
         "|Δ log p|, nats",
         "Sampler and trainer score the same tokens; at equal weights only rounding remains.",
         limit=0.02,
+        remedy="the sampler's dtype and temperature; whether its weights are this step's",
     ),
     "mismatch_max": Metric(
         "Sampler–trainer mismatch, worst token",
         "|Δ log p|, nats",
         "The same for the worst token of the batch; large means stale weights or a wrong mask.",
         limit=1.0,
+        remedy="the response it belongs to, in samples.jsonl",
+    ),
+    "mismatch_kl": Metric(
+        "KL from sampler to trainer",
+        "nats per token",
+        "Its mean; NeMo-RL alarms at the same value.",
+        limit=2e-3,
+        remedy="rollout.lag and rollout.importance_cap where rollouts are drawn ahead, else the sampler",
+    ),
+    "parity_error": Metric(
+        "Parity after a hand-over",
+        "mean exp|Δ log p|",
+        "On fixed sequences, right after the weights went to the sampler; the run stops at parity_limit.",
+        limit=1.05,
+        remedy="rollout.engine and dtype: sampler and trainer run different models",
+    ),
+    "importance_truncated": Metric(
+        "Importance weights truncated",
+        "share of tokens",
+        "Tokens whose weight was cut at rollout.importance_cap.",
+        limit=0.05,
+        remedy="rollout.lag=0, or a lower optimizer.lr",
+    ),
+    "effective_sample_size": Metric(
+        "Effective sample size",
+        "share of tokens",
+        "What the importance weights leave of the batch (Kish).",
+        least=0.5,
+        remedy="rollout.lag=0, or a lower optimizer.lr",
     ),
     "clip_low": Metric(
-        "Clipped below", "share of tokens", "Tokens whose ratio fell under the clip range: no gradient.", limit=0.1
+        "Clipped below",
+        "share of tokens",
+        "Tokens whose ratio fell under the clip range: no gradient.",
+        limit=0.1,
+        remedy="a lower optimizer.lr",
     ),
     "clip_high": Metric(
-        "Clipped above", "share of tokens", "Tokens whose ratio rose over the clip range: no gradient.", limit=0.1
+        "Clipped above",
+        "share of tokens",
+        "Tokens whose ratio rose over the clip range: no gradient.",
+        limit=0.1,
+        remedy="a lower optimizer.lr",
     ),
     "truncated": Metric(
-        "Truncated", "share of responses", "Responses that hit the length limit and cannot be graded.", limit=0.1
+        "Truncated",
+        "share of responses",
+        "Responses that hit the length limit; they score 0.",
+        limit=0.1,
+        remedy="rollout.max_new_tokens, and whether the model still ends its answers",
     ),
     "broken": Metric(
-        "Broken", "share of responses", "Responses on which the grader failed; masked out, not wrong.", limit=0.01
+        "Broken",
+        "responses a step",
+        "Responses on which the grader failed; masked out, not wrong.",
+        limit=0.0,
+        remedy="`vold grade` on those rows",
+    ),
+    "groups_solved": Metric(
+        "Groups all right",
+        "share of groups",
+        "No policy gradient comes from them.",
+        limit=0.8,
+        remedy="harder problems, or rollout.dynamic_sampling",
+    ),
+    "groups_failed": Metric(
+        "Groups all wrong",
+        "share of groups",
+        "No policy gradient comes from them, only the teacher's.",
+        limit=0.8,
+        remedy="easier problems, a longer stage 1, or rollout.dynamic_sampling",
+    ),
+    "groups_lost": Metric(
+        "Groups lost",
+        "prompts a step",
+        "Prompts whose responses did not come back; dropped whole.",
+        limit=0.0,
+        remedy="the run's log: it names them",
+    ),
+    "teacher_failed": Metric(
+        "Teacher silent",
+        "responses a step",
+        "Responses that the teacher was asked about and did not score; they teach nothing.",
+        limit=0.0,
+        remedy="the teacher's own log",
+    ),
+    "skipped": Metric(
+        "Updates skipped",
+        "a step",
+        "The gradient was not finite, or nothing was left to learn from: no parameter changed.",
+        limit=0.0,
+        remedy="the rows of that step in samples.jsonl; a lower optimizer.lr",
     ),
 }
 
@@ -65,19 +164,11 @@ CURVES: dict[str, tuple[str, ...]] = {
     "rl": ("reward", "kl_teacher", "accuracy_image", "accuracy_text", "entropy", "response_length", "grad_norm"),
     "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
 }
-HEALTH = (
-    "mismatch_mean",
-    "mismatch_max",
-    "clip_low",
-    "clip_high",
-    "truncated",
-    "broken",
-    "entropy",
-    "grad_norm",
-)
+HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
-PHASES = ("rollout", "grade", "teacher", "train", "sync")
 TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
+# In the order of a step. page.css colours them --phase-0 … in this order.
+PHASES = ("rollout", "rollout_wait", "grade", "gather", "teacher", "train", *TRAIN_PARTS, "sync", "evaluate", "other")
 
 
 def metric(key: str) -> Metric:
@@ -85,7 +176,7 @@ def metric(key: str) -> Metric:
     if key in METRICS:
         return METRICS[key]
     if key.startswith("accuracy_"):
-        return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "held-out problems")
+        return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "held-out problems", better=1)
     return Metric(key.replace("_", " ").capitalize())
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from vold.config.schema import RewardConfig, RolloutConfig
 from vold.grading import Grader, reward
 from vold.objectives import Objective
-from vold.records import Group, Prompt, Rollout, Sample
+from vold.records import Group, Prompt, Rollout, Sample, StepReport
 from vold.rollout import Sampler
 from vold.stages.evaluate import answer_row
 
@@ -202,16 +202,43 @@ def teacher_blind(weighed: Sequence[Sample], admitted: Sequence[Sample]) -> dict
     return {"teacher_blind": float(sum(a.kl_weight != b.kl_weight for a, b in zip(weighed, admitted, strict=True)))}
 
 
-def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:
-    """Rows for samples.jsonl: up to `limit` graded responses, spread over the groups."""
+def shown_places(groups: Sequence[Group], limit: int) -> list[int]:
+    """Which graded responses samples.jsonl shows: up to `limit`, spread over the groups, by place among the samples."""
+    graded = sum(verdict.outcome != "broken" for group in groups for verdict in group.verdicts)
+    stride = max(graded // max(limit, 1), 1)
+    return list(range(0, graded, stride))[:limit]
+
+
+def group_rows(
+    groups: Sequence[Group], samples: Sequence[Sample], report: StepReport, shown: Sequence[int], tokenizer
+) -> list[dict]:
+    """Rows for samples.jsonl, of the responses at the places `shown`. One that was trained on has its `tokens` with
+    `logp` and `logp_teacher` of each (nats, to 3 decimals)."""
     graded = [
         (rollout, verdict)
         for group in groups
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
         if verdict.outcome != "broken"
     ]
-    stride = max(len(graded) // max(limit, 1), 1)
-    return [
-        answer_row(*graded[place]) | {"advantage": samples[place].advantage, "mean_kl": mean_kl.get(place)}
-        for place in range(0, len(graded), stride)[:limit]
-    ]
+    rows = []
+    for place in shown:
+        row = answer_row(*graded[place])
+        row |= {"advantage": samples[place].advantage, "mean_kl": report.mean_kl.get(place)}
+        if logps := report.tokens.get(place):
+            row["tokens"] = token_texts(tokenizer, graded[place][0].response_ids)
+            row |= {name: [round(logp, 3) for logp in values] for name, values in logps.items()}
+        rows.append(row)
+    return rows
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each id, special tokens included. A character spelled by several ids is the last one's."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        split = text.endswith("\ufffd") and len(pending) < 4 and len(texts) + 1 < len(ids)  # UTF-8: 4 bytes at most
+        texts.append("" if split else text)
+        pending = pending if split else []
+    return texts

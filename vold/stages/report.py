@@ -9,9 +9,6 @@ from vold.report import write_report
 
 
 def run(runs: Sequence[Path], out: Path) -> None:
-    """Writes `out`. Raises ValueError naming a path that is no run directory."""
-    for path in runs:
-        if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is no run directory (no config.yaml)")
-    write_report(runs, out, title=", ".join(path.name for path in runs))
+    """Writes `out`. Raises ValueError naming a path that is neither a run directory nor a folder of them."""
+    write_report(runs, out, title=", ".join(path.resolve().name for path in runs))
     print(out)

@@ -26,6 +26,7 @@ from vold.stages.groups import (
     StreamedTeacher,
     group_rows,
     mask_unscored,
+    shown_places,
     teacher_blind,
     teacher_metrics,
 )
@@ -87,15 +88,16 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             ]
             with job.log.phase("teacher"):
                 batches = [teacher.score(batch) for batch in batches]
+            shown = shown_places(drawn.groups, config.samples_per_step)
             with job.log.phase("train"):
-                report = trainer.step(*batches) if samples else trainer.skip(*NOTHING_LEFT)
+                report = trainer.step(*batches, shown=shown) if samples else trainer.skip(*NOTHING_LEFT)
             rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = drawn.metrics | teacher_metrics(admitted, encode.length) | teacher_blind(weighed, admitted)
             metrics |= teacher.metrics | current.metrics() | report.metrics | parity
-            shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
-            training.finish_step(step, metrics, shown, sampler, grader)
+            rows = group_rows(drawn.groups, samples, report, shown, tokenizer)
+            training.finish_step(step, metrics, rows, sampler, grader)
     training.export()
 
 

@@ -86,7 +86,9 @@ class TrainingRun:
         if self.evaluates_after(step):
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
-            metrics |= {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}
+            for name, found in answers.items():
+                summary = summarise(found)
+                metrics |= {f"accuracy_{name}": summary["accuracy"], f"stderr_{name}": summary["stderr"]}
         row = self.last = self.job.log.write(done, metrics, rows)
         stop = any_rank(self.asked_to_stop, self.job.layout.device)
         if self.profiler:

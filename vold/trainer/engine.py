@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from vold.trainer.flops import segment_flops, training_flops
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.phases import Phases
 from vold.trainer.pipeline import Head, ResultT, run_pipeline
-from vold.trainer.tally import mean_kl, reduce_tallies, tally
+from vold.trainer.tally import mean_kl, reduce_tallies, tally, token_logps
 from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
@@ -75,9 +75,10 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, *minibatches: Batch) -> StepReport:
+    def step(self, *minibatches: Batch, shown: Container[int] = ()) -> StepReport:
         """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
-        denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere."""
+        denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
+        `shown`: places of the samples whose tokens are reported one by one."""
         batches = [batch_to(batch, self._layout.device) for batch in minibatches]
         if len(batches) > 1:
             with self.phases("old_logprobs"):
@@ -90,7 +91,7 @@ class Trainer:
                 grad_norms.append(self._update())
         if self.average is not None:
             self.average.follow(self.chunks)
-        report = self._report(batches, tallies, grad_norms) if self._layout.is_last_stage else None
+        report = self._report(batches, tallies, grad_norms, shown) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def skip(self, reason: str, remedy: str) -> StepReport:
@@ -116,7 +117,11 @@ class Trainer:
         return run_pipeline(self._chunks, batch.micro_batches, self._layout, head, vision=self._vision, **options)
 
     def _report(
-        self, batches: Sequence[Batch], tallies: Sequence[dict[str, Tensor]], grad_norms: Sequence[float]
+        self,
+        batches: Sequence[Batch],
+        tallies: Sequence[dict[str, Tensor]],
+        grad_norms: Sequence[float],
+        shown: Container[int],
     ) -> StepReport:
         """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
         updates, the others over all their tokens."""
@@ -127,7 +132,8 @@ class Trainer:
         skipped = sum(not math.isfinite(norm) for norm in grad_norms)
         metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
         micro_batches = [micro for batch in batches for micro in batch.micro_batches]
-        return StepReport(metrics, mean_kl(micro_batches, tallies, group))
+        tokens = token_logps(micro_batches, tallies, shown, group)
+        return StepReport(metrics, mean_kl(micro_batches, tallies, group), tokens)
 
     def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_ND, weight = hidden_TD[batch.source_N], self.chunks[-1].head_weight()

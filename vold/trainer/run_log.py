@@ -1,5 +1,5 @@
 """A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, prompts.jsonl (one object for each
-prompt that was asked), and a progress line on a terminal."""
+prompt that was asked), timeline.jsonl (phases of the last few steps), and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ FREE_KEYS = (
     "teacher_vllm",
     "loggers",
 )
+TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few tell what a run is like
 
 
 class RunLog:
@@ -48,6 +50,7 @@ class RunLog:
         self._task = self._progress.add_task(verb, total=total, note="", live="")
         self.phase = Phases()
         self._step_started = time.perf_counter()
+        self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run."""
@@ -67,7 +70,7 @@ class RunLog:
         if not self._writer:
             return {}
         last: dict[str, float] = {}
-        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= step]
@@ -93,6 +96,8 @@ class RunLog:
             _append(self.path / "metrics.jsonl", [row])
             _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._loggers.log(step, row)
+            self._timeline.append({"step": step, "seconds": seconds, "intervals": self.phase.intervals})
+            _replace(self.path / "timeline.jsonl", "".join(json.dumps(kept) + "\n" for kept in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 

@@ -6,7 +6,8 @@ Nothing here touches the host until the step is over.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from vold.records import MicroBatch
 from vold_kernels.linear_kl import KLLoss
 from vold_kernels.linear_policy_loss import PolicyLoss
 
+ValueT = TypeVar("ValueT")
 SUMS = (
     "tokens",
     "read_tokens",
@@ -47,8 +49,8 @@ def tally(
     kl_clamp: float = math.inf,
     full: KLLoss | None = None,
 ) -> dict[str, Tensor]:
-    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence. The
-    importance weights are those of the loss, none without a cap.
+    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence; logp_N.
+    The importance weights are those of the loss, none without a cap.
 
     full: the divergence of whole distributions, where that is the distillation term. Log-probs are then known only
     where there is a policy gradient."""
@@ -94,6 +96,7 @@ def tally(
         "mismatch_max": gap_N.abs().amax() if gap_N.numel() else gap_N.new_zeros(()),
         "kl_B": sequences.index_add(0, batch.sequence_N, kl_N),
         "kl_count_B": sequences.index_add(0, batch.sequence_N, scored_N),
+        "logp_N": out.logp_N,
     }
 
 
@@ -145,6 +148,29 @@ def mean_kl(
         for place, total, count in zip(batch.sample_B, t["kl_B"].tolist(), t["kl_count_B"].tolist(), strict=True):
             if count:
                 means[place] = total / count
-    shares: list[dict[int, float]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(shares, means, group=group)
-    return {place: mean for share in shares for place, mean in share.items()}
+    return _of_all_ranks(means, group)
+
+
+def token_logps(
+    batches: Sequence[MicroBatch],
+    tallies: Sequence[dict[str, Tensor]],
+    shown: Container[int],
+    group: dist.ProcessGroup,
+) -> dict[int, dict[str, list[float]]]:
+    """Sample place -> `logp` and, with a KL term, `logp_teacher` of its tokens, for the samples of all ranks of `group`
+    that are among `shown`."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for batch, t in zip(batches, tallies, strict=True):
+        for sequence, place in enumerate(batch.sample_B):
+            if place in shown:
+                mine_N = batch.sequence_N == sequence
+                found[place] = {"logp": t["logp_N"][mine_N].tolist()}
+                if batch.logp_teacher_N is not None and bool(batch.kl_weight_N[mine_N].any()):
+                    found[place]["logp_teacher"] = batch.logp_teacher_N[mine_N].tolist()
+    return _of_all_ranks(found, group)
+
+
+def _of_all_ranks(mine: dict[int, ValueT], group: dist.ProcessGroup) -> dict[int, ValueT]:
+    shares: list[dict[int, ValueT]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(shares, mine, group=group)
+    return {place: value for share in shares for place, value in share.items()}

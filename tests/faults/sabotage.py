@@ -75,9 +75,9 @@ def hangs_in_step(number: int) -> None:
 
 
 def is_sent_sigterm_in_step(number: int) -> None:
-    def signalled(step, *arguments):
+    def signalled(step, *arguments, **keywords):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
+        return step(*arguments, **keywords)
 
     at_call(Trainer, "step", number, signalled)
 
@@ -99,10 +99,9 @@ def disk_is_full_in_save(number: int, limit: int) -> None:
 def sees_nan(first: int, count: int) -> None:
     """In `count` steps from the first-th: not-a-number advantages in this rank's share of the batch."""
 
-    def poisoned(step, trainer, batch):
-        return step(
-            trainer, Batch(tuple(replace(m, advantage_N=m.advantage_N * float("nan")) for m in batch.micro_batches))
-        )
+    def poisoned(step, trainer, batch, **keywords):
+        micro_batches = tuple(replace(m, advantage_N=m.advantage_N * float("nan")) for m in batch.micro_batches)
+        return step(trainer, Batch(micro_batches), **keywords)
 
     for number in range(count):
         at_call(Trainer, "step", first if number == 0 else first + number, poisoned)

@@ -65,6 +65,15 @@ def test_runs_of_several_seeds_are_one_labelled_mean_with_its_standard_error():
     assert text.count("VOLD") == 1 and "seed" not in text
 
 
+def test_seeds_that_share_no_step_are_drawn_without_a_mean():
+    nan = math.nan
+    runs = [
+        RunRecord(f"seed{i}/vold", path=None, metrics={"step": [1.0, 2.0], "accuracy_text": values})
+        for i, values in enumerate([[0.5, nan], [nan, 0.6]])
+    ]
+    assert "VOLD" in "".join(ET.fromstring(curve(runs, "accuracy_text")).itertext())
+
+
 def test_smoothing_keeps_constants_lines_and_gaps():
     assert np.allclose(trend(run_of([2.0] * 50), "reward").mean, 2.0)
     line = trend(run_of(np.arange(50.0)), "reward").mean

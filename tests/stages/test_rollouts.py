@@ -105,10 +105,10 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
     meet = threading.Barrier(2, timeout=60.0)
     step, draw, lanes = Trainer.step, RolloutWorker.draw, []
 
-    def training(trainer, batch):
+    def training(trainer, batch, **asked):
         if trainer.schedule.num_steps < 2:  # the last step's are the last to be drawn
             meet.wait()
-        return step(trainer, batch)
+        return step(trainer, batch, **asked)
 
     def drawing(*args):
         if threading.current_thread() is not threading.main_thread():
@@ -136,8 +136,8 @@ def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monk
     busy, trained = threading.Lock(), threading.Event()
     step, draw = Trainer.step, RolloutWorker.draw
 
-    def training(trainer, batch):
-        report = step(trainer, batch)
+    def training(trainer, batch, **asked):
+        report = step(trainer, batch, **asked)
         trained.set()
         return report
 

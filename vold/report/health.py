@@ -108,7 +108,7 @@ def alarms(run: RunRecord, *, last: int = 20) -> list[str]:
 
 
 def limit_text(shown: Metric) -> str:
-    """ "≤ 10 %", "≥ 50 %", "–"."""
+    """As a person reads it: ≤ 10 %, ≥ 50 %, – where there is none."""
     if shown.limit is not None:
         return f"≤ {amount(shown.limit, shown)}"
     return f"≥ {amount(shown.least, shown)}" if shown.least is not None else "–"

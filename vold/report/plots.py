@@ -263,7 +263,10 @@ def _draw_seeds_run(axis: Axes, runs: Sequence[RunRecord], key: str, colour: str
         dense = _dense(run, key)
         line = _thin(trend(run, key) if dense else _as_logged(run, key))
         axis.plot(line.x, line.mean, color=colour, linewidth=0.7, alpha=0.3, marker="" if dense else ".")
-    return _draw_trend(axis, trend_of_seeds(runs, key), colour)
+    mean = trend_of_seeds(runs, key)
+    if not len(mean.x):  # no step that all of them logged: their own lines are all there is
+        return float(line.x[-1]), float(line.mean[-1])
+    return _draw_trend(axis, mean, colour)
 
 
 def _draw_trend(axis: Axes, line: Trend, colour: str) -> tuple[float, float]:

@@ -121,7 +121,7 @@ METRICS: dict[str, Metric] = {
         "responses a step",
         "Responses on which the grader failed; masked out, not wrong.",
         limit=0.0,
-        remedy="`vold grade` on those rows",
+        remedy="`vold grade` on answers of that kind",
     ),
     "groups_solved": Metric(
         "Groups all right",

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,25 +24,36 @@ def run(path: Path) -> None:
     `path` is no run directory."""
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path} is no run directory (no config.yaml); give the run_dir of a run that was started")
-    tail, console = MetricsTail(path / "metrics.jsonl"), Console()
-    record, silent = _look(path, tail)
+    run, console = LiveRun(path), Console()
     if console.is_terminal:
         try:
             with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
-                while not is_finished(record) and pressed(INTERVAL) != "q":
-                    live.update(view(record, silent=silent), refresh=True)
-                    record, silent = _look(path, tail)
+                while not is_finished(run.look()) and pressed(INTERVAL) != "q":
+                    live.update(view(run.record, silent=run.silent), refresh=True)
         except KeyboardInterrupt:
             pass
-    console.print(view(record, silent=silent))  # what was seen last stays on the screen
+    console.print(view(run.look(), silent=run.silent))  # what was seen last stays on the screen
 
 
-def _look(path: Path, tail: MetricsTail) -> tuple[RunRecord, float]:
-    """The run as it is on file, and the seconds since its last step."""
-    written = tail.poll()
-    name = path.resolve().name
-    record = RunRecord(name, path, read_config(path / "config.yaml"), columns(tail.rows))
-    return record, max(0.0, time.time() - written) if written else 0.0
+class LiveRun:
+    """`record`: the run as it was on file at the last look; `silent`: seconds since its last step then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._tail, self._seen = path, MetricsTail(path / "metrics.jsonl"), (0.0, 0)
+        self.record, self.silent = RunRecord(path.resolve().name, path), 0.0
+        self._read()
+
+    def look(self) -> RunRecord:
+        written = self._tail.poll() or 0.0
+        if (seen := (written, len(self._tail.rows))) != self._seen:
+            self._seen = seen
+            self._read()
+        self.silent = max(0.0, time.time() - written) if written else 0.0
+        return self.record
+
+    def _read(self) -> None:
+        config = read_config(self._path / "config.yaml")
+        self.record = replace(self.record, config=config, metrics=columns(self._tail.rows))
 
 
 @contextmanager

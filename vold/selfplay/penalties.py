@@ -91,7 +91,7 @@ def cosine_distances(embeddings_QE: np.ndarray) -> np.ndarray:
 
 def clusters(distance_QQ: np.ndarray, *, threshold: float) -> np.ndarray:
     """The cluster of each question, int64 [Q], numbered from 0 by first appearance: average linkage, the two nearest
-    clusters joined as long as their distance is below `threshold` (as scikit-learn's AgglomerativeClustering has it)."""
+    clusters joined as long as they are less than `threshold` apart (as scikit-learn's AgglomerativeClustering does)."""
     size = len(distance_QQ)
     between = np.array(distance_QQ, dtype=float)
     np.fill_diagonal(between, np.inf)

@@ -16,9 +16,10 @@ import numpy as np
 from vold.config.schema import RolloutConfig
 from vold.grading import Grader
 from vold.objectives import Objective
-from vold.records import Group, Prompt, Rollout, Sample
+from vold.records import Group, Prompt, Rollout, Sample, Verdict
 from vold.rollout import Sampler
 from vold.stages.evaluate import answer_row
+from vold.stages.job import Job
 
 Phase = Callable[[str], AbstractContextManager]
 
@@ -85,11 +86,43 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class StepGroups:
+    """groups: what a step learns from, in the order their prompts were asked, the same on every rank; metrics: of all
+    that were drawn for it."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+
+
+class Judge(Protocol):
+    """What responses are worth."""
+
+    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
+        """Verdicts on (response, gold, truncated), in order, as they come: a group's rewards."""
+        ...
+
+    def compare(self, step: int, drawn: StepGroups) -> StepGroups:
+        """The groups of 0-based `step` once all are known, with the rewards they are trained on. All ranks call."""
+        ...
+
+
+class VerdictJudge:
+    """The verdict on the answer, and nothing else."""
+
+    def __init__(self, job: Job, grader: Grader):
+        self.grade = grader.grade
+
+    def compare(self, step: int, drawn: StepGroups) -> StepGroups:
+        """See Judge."""
+        return drawn
+
+
+@dataclass(frozen=True)
 class RolloutWorker:
     """One rank's sampler with what looks at its responses. Whoever calls `draw` has sampler and grader to himself."""
 
     sampler: Sampler
-    grader: Grader
+    judge: Judge
     objective: Objective
     config: RolloutConfig
     teacher: StreamedTeacher | None = None
@@ -104,7 +137,7 @@ class RolloutWorker:
         for place, rollouts in self._stream(calls, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
-                groups[place] = grade_group(rollouts, self.grader)
+                groups[place] = grade_group(rollouts, self.judge)
             if self.teacher and (wanted := self._distilled(groups[place])):
                 scores[place] = self.teacher.submit(wanted)
             finished.append(seconds)
@@ -145,9 +178,9 @@ class RolloutWorker:
         return replace(group, rollouts=tuple(rollouts))
 
 
-def grade_group(rollouts: Sequence[Rollout], grader: Grader) -> Group:
+def grade_group(rollouts: Sequence[Rollout], judge: Judge) -> Group:
     """Siblings with their rewards. A truncated response scores 0; one the grader broke on has no reward."""
-    verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
+    verdicts = judge.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
     rewards = tuple(None if v.outcome == "broken" else float(v.outcome == "correct") for v in verdicts)
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
@@ -199,13 +232,14 @@ def teacher_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def group_rows(groups: Sequence[Group], samples: Sequence[Sample], mean_kl: dict[int, float], limit: int) -> list[dict]:
     """Rows for samples.jsonl: up to `limit` graded responses, spread over the groups."""
     graded = [
-        (rollout, verdict)
+        (rollout, verdict, reward)
         for group in groups
-        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
-        if verdict.outcome != "broken"
+        for rollout, verdict, reward in zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        if reward is not None
     ]
     stride = max(len(graded) // max(limit, 1), 1)
     return [
-        answer_row(*graded[place]) | {"advantage": samples[place].advantage, "mean_kl": mean_kl.get(place)}
+        answer_row(*graded[place][:2])
+        | {"reward": graded[place][2], "advantage": samples[place].advantage, "mean_kl": mean_kl.get(place)}
         for place in range(0, len(graded), stride)[:limit]
     ]

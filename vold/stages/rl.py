@@ -3,6 +3,8 @@ and for k2 distillation towards the teacher where the objective routes it (VOLD 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vold.config.schema import RlConfig
 from vold.data.pack import pack
 from vold.data.problems import load_problems
@@ -12,7 +14,15 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
-from vold.stages.groups import RolloutWorker, StreamedTeacher, group_rows, mask_unscored, teacher_metrics
+from vold.stages.groups import (
+    Judge,
+    RolloutWorker,
+    StreamedTeacher,
+    VerdictJudge,
+    group_rows,
+    mask_unscored,
+    teacher_metrics,
+)
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
 from vold.stages.rollouts import Rollouts
@@ -27,8 +37,15 @@ NOTHING_LEFT = (
 )
 
 
-def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
-    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
+def run(
+    config: RlConfig,
+    *,
+    resume: bool = False,
+    profiler: StepProfiler | None = None,
+    open_judge: Callable[[Job, Grader], Judge] = VerdictJudge,
+) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved.
+    `open_judge`: who says what responses are worth, where it is not the grader alone."""
     objective = build_objective(config.objective)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
@@ -51,7 +68,9 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             config,
             job,
             prompts,
-            RolloutWorker(sampler, grader, objective, config.rollout, _streamed_teacher(config, objective)),
+            RolloutWorker(
+                sampler, open_judge(job, grader), objective, config.rollout, _streamed_teacher(config, objective)
+            ),
             done=training.done,
         ) as rollouts,
     ):

@@ -19,7 +19,7 @@ from vold.config.schema import RunConfig
 from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
-RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json")
+RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "iteration-0001")
 # keys that may differ between a run and its resumption
 FREE_KEYS = (
     "parallel",

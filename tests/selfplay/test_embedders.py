@@ -89,7 +89,8 @@ def test_questions_by_the_code_a_coder_writes(tiny_teacher_dir):
     encoder = EncoderEmbedder(tiny_teacher_dir, device=CPU)
     embedder = CodeEmbedder(coder, prompt, sampling, encoder)
     codes = embedder.codes(TEXTS)
-    assert codes == [r.text for r in coder.sample([prompt(t) for t in TEXTS], sampling, responses=1, seed=5)]
+    said = [r.text for r in coder.sample([prompt(t) for t in TEXTS], sampling, responses=1, seed=5)]
+    assert codes == [text or question for text, question in zip(said, TEXTS, strict=True)] and any(said)
     assert embedder.embed(TEXTS) == pytest.approx(encoder.embed(codes))
     assert not np.allclose(embedder.embed(TEXTS), encoder.embed(TEXTS), atol=1e-3)
     assert embedder.embed([]).shape[0] == 0

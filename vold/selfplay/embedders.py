@@ -32,7 +32,7 @@ class Embedder(Protocol):
     """Texts in, unit vectors out."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [Q, E], rows of unit length; the same text gives the same row."""
+        """float32 [Q, E], rows of unit length; the same text gives the same row. No text is empty."""
         ...
 
 
@@ -123,11 +123,14 @@ class CodeEmbedder:
         return self._embedder.embed(self.codes(texts))
 
     def codes(self, questions: Sequence[str]) -> list[str]:
-        """Each question's code; equal questions are asked once."""
+        """Each question's code; equal questions are asked once. Where the coder writes nothing it is the question: a
+        challenger must not gain by questions that silence the coder."""
         unique = list(dict.fromkeys(questions))
         prompts = [self._prompt(question) for question in unique]
         rollouts = self._coder.sample(prompts, self._sampling, responses=1, seed=0) if prompts else []
-        written = {question: code_in(rollout.text) for question, rollout in zip(unique, rollouts, strict=True)}
+        written = {
+            question: code_in(rollout.text) or question for question, rollout in zip(unique, rollouts, strict=True)
+        }
         return [written[question] for question in questions]
 
 

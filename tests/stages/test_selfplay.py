@@ -13,15 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from vold.config import load_config, schema
+from vold.data.problems import Problem
+from vold.data.prompts import build_prompt
+from vold.models.tokenizer import load_tokenizer
 from vold.records import Group, Prompt, Rollout, Verdict
+from vold.rollout import TransformersSampler
 from vold.selfplay.bank import Bank, BankedQuestion
+from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder
 from vold.selfplay.questions import Vote
 from vold.stages import challenge, rl, selfplay
 from vold.stages.challenge import Challenge, QuestionForm
 from vold.stages.groups import StepGroups
 from vold.trainer.run_log import read_rows
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "miniature"
+DIVERSE = Path(__file__).parents[2] / "configs" / "miniature" / "selfplay-diverse.yaml"
 TINY = [
     "iterations=2",
     "pose.pattern=(.+)",
@@ -40,15 +45,19 @@ TINY = [
 ]
 
 
-def config_of(world, run_dir: Path, *overrides: str) -> schema.SelfplayConfig:
-    paths = [
+def overrides_of(world, run_dir: Path) -> list[str]:
+    return [
         f"run_dir={run_dir}",
         f"student={world.student}",
         f"embedder={world.teacher}",
         f"coder.checkpoint={world.teacher}",
         f"evaluation.sets.text.path={world.data / 'val_text.json'}",
+        *TINY,
     ]
-    return load_config(schema.SelfplayConfig, CONFIGS / "selfplay-diverse.yaml", [*paths, *TINY, *overrides])
+
+
+def config_of(world, run_dir: Path, *overrides: str) -> schema.SelfplayConfig:
+    return load_config(schema.SelfplayConfig, DIVERSE, [*overrides_of(world, run_dir), *overrides])
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +80,10 @@ def test_what_a_run_writes(whole_run):
     rows = read_rows(whole_run.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(0.0 <= row["accuracy_text"] <= 1.0 for row in rows)
+    assert (
+        whole_run.run_dir / "model"
+    ).resolve() == whole_run.run_dir.resolve() / "iteration-0002" / "solver" / "model"
+    assert (whole_run.run_dir / "diversity.svg").read_bytes().startswith(b"<?xml")
     bank = Bank(whole_run.run_dir / "bank")
     for number in (1, 2):
         counts = json.loads((whole_run.run_dir / f"iteration-{number:04d}" / "posed.json").read_text())
@@ -145,6 +158,27 @@ def break_off(patch: pytest.MonkeyPatch, phase: str) -> None:
     patch.setattr(rl.TrainingRun, "finish_step", finish_step)
 
 
+def test_two_ranks_share_the_work(world, tmp_path, torchrun):
+    """Each poses, answers and embeds its share; the bank is one, and both train on it."""
+    script = Path(__file__).with_name("selfplay_ranks.py")
+    done = torchrun(2, script, DIVERSE, *overrides_of(world, tmp_path / "run"), "iterations=1", "pose.candidates=13")
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads((tmp_path / "run" / "iteration-0001" / "posed.json").read_text())
+    bank = Bank(tmp_path / "run" / "bank")
+    assert counts["candidates"] == 13 and bank.count([1]) == counts["kept"] > 0
+    encoder = EncoderEmbedder(world.teacher, device=torch.device("cpu"))
+    tokenizer = load_tokenizer(world.teacher)
+    coder = CodeEmbedder(
+        TransformersSampler(world.teacher, dtype=torch.float32, device=torch.device("cpu")),
+        lambda question: build_prompt(Problem("", question), tokenizer, schema.PromptConfig(suffix="")),
+        schema.SamplingConfig(max_new_tokens=6, temperature=0.0),
+        encoder,
+    )
+    wanted = coder.embed([question.question for question in bank.read([1])])
+    assert np.concatenate(list(bank.embeddings([1]))) == pytest.approx(wanted, abs=1e-5), "each question its own row"
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 def test_runs_are_not_mixed(world, whole_run, layout):
     with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
         selfplay.run(config_of(world, whole_run.run_dir))
@@ -183,6 +217,7 @@ def test_mistakes_are_one_line(world, tmp_path, overrides, message):
 class OneRank:
     """A Job of one process."""
 
+    dtype, layout = torch.float32, SimpleNamespace(device=torch.device("cpu"))
     log = SimpleNamespace(phase=lambda name: torch.no_grad())
     share = staticmethod(list)
     gather = staticmethod(list)
@@ -201,7 +236,7 @@ class ToldVotes:
 
 def judged(config, panel, texts, world, monkeypatch, *, vectors=None, bank=None, remembered=()) -> StepGroups:
     embedder = SimpleNamespace(embed=lambda questions: np.array([vectors[q] for q in questions], dtype=np.float32))
-    monkeypatch.setattr(challenge, "open_embedder", lambda *_: embedder if vectors else None)
+    monkeypatch.setattr(challenge, "open_embedder", lambda *_, **__: embedder if vectors else None)
     form = QuestionForm(config, world.student)
     judge = Challenge(config, panel, form, OneRank, bank=bank, remembered=remembered, seed=100)
     prompt = Prompt("request", (1,), "=")

@@ -18,7 +18,7 @@ import torch
 from vold.selfplay.bank import Bank
 from vold.selfplay.penalties import bleu_distances, clusters, cosine_distances
 
-MOST_CLUSTERED = 256  # questions of an iteration whose pairs are looked at: the first, and they come in random order
+MOST_CLUSTERED = 100  # questions of an iteration whose pairs are looked at: the first, and they come in random order
 
 Words = Callable[[str], Sequence[Hashable]]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from vold.config.schema import PromptConfig, SamplingConfig, SelfplayConfig
 from vold.data.problems import Problem
@@ -88,11 +89,11 @@ class Panel:
         return vote([answers[k : k + each] for k in range(0, len(answers), each)], self._grader)
 
 
-def open_embedder(config: SelfplayConfig, job: Job) -> Embedder | None:
+def open_embedder(config: SelfplayConfig, *, dtype: torch.dtype, device: torch.device) -> Embedder | None:
     """What a config compares questions by: nothing, their words, or their code (SAM)."""
     if config.embedder is None:
         return None
-    encoder, coder = EncoderEmbedder(config.embedder, device=job.layout.device), config.coder
+    encoder, coder = EncoderEmbedder(config.embedder, device=device), config.coder
     if coder is None:
         return encoder
     tokenizer = load_tokenizer(coder.checkpoint)
@@ -104,7 +105,7 @@ def open_embedder(config: SelfplayConfig, job: Job) -> Embedder | None:
     sampling = SamplingConfig(
         max_new_tokens=coder.max_new_tokens, temperature=0.0, sequences_per_call=coder.sequences_per_call
     )
-    sampler = open_sampler(coder, coder.checkpoint, dtype=job.dtype, device=job.layout.device)
+    sampler = open_sampler(coder, coder.checkpoint, dtype=dtype, device=device)
     return CodeEmbedder(sampler, prompt, sampling, encoder)
 
 
@@ -145,7 +146,7 @@ class Challenge:
         """remembered: the bank's iterations so far; seed: of this iteration's answers."""
         self._config, self._panel, self._form, self._job = config, panel, form, job
         self._bank, self._remembered, self._seed = bank, remembered, seed
-        self._embedder = open_embedder(config, job)
+        self._embedder = open_embedder(config, dtype=job.dtype, device=job.layout.device)
 
     def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
         """The form alone: "correct" is a response that holds a question."""

@@ -12,6 +12,8 @@ Both trainings are `vold rl` with other rewards and other data. Below run_dir:
     iteration-0001/solver.json           the solver's training data, in the order it is read
     bank/                                every question that was kept (vold.selfplay.bank)
     metrics.jsonl, samples.jsonl         one row an iteration (0: the student as given); questions that were kept
+    diversity.svg                        accuracy and repetition over the iterations, and a map of the questions
+    model                                the last solver's, a link
 
 A phase that is finished is not done again: --resume goes on in the one that was interrupted.
 """
@@ -37,9 +39,10 @@ from vold.data.prompts import build_prompt
 from vold.grading import Grader
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.together import together
+from vold.report import SelfplayRecord, diversity_figure
 from vold.rollout import open_sampler
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.diversity import diversity
+from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.questions import informative, solver_batches
 from vold.stages import rl
 from vold.stages.challenge import Challenge, Panel, QuestionForm, embed_together, open_embedder
@@ -72,7 +75,7 @@ TRAIN_CHALLENGER, JUDGE, POSE, ANSWER, TRAIN_SOLVER, REPLAY = range(6)  # stream
 
 
 def run(config: SelfplayConfig, *, resume: bool = False) -> None:
-    """All iterations; the last solver is iteration-NNNN/solver/model."""
+    """All iterations; ends with run_dir/model, the last solver."""
     job = open_job(config, "selfplay", total=config.iterations, resume=resume)
     job.log.close()  # the phases below show their own progress
     bank = Bank(config.run_dir / "bank")
@@ -84,6 +87,7 @@ def run(config: SelfplayConfig, *, resume: bool = False) -> None:
         _pose(config, job, iteration, bank)
         _train_solver(config, job, iteration, bank)
         _log(config, job, number, partial(_summary, config, iteration, bank))
+    together(partial(_finish, config, job, bank))
 
 
 # -- challenger ----------------------------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def _pose(config: SelfplayConfig, job: Job, iteration: Iteration, bank: Bank) ->
             f"{limits} answers that agree; look at {iteration.folder}/challenger/samples.jsonl, raise "
             "pose.candidates, or widen answers.lowest and answers.highest"
         )
-    embedder = open_embedder(config, job)
+    embedder = open_embedder(config, dtype=job.dtype, device=job.layout.device)
     vectors = embed_together(embedder, [question for question, _ in kept], job) if embedder else [()] * len(kept)
     challenger, seed = str((iteration.folder / "challenger").relative_to(config.run_dir)), _pose_seed(config, iteration)
     questions = [
@@ -291,3 +295,15 @@ def _summary(config: SelfplayConfig, iteration: Iteration, bank: Bank) -> tuple[
         for q in islice(bank.read([iteration.number]), config.samples_per_step)
     ]
     return metrics, shown
+
+
+def _finish(config: SelfplayConfig, job: Job, bank: Bank) -> None:
+    """The picture, and the link to the last solver. On the writing rank."""
+    if not job.is_writer:
+        return
+    vectors = [np.concatenate(list(bank.embeddings([number]))) for number in bank.iterations()]
+    maps = map_of(vectors) if vectors[0].shape[1] else ()
+    record = SelfplayRecord(read_rows(config.run_dir / "metrics.jsonl"), maps)
+    (config.run_dir / "diversity.svg").write_bytes(diversity_figure({"": [record]}))
+    if not (model := config.run_dir / "model").is_symlink():
+        model.symlink_to(Path(f"iteration-{config.iterations:04d}") / "solver" / "model", target_is_directory=True)

@@ -6,7 +6,7 @@ BENCH  := .venv-bench
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: env demo reproduce test test-vllm test-peers check bench bench-rl clean
+.PHONY: env demo reproduce selfplay test test-vllm test-peers check bench bench-rl clean
 
 env: $(VENV)/.ready
 
@@ -25,6 +25,9 @@ demo: env            ## the two-stage pipeline in miniature: runs/demo/report.ht
 
 reproduce: env       ## three seeds of every arm: runs/reproduce/report.html
 	$(PY) -m vold.miniature reproduce
+
+selfplay: env        ## R-Zero and R-Diverse, two seeds: runs/selfplay/diversity.png
+	$(PY) -m vold.miniature selfplay
 
 test: env
 	$(PY) -m pytest

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"config", "records"},
     {"models", "objectives", "data", "grading", "parallel"},
-    {"trainer", "rollout", "teacher", "report"},
+    {"trainer", "rollout", "teacher", "report", "selfplay"},
     {"stages"},
     {"cli", "miniature", "__main__"},
 ]

@@ -46,6 +46,12 @@ def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> N
     _stage("rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
+@app.command()
+def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Challenger and solver train each other: R-Zero, R-Diverse."""
+    _stage("selfplay").run(load_config(schema.SelfplayConfig, config, overrides or ()), resume=resume)
+
+
 @app.command("eval")
 def evaluate(
     config: Config,

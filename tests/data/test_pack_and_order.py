@@ -170,3 +170,10 @@ def test_all_solved_does_not_end_the_search():
         rows = order.take(3)
         order.learn(rows, [1.0] * 3)
         assert sorted(rows) == [0, 1, 2]
+
+
+def test_a_composed_file_is_read_as_it_lies():
+    """data.shuffle = false: whole epochs, and steps that go over an epoch's edge."""
+    assert rows_of_step(1, rows=5, per_step=3, seed=None) == [3, 4, 0]
+    order = PromptOrder(5, seed=None)
+    assert order.take(3) + order.take(4) == [0, 1, 2, 3, 4, 0, 1]

@@ -31,7 +31,7 @@ from vold.objectives import build_objective
 from vold.records import Group, Prompt, Rollout, Verdict
 from vold.rollout import TransformersSampler
 from vold.stages import groups, rl
-from vold.stages.groups import Drawn, RolloutWorker
+from vold.stages.groups import Drawn, RolloutWorker, VerdictJudge
 from vold.stages.rollouts import Rollouts
 from vold.teacher import Teacher
 from vold.trainer.engine import Trainer
@@ -413,6 +413,13 @@ class MadeUp:
 
     def from_writer(self, value):
         return value
+
+    @property
+    def judge(self):
+        return VerdictJudge(self, self)
+
+    def grade(self, items):
+        raise AssertionError("made-up groups come with their verdicts")
 
     def share(self, calls):
         self._calls = calls

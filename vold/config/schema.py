@@ -5,6 +5,7 @@ Functions receive the sub-config they use, never the root.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,7 @@ class DataConfig(Strict):
     ]
     image_root: Path | None = None  # images must lie below; the file's own folder when absent
     on_error: Literal["stop", "skip"] = "stop"
+    shuffle: bool = True  # false: training reads the rows in the file's order, epoch after epoch
     limit: Positive | None = None  # first rows only
 
 
@@ -306,6 +308,103 @@ class VlmevalkitConfig(Strict):
     min_pixels: Positive = 1280 * 28 * 28
     max_pixels: Positive = 16384 * 28 * 28
     max_new_tokens: Annotated[int, Field(ge=8192)] = 8192  # reasoning that is cut off has no answer
+
+
+class PoseConfig(Strict):
+    """How the challenger is asked for a question, and what of its response is one (R-Zero)."""
+
+    request: str = (
+        "Write one new, challenging mathematics problem that has a single answer. Put the problem, and nothing else, "
+        "between <question> and </question>."
+    )  # the user's message
+    system: str | None = None
+    pattern: str = r"<question>\s*(.+?)\s*</question>"  # regular expression; its last match's group 1 is the question
+    candidates: Positive = 8000  # responses drawn of the trained challenger, over all ranks
+    repetition_weight: Annotated[float, Field(ge=0.0)] = 1.0  # of |cluster| / B in the challenger's reward
+    cluster_distance: Annotated[float, Field(gt=0.0)] = 0.5  # questions of a step that are nearer are one cluster
+
+    @model_validator(mode="after")
+    def _pattern_has_a_group(self):
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pose.pattern = {self.pattern!r} is no regular expression: {error}") from None
+        if groups < 1:
+            raise ValueError(f"pose.pattern = {self.pattern!r} has no group; put the question's part in (...)")
+        return self
+
+
+class AnswersConfig(Strict):
+    """How often the solver answers a posed question, and how many answers must agree for it to be trained on."""
+
+    responses: Annotated[int, Field(ge=2)] = 10
+    lowest: NonNegative = 3
+    highest: Positive = 7
+
+    @model_validator(mode="after")
+    def _range(self):
+        if not self.lowest <= self.highest <= self.responses:
+            raise ValueError(
+                f"answers.lowest = {self.lowest}, highest = {self.highest}, responses = {self.responses}: must ascend"
+            )
+        return self
+
+
+class MemoryConfig(Strict):
+    """R-Diverse's MAP: questions like those in the bank are worth less, and the solver sees old ones again."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 1.0  # of P in the challenger's reward
+    gamma: Share = 0.5  # share of the nearest question's term in P; the rest is the mean's
+    nearest_allowed: float = 0.5  # cosine
+    mean_allowed: float = 0.25  # cosine
+    replay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3  # share of each solver batch, once the bank holds any
+
+
+class CoderConfig(EngineConfig):
+    """R-Diverse's SAM: questions are compared by the code that solves them, greedily written."""
+
+    checkpoint: Path
+    request: str = (
+        "Write a Python program that solves the following problem. Give only the code, in one block.\n\n{question}"
+    )
+    max_new_tokens: Positive = 1024
+    sequences_per_call: Positive = 256
+
+
+class SelfplayPhaseConfig(Strict):
+    """How challenger or solver is trained in each iteration: keys of RlConfig."""
+
+    optimizer: OptimizerConfig
+    steps: Positive
+    prompts_per_step: Positive
+    rollout: RolloutConfig
+    objective: ObjectiveConfig = ObjectiveConfig(preset="grpo")
+    save_every: NonNegative = 0
+
+
+class SelfplayConfig(RunConfig):
+    """Challenger and solver train each other from one checkpoint, with no data and no teacher (R-Zero, R-Diverse)."""
+
+    student: Path  # where both begin
+    iterations: Positive = 5
+    pose: PoseConfig = PoseConfig()
+    answers: AnswersConfig = AnswersConfig()
+    memory: MemoryConfig | None = None  # MAP; needs an embedder
+    embedder: Path | None = None  # an encoder's directory: of questions, or of their code
+    coder: CoderConfig | None = None  # SAM; needs an embedder
+    challenger: SelfplayPhaseConfig
+    solver: SelfplayPhaseConfig
+    microbatch_tokens: Positive = 16384
+    evaluation: EvaluationConfig = EvaluationConfig()  # of the solver, at the end of each iteration
+    samples_per_step: NonNegative = 8
+    grader_workers: Positive = 2
+
+    @model_validator(mode="after")
+    def _embedder_is_there(self):
+        if self.embedder is None and (self.memory or self.coder):
+            wanting = "memory" if self.memory else "coder"
+            raise ValueError(f"{wanting} compares embeddings and embedder is not set; set embedder: PATH")
+        return self
 
 
 class EvalConfig(RunConfig, EngineConfig):

@@ -10,8 +10,9 @@ import numpy as np
 from vold.config.schema import CurriculumConfig
 
 
-def rows_of_step(step: int, *, rows: int, per_step: int, seed: int) -> list[int]:
-    """Row indices of `step` (0-based): consecutive slices of one fresh permutation per epoch, across its edge."""
+def rows_of_step(step: int, *, rows: int, per_step: int, seed: int | None) -> list[int]:
+    """Row indices of `step` (0-based): consecutive slices of one fresh permutation per epoch, across its edge. Without
+    a seed, of the rows as they are, epoch after epoch."""
     first = step * per_step
     return [_row(position, rows, seed) for position in range(first, first + per_step)]
 
@@ -20,7 +21,7 @@ class PromptOrder:
     """The same order where steps take different numbers of rows, and where some are passed over (see
     CurriculumConfig). Its state is what was taken and learnt: doing that again brings it back."""
 
-    def __init__(self, rows: int, seed: int, curriculum: CurriculumConfig | None = None):
+    def __init__(self, rows: int, seed: int | None, curriculum: CurriculumConfig | None = None):
         self._rows, self._seed, self._curriculum = rows, seed, curriculum
         self._position = 0
         self._pass_rate: dict[int, float] = {}  # of rows that have not come up again since
@@ -47,9 +48,9 @@ class PromptOrder:
         return wanted is not None and pass_rate is not None and not wanted.lowest <= pass_rate <= wanted.highest
 
 
-def _row(position: int, rows: int, seed: int) -> int:
+def _row(position: int, rows: int, seed: int | None) -> int:
     epoch, offset = divmod(position, rows)
-    return int(_permutation(rows, seed, epoch)[offset])
+    return offset if seed is None else int(_permutation(rows, seed, epoch)[offset])
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from vold.trainer.run_log import RESULTS, progress_note, read_rows
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "miniature"
-FINISHED_BY = {"traces": "traces/card.json", "sft": "model", "rl": "model", "eval": "evaluation.json"}
+FINISHED_BY = {
+    "traces": "traces/card.json",
+    "sft": "model",
+    "rl": "model",
+    "selfplay": "model",
+    "eval": "evaluation.json",
+}
 
 
 @dataclass(frozen=True)

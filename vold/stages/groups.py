@@ -16,9 +16,10 @@ import numpy as np
 from vold.config.schema import RewardConfig, RolloutConfig
 from vold.grading import Grader, reward
 from vold.objectives import Objective
-from vold.records import Group, Prompt, Rollout, Sample, StepReport
+from vold.records import Group, Prompt, Rollout, Sample, StepReport, Verdict
 from vold.rollout import Sampler
 from vold.stages.evaluate import answer_row
+from vold.stages.job import Job
 
 Phase = Callable[[str], AbstractContextManager]
 
@@ -85,11 +86,43 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class StepGroups:
+    """groups: what a step learns from, in the order their prompts were asked, the same on every rank; metrics: of all
+    that were drawn for it."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+
+
+class Judge(Protocol):
+    """What responses are worth."""
+
+    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
+        """Verdicts on (response, gold, truncated), in order, as they come: a group's rewards."""
+        ...
+
+    def compare(self, step: int, drawn: StepGroups) -> StepGroups:
+        """The groups of 0-based `step` once all are known, with the rewards they are trained on. All ranks call."""
+        ...
+
+
+class VerdictJudge:
+    """The verdict on the answer, and nothing else."""
+
+    def __init__(self, job: Job, grader: Grader):
+        self.grade = grader.grade
+
+    def compare(self, step: int, drawn: StepGroups) -> StepGroups:
+        """See Judge."""
+        return drawn
+
+
+@dataclass(frozen=True)
 class RolloutWorker:
     """One rank's sampler with what looks at its responses. Whoever calls `draw` has sampler and grader to himself."""
 
     sampler: Sampler
-    grader: Grader
+    judge: Judge
     objective: Objective
     config: RolloutConfig
     reward: RewardConfig
@@ -105,7 +138,7 @@ class RolloutWorker:
         for place, rollouts in self._stream(calls, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
-                groups[place] = grade_group(rollouts, self.grader, self.reward)
+                groups[place] = grade_group(rollouts, self.judge, self.reward)
             if self.teacher and (wanted := self._distilled(groups[place])):
                 scores[place] = self.teacher.submit(wanted)
             finished.append(seconds)
@@ -146,9 +179,9 @@ class RolloutWorker:
         return replace(group, rollouts=tuple(rollouts))
 
 
-def grade_group(rollouts: Sequence[Rollout], grader: Grader, config: RewardConfig) -> Group:
+def grade_group(rollouts: Sequence[Rollout], judge: Judge, config: RewardConfig) -> Group:
     """Siblings with their rewards."""
-    verdicts = grader.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
+    verdicts = judge.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
     rewards = tuple(reward(rollout, verdict, config) for rollout, verdict in zip(rollouts, verdicts, strict=True))
     return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
 
@@ -215,17 +248,18 @@ def group_rows(
     """Rows for samples.jsonl, of the responses at the places `shown`. One that was trained on has its `tokens` with
     `logp` and `logp_teacher` of each (nats, to 3 decimals)."""
     graded = [
-        (rollout, verdict)
+        (rollout, verdict, reward)
         for group in groups
-        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
-        if verdict.outcome != "broken"
+        for rollout, verdict, reward in zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        if reward is not None
     ]
     rows = []
     for place in shown:
-        row = answer_row(*graded[place])
-        row |= {"advantage": samples[place].advantage, "mean_kl": report.mean_kl.get(place)}
+        rollout, verdict, reward = graded[place]
+        row = answer_row(rollout, verdict)
+        row |= {"reward": reward, "advantage": samples[place].advantage, "mean_kl": report.mean_kl.get(place)}
         if logps := report.tokens.get(place):
-            row["tokens"] = token_texts(tokenizer, graded[place][0].response_ids)
+            row["tokens"] = token_texts(tokenizer, rollout.response_ids)
             row |= {name: [round(logp, 3) for logp in values] for name, values in logps.items()}
         rows.append(row)
     return rows

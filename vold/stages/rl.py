@@ -4,7 +4,7 @@ tower nothing is trained but, where the config says so, its mergers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,10 @@ from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.stages.evaluate import Evaluator
 from vold.stages.groups import (
+    Judge,
     RolloutWorker,
     StreamedTeacher,
+    VerdictJudge,
     group_rows,
     mask_unscored,
     shown_places,
@@ -44,8 +46,15 @@ NOTHING_LEFT = (
 )
 
 
-def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
-    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
+def run(
+    config: RlConfig,
+    *,
+    resume: bool = False,
+    profiler: StepProfiler | None = None,
+    open_judge: Callable[[Job, Grader], Judge] = VerdictJudge,
+) -> None:
+    """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved.
+    `open_judge`: who says what responses are worth, where it is not the grader alone."""
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     _check(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
@@ -71,7 +80,12 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             job,
             prompts,
             RolloutWorker(
-                sampler, grader, objective, config.rollout, config.reward, _streamed_teacher(config, job, objective)
+                sampler,
+                open_judge(job, grader),
+                objective,
+                config.rollout,
+                config.reward,
+                _streamed_teacher(config, job, objective),
             ),
             done=training.done,
         ) as rollouts,

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,17 +22,8 @@ import torch
 from vold.config.schema import RlConfig
 from vold.data.order import PromptOrder
 from vold.records import Group, Prompt
-from vold.stages.groups import Call, Drawn, Portion, RolloutWorker, group_metrics, pass_rate, rollout_calls
+from vold.stages.groups import Call, Drawn, Portion, RolloutWorker, StepGroups, group_metrics, pass_rate, rollout_calls
 from vold.stages.job import Job
-
-
-@dataclass(frozen=True)
-class StepGroups:
-    """groups: what a step learns from, in the order their prompts were asked, the same on every rank; metrics: of all
-    that were drawn for it."""
-
-    groups: list[Group]
-    metrics: dict[str, float]
 
 
 class Rollouts:
@@ -41,7 +31,7 @@ class Rollouts:
 
     def __init__(self, config: RlConfig, job: Job, prompts: Sequence[Prompt], worker: RolloutWorker, *, done: int = 0):
         self._config, self._job, self._prompts, self._worker, self._done = config, job, prompts, worker, done
-        self._order = PromptOrder(len(prompts), config.seed, config.rollout.curriculum)
+        self._order = PromptOrder(len(prompts), config.seed if config.data.shuffle else None, config.rollout.curriculum)
         self._replay()
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[list[int], Future[Drawn]] | None = None  # the next step's rows, and what is drawn for them
@@ -73,11 +63,13 @@ class Rollouts:
         pass_rates = [pass_rate(groups.get(place)) for place in range(len(rows))]
         self._order.learn(rows, pass_rates)
         self._job.log.asked(step + 1, self._rows_of_log(rows, pass_rates))
-        if self._thread and step + 1 < self._config.steps:
-            self._start(step + 1)
         kept = self._informative(groups)[: self._config.prompts_per_step]
         metrics = _counts(rows, groups, kept) | self._staleness(step, kept) | _speed(portions, groups)
-        return StepGroups(kept, group_metrics(list(groups.values())) | metrics)
+        drawn = StepGroups(kept, group_metrics(list(groups.values())) | metrics)
+        judged = self._worker.judge.compare(step, drawn)
+        if self._thread and step + 1 < self._config.steps:
+            self._start(step + 1)
+        return judged
 
     def settle(self) -> None:
         """Wait until nothing is being drawn: sampler and grader are the caller's until `next`."""

@@ -50,9 +50,10 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     if resume:
         training.resume()
 
+    order_seed = config.seed if config.data.shuffle else None
     with Grader() as grader:
         for step in training.steps():
-            rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=config.seed)
+            rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=order_seed)
             weighed = likelihood([samples[row] for row in rows])
             batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
             with job.log.phase("train"):

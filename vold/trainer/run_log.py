@@ -21,7 +21,7 @@ from vold.trainer.loggers import Loggers
 from vold.trainer.phases import Phases
 
 # what shows that a run got somewhere
-RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces")
+RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
 # keys that may differ between a run and its resumption
 FREE_KEYS = (
     "parallel",

@@ -1,0 +1,185 @@
+"""`make selfplay`: R-Zero beside R-Diverse over several iterations, two seeds, from a student that can write questions.
+
+The demo's SFT student cannot: 120 problems, as a person would write them, teach it, beside 300 of the teacher's traces
+so that it goes on solving. From there on no data and no teacher: the teacher only writes the "code" by which R-Diverse
+compares questions. Both arms' questions are then measured alike, by that code, with the world's own problems for scale.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import torch
+
+from vold.config import load_config
+from vold.config.schema import SelfplayConfig
+from vold.miniature import world as arithmetic
+from vold.miniature.demo import commit, phases, sft_phase, versions
+from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.pipeline import CONFIGS, Phase, run_phases
+from vold.miniature.tokenizer import CLOSE, OPEN
+from vold.models.tokenizer import load_tokenizer
+from vold.report import SelfplayRecord, diversity_figure
+from vold.selfplay.bank import Bank, BankedQuestion
+from vold.selfplay.diversity import diversity, map_of
+from vold.selfplay.embedders import Embedder
+from vold.stages.challenge import open_embedder
+from vold.trainer.run_log import read_rows
+
+ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
+SEEDS = (0, 1)
+POSED, SOLVED, START_STEPS = 120, 300, 120
+COLUMNS = ("accuracy_text", "labels_right", "clusters_words", "clusters_vectors", "nearest_earlier", "recycled")
+
+
+def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Writes report.json, table.md, diversity.png and diversity.svg below runs/selfplay; finished runs are kept."""
+    started = time.perf_counter()
+    out, world = root / "selfplay", make_world(root / "miniature" / "seed0", seed=0)
+    run_phases(phases(out, world)[0], side_by_side=1)
+    run_phases([sft_phase(out, world)], side_by_side=1)
+    run_phases([_start_phase(out, world)], side_by_side=1)
+    run_phases([_arm_phase(out, world, arm, seed) for seed in seeds for arm in ARMS], side_by_side=side_by_side)
+    report(out, world, seeds, time.perf_counter() - started)
+
+
+def _start_phase(out: Path, world: MiniatureWorld) -> Phase:
+    """SFT on questions to write and problems to solve."""
+    data = out / "start.jsonl"
+    rng = np.random.default_rng([0, 30])
+    request = load_config(SelfplayConfig, CONFIGS / ARMS["R-Zero"]).pose.request
+    problems = [arithmetic.sample_problem(rng) for _ in range(POSED)]
+    rows = [{"prompt": request, "response": arithmetic.text_question(problem, rng)} for problem in problems]
+    shards = sorted((out / "traces" / "traces").glob("*.parquet"))
+    traces = [row for shard in shards for row in parquet.read_table(shard).to_pylist()][:SOLVED]
+    rows += [{"prompt": row["prompt"], "response": row["response"]} for row in traces]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"student={out / 'sft' / 'model'}", f"data.path={data}", "data.layout=prompt-response")
+    settings = (*settings, "data.limit=null", f"pair_with={world.teacher}", f"steps={START_STEPS}")
+    return Phase("sft", "sft.yaml", out / "start", settings, START_STEPS)
+
+
+def _arm_phase(out: Path, world: MiniatureWorld, arm: str, seed: int) -> Phase:
+    settings = (f"student={out / 'start' / 'model'}", f"seed={seed}", f"evaluation.sets.text.path={world.text('test')}")
+    if arm == "R-Diverse":
+        settings = (*settings, *_measure(world))
+    return Phase("selfplay", ARMS[arm], out / f"seed{seed}" / arm, settings)
+
+
+def _measure(world: MiniatureWorld) -> tuple[str, str]:
+    """Overrides that say by what questions are compared."""
+    return f"embedder={world.base}", f"coder.checkpoint={world.teacher}"
+
+
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: float) -> None:
+    """Measure what is in the arms' banks, and write it down."""
+    config = load_config(SelfplayConfig, CONFIGS / ARMS["R-Diverse"], _measure(world))
+    embedder = open_embedder(config, dtype=torch.float32, device=torch.device("cpu"))
+    banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
+    kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
+    measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}
+    measured["the world's", 0] = _embedded(
+        _own_problems(out / "world", config.iterations, round(sum(kept) / len(kept))),
+        out / "measured" / "world",
+        embedder,
+    )
+    tokenizer = load_tokenizer(world.teacher)
+    rows = {key: _rows(bank, tokenizer, config.pose.cluster_distance) for key, bank in measured.items()}
+    for arm, seed in banks:
+        logged = {row["step"]: row["accuracy_text"] for row in read_rows(out / f"seed{seed}" / arm / "metrics.jsonl")}
+        numbered = {row["step"]: row for row in rows[arm, seed]}
+        rows[arm, seed] = [
+            numbered.get(step, {"step": step}) | {"accuracy_text": found} for step, found in sorted(logged.items())
+        ]
+    _write(out, rows, _maps(measured), seconds)
+
+
+def _own_problems(directory: Path, iterations: int, count: int) -> Bank:
+    """As many of the world's problems, in as many portions, as if somebody had posed them."""
+    bank, rng = Bank(directory), np.random.default_rng([0, 31])
+    for number in range(1, iterations + 1):
+        problems = [arithmetic.sample_problem(rng) for _ in range(count)]
+        questions = [
+            BankedQuestion(number, "world", 0, arithmetic.text_question(problem, rng), problem.answer, 1.0)
+            for problem in problems
+        ]
+        if number not in bank.iterations():
+            bank.append(number, questions)
+    return bank
+
+
+def _embedded(bank: Bank, directory: Path, embedder: Embedder) -> Bank:
+    """The same bank with the code's embeddings, in another directory."""
+    found = Bank(directory)
+    for number in sorted(set(bank.iterations()) - set(found.iterations())):
+        questions = list(bank.read([number]))
+        vectors = embedder.embed([question.question for question in questions])
+        found.append(
+            number,
+            [replace(q, embedding=tuple(map(float, row))) for q, row in zip(questions, vectors, strict=True)],
+        )
+    return found
+
+
+def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
+    def words(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = []
+    for number in bank.iterations():
+        right = [_answer(q.question) == q.label for q in bank.read([number])]
+        # two thresholds: words are alike by BLEU below the paper's .5, code by cosine below the config's
+        by_words = diversity(
+            bank, number, words, threshold=SelfplayConfig.model_fields["pose"].default.cluster_distance
+        )
+        by_code = diversity(bank, number, words, threshold=threshold)
+        own = {"step": number, "questions": len(right), "labels_right": sum(right) / len(right)}
+        rows.append(own | by_code | {"clusters_words": by_words["clusters_words"]})
+    return rows
+
+
+def _answer(question: str) -> str:
+    """What the world says."""
+    inside = question[question.index(OPEN) + 1 : question.index(CLOSE)]
+    return arithmetic.solve(inside.replace("<", "").replace(">", "")).answer
+
+
+def _maps(measured: dict[tuple[str, int], Bank]) -> dict[tuple[str, int], list[np.ndarray]]:
+    """One plane for all."""
+    parts = [(key, np.concatenate(list(b.embeddings([n])))) for key, b in measured.items() for n in b.iterations()]
+    points = map_of([vectors for _, vectors in parts])
+    return {key: [p for (of, _), p in zip(parts, points, strict=True) if of == key] for key in measured}
+
+
+def _write(out: Path, rows: dict[tuple[str, int], list[dict]], maps: dict, seconds: float) -> None:
+    arms: dict[str, list[SelfplayRecord]] = {}
+    for (arm, seed), found in rows.items():
+        arms.setdefault(arm, []).append(SelfplayRecord(found, maps[arm, seed]))
+    for fmt in ("png", "svg"):
+        (out / f"diversity.{fmt}").write_bytes(diversity_figure(arms, fmt=fmt))
+    flat = [{"arm": arm, "seed": seed, **row} for (arm, seed), found in rows.items() for row in found]
+    facts = {"rows": flat, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
+    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    table = _table(flat)
+    (out / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\n{out / 'diversity.png'}")
+
+
+def _table(rows: Sequence[dict]) -> str:
+    lines = [
+        "| arm | seed | iteration | " + " | ".join(COLUMNS) + " |",
+        "| :-- | --: | --: |" + " --: |" * len(COLUMNS),
+    ]
+    for row in rows:
+        cells = [f"{row[key]:.2f}" if key in row else "" for key in COLUMNS]
+        lines.append(f"| {row['arm']} | {row['seed']} | {row['step']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Self-play: what a posed question is worth, who answers it, and the memory bank (R-Zero, R-Diverse)."""

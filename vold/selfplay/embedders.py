@@ -1,0 +1,140 @@
+"""Questions as unit vectors, whose products are cosines: by an encoder's own words, or by the code that solves them.
+
+An encoder is a local directory that transformers loads without code of its own; one of sentence-transformers' says in
+`1_Pooling/config.json` how its hidden states become one vector (mean where nothing is said).
+
+Shape letters: Q questions, B of them in a batch, T padded tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from vold.config.schema import SamplingConfig
+from vold.parallel import cpu
+from vold.records import Prompt
+from vold.rollout import Sampler
+
+Pooling = Literal["mean", "cls", "lasttoken"]
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+
+
+class Embedder(Protocol):
+    """Texts in, unit vectors out."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [Q, E], rows of unit length; the same text gives the same row. No text is empty."""
+        ...
+
+
+class EncoderEmbedder:
+    """An encoder's pooled last hidden states. `max_tokens`: of each text, the rest is not read."""
+
+    def __init__(self, directory: Path, *, device: torch.device, batch_size: int = 64, max_tokens: int = 512):
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"embedder = {directory} holds no config.json; give the directory of an encoder")
+        self._pooling = pooling_of(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        model = AutoModel.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        self._model = model.to(device).eval()
+        self._device, self._batch_size, self._max_tokens = device, batch_size, max_tokens
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See Embedder. Equal texts are read once."""
+        unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        if not unique:
+            return np.zeros((0, self._width), dtype=np.float32)
+        order = sorted(unique, key=len)  # of like length: little padding
+        batches = [order[k : k + self._batch_size] for k in range(0, len(order), self._batch_size)]
+        found = torch.cat([self._batch(batch) for batch in batches])
+        places = {text: place for place, text in enumerate(order)}
+        return found[[places[text] for text in texts]].numpy()
+
+    @property
+    def _width(self) -> int:
+        return self._model.config.get_text_config().hidden_size
+
+    @torch.no_grad()
+    def _batch(self, texts: Sequence[str]) -> Tensor:
+        """float32 [B, E] on the CPU."""
+        inputs = self._tokenizer(
+            list(texts),
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self._max_tokens,
+            return_token_type_ids=False,
+        ).to(self._device)
+        with cpu.paused():
+            hidden_BTE = self._model(**inputs).last_hidden_state
+        pooled_BE = pool(hidden_BTE, inputs["attention_mask"], self._pooling)
+        return torch.nn.functional.normalize(pooled_BE.float(), dim=-1).cpu()
+
+
+def pool(hidden_BTE: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text, [B, E]; texts are padded on the right, each has a token."""
+    if pooling == "cls":
+        return hidden_BTE[:, 0]
+    if pooling == "lasttoken":
+        return hidden_BTE[torch.arange(len(mask_BT), device=mask_BT.device), mask_BT.sum(1) - 1]
+    mask_BT1 = mask_BT[:, :, None].to(hidden_BTE.dtype)
+    return (hidden_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+
+
+def pooling_of(directory: Path) -> Pooling:
+    """What a sentence-transformers directory asks for. Raises ValueError for one we do not have."""
+    path = directory / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    asked = [name.removeprefix("pooling_mode_") for name, on in settings.items() if name.startswith("pooling_") and on]
+    asked = [settings["pooling_mode"]] if isinstance(settings.get("pooling_mode"), str) else asked
+    known = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
+    if len(asked) != 1 or asked[0] not in known:
+        raise ValueError(f"{path} asks for pooling {asked}; use an encoder that pools by one of {', '.join(known)}")
+    return known[asked[0]]
+
+
+class CodeEmbedder:
+    """phi(q) (R-Diverse, SAM): the embedding of the code that a coder writes for a question, greedily. `prompt`: the
+    question as the coder is asked about it."""
+
+    def __init__(
+        self, coder: Sampler, prompt: Callable[[str], Prompt], sampling: SamplingConfig, embedder: Embedder
+    ) -> None:
+        self._coder, self._prompt, self._sampling, self._embedder = coder, prompt, sampling, embedder
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See Embedder, of each question's code."""
+        return self._embedder.embed(self.codes(texts))
+
+    def codes(self, questions: Sequence[str]) -> list[str]:
+        """Each question's code; equal questions are asked once. Where the coder writes nothing it is the question: a
+        challenger must not gain by questions that silence the coder."""
+        unique = list(dict.fromkeys(questions))
+        prompts = [self._prompt(question) for question in unique]
+        rollouts = self._coder.sample(prompts, self._sampling, responses=1, seed=0) if prompts else []
+        written = {
+            question: code_in(rollout.text) or question for question, rollout in zip(unique, rollouts, strict=True)
+        }
+        return [written[question] for question in questions]
+
+
+def code_in(response: str) -> str:
+    """The last fenced block; all of the response where there is none."""
+    blocks = _FENCED.findall(response)
+    return (blocks[-1] if blocks else response).strip()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from vold.config.schema import RewardConfig
 from vold.grading.extract import extract_answer
-from vold.records import Rollout, Verdict
+
+if TYPE_CHECKING:  # they import torch and pydantic, which a worker must not
+    from vold.config.schema import RewardConfig
+    from vold.records import Rollout, Verdict
 
 _FORM = re.compile(r"\s*<think>.*</think>.*", re.DOTALL)
 

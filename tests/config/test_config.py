@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vold.config import dump_config, load_config
-from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, TracesConfig
+from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SelfplayConfig, SftConfig, TracesConfig
 
 ROOT = Path(__file__).parents[2]
 RL = {
@@ -91,6 +91,8 @@ SCHEMAS = {
     "vold": RlConfig,
     "eval": EvalConfig,
     "export": ExportConfig,
+    "selfplay": SelfplayConfig,
+    "selfplay-diverse": SelfplayConfig,
 }
 
 

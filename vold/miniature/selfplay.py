@@ -87,7 +87,7 @@ def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: floa
     banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
     kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
     measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}
-    measured["the world's", 0] = _embedded(
+    measured["independent", 0] = _embedded(
         _own_problems(out / "world", config.iterations, round(sum(kept) / len(kept))),
         out / "measured" / "world",
         embedder,

@@ -26,7 +26,7 @@ demo: env            ## the two-stage pipeline in miniature: runs/demo/report.ht
 reproduce: env       ## three seeds of every arm: runs/reproduce/report.html
 	$(PY) -m vold.miniature reproduce
 
-selfplay: env        ## R-Zero and R-Diverse, two seeds: runs/selfplay/diversity.png
+selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay
 
 test: env

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from vold.config import dump_config, load_config
-from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SftConfig, Strict, TracesConfig
+from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SelfplayConfig, SftConfig, Strict, TracesConfig
 from vold.objectives import PRESETS, build_objective
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,8 @@ SCHEMAS = {
     "vold": RlConfig,
     "eval": EvalConfig,
     "export": ExportConfig,
+    "selfplay": SelfplayConfig,
+    "selfplay-diverse": SelfplayConfig,
 }
 
 

@@ -203,12 +203,20 @@ def test_no_question_worth_training_on_is_one_line(world, layout, tmp_path, monk
         (["pose.pattern=("], r"pose.pattern = '\(' is no regular expression"),
         (["pose.pattern=abc"], "pose.pattern = 'abc' has no group"),
         (["answers.highest=11"], "must ascend"),
+        (["solver.rollout.vllm={urls: ['http://a:1']}"], r"solver\.rollout\.vllm\.urls names engines"),
+        (["microbatch_tokens=99"], r"prompt\.max_tokens \+ challenger\.rollout\.max_new_tokens = 104"),
+        (["challenger.rollout.dynamic_sampling={}"], r"challenger\.rollout\.dynamic_sampling and curriculum"),
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message) as error:
         config_of(world, tmp_path, *overrides)
     assert "\n" not in str(error.value)
+
+
+def test_a_method_with_a_teacher_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match=r"solver\.objective\.preset = 'vold' needs a teacher and self-play has none"):
+        selfplay.run(config_of(world, tmp_path, "solver.objective.preset=vold"))
 
 
 # -- the judge, by hand --------------------------------------------------------------------------------------------

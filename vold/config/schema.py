@@ -406,6 +406,27 @@ class SelfplayConfig(RunConfig):
             raise ValueError(f"{wanting} compares embeddings and embedder is not set; set embedder: PATH")
         return self
 
+    @model_validator(mode="after")
+    def _rollouts_fit(self):
+        for name, phase in (("challenger", self.challenger), ("solver", self.solver)):
+            if phase.rollout.vllm.urls:
+                raise ValueError(
+                    f"{name}.rollout.vllm.urls names engines that hold one checkpoint, and self-play asks several: "
+                    "leave it out, engines then live inside the process"
+                )
+            longest = self.prompt.max_tokens + phase.rollout.max_new_tokens
+            if longest > self.microbatch_tokens:
+                raise ValueError(
+                    f"microbatch_tokens = {self.microbatch_tokens} cannot hold prompt.max_tokens + "
+                    f"{name}.rollout.max_new_tokens = {longest}; raise it or lower those"
+                )
+        if self.challenger.rollout.dynamic_sampling or self.challenger.rollout.curriculum:
+            raise ValueError(
+                "challenger.rollout.dynamic_sampling and curriculum look at rewards before the step's questions are "
+                "compared; leave them out (the solver may have them)"
+            )
+        return self
+
 
 class EvalConfig(RunConfig, EngineConfig):
     """Accuracy of one checkpoint directory on the evaluation sets."""

@@ -1,4 +1,4 @@
-"""`make selfplay`: R-Zero beside R-Diverse over several iterations, two seeds, from a student that can write questions.
+"""`make selfplay`: R-Zero beside R-Diverse for five iterations, three seeds, from a student that can write questions.
 
 The demo's SFT student cannot: 120 problems, as a person would write them, teach it, beside 300 of the teacher's traces
 so that it goes on solving. From there on no data and no teacher: the teacher only writes the "code" by which R-Diverse
@@ -8,6 +8,7 @@ compares questions. Both arms' questions are then measured alike, by that code, 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,9 +34,16 @@ from vold.stages.challenge import open_embedder
 from vold.trainer.run_log import read_rows
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 POSED, SOLVED, START_STEPS = 120, 300, 120
-COLUMNS = ("accuracy_text", "labels_right", "clusters_words", "clusters_vectors", "nearest_earlier", "recycled")
+COLUMNS = {
+    "accuracy_text": "accuracy",
+    "labels_right": "labels right",
+    "clusters_words": "clusters by words",
+    "clusters_vectors": "by code",
+    "nearest_earlier": "nearest earlier",
+    "recycled": "recycled",
+}  # all in %
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
@@ -87,7 +95,7 @@ def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: floa
     banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
     kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
     measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}
-    measured["the world's", 0] = _embedded(
+    measured["independent", 0] = _embedded(
         _own_problems(out / "world", config.iterations, round(sum(kept) / len(kept))),
         out / "measured" / "world",
         embedder,
@@ -175,11 +183,19 @@ def _write(out: Path, rows: dict[tuple[str, int], list[dict]], maps: dict, secon
 
 
 def _table(rows: Sequence[dict]) -> str:
-    lines = [
-        "| arm | seed | iteration | " + " | ".join(COLUMNS) + " |",
-        "| :-- | --: | --: |" + " --: |" * len(COLUMNS),
-    ]
+    """Per arm and iteration the mean over seeds ± its standard error."""
+    cells: dict[tuple[str, int], list[dict]] = {}
     for row in rows:
-        cells = [f"{row[key]:.2f}" if key in row else "" for key in COLUMNS]
-        lines.append(f"| {row['arm']} | {row['seed']} | {row['step']} | " + " | ".join(cells) + " |")
+        cells.setdefault((row["arm"], row["step"]), []).append(row)
+    lines = ["| arm | iteration | " + " | ".join(COLUMNS.values()) + " |", "| :-- | --: |" + " --: |" * len(COLUMNS)]
+    for (arm, step), found in cells.items():
+        shown = [_mean([row[key] for row in found if key in row]) for key in COLUMNS]
+        lines.append(f"| {arm} | {step} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{error}"

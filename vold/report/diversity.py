@@ -18,7 +18,8 @@ from .plots import _RC, Format, _bytes, _figure, _label_ends
 from .style import GRID, PALETTE, SOFT
 
 PANELS = {
-    "accuracy_text": ("Held-out accuracy", "share of problems solved by the solver"),
+    "accuracy_text": ("Held-out accuracy", "share of problems that the solver solves"),
+    "labels_right": ("Labels that are right", "share of kept questions, where the truth is known"),
     "clusters_words": ("Clusters by words", "per question; low: they read alike"),
     "clusters_vectors": ("Clusters by code", "per question; low while words differ: surface illusion"),
     "nearest_earlier": ("Nearest earlier question", "mean cosine with iterations before"),
@@ -43,23 +44,25 @@ def diversity_figure(arms: Mapping[str, Sequence[SelfplayRecord]], *, fmt: Forma
     if not keys:
         raise ValueError(f"diversity_figure: no run of {list(arms)} logged any of {', '.join(PANELS)}")
     across = 3
-    down = math.ceil((len(keys) + len(mapped)) / across)
+    rows_of_numbers = math.ceil(len(keys) / across)
+    down = rows_of_numbers + math.ceil(len(mapped) / across)
     with matplotlib.rc_context(_RC):
         figure = _figure(3.7 * across, 2.7 * down)
         figure.get_layout_engine().set(hspace=0.1, wspace=0.06)
-        axes = list(figure.subplots(down, across, squeeze=False).ravel())
-        for key in keys:
-            _draw_numbers(axes.pop(0), arms, key)
-        limits = _limits(list(mapped.values()))
-        for name, maps in mapped.items():
-            _draw_map(axes.pop(0), name, maps, limits)
-        for axis in axes:
+        axes = figure.subplots(down, across, squeeze=False)
+        for axis in axes.ravel():
             axis.set_axis_off()
+        for axis, key in zip(axes[:rows_of_numbers].ravel(), keys, strict=False):
+            _draw_numbers(axis, arms, key)
+        limits = _limits(list(mapped.values()))
+        for axis, (name, maps) in zip(axes[rows_of_numbers:].ravel(), mapped.items(), strict=False):
+            _draw_map(axis, name, maps, limits)
         return _bytes(figure, fmt)
 
 
 def _draw_numbers(axis: Axes, arms: Mapping[str, Sequence[SelfplayRecord]], key: str) -> None:
     title, unit = PANELS[key]
+    axis.set_axis_on()
     ends = []
     for colour, (name, runs) in zip(PALETTE[2:], arms.items(), strict=False):
         series = [{row["step"]: row[key] for row in run.rows if key in row} for run in runs]
@@ -85,22 +88,21 @@ def _draw_map(axis: Axes, name: str, maps: Sequence[np.ndarray], limits: tuple[n
     shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.3, 1.0, len(maps)))
     for number, (points, shade) in enumerate(zip(maps, shades, strict=True), start=1):
         axis.scatter(points[:, 0], points[:, 1], s=7, color=shade, linewidths=0, alpha=0.8, label=str(number))
-    axis.set_title(f"Map of questions, {name}" if name else "Map of questions", loc="left", fontsize=10.5, pad=16)
-    axis.title.set_fontweight("bold")
+    title = f"Map of questions, {name}" if name else "Map of questions"
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=16)
     unit = "two principal components; one dot a question"
     axis.text(0, 1.035, unit, transform=axis.transAxes, color=SOFT, fontsize=8.5, va="bottom")
     axis.set_xlim(limits[0][0], limits[1][0])
     axis.set_ylim(limits[0][1], limits[1][1])
-    axis.set_xticks([])
-    axis.set_yticks([])
     axis.legend(
         title="iteration",
-        loc="lower right",
-        fontsize=7.5,
-        title_fontsize=7.5,
+        loc="center left",
+        bbox_to_anchor=(0.98, 0.5),
+        fontsize=8,
+        title_fontsize=8,
         frameon=False,
         handletextpad=0.1,
-        ncols=2,
+        markerscale=1.6,
     )
 
 

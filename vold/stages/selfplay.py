@@ -38,6 +38,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.grading import Grader
 from vold.models.tokenizer import load_tokenizer
+from vold.objectives import build_objective
 from vold.parallel.together import together
 from vold.report import SelfplayRecord, diversity_figure
 from vold.rollout import open_sampler
@@ -76,6 +77,11 @@ TRAIN_CHALLENGER, JUDGE, POSE, ANSWER, TRAIN_SOLVER, REPLAY = range(6)  # stream
 
 def run(config: SelfplayConfig, *, resume: bool = False) -> None:
     """All iterations; ends with run_dir/model, the last solver."""
+    for name, phase in (("challenger", config.challenger), ("solver", config.solver)):
+        if build_objective(phase.objective).needs_teacher:
+            raise ValueError(
+                f"{name}.objective.preset = {phase.objective.preset!r} needs a teacher and self-play has none; use grpo"
+            )
     job = open_job(config, "selfplay", total=config.iterations, resume=resume)
     job.log.close()  # the phases below show their own progress
     bank = Bank(config.run_dir / "bank")

@@ -1,72 +1,62 @@
-"""Damaged run directories: a page or one line, whatever their files hold."""
+"""Run directories with anything in them that JSON can say: a page and a screen come out, never a traceback."""
 
-from __future__ import annotations
-
+import io
 import json
+from random import Random
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from made_up_runs import rl_samples, write_run
+from rich.console import Console
 
-from vold.report import find_runs, read_run, write_report
+from vold.report import read_run, write_report
+from vold.report.watch import view
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
-KEYS = [
-    "step",
-    "reward",
-    "loss",
-    "kl_teacher",
-    "prompt",
-    "response",
-    "images",
-    "verdict",
-    "gold",
-    "sets",
-    "steps",
-    "verb",
-]
-OBJECTS = st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), VALUES, max_size=5)
-LINES = st.lists(OBJECTS.map(json.dumps) | st.text(max_size=20), max_size=4).map(
-    lambda lines: "\n".join(lines).encode("utf-8", "replace")
-)
-FILES = st.fixed_dictionaries(
-    {},
-    optional={
-        "config.yaml": LINES | st.binary(max_size=30),
-        "metrics.jsonl": LINES | st.binary(max_size=30),
-        "samples.jsonl": LINES,
-        "evaluation.json": LINES,
-    },
+SAMPLE_KEYS = sorted({key for row in rl_samples(Random(0), 20) for key in row} | {"set"})
+METRIC_KEYS = ["step", "seconds", "reward", "entropy", "accuracy_text", "stderr_text", "seconds_train", "truncated"]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
 )
 
 
-def written(folder, files):
-    for path in folder.iterdir():
-        path.unlink()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
+def rows_of(keys, most=6):
+    likely = st.floats(-10, 10) | st.integers(0, 9)
+    return st.lists(
+        st.dictionaries(st.sampled_from(keys) | st.text(max_size=6), likely | ANYTHING, max_size=8), max_size=most
+    )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(files=FILES)
-def test_any_files_are_read(tmp_path, files):
-    record = read_run(written(tmp_path, files))
-    assert len({len(column) for column in record.metrics.values()}) <= 1
-    assert record.verb and record.skipped >= 0
-    if not files:
-        with pytest.raises(ValueError, match="holds no run"):
-            find_runs(tmp_path)
+INTERVALS = st.lists(
+    st.lists(st.sampled_from(["train", "rollout", "evaluate"]) | SCALARS, min_size=3, max_size=5), max_size=5
+)
+TIMELINES = st.lists(st.fixed_dictionaries({"step": SCALARS, "intervals": INTERVALS | ANYTHING}), max_size=3)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(files=FILES.filter(bool))
-def test_a_page_comes_of_them(tmp_path_factory, files):
-    run = written(tmp_path_factory.mktemp("run"), files)
-    out = tmp_path_factory.mktemp("out") / "report.html"
-    write_report([run], out, title="x")
-    assert out.read_text().rstrip().endswith("</html>")
+# no shrinking: an example takes a second, and what it prints is small already
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(
+    metrics=rows_of(METRIC_KEYS),
+    samples=rows_of(SAMPLE_KEYS),
+    timeline=TIMELINES,
+    config=ANYTHING,
+    torn=st.binary(max_size=9),
+)
+def test_whatever_is_on_file(tmp_path_factory, metrics, samples, timeline, config, torn):
+    root = tmp_path_factory.mktemp("runs")
+    for name in ("one", "two"):
+        run = write_run(root / name, config=config if config is not None else {}, metrics=metrics, samples=samples)
+        (run / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timeline))
+        with (run / "metrics.jsonl").open("ab") as file:
+            file.write(torn)
+    html = write_report([root], root / "report.html", title="Anything").read_text(encoding="utf-8")
+    assert html.rstrip().endswith("</html>")
+    Console(file=io.StringIO(), width=80).print(view(read_run(root / "one"), silent=1.0))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -106,8 +107,11 @@ def test_hostile_text_everywhere_is_shown_not_run(tmp_path):
         ("prompt_id", "prompt", "response", "extracted", "gold", "verdict", "rule", "finish_reason"), HOSTILE
     )
     row |= {"step": HOSTILE, "images": [HOSTILE, 3, "/dev/zero", "\x00"], "reward": HOSTILE}
+    row |= {"tokens": [HOSTILE, "\x1b[2J"], "logp": [-1.0, "x"], "logp_teacher": [-9.0, None]}
     config = {"verb": "rl", HOSTILE: HOSTILE, "name": HOSTILE}
     run = write_run(tmp_path / "<b>run", config=config, metrics=[{"step": 0, "reward": 0.1, HOSTILE: 1}], samples=[row])
+    intervals = [[HOSTILE, HOSTILE, 0.0, 1.0], [HOSTILE, "train", 0.0, 1.0]]
+    (run / "timeline.jsonl").write_text(json.dumps({"step": HOSTILE, "intervals": intervals}) + "\n")
     report = {
         "accuracy": {HOSTILE: {HOSTILE: 0.5}},
         "versions": {HOSTILE: HOSTILE},
@@ -220,7 +224,8 @@ def test_vital_counts_steps_over_the_limit():
     assert (found.median, found.worst, found.last, found.over, found.steps) == (0.1, 0.2, 0.1, 1, 3)
     found = vital(record, "effective_sample_size")
     assert (found.median, found.worst, found.over) == (0.8, 0.4, 1), "below is the wrong side"
-    assert len(alarms(record)) == 2 and "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in alarms(record)[0]
+    assert len(alarms(record, last=9)) == 2
+    assert "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in alarms(record, last=9)[0]
     assert len(alarms(record, last=2)) == 1
     assert vital(record, "entropy") is None
 

@@ -56,7 +56,7 @@ def test_samples_are_of_steps_all_along_the_run_newest_first():
 
 def test_a_timeline_is_of_an_ordinary_step_with_its_phases_nested():
     found = timeline(RunRecord("vold", path=None, timeline=tuple(made_up_timeline())))
-    assert found.step == 44 and found.seconds == pytest.approx(2.3)
+    assert found.step == "44" and found.seconds == pytest.approx(2.3)
     names = [(lane, [passage.name for passage in row]) for lane, row in found.rows]
     nested = [("", ["rollout", "train"]), ("", ["student_backward"]), ("", ["student_forward"])]
     assert names == [*nested, ("ahead", ["grade"])], "500 short passages are one"

@@ -64,6 +64,12 @@ def test_before_the_first_step_and_after_the_last(tmp_path):
     assert is_finished(run) and "finished" in shown(run, silent=1e6) and "No step" not in shown(run, silent=1e6)
 
 
+def test_hostile_names_are_shown_not_obeyed(tmp_path):
+    row = {"step": 1, "reward": 0.5, "accuracy_[/x]\x1b[2J": 0.5, "seconds": 1.0, "seconds_[red]\x1b[2J": 1.0}
+    text = shown(read_run(write_run(tmp_path / "[/b]", config={"verb": "[/]\x1b[2J"}, metrics=[row])))
+    assert "\x1b" not in text and "[/]⟨001B⟩[2J" in text and "[/b]" in text and "[red]⟨001B⟩" in text
+
+
 def test_sparklines():
     nan = float("nan")
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"

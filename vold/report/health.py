@@ -94,7 +94,7 @@ def vital(run: RunRecord, key: str) -> Vital | None:
     return Vital(statistics.median(values), worst, values[-1], over, len(values), spark(values))
 
 
-def alarms(run: RunRecord, *, last: int = 20) -> list[str]:
+def alarms(run: RunRecord, *, last: int) -> list[str]:
     """A line for each metric that was beyond its limit, or not finite, on one of the last steps."""
     found = []
     for key in HEALTH:

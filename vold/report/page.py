@@ -104,9 +104,7 @@ def inline_svg(svg: bytes) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
-    text = re.sub(
-        r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path.group()), text
-    )  # hundredths of a point
+    text = re.sub(r' d="[^"]*"', lambda path: _DIGITS.sub(r"\1", path.group()), text)  # to hundredths of a point
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same ids in every figure; nothing refers to them
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)  # as wide as its place
     for colour, variable in _VARIABLES.items():
@@ -114,6 +112,7 @@ def inline_svg(svg: bytes) -> Markup:
     return Markup(text)
 
 
+_DIGITS = re.compile(r"(\.\d\d)\d+")
 _VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid"} | {colour: f"run-{i}" for i, colour in enumerate(PALETTE)}
 
 

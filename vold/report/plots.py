@@ -161,8 +161,7 @@ def trend_of_seeds(runs: Sequence[RunRecord], key: str) -> Trend:
     ]
     steps = sorted(set.intersection(*(set(line) for line in lines)))
     values = np.array([[line[step] for step in steps] for line in lines])
-    stderr = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(len(steps), np.nan)
-    return Trend(np.array(steps), values.mean(axis=0), stderr)
+    return Trend(np.array(steps), values.mean(axis=0), values.std(axis=0, ddof=1) / math.sqrt(len(runs)))
 
 
 def _as_logged(run: RunRecord, key: str) -> Trend:
@@ -198,9 +197,7 @@ def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _thin(line: Trend) -> Trend:
     """At most POINTS points of a line that is smooth already; the last one stays."""
     logged = np.flatnonzero(np.isfinite(line.mean))
-    kept = logged[:: -(-len(logged) // POINTS)] if len(logged) else logged
-    if len(logged) and kept[-1] != logged[-1]:
-        kept = np.append(kept, logged[-1])
+    kept = np.union1d(logged[:: -(-len(logged) // POINTS) or 1], logged[-1:])
     return Trend(line.x[kept], line.mean[kept], line.stderr[kept])
 
 
@@ -250,7 +247,7 @@ def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float,
         return _draw_trend(axis, trend(run, key), colour)
     logged = np.isfinite(y)
     error = run.metrics.get(f"stderr_{key.removeprefix('accuracy_')}")
-    whiskers = np.nan_to_num(np.asarray(error, dtype=float)[logged]) if error else None
+    whiskers = np.maximum(np.nan_to_num(np.asarray(error, dtype=float)[logged]), 0.0) if error else None
     axis.errorbar(
         x[logged], y[logged], yerr=whiskers, color=colour, linewidth=1.6, elinewidth=1, fmt="-o", markersize=4
     )

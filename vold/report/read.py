@@ -133,11 +133,12 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def as_number(value: Any) -> float:
-    """A float; NaN for anything that is not a number."""
+    """A float; NaN for anything that is not a number, or so large that its square is none."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+    return number if abs(number) < 1e100 else math.nan
 
 
 def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tuple[list[dict[str, Any]], int]:

@@ -31,7 +31,7 @@ class Timeline:
     """Rows of passages that do not overlap: the step's own by depth of nesting, then a row or more for each thread
     beside it, named by its lane."""
 
-    step: int
+    step: str
     seconds: float
     rows: list[tuple[str, list[Passage]]]
     ticks: list[tuple[float, float]]  # place in percent, seconds
@@ -44,7 +44,7 @@ def timeline(run: RunRecord) -> Timeline | None:
     if not steps:
         return None
     row, found = (ordinary or steps)[-1]
-    return _draw(int(as_number(row.get("step", 0)) or 0), found)
+    return _draw(str(row.get("step", "?")), found)
 
 
 def _intervals(row: Mapping[str, Any]) -> Iterable[tuple[str, str, float, float]]:
@@ -57,7 +57,7 @@ def _intervals(row: Mapping[str, Any]) -> Iterable[tuple[str, str, float, float]
                 yield str(item[0]), str(item[1]), start, end
 
 
-def _draw(step: int, found: Sequence[tuple[str, str, float, float]]) -> Timeline:
+def _draw(step: str, found: Sequence[tuple[str, str, float, float]]) -> Timeline:
     zero, last = min(start for *_, start, _ in found), max(end for *_, end in found)
     whole = max(last - zero, 1e-9)
     paint = phase_colours(list(dict.fromkeys(name for name, *_ in found)))

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .browse import visible
 from .compare import keys_of
 from .health import alarms, amount, duration, phases
 from .read import RunRecord
@@ -63,8 +64,8 @@ def _headline(run: RunRecord, silent: float) -> RenderableType:
     done, planned = int(run.steps[-1]) if run.steps else 0, run.planned_steps
     line = Table.grid(padding=(0, 2))
     cells: list[RenderableType] = [
-        Text(run.name, "bold"),
-        run.verb,
+        Text(visible(run.name), "bold"),
+        Text(visible(run.verb)),
         f"step {done}{f' of {planned}' if planned else ''}",
     ]
     if planned:
@@ -99,9 +100,8 @@ def _metrics(run: RunRecord) -> Table:
             shown = metric(key)
             # an evaluation now and then would be mostly blanks
             line = sparkline(values if 2 * len(logged) >= len(values) else logged)
-            table.add_row(
-                shown.label, Text(amount(logged[-1], shown), "bold"), Text(line, "cyan"), Text(shown.unit, "dim")
-            )
+            name, value = Text(visible(shown.label)), Text(amount(logged[-1], shown), "bold")
+            table.add_row(name, value, Text(line, "cyan"), Text(shown.unit, "dim"))
     return table
 
 
@@ -111,7 +111,7 @@ def _phases(run: RunRecord) -> list[RenderableType]:
     for i, phase in enumerate(phase for phase in phases(run) if phase.share >= 0.01):
         colour = _PAINT[i % len(_PAINT)]
         bar.append("█" * round(2 * WIDTH * phase.share), colour)
-        name = phase.name.replace("_", " ")
+        name = visible(phase.name).replace("_", " ")
         legend.append(Text.assemble(("■ ", colour), f"{name} {100 * phase.share:.0f} %", no_wrap=True))
     return [bar, Columns(legend, padding=(0, 2))] if bar else []
 

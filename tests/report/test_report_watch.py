@@ -66,8 +66,14 @@ def test_before_the_first_step_and_after_the_last(tmp_path):
 
 def test_hostile_names_are_shown_not_obeyed(tmp_path):
     row = {"step": 1, "reward": 0.5, "accuracy_[/x]\x1b[2J": 0.5, "seconds": 1.0, "seconds_[red]\x1b[2J": 1.0}
-    text = shown(read_run(write_run(tmp_path / "[/b]", config={"verb": "[/]\x1b[2J"}, metrics=[row])))
-    assert "\x1b" not in text and "[/]⟨001B⟩[2J" in text and "[/b]" in text and "[red]⟨001B⟩" in text
+    text = shown(read_run(write_run(tmp_path / "[b]x", config={"verb": "[/]\x1b[2J"}, metrics=[row])))
+    assert (
+        "\x1b" not in text
+        and "[/]⟨001B⟩[2J" in text
+        and "[b]x" in text
+        and "left" not in text
+        and "[red]⟨001B⟩" in text
+    )
 
 
 def test_sparklines():

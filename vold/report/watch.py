@@ -75,8 +75,8 @@ def _headline(run: RunRecord, silent: float) -> RenderableType:
     elif not run.steps:
         cells.append("waiting for the first step")
     elif each := _seconds(run):
-        left = (planned - done) * each if planned else math.nan
-        cells += [f"{duration(each)} a step", f"{duration(left)} left", f"last {duration(silent)} ago"]
+        left = [f"{duration((planned - done) * each)} left"] if planned else []
+        cells += [f"{duration(each)} a step", *left, f"last {duration(silent)} ago"]
     line.add_row(*cells)
     return line
 

@@ -62,8 +62,8 @@ def _start_phase(out: Path, world: MiniatureWorld) -> Phase:
     data = out / "start.jsonl"
     rng = np.random.default_rng([0, 30])
     request = load_config(SelfplayConfig, CONFIGS / ARMS["R-Zero"]).pose.request
-    problems = [arithmetic.sample_problem(rng) for _ in range(POSED)]
-    rows = [{"prompt": request, "response": arithmetic.text_question(problem, rng)} for problem in problems]
+    questions = [arithmetic.text_question(arithmetic.sample_problem(rng), rng) for _ in range(POSED)]
+    rows = [{"prompt": request, "response": question} for question in questions]
     shards = sorted((out / "traces" / "traces").glob("*.parquet"))
     traces = [row for shard in shards for row in parquet.read_table(shard).to_pylist()][:SOLVED]
     rows += [{"prompt": row["prompt"], "response": row["response"]} for row in traces]

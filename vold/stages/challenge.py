@@ -166,20 +166,21 @@ class Challenge:
         """`batch`: B, all responses of the step."""
         if not posed:
             return []
-        config, pose = self._config.memory, self._config.pose
+        memory_config, pose = self._config.memory, self._config.pose
         votes = self._panel.ask(posed, seed=self._seed + step)
         vectors_QE = embed_together(self._embedder, posed, self._job) if self._embedder else None
-        memory = [0.0] * len(posed)
-        if config is not None:
+        memory, memory_weight = [0.0] * len(posed), 0.0
+        if memory_config is not None:
             nearest_Q, mean_Q = self._bank.similarity(vectors_QE, self._remembered)
-            memory = [memory_penalty(*pair, config) for pair in zip(nearest_Q, mean_Q, strict=True)]
+            memory = [memory_penalty(*pair, memory_config) for pair in zip(nearest_Q, mean_Q, strict=True)]
+            memory_weight = memory_config.weight
         with self._job.log.phase("clusters"):
             distance_QQ = self._distances(posed, vectors_QE)
             repetition = cluster_sizes(distance_QQ, threshold=pose.cluster_distance) / batch
+        penalties = [pose.repetition_weight * r + memory_weight * m for r, m in zip(repetition, memory, strict=True)]
         return [
-            Worth(challenger_reward(v.agreement, pose.repetition_weight * r + weight * m), v.agreement, float(r), m)
-            for weight in [config.weight if config else 0.0]
-            for v, r, m in zip(votes, repetition, memory, strict=True)
+            Worth(challenger_reward(answer.agreement, penalty), answer.agreement, float(r), float(m))
+            for answer, penalty, r, m in zip(votes, penalties, repetition, memory, strict=True)
         ]
 
     def _distances(self, posed: Sequence[str], vectors_QE: np.ndarray | None) -> np.ndarray:

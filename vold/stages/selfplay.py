@@ -250,7 +250,7 @@ def _train(job: Job, config: RlConfig, **choices) -> None:
 
 
 def _release() -> None:
-    """A finished phase's models leave the device before the next one's come; Megatron's are held in cycles."""
+    """A finished phase's models leave the device before the next one's come: what is held in cycles too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -283,6 +283,8 @@ def _accuracy_of_student(config: SelfplayConfig, job: Job) -> tuple[dict[str, fl
     sampler = open_sampler(config.solver.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
         answers = evaluator.run(sampler, grader, job, config.seed)
+    del sampler
+    _release()
     return {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}, []
 
 

@@ -10,7 +10,8 @@ and the loss of a prompt is sum_i w_i L_i, KL_t being KL(student || teacher) ove
 is a weight for each token's KL: that is what is computed here. G siblings, L response tokens of one of them.
 
 Ours, where the source says nothing: the 20 % are rounded up; of equal a_t the earlier is taken; a response with nothing
-left over has its whole weight on its top tokens; siblings with equal means weigh the same.
+left over has its whole weight on its top tokens; siblings whose means differ by rounding alone weigh the same (two of
+them would get z = +1 and -1).
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
+
+
+ROUNDING = 1e-5
+"""nats: of a mean of differences between two fp32 log-probs"""
 
 
 def degrade(image: Image.Image, scale: float = 0.1) -> Image.Image:
@@ -38,7 +43,7 @@ def rollout_weights(mean_G: Tensor, tau: float = 1.0) -> Tensor:
     """w_i, [G], adding up to 1, from each sibling's mean a_t."""
     centred_G = mean_G - mean_G.mean()
     std = centred_G.square().mean().sqrt()
-    return (centred_G / torch.where(std > 0, std, 1.0) / tau).softmax(0)
+    return (centred_G / torch.where(std > ROUNDING, std, 1.0) / tau).softmax(0)
 
 
 def token_weights(advantage_L: Tensor, *, share: float = 0.2, top_weight: float = 0.5) -> Tensor:

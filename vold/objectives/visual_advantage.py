@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-
 ROUNDING = 1e-5
 """nats: of a mean of differences between two fp32 log-probs"""
 

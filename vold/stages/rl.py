@@ -53,7 +53,7 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     problems, encode = load_problems(config.data), encoder_of(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_vision(config.vision, prompts)
-    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "save_async",
     "keep_checkpoints",
     "samples_per_step",
+    "evaluation.best",
     "grader_workers",
     "rollout.vllm",
     "vllm",
@@ -95,6 +96,11 @@ class RunLog:
             self._loggers.log(step, row)
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
+
+    def metrics(self) -> list[dict]:
+        """Rows of metrics.jsonl, on rank 0."""
+        path = self.path / "metrics.jsonl"
+        return read_rows(path) if self._writer and path.exists() else []
 
     def asked(self, step: int, prompts: Iterable[dict]) -> None:
         """Append to prompts.jsonl what a step (1-based) asked."""

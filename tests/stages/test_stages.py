@@ -332,7 +332,7 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
     free = {"parallel": rl_run.parallel.model_copy(update={"tp": 2, "pp": 2}), "save_async": True}
-    free |= {"evaluation": rl_run.evaluation.model_copy(update={"best": "image"})}
+    free |= {"evaluation": rl_run.evaluation.model_copy(update={"best": "image"}), "visual_reliance_every": 2}
     elsewhere = rl_run.model_copy(update=free)
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
     engines = [f"{section}.urls=[http://127.0.0.1:8001]" for section in ("rollout.vllm", "teacher_vllm")]

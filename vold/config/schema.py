@@ -297,6 +297,8 @@ class RlConfig(TrainConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
+    # steps; 0: never. Two forward passes tell what the student's log-probs owe to an image's detail (visual_reliance)
+    visual_reliance_every: NonNegative = 0
     grader_workers: Positive = 2
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from vold.stages.groups import (
 )
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
+from vold.stages.reliance import VisualReliance
 from vold.stages.rollouts import Rollouts
 from vold.stages.training import TrainingRun, check_vision
 from vold.teacher import NoTeacher, OwnPrompts, SelfTeacher, Teacher, VisualTeacher, VllmTeacher
@@ -53,6 +54,13 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
     problems, encode = load_problems(config.data), encoder_of(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_vision(config.vision, prompts)
+    reliance = VisualReliance(
+        prompts,
+        encode,
+        encoder_of(config.student, degrade),
+        every=config.visual_reliance_every,
+        max_tokens=config.microbatch_tokens,
+    )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
@@ -87,13 +95,14 @@ def run(config: RlConfig, *, resume: bool = False, profiler: StepProfiler | None
             ]
             with job.log.phase("teacher"):
                 batches = [teacher.score(batch) for batch in batches]
+            seen = reliance.measure(step, weighed, trainer, job)
             with job.log.phase("train"):
                 report = trainer.step(*batches) if samples else trainer.skip(*NOTHING_LEFT)
             rollouts.settle()
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = drawn.metrics | teacher_metrics(admitted, encode.length) | teacher_blind(weighed, admitted)
-            metrics |= teacher.metrics | current.metrics() | report.metrics | parity
+            metrics |= teacher.metrics | current.metrics() | report.metrics | parity | seen
             shown = group_rows(drawn.groups, samples, report.mean_kl, config.samples_per_step)
             training.finish_step(step, metrics, shown, sampler, grader)
     training.export()

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "save_async",
     "keep_checkpoints",
     "samples_per_step",
+    "visual_reliance_every",
     "evaluation.best",
     "grader_workers",
     "rollout.vllm",

@@ -160,7 +160,7 @@ def samples(mixed, world):
     problems = load_problems(DataConfig(path=mixed, layout="geometry3k"))
     chosen = [problems[place] for place in (0, 7, 1, 8)]
     prompts = build_prompts(chosen, AutoTokenizer.from_pretrained(world.student), PROMPT)
-    responses = [tuple(range(10, 10 + length)) for length in (4, 1, 9, 2, 5, 5, 3, 8)]
+    responses = [tuple(range(10, 10 + length)) for length in (4, 1, 9, 2, 5, 6, 3, 8)]
     return chosen, [Sample(prompts[n // 2], ids, 0.0, 0.0, float(n != 2)) for n, ids in enumerate(responses)]
 
 

@@ -336,6 +336,7 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
     elsewhere = rl_run.model_copy(update=free)
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
     engines = [f"{section}.urls=[http://127.0.0.1:8001]" for section in ("rollout.vllm", "teacher_vllm")]
+    engines += ["minibatches=2", "objective.target_kl=0.01"]  # as in rl_run
     check_run_dir(load("rl", rl_run.run_dir, *engines), "rl", resume=True)  # so are other engines
     with pytest.raises(ValueError, match=r"--resume: rollout was .* and is now"):
         check_run_dir(load("rl", rl_run.run_dir, *engines, "rollout.top_p=0.5"), "rl", resume=True)

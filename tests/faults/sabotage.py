@@ -85,11 +85,11 @@ def is_sent_sigterm_in_step(number: int) -> None:
 def disk_is_full_in_save(number: int, limit: int) -> None:
     """No file may grow beyond `limit` bytes; the kernel refuses the write itself."""
 
-    def limited(save, *arguments):
+    def limited(save, *arguments, **options):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            return save(*arguments)
+            return save(*arguments, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

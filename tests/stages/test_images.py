@@ -20,7 +20,10 @@ from vold.models.images import encoder_of
 from vold.objectives.visual_advantage import degrade, token_advantage, weigh_siblings
 from vold.records import Prompt, Sample
 from vold.stages import export, rl, sft
+from vold.stages.job import Job
+from vold.stages.reliance import VisualReliance
 from vold.teacher import OwnPrompts, Teacher, VisualTeacher
+from vold.trainer.phases import Phases
 from vold.trainer.run_log import read_rows
 
 PROMPT = PromptConfig(suffix="", max_tokens=64)
@@ -111,6 +114,8 @@ def test_mergers_that_no_image_would_teach_are_a_mistake(load, tmp_path, layout)
     for verb, stage in (("rl", rl), ("sft", sft)):
         with pytest.raises(ValueError, match=r"vision\.train_merger = true, but no training prompt has an image"):
             stage.run(load(verb, tmp_path / verb, "vision.train_merger=true"))
+    with pytest.raises(ValueError, match=r"visual_reliance_every = 5, but no training prompt has an image; set"):
+        rl.run(load("rl", tmp_path / "rl", "visual_reliance_every=5"))
 
 
 def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
@@ -134,11 +139,14 @@ def test_images_count_in_prompt_max_tokens(configured, layout):
 
 def test_a_teacher_that_looks_twice(configured, tiny_qwen3_vl_dir, layout):
     config = configured(
-        "twice", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd", "objective.visual_advantage=true"
+        "twice",
+        *(f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd", "objective.visual_advantage=true"),
+        "visual_reliance_every=2",
     )
     rl.run(config)
     for row in metrics(config):
         assert row["visual_advantage"] > 0 and 0.1 < row["visual_top_share"] < 1
+        assert ("visual_reliance" in row) == (row["step"] == 2)
     with pytest.raises(ValueError, match=r"reads text only; objective\.visual_advantage needs one that sees"):
         rl.run(configured("blindly", "objective.visual_advantage=true"))
 
@@ -152,7 +160,7 @@ def samples(mixed, world):
     problems = load_problems(DataConfig(path=mixed, layout="geometry3k"))
     chosen = [problems[place] for place in (0, 7, 1, 8)]
     prompts = build_prompts(chosen, AutoTokenizer.from_pretrained(world.student), PROMPT)
-    responses = [tuple(range(10, 10 + length)) for length in (4, 1, 9, 2, 5, 5, 3, 8)]
+    responses = [tuple(range(10, 10 + length)) for length in (4, 1, 9, 2, 5, 6, 3, 8)]
     return chosen, [Sample(prompts[n // 2], ids, 0.0, 0.0, float(n != 2)) for n, ids in enumerate(responses)]
 
 
@@ -195,17 +203,35 @@ def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_
     assert relative(gradients(trainer, visual), gradients(trainer, plain)) > 1e-2
 
 
+def test_visual_reliance_is_the_difference_of_two_readings(samples, world, layout, tmp_path):
+    """By transformers, over the tokens of responses to images; which of them have a gradient does not matter."""
+    _, samples = samples
+    student, prompts = world.student, [sample.prompt for sample in samples]
+    reliance = VisualReliance(prompts, encoder_of(student), encoder_of(student, degrade), every=3, max_tokens=60)
+    trainer, job = make_trainer(student, layout), Job(layout, torch.float32, NoLog())
+    assert reliance.measure(1, samples, trainer, job) == reliance.measure(2, samples[2:4], trainer, job) == {}
+    found = reliance.measure(2, samples, trainer, job)
+    readings = [[by_transformers(student, samples[p], change) for p in (0, 1, 4, 5)] for change in (None, degrade)]
+    difference = torch.cat(readings[0]) - torch.cat(readings[1])
+    assert difference.abs().max() > 1e-3
+    assert found == {"visual_reliance": pytest.approx(float(difference.mean()), abs=1e-5)}
+
+
+class NoLog:
+    phase = Phases()
+
+
 def by_transformers(directory, sample, change=None) -> torch.Tensor:
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer, processor = AutoTokenizer.from_pretrained(directory), AutoImageProcessor.from_pretrained(directory)
-    text = sample.prompt.text
+    text, own = sample.prompt.text, "<w0>" if "qwen3_vl" in model.config.model_type else ""
     if sample.prompt.images:
         pictures = [Image.open(path).convert("RGB") for path in sample.prompt.images]
         seen = processor(images=[change(p) if change else p for p in pictures], return_tensors="pt")
         [count] = (seen["image_grid_thw"].prod(-1) // 4).tolist()
-        assert count == 6, "the student has 7"
+        assert count == (6 if own else 7), "the student has 7"
         text = text.replace("<image>", IMAGE * count)
-    prompt = tokenizer(f"<w0><user>{text}<asst>", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(f"{own}<user>{text}<asst>", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*prompt, *sample.response_ids]])
     images = {}
     if sample.prompt.images:

@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from vold.config import dump_config
+from vold.config.schema import ExportConfig
 from vold.data.pack import encode_text
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
 from vold.grading import Grader
+from vold.models.tokenizer import load_tokenizer
 from vold.records import Rollout, Verdict
-from vold.stages import evaluate, export, rl, sft, traces
+from vold.stages import evaluate, export, rl, sft, traces, training
 from vold.stages.groups import token_texts
-from vold.trainer.run_log import check_run_dir, read_rows
+from vold.trainer.run_log import RunLog, check_run_dir, read_rows
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib", "rollout_tail", "rollout_tokens_per_second")
 
@@ -241,8 +245,6 @@ def test_stale_weights_raise_the_alarm(world, layout):
 
 
 def test_export_of_a_checkpoint_equals_the_exported_model(rl_run, tmp_path):
-    from vold.config.schema import ExportConfig
-
     export.run(ExportConfig(run=rl_run.run_dir, out=tmp_path / "exported"))
     assert same_tensors(tmp_path / "exported/model.safetensors", rl_run.run_dir / "model/model.safetensors")
     early = ExportConfig(run=rl_run.run_dir, out=tmp_path / "early", step=2)
@@ -250,9 +252,80 @@ def test_export_of_a_checkpoint_equals_the_exported_model(rl_run, tmp_path):
     assert not same_tensors(tmp_path / "early/model.safetensors", rl_run.run_dir / "model/model.safetensors")
 
 
-def test_eval_reads_text_and_images(load, tmp_path, layout, world):
-    config = load("eval", tmp_path / "eval")
+@pytest.fixture
+def judged(load, tmp_path, world, layout, monkeypatch):
+    """judged(*accuracies, resume) -> sft for five steps, each judged so and saved; one stays, and the best."""
+    text = f"{{text: {{path: {world.data / 'val_text.json'}, layout: orz}}}}"
+    evaluation = f"{{every: 1, best: text, sets: {text}, sampling: {{max_new_tokens: 1, temperature: 0.0}}}}"
+    settings = [f"evaluation={evaluation}", "steps=5", "save_every=1", "keep_checkpoints=1"]
+    config = load("sft", tmp_path / "judged", *settings)
+
+    def run(*accuracies: float, resume: bool = False):
+        given = iter(accuracies)
+        monkeypatch.setattr(evaluate.Evaluator, "run", lambda *_: {"text": [next(given)]})
+        monkeypatch.setattr(training, "summarise", lambda rows: {"accuracy": rows[0]})
+        sft.run(config, resume=resume)
+        return config
+
+    run.checkpoints = config.run_dir / "checkpoints"
+    return run
+
+
+def steps_of(checkpoints: Path) -> dict[str, list[int]]:
+    """Which are there, and which one is the best."""
+    found = [int(path.name[5:]) for path in checkpoints.glob("step-*")]
+    return {"saved": sorted(found), "best": [int((checkpoints / "best").read_text()[5:])]}
+
+
+def test_the_best_checkpoint_stays_and_can_be_exported(judged, tmp_path):
+    run = judged(0.2, 0.5, 0.5, 0.3, 0.1).run_dir
+    assert steps_of(judged.checkpoints) == {"saved": [2, 5], "best": [2]}, "of equals the earlier"
+    for step in ("best", 2):
+        export.run(ExportConfig(run=run, out=tmp_path / f"{step}", step=step))
+    best, second, last = (path / "model.safetensors" for path in (tmp_path / "best", tmp_path / "2", run / "model"))
+    assert same_tensors(best, second) and not same_tensors(best, last)
+
+
+@pytest.mark.parametrize(("rest", "then"), [((0.5, 0.1), [2]), ((0.4, 0.6), [5])])
+@pytest.mark.parametrize("pointer", ["step-000003\n", "garbage", None])
+def test_a_resumed_run_knows_the_best(judged, rest, then, pointer):
+    """By its log, whatever the pointer says: the run may have been killed before the pointer moved."""
+    with pytest.raises(StopIteration):
+        judged(0.2, 0.5, 0.3)
+    assert steps_of(judged.checkpoints) == {"saved": [2, 3], "best": [2]}
+    (judged.checkpoints / "best").unlink()
+    if pointer:
+        (judged.checkpoints / "best").write_text(pointer)
+    judged(*rest, resume=True)
+    assert steps_of(judged.checkpoints) == {"saved": sorted({5, *then}), "best": then}
+
+
+def test_no_best_checkpoint(load, rl_run, tmp_path):
+    with pytest.raises(ValueError, match=r"has no best checkpoint \(set evaluation.best\)"):
+        export.run(ExportConfig(run=rl_run.run_dir, out=tmp_path / "out", step="best"))
+    with pytest.raises(ValueError, match=r"evaluation.best = 'images' is none of evaluation.sets: text, image"):
+        load("rl", tmp_path / "run", "evaluation.best=images")
+    with pytest.raises(ValueError, match=r"evaluation.best = 'text' compares steps; set evaluation.every > 0"):
+        load("rl", tmp_path / "run", "evaluation.best=text", "evaluation.every=0")
+
+
+def test_images_count_in_the_length_of_an_evaluations_prompts(load, tmp_path, layout, world):
+    """All ids would fit, but an image is seven of them."""
+    image = f"evaluation.sets={{image: {{path: {world.data / 'val_image.jsonl'}, layout: geometry3k}}}}"
+    fits = load("eval", tmp_path / "fits", image)
+    problems, tokenizer = load_problems(fits.evaluation.sets["image"]), load_tokenizer(world.student)
+    longest = max(len(prompt.token_ids) for prompt in build_prompts(problems, tokenizer, fits.prompt))
+    evaluate.run(load("eval", tmp_path / "fits", image, f"prompt.max_tokens={longest + 6}"))
+    with pytest.raises(ValueError, match=rf"prompt of {longest + 6} tokens exceeds prompt.max_tokens = {longest + 5};"):
+        evaluate.run(load("eval", tmp_path / "too long", image, f"prompt.max_tokens={longest + 5}"))
+
+
+def test_eval_reads_text_and_images(load, tmp_path, layout, world, monkeypatch):
+    config, shown = load("eval", tmp_path / "eval", "evaluation.sampling.sequences_per_call=4"), []
+    monkeypatch.setattr(RunLog, "live", lambda self, note: shown.append(note))
     evaluate.run(config)
+    counts = [f"{answered}/6 answered" for answered in range(7)]
+    assert shown == [*(f"{name}: {count}" for name in ("text", "image") for count in counts), ""]
     result = json.loads((config.run_dir / "evaluation.json").read_text())
     assert result["sets"].keys() == {"text", "image"} and result["sets"]["image"]["n"] == 6
     rows = read_rows(config.run_dir / "samples.jsonl")
@@ -286,9 +359,11 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
     with pytest.raises(ValueError, match="holds no run; leave --resume out"):
         rl.run(load("rl", tmp_path / "nothing"), resume=True)
     free = {"parallel": rl_run.parallel.model_copy(update={"tp": 2, "pp": 2}), "save_async": True}
+    free |= {"evaluation": rl_run.evaluation.model_copy(update={"best": "image"}), "visual_reliance_every": 2}
     elsewhere = rl_run.model_copy(update=free)
     check_run_dir(elsewhere, "rl", resume=True)  # another layout is the same run
     engines = [f"{section}.urls=[http://127.0.0.1:8001]" for section in ("rollout.vllm", "teacher_vllm")]
+    engines += ["minibatches=2", "objective.target_kl=0.01"]  # as in rl_run
     check_run_dir(load("rl", rl_run.run_dir, *engines), "rl", resume=True)  # so are other engines
     with pytest.raises(ValueError, match=r"--resume: rollout was .* and is now"):
         check_run_dir(load("rl", rl_run.run_dir, *engines, "rollout.top_p=0.5"), "rl", resume=True)
@@ -367,7 +442,7 @@ def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tm
     from vold.config import load_config, schema
 
     settings = [*even_world.overrides("rl", tmp_path), "steps=2", "evaluation.every=2", "rollout.sequences_per_call=6"]
-    settings += ["rollout.lag=1"]
+    settings += ["rollout.lag=1", "evaluation.best=image"]
     settings += ["objective.preset=vold-gspo", "minibatches=2"]  # a ratio that couples tokens, at every layout
     config = Path("configs/miniature/rl.yaml").resolve()
     alone = load_config(schema.RlConfig, config, [*settings, f"run_dir={tmp_path / 'alone'}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import tiny
 import torch
 import torch.distributed as dist
+from pytest import approx
 from safetensors.torch import load_file, save_file
 from steps import OPTIMIZER, relative
 
@@ -20,9 +21,12 @@ from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
 from vold.records import Picture, Prompt, Sample
+from vold.stages.job import Job
+from vold.stages.reliance import VisualReliance
 from vold.teacher import Teacher, VisualTeacher
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import Trainer
+from vold.trainer.phases import Phases
 from vold.trainer.tally import SUMS
 
 IDS = 120  # below the special ones
@@ -166,13 +170,28 @@ def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[fl
     return {place: weights for found in everyone for place, weights in found.items()}
 
 
+class NoLog:
+    phase = Phases()
+
+
+def visual_reliance(trainer: Trainer, layout) -> dict[str, float]:
+    """Of the samples, blurred pictures in the place of degraded ones."""
+    samples, encoders = make_samples(), [kind(trainer.chunks[0].arch) for kind in (Pictures, Blurred)]
+    metric = VisualReliance([sample.prompt for sample in samples], *encoders, every=1, max_tokens=60)
+    return metric.measure(0, samples, trainer, Job(layout, torch.float32, NoLog()))
+
+
 def rank(students: dict[str, Path], run_dir: Path) -> None:
     """Every family on every layout of two processes, each continuing from the checkpoint of the one before."""
     weights_of: dict[str, dict] = {}
+    reliance_of: dict[str, dict] = {}
     for step, sizes in enumerate(LAYOUTS):
         layout = initialise(**sizes, seed=0)
         for family, student in students.items():
             trainer = open_trainer(student, layout, train_merger=True)
+            relies = visual_reliance(trainer, layout)
+            reliance_of.setdefault(family, relies)
+            assert relies == approx(reliance_of[family], abs=1e-5) and abs(relies["visual_reliance"]) > 1e-4
             if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
                 check(trainer, family)
                 check_teacher(trainer, student, layout)

@@ -150,6 +150,32 @@ def test_the_newest_are_kept_and_only_a_commit_removes(copied, saved, monkeypatc
     assert names() == {"step-000002", "step-000003", "latest"}
 
 
+def test_the_best_stays_beside_the_newest(copied, saved, monkeypatch):
+    """It is another one once that is committed, and after `latest`: what goes first is neither of them."""
+    root, checkpoints = copied
+    trainer, names = saved[1], lambda: {path.name for path in root.iterdir()}
+    checkpoints.set_best(1)
+    for step in (3, 4):
+        checkpoints.save(trainer, step)
+    assert names() == {"step-000001", "step-000003", "step-000004", "latest", "best"} and checkpoints.best_step() == 1
+    for fault in ("_write_durably", "write_pieces"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_module, fault, full_disk)
+            with pytest.raises(ValueError, match="No space left"):
+                checkpoints.save(trainer, 5, best=True)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
+    with monkeypatch.context() as patch:
+        point = Checkpoints._point
+        patch.setattr(Checkpoints, "_point", lambda *a: full_disk() if a[1] == "best" else point(*a))
+        with pytest.raises(ValueError, match="No space left"):
+            checkpoints.save(trainer, 5, best=True)
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 1)
+    checkpoints.save(trainer, 6, best=True)
+    assert names() == {"step-000005", "step-000006", "latest", "best"} and checkpoints.best_step() == 6
+    checkpoints.set_best(None)
+    assert checkpoints.best_step() is None
+
+
 def test_what_the_file_system_refuses_is_one_line(saved, layout, tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the directory belongs")
     with pytest.raises(ValueError, match=rf"Not a directory: '{tmp_path}/checkpoints"):
@@ -202,9 +228,12 @@ def test_a_damaged_file_is_refused_by_name(copied, saved, name, damage):
 @pytest.mark.parametrize("garbage", ["", "999999", "step-999999", "../../x", "step-000002/../..", "\x00\x01", "step-²"])
 def test_a_garbage_pointer_is_refused(copied, garbage):
     root, checkpoints = copied
-    (root / "latest").write_text(garbage)
-    with pytest.raises(ValueError, match=r"latest names .* which is no checkpoint here \(there are: step-000001, ste"):
-        checkpoints.latest_step()
+    for pointer, read in {"latest": checkpoints.latest_step, "best": checkpoints.best_step}.items():
+        (root / pointer).write_text(garbage)
+        with pytest.raises(
+            ValueError, match=rf"{pointer} names .* which is no checkpoint here \(there are: step-000001, "
+        ):
+            read()
 
 
 def test_a_renamed_or_foreign_checkpoint_is_refused(copied, saved, layout, tiny_teacher_dir):

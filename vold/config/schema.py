@@ -216,6 +216,15 @@ class EvaluationConfig(Strict):
     every: NonNegative = 0  # steps; 0: never during training
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=2048, temperature=0.0)
     responses_per_problem: Positive = 1  # k of avg@k and maj@k
+    best: str | None = None  # a set: the checkpoint with the highest accuracy on it stays too; vold export step=best
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self):
+        if self.best is not None and self.best not in self.sets:
+            raise ValueError(f"evaluation.best = {self.best!r} is none of evaluation.sets: {', '.join(self.sets)}")
+        if self.best is not None and not self.every:
+            raise ValueError(f"evaluation.best = {self.best!r} compares steps; set evaluation.every > 0, or best=null")
+        return self
 
     @model_validator(mode="after")
     def _several_answers_are_sampled(self):
@@ -290,6 +299,8 @@ class RlConfig(TrainConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
+    # steps; 0: never. Two forward passes tell what the student's log-probs owe to an image's detail (visual_reliance)
+    visual_reliance_every: NonNegative = 0
     grader_workers: Positive = 2
 
     @model_validator(mode="after")
@@ -442,4 +453,4 @@ class ExportConfig(Strict):
 
     run: Path
     out: Path
-    step: Positive | None = None  # the latest when absent
+    step: Positive | Literal["best"] | None = None  # the latest when absent; best: see evaluation.best

@@ -22,9 +22,8 @@ def well_formed(response: str) -> bool:
 
 
 def reward(rollout: Rollout, verdict: Verdict, config: RewardConfig) -> float | None:
-    """In [0, 1]; None where the grader broke. A truncated response scores 0."""
+    """In [0, 1]; None where the grader broke. A truncated response, whose verdict is wrong, has no form either."""
     if verdict.outcome == "broken":
         return None
-    if rollout.finish_reason == "length":
-        return 0.0
-    return config.accuracy * (verdict.outcome == "correct") + config.format * well_formed(rollout.text)
+    formed = rollout.finish_reason != "length" and well_formed(rollout.text)
+    return config.accuracy * (verdict.outcome == "correct") + config.format * formed

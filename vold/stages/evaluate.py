@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vold.config.schema import EvalConfig, EvaluationConfig, PromptConfig
+from vold.data.pack import Encoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.grading import Grader, extract_answer
+from vold.models.images import encoder_of
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout, Verdict
 from vold.rollout import Sampler, open_sampler
@@ -27,31 +29,47 @@ class Evaluator:
     config: EvaluationConfig
 
     @classmethod
-    def load(cls, config: EvaluationConfig, tokenizer, prompt: PromptConfig) -> Evaluator:
+    def load(cls, config: EvaluationConfig, tokenizer, prompt: PromptConfig, encode: Encoder) -> Evaluator:
+        """`encode`: how the model reads prompts; its image tokens count in prompt.max_tokens."""
         sets = {
-            name: build_prompts(load_problems(data), tokenizer, prompt, data.on_error)
+            name: build_prompts(load_problems(data), tokenizer, prompt, data.on_error, encode.length)
             for name, data in config.sets.items()
         }
         return cls(sets, config)
 
     def run(self, sampler: Sampler, grader: Grader, job: Job, seed: int) -> dict[str, list[dict]]:
-        """Set name -> one row a response (as in samples.jsonl), gathered over ranks; a problem's are adjacent."""
+        """Set name -> one row a response (as in samples.jsonl), gathered over ranks; a problem's are adjacent. The
+        progress line says how much of its own share the writing rank has answered."""
         found = {}
         for name, prompts in self.prompts.items():
-            answered = job.gather(_answer(job.share(prompts), sampler, grader, self.config, seed))
-            found[name] = [row for rows in answered for row in rows]
+            mine = job.share(prompts)
+            answers = self._answers(mine, sampler, seed, lambda note, name=name: job.log.live(f"{name}: {note}"))
+            found[name] = [row for rows in job.gather(_judged(answers, grader)) for row in rows]
+        job.log.live("")
         return found
 
+    def _answers(
+        self, prompts: Sequence[Prompt], sampler: Sampler, seed: int, show: Callable[[str], None]
+    ) -> list[list[Rollout]]:
+        """The responses to each prompt, in order. Raises ValueError when an engine lost any."""
+        found: dict[str, list[Rollout]] = {}
+        show(f"0/{len(prompts)} answered")
+        each = self.config.responses_per_problem
+        stream = sampler.stream(prompts, self.config.sampling, responses=each, seed=seed) if prompts else ()
+        for rollouts in stream:
+            found[rollouts[0].prompt.id] = rollouts
+            show(f"{len(found)}/{len(prompts)} answered")
+        if len(found) < len(prompts):
+            raise ValueError(f"{len(prompts) - len(found)} evaluation prompts got no answer, see above; evaluate again")
+        return [found[prompt.id] for prompt in prompts]
 
-def _answer(
-    prompts: Sequence[Prompt], sampler: Sampler, grader: Grader, config: EvaluationConfig, seed: int
-) -> list[list[dict]]:
-    """The rows of each prompt."""
-    each = config.responses_per_problem
-    rollouts = sampler.sample(prompts, config.sampling, responses=each, seed=seed) if prompts else []
-    verdicts = grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for r in rollouts])
-    rows = [answer_row(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-    return [rows[first : first + each] for first in range(0, len(rows), each)]
+
+def _judged(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
+    """The rows of each problem."""
+    verdicts = iter(
+        grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for found in answers for r in found])
+    )
+    return [[answer_row(rollout, next(verdicts)) for rollout in found] for found in answers]
 
 
 def judged_text(rollout: Rollout) -> str:
@@ -96,7 +114,8 @@ def run(config: EvalConfig) -> None:
     if not config.evaluation.sets:
         raise ValueError("evaluation.sets is empty; name at least one set with its path and layout")
     job = open_job(config, "eval", total=len(config.evaluation.sets))
-    evaluator = Evaluator.load(config.evaluation, load_tokenizer(config.checkpoint), config.prompt)
+    tokenizer, encode = load_tokenizer(config.checkpoint), encoder_of(config.checkpoint)
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
         rows = evaluator.run(sampler, grader, job, config.seed)

@@ -25,9 +25,10 @@ def run(config: ExportConfig) -> None:
         raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
     layout = initialise(seed=0)
     checkpoints = Checkpoints(config.run, layout)
-    step = config.step or checkpoints.latest_step()
+    step = checkpoints.best_step() if config.step == "best" else config.step or checkpoints.latest_step()
     if step is None:
-        raise ValueError(f"run = {config.run} has no checkpoint yet")
+        which = "best checkpoint (set evaluation.best)" if config.step else "checkpoint yet"
+        raise ValueError(f"run = {config.run} has no {which}")
     student = Path(settings["student"])
     train_merger = settings.get("vision", {}).get("train_merger", False)
     chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)

@@ -34,6 +34,7 @@ from vold.stages.groups import (
 )
 from vold.stages.job import Job, open_job
 from vold.stages.probe import build_probe
+from vold.stages.reliance import VisualReliance
 from vold.stages.rollouts import Rollouts
 from vold.stages.training import TrainingRun, check_vision
 from vold.teacher import NoTeacher, OwnPrompts, SelfTeacher, Teacher, VisualTeacher, VllmTeacher
@@ -63,7 +64,14 @@ def run(
     problems, encode = load_problems(config.data), encoder_of(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_vision(config.vision, prompts)
-    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
+    reliance = VisualReliance(
+        prompts,
+        encode,
+        encoder_of(config.student, degrade),
+        every=config.visual_reliance_every,
+        max_tokens=config.microbatch_tokens,
+    )
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     trainer = _trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
@@ -102,6 +110,7 @@ def run(
             ]
             with job.log.phase("teacher"):
                 batches = [teacher.score(batch) for batch in batches]
+            seen = reliance.measure(step, weighed, trainer, job)
             shown = shown_places(drawn.groups, config.samples_per_step)
             with job.log.phase("train"):
                 report = trainer.step(*batches, shown=shown) if samples else trainer.skip(*NOTHING_LEFT)
@@ -109,7 +118,7 @@ def run(
             with job.log.phase("sync"):
                 parity = training.hand_over(sampler, probe)
             metrics = drawn.metrics | teacher_metrics(admitted, encode.length) | teacher_blind(weighed, admitted)
-            metrics |= teacher.metrics | current.metrics() | report.metrics | parity
+            metrics |= teacher.metrics | current.metrics() | report.metrics | parity | seen
             rows = group_rows(drawn.groups, samples, report, shown, tokenizer)
             training.finish_step(step, metrics, rows, sampler, grader)
     training.export()

@@ -37,6 +37,7 @@ from vold.config.schema import DataConfig, EvaluationConfig, PromptConfig, RlCon
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.grading import Grader
+from vold.models.images import encoder_of
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.together import together
@@ -279,7 +280,9 @@ def _log(config: SelfplayConfig, job: Job, number: int, measure) -> None:
 def _accuracy_of_student(config: SelfplayConfig, job: Job) -> tuple[dict[str, float], list[dict]]:
     if not config.evaluation.sets:
         return {}, []
-    evaluator = Evaluator.load(config.evaluation, load_tokenizer(config.student), config.prompt)
+    evaluator = Evaluator.load(
+        config.evaluation, load_tokenizer(config.student), config.prompt, encoder_of(config.student)
+    )
     sampler = open_sampler(config.solver.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
         answers = evaluator.run(sampler, grader, job, config.seed)

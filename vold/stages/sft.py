@@ -41,7 +41,7 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
         vocab_size=len(tokenizer),
         vision=config.vision,
     )
-    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt)
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     training = TrainingRun.open(config, job, trainer, evaluator, profiler)
     sampler = probe = None
     if training.evaluates_after(config.steps - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class TrainingRun:
     checkpoints: Checkpoints
     done: int = 0  # completed steps
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last of them; seconds are this rank's own
+    best: float = -math.inf  # accuracy on evaluation.best of the checkpoint that `best` points at
     asked_to_stop: bool = False
     profiler: StepProfiler | None = None  # then nothing is saved or exported
 
@@ -55,6 +57,17 @@ class TrainingRun:
             self.checkpoints.load(self.trainer, step)
             self.done = step
         self.last = self.job.from_writer(self.job.log.rewind(self.done))
+        self._find_best()
+
+    def _find_best(self) -> None:
+        """Go on from the best step on record whose checkpoint is still there; of equals the earlier."""
+        if self.config.evaluation.best is None:
+            return
+        key, saved = f"accuracy_{self.config.evaluation.best}", self.checkpoints.saved()
+        rows = [row for row in self.job.log.metrics() if key in row and row["step"] in saved]
+        row = self.job.from_writer(max(rows, key=lambda row: row[key], default={key: -math.inf, "step": None}))
+        self.best = row[key]
+        self.checkpoints.set_best(row["step"])
 
     def steps(self) -> Iterator[int]:
         """0-based steps still to do. SIGTERM lets the step under way finish (see finish_step); a second one kills."""
@@ -82,19 +95,20 @@ class TrainingRun:
     def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
         """Evaluate and save where due, then write the step: what is on disk is what has happened. When a rank was sent
         SIGTERM, all save and end with exit code 143."""
-        done, total = step + 1, self.config.steps
+        done, total, best = step + 1, self.config.steps, False
         if self.evaluates_after(step):
             with self.job.log.phase("evaluate"):
                 answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
             for name, found in answers.items():
                 summary = summarise(found)
                 metrics |= {f"accuracy_{name}": summary["accuracy"], f"stderr_{name}": summary["stderr"]}
+            best = self._is_best(metrics)
         row = self.last = self.job.log.write(done, metrics, rows)
         stop = any_rank(self.asked_to_stop, self.job.layout.device)
         if self.profiler:
             self.profiler.step(row, self.job.log.phase.intervals)
-        elif done == total or stop or (self.config.save_every and done % self.config.save_every == 0):
-            self.checkpoints.save(self.trainer, done)
+        elif done == total or stop or best or (self.config.save_every and done % self.config.save_every == 0):
+            self.checkpoints.save(self.trainer, done, best=best)
         else:
             self.checkpoints.poll()
         if done == total or stop:
@@ -102,6 +116,12 @@ class TrainingRun:
         if stop:
             self.job.log.close()
             raise SystemExit(128 + signal.SIGTERM)
+
+    def _is_best(self, metrics: dict) -> bool:
+        """Whether this evaluation beats those before it on evaluation.best; the same on every rank."""
+        accuracy = metrics.get(f"accuracy_{self.config.evaluation.best}", -math.inf)
+        better, self.best = accuracy > self.best, max(accuracy, self.best)
+        return better
 
     def export(self) -> None:
         """The trained model as an ordinary checkpoint directory: run_dir/model."""

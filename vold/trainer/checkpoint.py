@@ -2,6 +2,7 @@
 
     checkpoints/step-000040/  rank-00000.safetensors ...  state.json  manifest.json
     checkpoints/latest        the name of the newest complete one
+    checkpoints/best          of the one that did best so far, where a run asks for that (evaluation.best)
 
 Every rank writes its own pieces (vold.trainer.shards), at once or in a background thread; rank 0 commits when all have
 reported. What is in state.json: step (which is also the data position: rows and sampling seeds are functions of it),
@@ -41,8 +42,9 @@ from vold.trainer.shards import (
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; the newest `keep` stay. Every method but `latest_step` is called by all
-    ranks. `asynchronous`: `save` returns once the state is copied to the CPU; `poll` commits it when it is written."""
+    """The checkpoints of one run directory; the newest `keep` stay, and the best. Every method that writes or loads is
+    called by all ranks. `asynchronous`: `save` returns once the state is copied to the CPU; `poll` commits it when it
+    is written."""
 
     def __init__(self, run_dir: Path, layout: Layout, keep: int = 2, *, asynchronous: bool = False):
         self._root, self._layout, self._keep, self._asynchronous = run_dir / "checkpoints", layout, keep, asynchronous
@@ -50,9 +52,10 @@ class Checkpoints:
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: Trainer, step: int) -> None:
+    def save(self, trainer: Trainer, step: int, *, best: bool = False) -> None:
         """Save step `step` (completed updates) unless it is saved already. Visible to a reader only once every file of
-        every rank is on disk. Raises ValueError on all ranks when any could not write."""
+        every rank is on disk; `best`: it is the best from then on. Raises ValueError on all ranks when any
+        could not write."""
         self.wait()
         if together(self.latest_step)[0] == step:
             return
@@ -67,7 +70,7 @@ class Checkpoints:
             "layout": _sizes(self._layout),
             "versions": {name: version(name) for name in ("vold", "torch", "megatron-core")},
         }
-        self._pending = _Write(partial, state, pieces)
+        self._pending = _Write(partial, state, pieces, best)
         if not self._asynchronous:
             self.wait()
 
@@ -110,19 +113,41 @@ class Checkpoints:
                 self._remove(target)
             os.replace(partial, target)
             _fsync(self._root)
-            _write_durably(self._root / ".latest", target.name + "\n")
-            os.replace(self._root / ".latest", self._root / "latest")
-            _fsync(self._root)
+            self._point("latest", target.name)
+            if write.best:
+                self._point("best", target.name)
             for old in self._obsolete(write.state["step"]):
                 self._remove(old)
         except OSError as error:
             return str(error)
         return ""
 
+    def set_best(self, step: int | None) -> None:
+        """Point `best` at a step that is saved, or nowhere. For a run that goes on: its pointer may be older than
+        `latest` (a kill between the two) or newer (the run went back)."""
+
+        def point() -> None:
+            if dist.get_rank() == 0 and step is not None:
+                self._point("best", _name(step))
+            elif dist.get_rank() == 0:
+                (self._root / "best").unlink(missing_ok=True)
+
+        together(point)
+
+    def saved(self) -> dict[int, Path]:
+        """Step -> its directory."""
+        return {int(path.name[5:]): path for path in self._root.glob("step-*") if path.name[5:].isdecimal()}
+
+    def _point(self, pointer: str, name: str) -> None:
+        _write_durably(self._root / f".{pointer}", name + "\n")
+        os.replace(self._root / f".{pointer}", self._root / pointer)
+        _fsync(self._root)
+
     def _obsolete(self, newest: int) -> list[Path]:
-        """All but the newest `keep`; steps beyond the newest belong to a continuation that was given up."""
-        steps = {int(path.name[5:]): path for path in self._root.glob("step-*") if path.name[5:].isdecimal()}
-        kept = sorted(step for step in steps if step <= newest)[-self._keep :]
+        """All but the best and the newest `keep`; steps beyond the newest belong to a continuation that was given
+        up."""
+        steps = self.saved()
+        kept = [self.best_step(), *sorted(step for step in steps if step <= newest)[-self._keep :]]
         return [path for step, path in steps.items() if step not in kept]
 
     def _remove(self, path: Path) -> None:
@@ -146,7 +171,14 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The step `latest` points at, or None without a checkpoint. Raises ValueError for a broken pointer."""
-        pointer = self._root / "latest"
+        return self._pointed("latest")
+
+    def best_step(self) -> int | None:
+        """The step `best` points at, or None. Raises ValueError for a broken pointer."""
+        return self._pointed("best")
+
+    def _pointed(self, pointer: str) -> int | None:
+        pointer = self._root / pointer
         if not pointer.exists():
             return None
         name = pointer.read_bytes()[:40].decode(errors="replace").strip()
@@ -187,9 +219,9 @@ class Checkpoints:
 class _Write(threading.Thread):
     """One rank's file, written in the background. `error` is empty when it is safely on disk."""
 
-    def __init__(self, directory: Path, state: dict, pieces: dict[str, Piece]):
+    def __init__(self, directory: Path, state: dict, pieces: dict[str, Piece], best: bool):
         super().__init__(name="checkpoint", daemon=True)
-        self.directory, self.state, self._pieces = directory, state, pieces
+        self.directory, self.state, self._pieces, self.best = directory, state, pieces, best
         self.error, self.digest = "", ""
         self.bytes = sum(piece.tensor.nbytes for piece in pieces.values())
         self.start()

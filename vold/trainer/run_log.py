@@ -30,6 +30,8 @@ FREE_KEYS = (
     "save_async",
     "keep_checkpoints",
     "samples_per_step",
+    "visual_reliance_every",
+    "evaluation.best",
     "grader_workers",
     "rollout.vllm",
     "vllm",
@@ -100,6 +102,11 @@ class RunLog:
             _replace(self.path / "timeline.jsonl", "".join(json.dumps(kept) + "\n" for kept in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
+
+    def metrics(self) -> list[dict]:
+        """Rows of metrics.jsonl, on rank 0."""
+        path = self.path / "metrics.jsonl"
+        return read_rows(path) if self._writer and path.exists() else []
 
     def asked(self, step: int, prompts: Iterable[dict]) -> None:
         """Append to prompts.jsonl what a step (1-based) asked."""

@@ -263,7 +263,7 @@ def judged(load, tmp_path, world, layout, monkeypatch):
     def run(*accuracies: float, resume: bool = False):
         given = iter(accuracies)
         monkeypatch.setattr(evaluate.Evaluator, "run", lambda *_: {"text": [next(given)]})
-        monkeypatch.setattr(training, "summarise", lambda rows: {"accuracy": rows[0]})
+        monkeypatch.setattr(training, "summarise", lambda rows: {"accuracy": rows[0], "stderr": 0.0})
         sft.run(config, resume=resume)
         return config
 

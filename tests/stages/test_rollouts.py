@@ -187,9 +187,9 @@ def test_a_run_that_draws_ahead_ends_when_it_is_asked_to(load, tmp_path, layout,
     """SIGTERM in step 1: that step is finished and saved, and the thread leaves nothing behind."""
     config, step = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1"), Trainer.step
 
-    def interrupted(trainer, batch):
+    def interrupted(trainer, batch, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer, batch)
+        return step(trainer, batch, **options)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(Trainer, "step", interrupted)

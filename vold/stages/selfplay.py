@@ -79,7 +79,7 @@ TRAIN_CHALLENGER, JUDGE, POSE, ANSWER, TRAIN_SOLVER, REPLAY = range(6)  # stream
 def run(config: SelfplayConfig, *, resume: bool = False) -> None:
     """All iterations; ends with run_dir/model, the last solver."""
     for name, phase in (("challenger", config.challenger), ("solver", config.solver)):
-        if build_objective(phase.objective).needs_teacher:
+        if build_objective(phase.objective, phase.rollout.max_new_tokens).needs_teacher:
             raise ValueError(
                 f"{name}.objective.preset = {phase.objective.preset!r} needs a teacher and self-play has none; use grpo"
             )

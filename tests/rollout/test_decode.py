@@ -120,3 +120,9 @@ def test_the_cache_grows_beyond_its_room(monkeypatch, sampler):
     assert [r.response_ids for r in sampler.sample(prompts(), GREEDY, responses=1, seed=0)] == [
         r.response_ids for r in expected
     ]
+
+
+def test_what_is_answered_is_kept_back_and_the_others_draw_as_before(sampler):
+    whole = sampler.sample(prompts(), SAMPLED, responses=2, seed=3)
+    left = list(sampler.stream(prompts(), SAMPLED, responses=2, seed=3, answered={"9", "14"}))
+    assert [rollout for group in left for rollout in group] == [*whole[:2], *whole[4:6]]

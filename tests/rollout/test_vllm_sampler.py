@@ -34,6 +34,12 @@ def sampler(tiny_student_dir):
     return lambda **settings: VllmSampler(tiny_student_dir, Backwards(**settings))
 
 
+def test_what_is_answered_is_not_asked_and_the_others_draw_as_before(sampler):
+    whole = sampler().sample(PROMPTS, SAMPLED, responses=2, seed=5)
+    left = sampler().stream(PROMPTS, SAMPLED, responses=2, seed=5, answered={"p0", "p2"})
+    assert [rollout for group in left for rollout in group] == [*whole[6:8], *whole[2:4]]
+
+
 def test_a_stream_yields_what_sample_draws_as_it_finishes(sampler):
     whole = sampler().sample(PROMPTS, SAMPLED, responses=3, seed=5)
     groups = list(sampler().stream(PROMPTS, SAMPLED, responses=3, seed=5))

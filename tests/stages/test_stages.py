@@ -98,8 +98,8 @@ def test_a_prompt_that_is_asked_twice_gets_one_trace(load, tmp_path, layout, wor
 class LossySampler:
     """Has lost every third prompt's answer by the time it hands the others over."""
 
-    def sample(self, prompts, config, *, responses, seed):
-        return [Rollout(one, (7, 8), (0.0, 0.0), "stop", "") for place, one in enumerate(prompts) if place % 3]
+    def stream(self, prompts, config, *, responses, seed, answered):
+        return ([Rollout(one, (7, 8), (0.0, 0.0), "stop", "")] for place, one in enumerate(prompts) if place % 3)
 
 
 def test_answers_that_never_came_are_counted(load, tmp_path, layout, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,11 +22,17 @@ class Sampler(Protocol):
         ...
 
     def stream(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        *,
+        responses: int,
+        seed: int,
+        answered: Collection[str] = (),
     ) -> Iterator[list[Rollout]]:
         """The same rollouts, the siblings of one prompt at a time, in the order they finish. A group is complete or
         does not come: a prompt that never comes was lost, and the engine has named it. What is drawn does not depend
-        on the order."""
+        on the order. Prompts whose ids are `answered` do not come; the others draw as if they did."""
         ...
 
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
 
@@ -41,10 +41,17 @@ class TransformersSampler:
         return list(chain.from_iterable(self.stream(prompts, config, responses=responses, seed=seed)))
 
     def stream(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        *,
+        responses: int,
+        seed: int,
+        answered: Collection[str] = (),
     ) -> Iterator[list[Rollout]]:
         """See Sampler; in prompt order, as batches of `config.sequences_per_call` responses are done. The random
-        numbers are its own: it may run in a thread beside the trainer."""
+        numbers are its own: it may run in a thread beside the trainer. A batch draws from one generator, so what is
+        answered is drawn again, and kept back."""
         repeated = (prompt for prompt in prompts for _ in range(responses))
         generator = torch.Generator(self._device).manual_seed(seed)
         drawn: list[Rollout] = []
@@ -52,7 +59,8 @@ class TransformersSampler:
             with cpu.paused():
                 drawn += self._generate(chunk, config, generator)
             while len(drawn) >= responses:
-                yield drawn[:responses]
+                if drawn[0].prompt.id not in answered:
+                    yield drawn[:responses]
                 del drawn[:responses]
 
     @torch.no_grad()

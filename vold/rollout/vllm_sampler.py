@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +41,29 @@ class VllmSampler:
         return [rollout for place in range(len(prompts)) for rollout in found[place]]
 
     def stream(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        *,
+        responses: int,
+        seed: int,
+        answered: Collection[str] = (),
     ) -> Iterator[list[Rollout]]:
         """See Sampler. The same ids as `sample` draws. A prompt whose request failed too often is named and left out,
         with all its responses."""
-        for place, rollouts in self._draw(prompts, config, responses, seed):
+        for place, rollouts in self._draw(prompts, config, responses, seed, answered):
             if rollouts:
                 yield rollouts
             else:
                 print(f"vold: prompt {prompts[place].id} is left out: its request failed", file=sys.stderr, flush=True)
 
     def _draw(
-        self, prompts: Sequence[Prompt], config: SamplingConfig, responses: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        responses: int,
+        seed: int,
+        answered: Collection[str] = (),
     ) -> Iterator[tuple[int, list[Rollout]]]:
         """(place, its responses) of each prompt as it finishes; no responses when its request was lost."""
         first = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 2)
@@ -67,13 +78,14 @@ class VllmSampler:
             "logit_bias": dict.fromkeys(self._vocabulary.banned, BANNED),
             "logprobs": 0,
         }
+        places = [place for place, prompt in enumerate(prompts) if prompt.id not in answered]
         requests = [
-            Request(prompt.token_ids, prompt.images, {**params, "seed": first + place * responses})
-            for place, prompt in enumerate(prompts)
+            Request(prompts[place].token_ids, prompts[place].images, {**params, "seed": first + place * responses})
+            for place in places
         ]
         version = self._version
-        for place, answer in self._engines.stream(requests):
-            found = answer.responses * (responses // drawn) if answer else []
+        for number, answer in self._engines.stream(requests):
+            found, place = answer.responses * (responses // drawn) if answer else [], places[number]
             yield place, [self._vocabulary.rollout(prompts[place], r.ids, r.logps, version=version) for r in found]
 
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:

@@ -35,7 +35,9 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
         sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
     for shard in mine:
         shard.repair()
-        for rollouts in _answers(shard, sampler, config.sampling, _seed(config.seed, shard.number)):
+        # vLLM batches as it has room: a portion of prompts would let it run dry at its end.
+        size = len(shard.prompts) if config.engine == "vllm" else config.sampling.sequences_per_call
+        for rollouts in _answers(shard, sampler, config.sampling, size, _seed(config.seed, shard.number)):
             shard.add(rollouts)
             progress.add(rollouts)
         shard.finish()
@@ -75,14 +77,25 @@ def _shards(config: TracesConfig, prompts: Sequence[Prompt]) -> list[TraceShard]
     ]
 
 
-def _answers(shard: TraceShard, sampler: Sampler, config: SamplingConfig, seed: int) -> Iterator[list[Rollout]]:
-    """Answers that arrive together, to the prompts of a shard that have none. Each portion of prompts has a seed of its
-    own: what is drawn depends neither on who draws it nor on what was drawn before."""
-    answered, size = shard.answered(), config.sequences_per_call
+def _answers(
+    shard: TraceShard, sampler: Sampler, config: SamplingConfig, size: int, seed: int
+) -> Iterator[list[Rollout]]:
+    """Answers to the prompts of a shard that have none, a second's together: so much is lost to a kill. Each portion of
+    `size` prompts has a seed of its own: what is drawn depends neither on who draws it nor on what was drawn before."""
+    answered = shard.answered()
     for first in range(0, len(shard.prompts), size):
-        portion = [prompt for prompt in shard.prompts[first : first + size] if prompt.id not in answered]
-        if portion:
-            yield sampler.sample(portion, config, responses=1, seed=_seed(seed, first))
+        portion = shard.prompts[first : first + size]
+        if all(prompt.id in answered for prompt in portion):
+            continue
+        arrived: list[Rollout] = []
+        since = time.monotonic()
+        for group in sampler.stream(portion, config, responses=1, seed=_seed(seed, first), answered=answered):
+            arrived += group
+            if time.monotonic() - since > 1.0:
+                yield arrived
+                arrived, since = [], time.monotonic()
+        if arrived:
+            yield arrived
 
 
 def _seed(*where: int) -> int:

@@ -90,6 +90,11 @@ def test_off_a_terminal_it_prints_once(tmp_path, capsys):
         watch.run(tmp_path)
 
 
+def _in_the_foreground():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and all they start, ignore it
+
+
 class Terminal:
     """A process on a pseudo-terminal of its own."""
 
@@ -98,7 +103,7 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
         ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        own = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        own = {"start_new_session": True, "preexec_fn": _in_the_foreground}
         self.process = subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **ends, **own)
         self.before = termios.tcgetattr(theirs)
         self._ours, self._theirs, self.text = ours, theirs, ""
@@ -113,9 +118,11 @@ class Terminal:
     def type(self, keys):
         os.write(self._ours, keys.encode())
 
-    def end(self):
+    def end(self, patience=180.0):
         """Exit code, and whether the terminal is as it was."""
+        end = time.monotonic() + patience
         while select.select([self._ours], [], [], 0.2)[0] or self.process.poll() is None:
+            assert time.monotonic() < end, f"it goes on: {self.text[-2000:]!r}"
             if select.select([self._ours], [], [], 0.2)[0]:
                 self.text += os.read(self._ours, 1 << 16).decode(errors="replace")
         code, same = self.process.wait(), termios.tcgetattr(self._theirs) == self.before

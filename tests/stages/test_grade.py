@@ -103,9 +103,10 @@ def test_a_reader_that_leaves_and_a_person_who_interrupts_are_met_in_silence(tmp
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(60) == 0
-    with subprocess.Popen(
-        [*COMMAND, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # A shell's background jobs, and all they start, ignore ctrl-c; a person's foreground does not.
+    ours = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([*COMMAND, "-"], **ends, **ours, text=True) as process:
         process.stdin.write(lines({"gold": "7", "response": r"\boxed{\sqrt{49}}"}))
         process.stdin.flush()
         process.stdout.readline()

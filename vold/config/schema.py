@@ -103,6 +103,11 @@ class EngineConfig(Strict):
     engine: Literal["transformers", "vllm"] = "transformers"
     vllm: VllmConfig = VllmConfig()
 
+    @property
+    def batches_by_itself(self) -> bool:
+        """As it has room: portions of what is asked would only let it run dry at their ends."""
+        return self.engine == "vllm"
+
 
 class DynamicSamplingConfig(Strict):
     """DAPO's: groups that the objective learns nothing from are dropped, and further prompts asked in their place."""

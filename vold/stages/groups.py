@@ -48,7 +48,7 @@ def rollout_calls(portion: Portion, config: RolloutConfig, ranks: int, *, seed: 
     """As many calls that no rank is idle, and of at most `sequences_per_call` responses where the engine does not batch
     by itself as it has room."""
     prompts, of_a_rank = portion.prompts, -(-len(portion.prompts) // ranks)
-    room = of_a_rank if config.engine == "vllm" else config.sequences_per_call // config.responses_per_prompt
+    room = of_a_rank if config.batches_by_itself else config.sequences_per_call // config.responses_per_prompt
     each = max(1, min(room, of_a_rank))
     return [
         Call(

@@ -35,8 +35,7 @@ def run(config: TracesConfig, *, resume: bool = False) -> None:
         sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
     for shard in mine:
         shard.repair()
-        # vLLM batches as it has room: a portion of prompts would let it run dry at its end.
-        size = len(shard.prompts) if config.engine == "vllm" else config.sampling.sequences_per_call
+        size = len(shard.prompts) if config.batches_by_itself else config.sampling.sequences_per_call
         for rollouts in _answers(shard, sampler, config.sampling, size, _seed(config.seed, shard.number)):
             shard.add(rollouts)
             progress.add(rollouts)

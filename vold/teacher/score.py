@@ -59,9 +59,7 @@ class Teacher:
 
     def admit(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, without the KL term where they show an image to a teacher that reads text only."""
-        if self._encode is not None:
-            return list(samples)
-        return [replace(sample, kl_weight=0.0) if sample.prompt.images else sample for sample in samples]
+        return list(samples) if self._encode is not None else without_images(samples)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
@@ -121,6 +119,11 @@ class Teacher:
             tp_group=self._layout.tp_group,
             vocab_size=self._vocab_size,
         )
+
+
+def without_images(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, with no KL term where they have images: for a teacher that reads text only."""
+    return [replace(sample, kl_weight=0.0) if sample.prompt.images else sample for sample in samples]
 
 
 class NoTeacher:

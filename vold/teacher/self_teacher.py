@@ -15,6 +15,7 @@ from vold.data.pack import pack
 from vold.objectives.self_distillation import confidence
 from vold.parallel.launch import Layout
 from vold.records import Batch, MicroBatch, Prompt, Sample
+from vold.teacher.score import without_images
 from vold.trainer.average import MovingAverage
 from vold.trainer.device import batch_to
 from vold.trainer.pipeline import run_pipeline
@@ -46,7 +47,7 @@ class SelfTeacher:
 
     def admit(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, without the KL term where they have images: a demonstration is shown beside text only."""
-        return [replace(sample, kl_weight=0.0) if sample.prompt.images else sample for sample in samples]
+        return without_images(samples)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:

@@ -42,7 +42,7 @@ from vold_kernels.linear_policy_loss import linear_policy_loss
 class Trainer:
     """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf. `objective`: its
     ratio and numbers, read by the loss; what it made of rewards is in the batches' weights. `importance_cap`: rollouts
-    may be of older weights, and each token's loss is weighted by min(exp(logp - logp_rollout), importance_cap); None:
+    may be of older weights, and each token's terms get truncated importance weights (see linear_policy_loss); None:
     they are of these weights."""
 
     def __init__(

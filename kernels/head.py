@@ -141,8 +141,9 @@ class HeadGradients:
         self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted.hidden else None
         self.weight_UD = None
         if wanted.weight:
-            given_UD = wanted.main_grad_UD
-            self.weight_UD = torch.zeros_like(like, dtype=head.dtype) if given_UD is None else given_UD
+            # The first chunk writes all of dW, unless it is filtered or there is none.
+            new = torch.empty_like if kept and wanted.filter_eps == 0 else torch.zeros_like
+            self.weight_UD = new(like, dtype=head.dtype) if wanted.main_grad_UD is None else wanted.main_grad_UD
         self.dropped_mass = like.new_zeros((), dtype=head.dtype)
 
     def add_(
@@ -161,9 +162,14 @@ class HeadGradients:
         if self.hidden_nD is not None:
             matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, weight_UD)
         if d_weight_UD is not None:
-            matmuls.add_weight_gradient_(d_weight_UD, dz_CU, chunk.hidden_CD)
+            accumulate = self.weight_holds_something(chunk.where)
+            matmuls.weight_gradient_(d_weight_UD, dz_CU, chunk.hidden_CD, accumulate=accumulate)
             if column_K is not None:
                 self.weight_UD.index_copy_(0, column_K, d_weight_UD)
+
+    def weight_holds_something(self, chunk: slice) -> bool:
+        """Whether dW had a value before this chunk of the kept rows. (Zeros to add to would cost a walk through it.)"""
+        return chunk.start > 0 or self.wanted.main_grad_UD is not None or self.wanted.filter_eps > 0
 
     def _columns_that_matter(self, dz_CU: Tensor) -> Tensor | None:
         """[K] the columns the two matmuls are restricted to, or None for all of them.

@@ -41,11 +41,11 @@ def hidden_gradient_(d_hidden_CD: Tensor, d_logits_CU: Tensor, weight_UD: Tensor
         _addmm_(d_hidden_CD, d_logits_CU[:, tile], weight_BD, beta=float(accumulate or tile.start > 0))
 
 
-def add_weight_gradient_(d_weight_UD: Tensor, d_logits_CU: Tensor, hidden_CD: Tensor) -> None:
-    """d_weight += d_logitsᵀ hidden."""
+def weight_gradient_(d_weight_UD: Tensor, d_logits_CU: Tensor, hidden_CD: Tensor, *, accumulate: bool) -> None:
+    """d_weight = (d_weight +) d_logitsᵀ hidden."""
     if not tensor_core(hidden_CD):
         hidden_CD = hidden_CD.to(d_weight_UD.dtype)
-    _addmm_(d_weight_UD, d_logits_CU.t(), hidden_CD, beta=1.0)
+    _addmm_(d_weight_UD, d_logits_CU.t(), hidden_CD, beta=float(accumulate))
 
 
 def _addmm_(out: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:

@@ -21,6 +21,7 @@ from . import matmuls, rows_torch
 from .chunks import slices
 from .head import Head, HeadGradients, finish, resident_chunks, stream
 from .rows import Statistics, row_functions
+from .vocab import merge_tiles
 
 AddGradient = Callable[..., None]
 """(d_logp_C, d_entropy_C where `Wanted.entropy`)"""
@@ -100,21 +101,25 @@ def _exponentials(
     target_C: Tensor,
     gradients: HeadGradients,
 ) -> tuple[_Exponentials, Tensor]:
-    tokens, local_target_C = len(hidden_CD), head.local(target_C)
-    mass_CU = head.view(buffer, tokens, head.shard.rows)
-    folded_4C, pull_CD = head.new_statistics(tokens), torch.zeros_like(hidden_CD)
-    tiles = list(slices(head.shard.rows, rows_torch.BLOCK))
-    top_tC = hidden_CD.new_empty(len(tiles), tokens)
-    for tile, top_C in zip(tiles, top_tC, strict=True):
-        weight_BD, mass_CB = head.weight_UD[tile].to(head.dtype), mass_CU[:, tile]
+    """The chunk, and its statistics over this rank's rows [4, C]."""
+    tokens, rows = len(hidden_CD), head.shard.rows
+    local_target_C = head.local(target_C)
+    column_C, owned_C = rows_torch.target_column(local_target_C, rows, head.shard.real, 0)
+    tile_C = column_C.div(rows_torch.BLOCK, rounding_mode="floor").where(owned_C, -1)
+    within_C1 = column_C[:, None] % rows_torch.BLOCK
+    mass_CU, whole_CB = head.view(buffer, tokens, rows), head.view(scratch, tokens, min(rows, rows_torch.BLOCK))
+    top_C, pull_CD, folded = head.new_statistics(tokens)[0], torch.zeros_like(hidden_CD), []
+    for index, tile in enumerate(slices(rows, rows_torch.BLOCK)):
+        weight_BD, mass_CB, before_C = head.weight_UD[tile].to(head.dtype), mass_CU[:, tile], top_C
         z_CB = head.logits(scratch, hidden_CD, weight_BD)
-        before_C = folded_4C[0].clone()
-        rows_torch.exponentiate_(mass_CB, folded_4C, z_CB, local_target_C, head.shard.real, tile.start)
-        top_C.copy_(folded_4C[0])
+        target_logit_C = whole_CB.gather(1, within_C1)[:, 0].where(tile_C == index, 0.0)
+        top_C, *sums = rows_torch.exponentiate_(mass_CB, z_CB, top_C, head.shard.real, tile.start)
+        folded.append(torch.stack((top_C, *sums, target_logit_C)))
         if gradients.wanted.hidden:
             pull_CD *= (before_C - top_C).exp()[:, None]
             matmuls.hidden_gradient_(pull_CD, mass_CB, weight_BD, accumulate=True)
-    return _Exponentials(where, hidden_CD, local_target_C, mass_CU, top_tC, pull_CD), folded_4C
+    folded_4tC = torch.stack(folded, dim=1)
+    return _Exponentials(where, hidden_CD, local_target_C, mass_CU, folded_4tC[0], pull_CD), merge_tiles(folded_4tC)
 
 
 def _add_gradient(
@@ -129,7 +134,9 @@ def _add_gradient(
         pulled_CD = chunk.pull_CD * share_tC[-1, :, None]
         torch.addcmul(-pulled_CD, head.weight_UD[column_C], d_target_C[:, None], out=gradients.hidden_nD[chunk.where])
     if gradients.weight_UD is not None:
+        accumulate = gradients.weight_holds_something(chunk.where)
         for tile, share_C in zip(slices(head.shard.rows, rows_torch.BLOCK), share_tC, strict=True):
             scaled_CD = chunk.hidden_CD * -share_C[:, None]
-            matmuls.add_weight_gradient_(gradients.weight_UD[tile], chunk.mass_CU[:, tile], scaled_CD)
+            d_weight_BD, mass_CB = gradients.weight_UD[tile], chunk.mass_CU[:, tile]
+            matmuls.weight_gradient_(d_weight_BD, mass_CB, scaled_CD, accumulate=accumulate)
         gradients.weight_UD.index_add_(0, column_C, chunk.hidden_CD * d_target_C[:, None])

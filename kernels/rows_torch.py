@@ -14,38 +14,36 @@ def fold_(folded_4C: Tensor, z_CB: Tensor, target_C: Tensor, real: Tensor, first
         _fold_block(folded_4C, z_CB[:, block], target_C, real, first + block.start)
 
 
-def exponentiate_(mass_Cb: Tensor, folded_4C: Tensor, z_Cb: Tensor, target_C: Tensor, real: Tensor, first: int) -> None:
-    """`fold_` of at most one block; writes e^(x − folded_4C[0]) to mass_Cb, exactly 0 in padding, and spends z_Cb."""
-    assert z_Cb.shape[1] <= BLOCK
+def exponentiate_(mass_Cb: Tensor, z_Cb: Tensor, top_C: Tensor, real: Tensor, first: int) -> tuple[Tensor, ...]:
+    """(top, total, spread) of one tile alone, top no less than `top_C`, as e^(x − top) is written to mass_Cb, exactly 0
+    in padding. Spends z_Cb."""
     columns = _real_columns(z_Cb, real, first)
-    _fold_block(folded_4C, z_Cb, target_C, real, first, gap_Cb=z_Cb[:, :columns], mass_Cb=mass_Cb[:, :columns])
     mass_Cb[:, columns:] = 0.0
+    return _sums(z_Cb[:, :columns], top_C, gap_Cb=z_Cb[:, :columns], mass_Cb=mass_Cb[:, :columns])
 
 
-def _fold_block(
-    folded_4C: Tensor,
-    z_Cb: Tensor,
-    target_C: Tensor,
-    real: Tensor,
-    first: int,
-    gap_Cb: Tensor | None = None,
-    mass_Cb: Tensor | None = None,
-) -> None:
-    """gap_Cb, mass_Cb: where x − top (which may be z_Cb itself) and e^(x − top) of the real columns are written."""
+def _fold_block(folded_4C: Tensor, z_Cb: Tensor, target_C: Tensor, real: Tensor, first: int) -> None:
     column_C, owned_C = target_column(target_C, z_Cb.shape[1], real, first)
     folded_4C[3] = torch.where(owned_C, z_Cb.gather(1, column_C[:, None])[:, 0], folded_4C[3])
-    z_Cb = z_Cb[:, : _real_columns(z_Cb, real, first)]
-    if z_Cb.shape[1] == 0:
-        return
     top_C, total_C, spread_C = folded_4C[:3].clone()
-    new_top_C = torch.maximum(top_C, z_Cb.amax(dim=1))
+    new_top_C, more_C, more_spread_C = _sums(z_Cb[:, : _real_columns(z_Cb, real, first)], top_C)
     shift_C = top_C - new_top_C
     scale_C = shift_C.exp()
-    gap_Cb = torch.sub(z_Cb, new_top_C[:, None], out=gap_Cb)
-    mass_Cb = torch.exp(gap_Cb, out=mass_Cb)
     folded_4C[0] = new_top_C
-    folded_4C[1] = total_C * scale_C + mass_Cb.sum(dim=1)
-    folded_4C[2] = (spread_C + shift_C * total_C) * scale_C + gap_Cb.mul_(mass_Cb).sum(dim=1)
+    folded_4C[1] = total_C * scale_C + more_C
+    folded_4C[2] = (spread_C + shift_C * total_C) * scale_C + more_spread_C
+
+
+def _sums(
+    z_Cb: Tensor, top_C: Tensor, gap_Cb: Tensor | None = None, mass_Cb: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(top, total, spread) of these columns. gap_Cb, mass_Cb: room for x − top (z_Cb itself will do), e^(x − top)."""
+    if z_Cb.shape[1] == 0:
+        return top_C, torch.zeros_like(top_C), torch.zeros_like(top_C)
+    top_C = torch.maximum(top_C, z_Cb.amax(dim=1))
+    gap_Cb = torch.sub(z_Cb, top_C[:, None], out=gap_Cb)
+    mass_Cb = torch.exp(gap_Cb, out=mass_Cb)
+    return top_C, mass_Cb.sum(dim=1), gap_Cb.mul_(mass_Cb).sum(dim=1)
 
 
 def _real_columns(z_CB: Tensor, real: Tensor, first: int) -> int:

@@ -75,13 +75,17 @@ def merge(folded_4C: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     A rank whose rows are all padding brings (EMPTY, 0, 0, 0), which exp(EMPTY − top) = 0 wipes out.
     """
     top_C = all_reduce_(folded_4C[0].clone(), group, dist.ReduceOp.MAX)
-    shift_C = folded_4C[0] - top_C
-    scale_C = shift_C.exp()
-    summed_3C = torch.stack(
-        (
-            folded_4C[1] * scale_C,
-            (folded_4C[2] + shift_C * folded_4C[1]) * scale_C,
-            folded_4C[3],
-        )
-    )
-    return torch.cat((top_C[None], all_reduce_(summed_3C, group)))
+    return torch.cat((top_C[None], all_reduce_(_against(folded_4C, top_C), group)))
+
+
+def merge_tiles(folded_4tC: Tensor) -> Tensor:
+    """The same over the tiles of one rank: [4, t, C] -> [4, C]."""
+    top_C = folded_4tC[0].amax(dim=0)
+    return torch.cat((top_C[None], _against(folded_4tC, top_C).sum(dim=1)))
+
+
+def _against(folded_4: Tensor, top: Tensor) -> Tensor:
+    """[3, ...] total, spread and target logit, the first two taken against another top."""
+    shift = folded_4[0] - top
+    scale = shift.exp()
+    return torch.stack((folded_4[1] * scale, (folded_4[2] + shift * folded_4[1]) * scale, folded_4[3]))

@@ -501,9 +501,9 @@ def test_the_filtered_backward_measures_and_bounds_what_it_drops(eps, monkeypatc
     terms = policy_terms(case)
     exact = linear_policy_loss(*case, terms, **CLIP)
     exact_hidden_ND, dlogits_VN = gradients(exact.loss, case)
-    columns, matmul = [], matmuls.add_weight_gradient_
+    columns, matmul = [], matmuls.weight_gradient_
     monkeypatch.setattr(
-        matmuls, "add_weight_gradient_", lambda dw, dz, h: (columns.append(dz.shape[1]), matmul(dw, dz, h))
+        matmuls, "weight_gradient_", lambda dw, dz, h, **how: (columns.append(dz.shape[1]), matmul(dw, dz, h, **how))
     )
     filtered = linear_policy_loss(*case, terms, **CLIP, filter_eps=eps)
     d_hidden_ND, d_weight_VN = gradients(filtered.loss, case)

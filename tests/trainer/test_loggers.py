@@ -102,6 +102,34 @@ def test_wandb_is_offline_unless_told_otherwise(tmp_path, monkeypatch, environme
     assert fake.settings["mode"] == mode
 
 
+def test_a_resumed_run_goes_on_in_the_same_curve_and_a_new_one_does_not(tmp_path, monkeypatch):
+    def settings_of(name, run, **how):
+        fake = Fake()
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=fake.init, log=fake.log, finish=fake.finish))
+        write(config(tmp_path / f"{name}-{run}", name), **how)
+        return fake.settings
+
+    runs = (("a", {}), ("a", {"first": 4, "resume": True}), ("b", {}))
+    first, resumed, other = (settings_of("wandb", run, **how) for run, how in runs)
+    assert first["id"] == resumed["id"] != other["id"] and resumed["resume"] == "allow"
+    assert [settings_of("trackio", run, **how)["resume"] for run, how in runs] == ["never", "allow", "never"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_the_real_wandb_writes_an_offline_run(tmp_path, capsys):
+    write(config(tmp_path, "wandb"))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
+def test_the_real_trackio_writes_a_database(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    write(config(tmp_path, "trackio"))
+    assert (tmp_path / "trackio" / "vold.db").exists()
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_other_ranks_and_runs_without_loggers_open_none(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "SINKS", {})  # any use of it is a KeyError, printed
     write(config(tmp_path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -83,9 +84,11 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, run_dir: Path, settings: dict, step: int):
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self._run = import_module("wandb").init(
-            project="vold", name=run_dir.name, dir=str(run_dir), config=settings, mode=mode
-        )
+        run_id = run_dir / "wandb-run-id"  # a resumed run goes on in the same curve
+        if not run_id.exists():
+            run_id.write_text(uuid.uuid4().hex)
+        about = {"project": "vold", "name": run_dir.name, "id": run_id.read_text(), "resume": "allow"}
+        self._run = import_module("wandb").init(**about, dir=str(run_dir), config=settings, mode=mode)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -97,7 +100,8 @@ class _Wandb:
 class _Trackio:
     def __init__(self, run_dir: Path, settings: dict, step: int):
         self._trackio = import_module("trackio")
-        self._trackio.init(project="vold", name=run_dir.name, config=settings, resume="allow", embed=False)
+        resume = "never" if step == 1 else "allow"
+        self._trackio.init(project="vold", name=run_dir.name, config=settings, resume=resume, embed=False)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._trackio.log(dict(metrics), step=step)

@@ -56,6 +56,7 @@ def tiny_qwen3_vl_dir(tmp_path_factory) -> Path:
     base = models.base_config()
     text = base.text_config.to_dict() | {"head_dim": 32, "model_type": "qwen3_vl_text"}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": models.ROPE_THETA, "mrope_section": [6, 5, 5]}
+    text["rope_parameters"]["mrope_interleaved"] = True  # as in the published config; vLLM asks, transformers does not
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 16}
     vision |= {"out_hidden_size": models.HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")

@@ -29,25 +29,36 @@ GREEDY = SamplingConfig(max_new_tokens=16, temperature=0.0)
 ATOL = 1e-4
 
 
-@pytest.fixture(scope="module")
-def prompts(tiny_student_dir, tmp_path_factory) -> list[Prompt]:
-    """Two texts of different lengths, then one question about each of two images."""
+def make_prompts(student_dir: Path, images: Path, size: tuple[int, int] | None = None) -> list[Prompt]:
+    """Two texts of different lengths, then one question about each of two images (of this width and height)."""
     rng = np.random.default_rng(0)
     problems = [Problem(f"text{i}", world.text_question(world.sample_problem(rng, "test"), rng)) for i in range(2)]
     question = world.image_question(rng)
     for i, grey in enumerate(world.render([world.sample_problem(rng, "test").expression for _ in range(2)], rng)):
-        path = tmp_path_factory.mktemp("images") / "image.png"
-        Image.fromarray(grey).save(path)
+        path = images / f"image{i}.png"
+        image = Image.fromarray(grey)
+        (image if size is None else image.resize(size)).save(path)
         problems.append(Problem(f"image{i}", question, images=(path,)))
-    tokenizer = load_tokenizer(tiny_student_dir)
+    tokenizer = load_tokenizer(student_dir)
     return [build_prompt(problem, tokenizer, PromptConfig(suffix="")) for problem in problems]
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_student_dir, tmp_path_factory) -> list[Prompt]:
+    return make_prompts(tiny_student_dir, tmp_path_factory.mktemp("images"))
+
+
+def open_pair(student_dir: Path) -> tuple:
+    return (
+        open_sampler(ENGINE, student_dir, dtype=torch.float32, device=CPU),
+        TransformersSampler(student_dir, dtype=torch.float32, device=CPU),
+    )
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_student_dir, layout):
     """Both engines with one checkpoint, from here on given the same weights; in a process that trains, too."""
-    vllm = open_sampler(ENGINE, tiny_student_dir, dtype=torch.float32, device=CPU)
-    return vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
+    return open_pair(tiny_student_dir)
 
 
 def other_weights(checkpoint: Path, seed: int) -> list[tuple[str, torch.Tensor]]:
@@ -84,6 +95,18 @@ def test_weights_arrive_again_and_again(pair, prompts, tiny_student_dir):
     assert found[1] == found[3] and len({tuple(ids) for ids in found}) == 3, "the weights matter"
     assert found[1][2] != found[1][3], "the image matters"
     assert {r.version for r in pair[0].sample(prompts[:1], GREEDY, responses=2, seed=0)} == {3}
+
+
+def test_qwen3_vl_draws_alike_before_and_after_weights_arrive(tiny_qwen3_vl_dir, layout, tmp_path):
+    """DeepStack features and interleaved mRoPE in vLLM are those of transformers. (Of an image that needs resizing the
+    two make pixels that differ by their rounding, 1/255: log-probs are 5e-4 apart then.)"""
+    pair, prompts = open_pair(tiny_qwen3_vl_dir), make_prompts(tiny_qwen3_vl_dir, tmp_path, size=(192, 32))
+    before = agree(pair, prompts)
+    weights = other_weights(tiny_qwen3_vl_dir, 1)
+    for sampler in pair:
+        sampler.load_weights(iter(weights))
+    after = agree(pair, prompts)
+    assert before != after and after[2] != after[3], "the weights and the image matter"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

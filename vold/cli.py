@@ -1,5 +1,5 @@
-"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback. A rank that
-died or hangs is named and ends the job with exit code 1; SIGTERM ends training after the step, saved, with 143.
+"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback, with 1. A rank
+that died or hangs is named and ends the job with exit code 1; SIGTERM ends training after the step, saved, with 143.
 
 torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
 """
@@ -20,6 +20,7 @@ import typer
 from vold.config import load_config, load_training_config, schema
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside newer typers
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[
@@ -85,7 +86,7 @@ def check(
     stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
     config: Config,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(help="how many would be launched: nodes x GPUs")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
 ) -> None:
     """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
@@ -156,13 +157,21 @@ def _stage(name: str):
 def main() -> None:
     """Console entry point."""
     try:
-        app(prog_name="vold")
-    except ValueError as error:
-        print(f"vold{_speaker()}: {error}", file=sys.stderr)
+        raise SystemExit(app(prog_name="vold", standalone_mode=False))
+    except (ValueError, USAGE_ERROR) as error:
+        print(f"vold{_speaker()}: {_mistake(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
         _name_lost_ranks(error)
         raise
+
+
+def _mistake(error: Exception) -> str:
+    """In one line, with the fix."""
+    if not isinstance(error, USAGE_ERROR):
+        return str(error)
+    asked = error.ctx.command_path if error.ctx else "vold"
+    return f"{error.format_message().rstrip('.')}; see {asked} --help"
 
 
 def _name_lost_ranks(error: RuntimeError) -> None:

@@ -186,4 +186,13 @@ def test_too_long_prompts(geometry, tiny_student_dir):
     tokenizer, problems = load_tokenizer(tiny_student_dir), load_problems(geometry(problem="<w1>[<image>]<solve>"))
     with pytest.raises(ValueError, match=r"geo:1: prompt of 7 tokens exceeds prompt.max_tokens = 5"):
         build_prompts(problems, tokenizer, PromptConfig(suffix="", max_tokens=5))
-    assert build_prompts(problems, tokenizer, PromptConfig(suffix="", max_tokens=5), on_error="skip") == []
+    with pytest.raises(ValueError, match=r"every prompt exceeds prompt.max_tokens = 5; raise it"):
+        build_prompts(problems, tokenizer, PromptConfig(suffix="", max_tokens=5), on_error="skip")
+
+
+def test_too_long_prompts_are_left_out_by_name(tmp_path, tiny_student_dir, capsys):
+    rows = [{"question": text, "answer": "2"} for text in ("1+1", "1+1" * 9, "1")]
+    problems = load_problems(config(write(tmp_path / "set.jsonl", rows), "vqa"))
+    kept = build_prompts(problems, load_tokenizer(tiny_student_dir), PromptConfig(suffix="", max_tokens=9), "skip")
+    assert [prompt.id for prompt in kept] == ["set:1", "set:3"]
+    assert capsys.readouterr().out == "skipped 1 prompts over prompt.max_tokens = 9: set:2 (29 tokens) …\n"

@@ -9,6 +9,11 @@ import pytest
 from vold.stages import serve
 
 
+@pytest.fixture(autouse=True)
+def vllm_is_installed(monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+
+
 @pytest.mark.parametrize("stage", ["rl", "eval", "traces"])
 def test_the_engine_has_the_model_that_the_stage_samples(load, tmp_path, world, monkeypatch, stage):
     become = []

@@ -81,11 +81,12 @@ def _redacted(value, key: str = ""):
 
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"config {path} does not exist; configs/ holds examples")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"config {path} {found}; configs/ holds examples")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99, bytes
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('"<unicode string>", ', "")
         raise ValueError(f"{path} is not YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(tree).__name__}")

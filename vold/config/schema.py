@@ -226,7 +226,9 @@ class EvaluationConfig(Strict):
     @model_validator(mode="after")
     def _best_is_evaluated(self):
         if self.best is not None and self.best not in self.sets:
-            raise ValueError(f"evaluation.best = {self.best!r} is none of evaluation.sets: {', '.join(self.sets)}")
+            raise ValueError(
+                f"evaluation.best = {self.best!r} is none of evaluation.sets: {', '.join(self.sets) or 'empty'}"
+            )
         if self.best is not None and not self.every:
             raise ValueError(f"evaluation.best = {self.best!r} compares steps; set evaluation.every > 0, or best=null")
         return self

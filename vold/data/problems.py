@@ -90,7 +90,10 @@ def _rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) ->
 
 
 def _reason(error: Exception, layout: str) -> str:
-    return str(error) if type(error) is ValueError else f"not a row of layout {layout!r} ({error!r})"
+    if type(error) is ValueError:
+        return str(error)
+    reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+    return f"not a row of layout {layout!r} ({reason})"
 
 
 def _read(path: Path) -> Iterator[dict | list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -19,17 +20,22 @@ def build_prompts(
     on_error: str = "stop",
     length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
 ) -> list[Prompt]:
-    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip"). `length`
-    counts a prompt's tokens: an Encoder's counts those of images too."""
+    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip") and named.
+    Raises ValueError where none is left. `length` counts a prompt's tokens: an Encoder's counts those of images too."""
     built = [build_prompt(problem, tokenizer, config) for problem in problems]
-    prompts = [(prompt, length(prompt)) for prompt in built]
-    for prompt, tokens in prompts:
-        if tokens > config.max_tokens and on_error == "stop":
+    too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
+    for id, tokens in too_long.items():
+        if on_error == "stop":
             raise ValueError(
-                f"{prompt.id}: prompt of {tokens} tokens exceeds prompt.max_tokens = "
-                f"{config.max_tokens}; raise it, or set data.on_error=skip"
+                f"{id}: prompt of {tokens} tokens exceeds prompt.max_tokens = {config.max_tokens}; raise it, or set "
+                "data.on_error=skip"
             )
-    return [prompt for prompt, tokens in prompts if tokens <= config.max_tokens]
+    if len(too_long) == len(built):
+        raise ValueError(f"every prompt exceeds prompt.max_tokens = {config.max_tokens}; raise it")
+    if too_long:
+        named = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in islice(too_long.items(), 8))
+        print(f"skipped {len(too_long)} prompts over prompt.max_tokens = {config.max_tokens}: {named} …")
+    return [prompt for prompt in built if prompt.id not in too_long]
 
 
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
-from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import DataConfig, PromptConfig
@@ -22,6 +21,7 @@ from vold.data.prompts import build_prompt
 from vold.records import Prompt, Rollout, Sample
 
 PART = ".part.jsonl"
+IDS = ("prompt_ids", "response_ids")
 SCHEMA = pa.schema(
     {
         "prompt_id": pa.string(),
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "finish_reason": pa.string(),
     }
 )
+READ = pa.schema([field for field in SCHEMA if field.name not in ("response", "finish_reason")])  # what training needs
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def load_samples(
     """Training sequences of stage 1 (weights still unset): our traces by id, public text sets tokenised once. Those of
     more than max_tokens are left out."""
     if config.layout == "traces":
-        samples = _Traces(_rows(config), max_tokens)
+        samples = _Traces(_table(config, len(tokenizer)), max_tokens)
     elif config.layout in ("messages", "prompt-response"):
         found = (_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config))
         samples = [one for one in found if len(one.prompt.token_ids) + len(one.response_ids) <= max_tokens]
@@ -196,28 +197,51 @@ class _Traces(Sequence[Sample]):
     """Rows of the table, made into samples when asked for: all of them as Python numbers would need ten times the
     memory."""
 
-    def __init__(self, rows: Dataset, max_tokens: int):
-        columns = (rows.data.column(name) for name in ("prompt_ids", "response_ids"))
-        lengths = compute.add(*map(compute.list_value_length, columns))
-        self._rows = rows.select(compute.indices_nonzero(compute.less_equal(lengths, max_tokens)).to_pylist())
+    def __init__(self, table: pa.Table, max_tokens: int):
+        lengths = compute.add(*(compute.list_value_length(table[name]) for name in IDS))
+        self._table = table.filter(compute.less_equal(lengths, max_tokens))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self._rows[index]
+        (row,) = self._table.slice(index, 1).to_pylist()
         prompt = Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"])
         return _sample(prompt, row["response_ids"])
 
 
-def _rows(config: DataConfig) -> Dataset:
+def _table(config: DataConfig, vocab_size: int) -> pa.Table:
     files = sorted(config.path.glob("*.parquet")) if config.path.is_dir() else [config.path]
     if unfinished := sorted(config.path.glob(f"*{PART}")):
         raise ValueError(f"{unfinished[0]} is not finished; continue `vold traces` with --resume, or delete it")
     if not files or not files[0].is_file():
         raise ValueError(f"data.path = {config.path} holds no traces; write them first with `vold traces`")
-    rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train", keep_in_memory=True)
-    return rows.select(range(min(len(rows), config.limit or len(rows))))
+    table = pa.concat_tables([_read(file, vocab_size) for file in files]).slice(0, config.limit)
+    if not len(table):
+        raise ValueError(
+            f"data.path = {config.path} holds no trace: all answers were dropped; card.json there says why"
+        )
+    return table
+
+
+def _read(file: Path, vocab_size: int) -> pa.Table:
+    """Raises ValueError for a file that `vold traces` did not write, or not with this tokenizer."""
+    try:
+        table = parquet.read_table(file, schema=READ)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as traces: {reason}; write it again with `vold traces`") from None
+    for name in READ.names:
+        if table[name].null_count:
+            raise ValueError(f"{file} is no table of traces ({name} is missing or empty); see data.layout")
+    for name in IDS:
+        bounds = compute.min_max(compute.list_flatten(table[name])).as_py()
+        if len(table) and not 0 <= (bounds["min"] or 0) <= (bounds["max"] or 0) < vocab_size:
+            raise ValueError(
+                f"{file}: {name} are {bounds['min']} to {bounds['max']} and the student's tokenizer has {vocab_size} "
+                "ids; they are another teacher's traces"
+            )
+    return table
 
 
 def _from_text(trace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Sample:

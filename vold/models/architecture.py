@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
+from vold.models.checkpoint_dir import reading
 from vold.parallel.launch import Layout
 
 SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
@@ -70,7 +71,9 @@ class Architecture:
         path = Path(checkpoint_dir)
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
-        return cls.from_config(AutoConfig.from_pretrained(path, local_files_only=True), str(path))
+        with reading(path / "config.json"):
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+        return cls.from_config(config, str(path))
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, origin: str = "config") -> Architecture:

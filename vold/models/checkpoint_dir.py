@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,11 +21,25 @@ TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|lan
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around a library that raises what it likes at a damaged file: a ValueError of one line that names `path`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}; copy it from the original again") from None
+
+
 def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
-    """{tensor name: file name} of a checkpoint directory, sharded or not. Raises ValueError when a file is absent."""
+    """{tensor name: file name} of a checkpoint directory, sharded or not. Raises ValueError when a file is absent or
+    damaged."""
     index = checkpoint_dir / INDEX
     if index.is_file():
-        files = dict(json.loads(index.read_text())["weight_map"])
+        with reading(index):
+            files = dict(json.loads(index.read_text())["weight_map"])
         absent = sorted({file for file in files.values() if not (checkpoint_dir / file).is_file()})
         if absent:
             raise ValueError(f"{checkpoint_dir / absent[0]}, named by the index, is missing: download it again")
@@ -32,7 +47,7 @@ def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
     single = checkpoint_dir / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"{checkpoint_dir} has no model.safetensors (nor an index): give a safetensors checkpoint")
-    with safe_open(single, framework="pt", device="cpu") as handle:
+    with reading(single), safe_open(single, framework="pt", device="cpu") as handle:
         return dict.fromkeys(handle.keys(), single.name)
 
 

@@ -29,7 +29,7 @@ class ImageReader:
         self.arch, self._change = Architecture.from_pretrained(checkpoint), change
         try:
             self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
-        except OSError:
+        except (OSError, ValueError, TypeError, AttributeError):
             raise ValueError(
                 f"{checkpoint} has no image processor: copy preprocessor_config.json from the original checkpoint"
             ) from None

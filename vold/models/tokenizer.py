@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import export_checkpoint
+from vold.models.checkpoint_dir import export_checkpoint, reading
 from vold.models.weights import CheckpointReader
 
 
@@ -32,7 +32,8 @@ def load_tokenizer(checkpoint_dir: str | Path) -> PreTrainedTokenizerBase:
     path = Path(checkpoint_dir)
     if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
         raise ValueError(f"{path} has no tokenizer.json: give the directory of a Hugging Face checkpoint")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with reading(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def check_pair(student_dir: str | Path, teacher_dir: str | Path) -> PairReport:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import short_name, tensor_files
+from vold.models.checkpoint_dir import reading, short_name, tensor_files
 from vold.models.language_model import LanguageModel
 from vold.parallel.launch import Layout
 
@@ -162,9 +162,11 @@ class CheckpointReader:
         name = self._name_of[short]
         file = self._file_of[name]
         if file not in self._handles:
-            handle = safe_open(self.dir / file, framework="pt", device="cpu")
+            with reading(self.dir / file):
+                handle = safe_open(self.dir / file, framework="pt", device="cpu")
             self._handles[file] = self._open_files.enter_context(handle)
-        return self._handles[file].get_slice(name)
+        with reading(self.dir / file):
+            return self._handles[file].get_slice(name)
 
     def check_shape(self, short: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError naming the tensor and its file when it is missing or has another shape."""

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from vold.config.schema import SamplingConfig
+from vold.models.checkpoint_dir import reading
 from vold.models.images import ImageReader, grids_of
 from vold.parallel import cpu
 from vold.records import Prompt, Rollout
@@ -27,10 +28,11 @@ class TransformersSampler:
 
     def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
         self._vocabulary = Vocabulary.of(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        sees = hasattr(config, "vision_config")
-        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+        with reading(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            sees = hasattr(config, "vision_config")
+            auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True)
         model.get_decoder().config._attn_implementation = GROUPED_SDPA
         self._model = model.to(device).eval()
         self.images = ImageReader(checkpoint) if sees else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from vold.models.checkpoint_dir import reading
 from vold.models.tokenizer import load_tokenizer
 from vold.records import Prompt, Rollout
 
@@ -26,8 +27,9 @@ class Vocabulary:
         """The tokenizer's ids without the image pad; stops are the generation config's list (Qwen3 has two), or the
         tokenizer's end token."""
         tokenizer = load_tokenizer(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        stop = _generation_config(checkpoint, config).eos_token_id
+        with reading(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            stop = _generation_config(checkpoint, config).eos_token_id
         stop = tokenizer.eos_token_id if stop is None else stop
         return cls(
             real=len(tokenizer),

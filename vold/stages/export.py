@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 
 from vold.config.schema import ExportConfig
 from vold.models.checkpoint_dir import export_checkpoint
@@ -13,6 +12,7 @@ from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.engine import load_student
+from vold.trainer.run_log import read_config
 
 
 def run(config: ExportConfig) -> None:
@@ -20,15 +20,21 @@ def run(config: ExportConfig) -> None:
     saved = config.run / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"run = {config.run} holds no config.yaml; give the run_dir of an sft or rl run")
-    settings = yaml.safe_load(saved.read_text())
+    settings = read_config(saved)
     if settings.get("verb") not in ("sft", "rl"):
         raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
+    if missing := {"student", "dtype"} - settings.keys():
+        raise ValueError(f"{saved} has no {min(missing)}; write the run's own config back")
     layout = initialise(seed=0)
     checkpoints = Checkpoints(config.run, layout)
     step = checkpoints.best_step() if config.step == "best" else config.step or checkpoints.latest_step()
     if step is None:
-        which = "best checkpoint (set evaluation.best)" if config.step else "checkpoint yet"
+        which = "best checkpoint (set evaluation.best)" if config.step else "checkpoint yet (see save_every)"
         raise ValueError(f"run = {config.run} has no {which}")
+    if step not in (saved := checkpoints.saved()):
+        raise ValueError(
+            f"step = {step} is not among the checkpoints of {config.run}: {', '.join(map(str, sorted(saved)))}"
+        )
     student = Path(settings["student"])
     train_merger = settings.get("vision", {}).get("train_merger", False)
     chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
@@ -23,6 +24,8 @@ def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, t
     network."""
     checkpoint, settings = _teacher(config) if teacher else _sampled_model(config)
     command = server_command(checkpoint, settings, dtype=config.dtype, host=host, port=port)
+    if find_spec("vllm") is None:
+        raise ValueError("vold serve becomes vLLM's server, which is not installed here: pip install 'vold[vllm]'")
     os.execvpe(command[0], command, {**os.environ, **ENVIRONMENT})
 
 

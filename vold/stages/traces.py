@@ -53,10 +53,6 @@ def _prompts(config: TracesConfig, job: Job) -> tuple[list[Prompt], dict[str, in
     if job.is_writer and skipped:
         print("\n".join(skipped))
     usable = build_prompts(problems, load_tokenizer(config.teacher), config.prompt, config.data.on_error)
-    if not usable:
-        raise ValueError(
-            f"{config.data.path}: every prompt exceeds prompt.max_tokens = {config.prompt.max_tokens}; raise it"
-        )
     first: dict[tuple, Prompt] = {}  # of those that read the same
     for prompt in usable:
         first.setdefault((prompt.token_ids, prompt.images), prompt)

@@ -130,6 +130,8 @@ class RunLog:
 def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
     """Refuse to mix runs. Raises ValueError when the directory holds another run, or none to resume."""
     saved = config.run_dir / "config.yaml"
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"run_dir {config.run_dir} is a file; choose another")
     if not saved.is_file():
         if resume:
             raise ValueError(f"--resume: {config.run_dir} holds no run; leave --resume out to start one")
@@ -138,7 +140,7 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    before, now = _bound_keys(_read_config(saved)), _bound_keys(yaml.safe_load(dump_config(config, verb)))
+    before, now = _bound_keys(read_config(saved)), _bound_keys(yaml.safe_load(dump_config(config, verb)))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ValueError(
@@ -147,34 +149,37 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
             )
 
 
-def _bound_keys(tree: dict) -> dict:
-    """A config without what may change; `section.key` is a key of a section."""
-    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
-    inner = {
-        name: {key: value for key, value in section.items() if f"{name}.{key}" not in FREE_KEYS}
-        for name, section in sections.items()
-    }
-    return {name: value for name, value in (tree | inner).items() if name not in FREE_KEYS}
+def _bound_keys(tree: dict, section: str = "") -> dict:
+    """section.key -> value, without what may change."""
+    found = {}
+    for name, value in tree.items():
+        if (key := f"{section}{name}") in FREE_KEYS:
+            continue
+        found |= _bound_keys(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return found
 
 
-def _read_config(saved: Path) -> dict:
+def read_config(saved: Path) -> dict:
+    """A run directory's config.yaml, as it is. Raises ValueError for one that holds no config."""
     try:
         found = yaml.safe_load(saved.read_bytes())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"--resume: {saved} is damaged; write the run's own config back, or start another run_dir")
+        raise ValueError(f"{saved} is damaged; write the run's own config back, or start another run_dir")
     return found
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a half-written last line (killed run) is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """Rows of a JSONL file; a half-written last line (killed run) is left out. Raises ValueError for other damage."""
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number} is damaged; mend it or delete the lines from there on") from None
     return rows
 
 

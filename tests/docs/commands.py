@@ -1,0 +1,138 @@
+"""The commands that the pages show: where they stand, and their words.
+
+A ```bash block holds commands and nothing else, one a line (a backslash joins lines, `#` begins a comment). A span of
+inline code that begins with a program of `PROGRAMS` is a command too; with a verb and nothing behind it, a mention.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# In the order in which they are read: what one page makes, a later one may look at.
+ORDER = ("README", "install", "quickstart", "recipe", "your-own-data", "scale-out", "speed")
+PROGRAMS = ("vold", "python", "torchrun", "make", "pip")
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`([^`\n]+)`")
+_ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
+
+# What the pages leave to the reader, and the stand-in's.
+PLACEHOLDERS = {
+    "FILE": "answers.jsonl",
+    "FILE.jsonl": "answers.jsonl",
+    "HOST:29500": "127.0.0.1:29500",
+    "N": "2",
+    "RUN": "runs/qwen2.5-vl-3b/vold",
+    "run_dir=AHEAD": "run_dir=runs/ahead",
+}
+CONFIGS = {
+    "traces": "configs/qwen2.5-vl-3b/traces.yaml",
+    "sft": "configs/qwen2.5-vl-3b/sft.yaml",
+    "eval": "configs/qwen2.5-vl-3b/eval.yaml",
+    "export": "configs/qwen2.5-vl-3b/export.yaml",
+    "selfplay": "configs/miniature/selfplay-diverse.yaml",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """`words` have the reader's placeholders filled in and no environment variables in front."""
+
+    where: str
+    text: str
+    words: tuple[str, ...]
+
+    @property
+    def launcher(self) -> tuple[str, ...] | None:
+        """torchrun's own words, where it starts the command."""
+        return self.words[1 : self.words.index("-m")] if self.words[0] == "torchrun" else None
+
+    @property
+    def vold(self) -> tuple[str, ...] | None:
+        """Verb and arguments, where the command is one of vold's."""
+        if self.words[0] == "vold":
+            return self.words[1:]
+        if self.words[0] in ("torchrun", "python") and "vold" in self.words:
+            return self.words[self.words.index("vold") + 1 :]
+        return None
+
+
+def pages() -> list[Path]:
+    docs = sorted((ROOT / "docs").glob("*.md"), key=lambda path: (_place(path.stem), path.stem))
+    return [ROOT / "README.md", *docs, ROOT / "kernels" / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def _place(stem: str) -> int:
+    return ORDER.index(stem) if stem in ORDER else len(ORDER)
+
+
+def commands() -> list[Command]:
+    """Each distinct command once, in the order of the pages."""
+    found: dict[tuple[str, ...], Command] = {}
+    for page in pages():
+        for line, text in _lines(page.read_text()):
+            command = Command(f"{page.relative_to(ROOT)}:{line}", text, _words(text))
+            found.setdefault(command.words, command)
+    return list(found.values())
+
+
+def untagged(page: Path) -> list[str]:
+    """Lines of other blocks that look like commands: those no test would see."""
+    blocks = [body for kind, body in _FENCE.findall(page.read_text()) if kind != "bash"]
+    return [line for body in blocks for line in body.splitlines() if re.match(rf"({'|'.join(PROGRAMS)}) [a-z-]", line)]
+
+
+def _lines(text: str):
+    for fence in _FENCE.finditer(text):
+        if fence[1] == "bash":
+            yield from _block(fence[2], text.count("\n", 0, fence.start()) + 2)
+    prose = _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
+    for span in _INLINE.finditer(prose):
+        if re.match(rf"({'|'.join(PROGRAMS)}) (?=[a-z-])", span[1]):
+            yield prose.count("\n", 0, span.start()) + 1, span[1]
+
+
+def _block(body: str, first: int):
+    start, joined = first, ""
+    for number, line in enumerate(body.splitlines(), start=first):
+        start = start if joined else number
+        joined += line.removesuffix("\\").rstrip() + " "
+        if not line.endswith("\\"):
+            if words := shlex.split(joined, comments=True):
+                yield start, shlex.join(words)
+            joined = ""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text) if word != "[--resume]"]
+    words = [word for word in words if word not in ("[RUN", "...]")]
+    while _ASSIGNMENT.fullmatch(words[0]):
+        words.pop(0)
+    verb = next((word for word in words if word in CONFIGS), "rl")
+    return tuple(CONFIGS.get(verb, "configs/qwen2.5-vl-3b/vold.yaml") if word == "CONFIG" else word for word in words)
+
+
+def fenced(page: str, kind: str) -> str:
+    """The first block of that kind on a page of docs/."""
+    return next(body for found, body in _FENCE.findall((ROOT / "docs" / f"{page}.md").read_text()) if found == kind)
+
+
+def program(name: str, place: Path, *arguments: object) -> str:
+    """Standard output of a program of this folder that was run in `place`."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "docs" / name, *map(str, arguments)],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

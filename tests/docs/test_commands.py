@@ -1,0 +1,139 @@
+"""Every command that the pages show is executed: for real on a tiny stand-in, or, where it needs a cluster, a GPU,
+vLLM or a network, up to that point: launcher, options, config and values are read and accepted with exactly its words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from types import SimpleNamespace
+
+import pytest
+from commands import ROOT, Command, commands, pages, program, untagged
+from torch.distributed.run import get_args_parser
+
+from vold import cli
+
+COMMANDS = commands()
+
+
+def only_read(command: Command) -> str:
+    """Why a command is not run here; "" where it is."""
+    words, text = command.vold, command.text
+    if words is None:
+        return {"make": "make -n", "pip": "network"}.get(command.words[0], "a measurement")
+    if words[0] == "serve" or "vllm" in text:
+        return "vLLM"
+    if "--nnodes" in text:
+        return "several machines"
+    if words[0] == "selfplay" and len(words) > 1:
+        return "an untrained model's answers never agree: tests/stages/test_selfplay.py"
+    return ""
+
+
+def arguments(command: Command) -> list[str]:
+    """What vold gets; a verb that is only mentioned is asked for its help."""
+    words = list(command.vold)
+    return [*words, "--help"] if len(words) == 1 and not words[0].startswith("-") else words
+
+
+def name(command: Command) -> str:
+    return f"{command.where} {command.text}"
+
+
+RUN = [command for command in COMMANDS if not only_read(command)]
+
+
+@pytest.fixture(scope="session")
+def outcome(place) -> dict[Command, list]:
+    """Exit code, output and errors of each command that is run, in the order of the pages."""
+    file = place / "words.json"
+    file.write_text(json.dumps([arguments(command) for command in RUN]))
+    found = json.loads(program("execute.py", place, file).splitlines()[-1])
+    return dict(zip(RUN, found, strict=True))
+
+
+@pytest.mark.parametrize("command", RUN, ids=name)
+def test_runs(outcome, command):
+    code, said, error = outcome[command]
+    if code:
+        pytest.fail(f"exit code {code}: {said}{error}", pytrace=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=name)
+def test_is_accepted(monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    if command.launcher is not None:
+        launch = get_args_parser().parse_args(list(command.words[1:]))
+        assert launch.module and launch.training_script == "vold"
+    if command.vold is not None:
+        accept_vold(monkeypatch, command)
+    elif command.words[0] == "make":
+        subprocess.run(["make", "-n", *command.words[1:]], check=True, capture_output=True, timeout=60)
+    elif command.words[:2] == ("pip", "install"):
+        accept_pip(command.words[2:])
+    else:
+        accept_module(monkeypatch, command)
+
+
+def accept_vold(monkeypatch, command: Command) -> None:
+    """The command line and the config, as far as the stage itself."""
+    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=lambda *_, **__: None))
+    monkeypatch.setattr(sys, "argv", ["vold", *arguments(command)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+
+
+def accept_pip(words: tuple[str, ...]) -> None:
+    """By pip's own parser (which `--help` stops behind them); constraints, pins and extras that are named exist."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *words, "--help"]
+    subprocess.run(pip, check=True, capture_output=True, timeout=60)
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for option, word in zip(("", *words), words, strict=False):
+        if option == "-c":
+            assert (ROOT / word).is_file()
+        elif option == "-e":
+            assert set(re.findall(r"\[(.*)\]", word)) <= extras.keys()
+        else:
+            assert word.startswith("-") or word in pinned
+
+
+class Accepted(Exception):
+    pass
+
+
+def accept_module(monkeypatch, command: Command) -> None:
+    """`python -m MODULE ...` until its arguments are parsed."""
+    program, option, module, *words = command.words
+    assert (program, option) == ("python", "-m")
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *given, **named):
+        parse(self, *given, **named)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(Accepted):
+        runpy.run_module(module, run_name="__main__")
+
+
+def test_no_command_hides_in_another_block():
+    assert [line for page in pages() for line in untagged(page)] == []
+
+
+def test_which_ran(capsys):
+    """Shown by `pytest -rP`."""
+    lines = [
+        f"{'ran' if command in RUN else 'accepted (' + only_read(command) + ')':40} {name(command)}"
+        for command in COMMANDS
+    ]
+    print("\n".join(lines))
+    assert len(RUN) > len(COMMANDS) / 2

@@ -29,26 +29,27 @@ from vold.trainer.run_log import read_rows
 SEEDS = (0, 1, 2)
 RATES = ("1e-4", "3e-4", "1e-3")
 STEPS = 40  # as in configs/miniature/images.yaml
-VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")
+VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # nobody has read small digits
 FIGURE = ("accuracy_image", "accuracy_small", "visual_reliance")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`start`: a model of the first act; `problems`: image | small, what it learns and is chosen on."""
+    """`start`: a model of the first act; `problems`: image | small, what it learns from and is chosen on;
+    `visual_advantage`: of the distillation from the teacher that sees, None without a teacher."""
 
     name: str
     start: str
     problems: str
-    overrides: tuple[str, ...] = ()
+    visual_advantage: bool | None = None
 
 
 ARMS = (
     Arm("base-grpo", "base", "image"),
     Arm("sft-grpo", "sft", "image"),
     Arm("vold-grpo", "vold", "image"),
-    Arm("vold-opd", "vold", "small", (*VA_OPD, "objective.visual_advantage=false")),
-    Arm("vold-va-opd", "vold", "small", VA_OPD),
+    Arm("vold-opd", "vold", "small", visual_advantage=False),
+    Arm("vold-va-opd", "vold", "small", visual_advantage=True),
 )
 PAIRS = (("vold-grpo", "sft-grpo", "image"), ("vold-va-opd", "vold-opd", "small"))
 
@@ -130,9 +131,10 @@ def _phase(places: _Places, arm: Arm, rate: str, seed: int) -> Phase:
         f"evaluation.sets={validation}",
         f"optimizer.lr={rate}",
         f"seed={seed}",
-        f"teacher={places.teacher}",
-        *arm.overrides,
     )
+    if arm.visual_advantage is not None:
+        advantage = f"objective.visual_advantage={str(arm.visual_advantage).lower()}"
+        settings = (*settings, *VA_OPD, advantage, f"teacher={places.teacher}")
     return Phase("rl", "images.yaml", places.run_dir(arm, rate, seed), settings, STEPS)
 
 

@@ -77,12 +77,15 @@ def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=
         return out_dir
     with finished_directory(out_dir) as unfinished:
         (unfinished / "images").mkdir()
+        shown: dict[str, str] = {}
         for stream, (name, split) in enumerate(PICTURE_FILES.items(), start=40):
             rng = np.random.default_rng([seed, stream])
             problems = [world.sample_problem(rng, split) for _ in range(getattr(sizes, split))]
             small = world.sample_detail(len(problems), rng) if name.endswith("_small.jsonl") else ()
-            stem = name.removesuffix(".jsonl")
-            _write_jsonl(unfinished / name, _image_rows(unfinished, problems, rng, name=stem, small=small))
+            rows = _image_rows(unfinished, problems, rng, name=name.removesuffix(".jsonl"), small=small)
+            _write_jsonl(unfinished / name, rows)
+            shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
     return out_dir
 
 

@@ -1,4 +1,4 @@
-"""`python -m vold.miniature second-act`: what pictures add once text has been learnt from (paper section 7.5), three seeds.
+"""`python -m vold.miniature second-act`: what pictures add after text (paper section 7.5), three seeds.
 
 Two questions. Does RL on problems in pictures gain from VOLD on text before it? GRPO from the base, from SFT and from
 VOLD. And, where one digit of each picture is drawn small and a teacher sees it, does it pay to distil most where that

@@ -151,6 +151,21 @@ METRICS: dict[str, Metric] = {
         limit=0.0,
         remedy="the teacher's own log",
     ),
+    "visual_reliance": Metric(
+        "Visual reliance",
+        "nats per token",
+        "What an image's detail adds to the student's own log-probs; at 0 it answers without looking.",
+        least=0.0,
+        remedy="whether the problems can be solved without their images, and visual validation",
+    ),
+    "visual_advantage": Metric(
+        "Visual advantage", "nats per token", "What an image's detail adds to the teacher's belief in the response."
+    ),
+    "visual_top_share": Metric(
+        "Visual advantage, concentration",
+        "share of it",
+        "What the tenth of tokens with most of it has; .1 is evenly spread.",
+    ),
     "skipped": Metric(
         "Updates skipped",
         "a step",

@@ -176,7 +176,10 @@ METRICS: dict[str, Metric] = {
 }
 
 CURVES: dict[str, tuple[str, ...]] = {
-    "rl": ("reward", "kl_teacher", "accuracy_image", "accuracy_text", "entropy", "response_length", "grad_norm"),
+    "rl": (
+        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "visual_reliance"),
+        *("entropy", "response_length", "grad_norm"),
+    ),
     "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
 }
 HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy", "grad_norm")

@@ -186,7 +186,10 @@ HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy"
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
 # In the order of a step. page.css colours them --phase-0 … in this order.
-PHASES = ("rollout", "rollout_wait", "grade", "gather", "teacher", "train", *TRAIN_PARTS, "sync", "evaluate", "other")
+PHASES = (
+    *("rollout", "rollout_wait", "grade", "gather", "teacher", "reliance", "train", *TRAIN_PARTS),
+    *("sync", "evaluate", "other"),
+)
 
 
 def metric(key: str) -> Metric:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vold.miniature.data import TEXT_FILES, DataSizes, write_data
+from vold.miniature.data import PICTURE_FILES, TEXT_FILES, DataSizes, write_data, write_pictures
 from vold.miniature.tokenizer import make_tokenizer
 from vold.miniature.world import IMAGE_MARK, solve, split_of
 
@@ -85,3 +85,16 @@ def test_pixels_are_those_that_were_rendered(world):
         pixels = np.asarray(picture)
     assert (pixels == pixels[..., :1]).all()
     assert 40 < np.median(pixels) < 62  # the background, 255 * .2
+
+
+def test_the_second_act_has_problems_in_pictures_of_their_own_splits(tmp_path):
+    data = write_pictures(tmp_path / "pictures", 3, DataSizes(train=30, val=10, test=12))
+    shown = json.loads((data / "expressions.json").read_text())
+    for name, split in PICTURE_FILES.items():
+        rows = read_jsonl(data / name)
+        assert len(rows) == {"train": 30, "val": 10, "test": 12}[split]
+        for row in rows:
+            (picture,) = row["images"]
+            assert split_of(shown[picture]) == split
+            assert row["answer"] == solve(shown[picture]).answer
+            assert (data / picture).is_file()

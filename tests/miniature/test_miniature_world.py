@@ -84,3 +84,21 @@ def test_each_glyph_stays_in_its_cell():
     assert bright.min() >= 30  # the sparsest glyph here, "+" at scale 2 x 2, has 36 pixels
     assert cells[..., [0, 27]].max() < 0.55  # the outer columns of a cell hold only noise: neighbours do not touch
     assert abs(np.median(light)) < 0.05
+
+
+def test_a_detail_is_one_operand_drawn_small_and_the_rest_is_as_large_as_ever(monkeypatch):
+    monkeypatch.setattr(world, "NOISE", 0.0)
+    expressions = ["8+8*3-8"] * 40
+    small = world.sample_detail(len(expressions), np.random.default_rng(0))
+    assert set(small) == {0, 2, 4, 6}
+    pictures = world.render(expressions, np.random.default_rng(1), small)
+    for picture, detail in zip(pictures, small, strict=True):
+        lit = picture > picture.min()
+        columns = [lit[:, c * world.CELL : (c + 1) * world.CELL].any(0).sum() for c in range(world.SYMBOLS)]
+        assert columns[detail] == 5
+        assert all(columns[cell] >= 10 for cell in range(world.SYMBOLS) if cell != detail)
+
+
+def test_without_details_nothing_is_drawn_small_and_the_draws_are_the_same():
+    once, again = (world.render(["7*9+5*3"], np.random.default_rng(2), small) for small in ((), (None,)))
+    assert (once == again).all()

@@ -91,6 +91,19 @@ def test_figures_follow_the_colour_scheme(html):
     assert not re.findall(r"#[0-9a-f]{6}(?=[;\"'])", figures)
 
 
+def test_the_best_checkpoint_is_marked_in_the_table_and_on_its_curve(tmp_path):
+    metrics = [{"step": step, "accuracy_geo": value, "accuracy_text": 0.2} for step, value in ((5, 0.3), (10, 0.2))]
+    pages = []
+    for kept in ("geo", None):
+        run = write_run(tmp_path / "vold", config={"verb": "rl", "evaluation": {"best": kept}}, metrics=metrics)
+        pages.append(write_report([run], tmp_path / "report.html", title="t").read_text(encoding="utf-8"))
+    marked, plain = pages
+    assert "best: step 5 (Geo accuracy)" in marked and "best: step" not in plain
+    figures = [re.findall(r"<figure.*?</figure>", page, flags=re.DOTALL) for page in pages]
+    differ = [one for one, other in zip(*figures, strict=True) if one != other]
+    assert len(differ) == 1 and "Geo accuracy by step" in differ[0]
+
+
 def test_images_are_inlined(html):
     uris = [value for value in Page(html).values("src")]
     sizes = {Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).size for uri in uris}

@@ -27,6 +27,20 @@ def test_missing_keys_become_nan_and_columns_stay_aligned():
     assert table["accuracy_image"][1] == 0.4 and math.isnan(table["accuracy_image"][0])
 
 
+def test_the_best_checkpoint_is_the_first_with_the_highest_accuracy_on_the_set_that_chooses(tmp_path):
+    metrics = [
+        {"step": 1, "reward": 0.1},
+        *(
+            {"step": step, "accuracy_geo": value, "accuracy_text": step / 10}
+            for step, value in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4))
+        ),
+    ]
+    for evaluation, best in (({"best": "geo"}, ("accuracy_geo", 4.0)), ({"best": None}, None), ({}, None)):
+        assert read_run(write_run(tmp_path / "run", config={"evaluation": evaluation}, metrics=metrics)).best == best
+    early = read_run(write_run(tmp_path / "early", config={"evaluation": {"best": "geo"}}, metrics=metrics[:1]))
+    assert early.best is None, "before the first evaluation"
+
+
 def test_a_repeated_step_of_a_resumed_run_keeps_the_newest_row():
     table = columns([{"step": 0, "loss": 3.0}, {"step": 1, "loss": 9.0}, {"step": 1, "loss": 2.0}])
     assert table == {"step": [0, 1], "loss": [3.0, 2.0]}

@@ -323,7 +323,11 @@ def test_images_count_in_the_length_of_an_evaluations_prompts(load, tmp_path, la
 def test_eval_reads_text_and_images(load, tmp_path, layout, world, monkeypatch):
     config, shown = load("eval", tmp_path / "eval", "evaluation.sampling.sequences_per_call=4"), []
     monkeypatch.setattr(RunLog, "live", lambda self, note: shown.append(note))
+    bar = []
+    monkeypatch.setattr(RunLog, "expect", lambda self, total: bar.append(total))
+    monkeypatch.setattr(RunLog, "advance", lambda self: bar.append(1))
     evaluate.run(config)
+    assert bar == [12, *[1] * 12], "the bar counts problems"
     counts = [f"{answered}/6 answered" for answered in range(7)]
     assert shown == [*(f"{name}: {count}" for name in ("text", "image") for count in counts), ""]
     result = json.loads((config.run_dir / "evaluation.json").read_text())

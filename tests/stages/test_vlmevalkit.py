@@ -21,7 +21,10 @@ RESULTS = {
     ),
     "vold_MathVerse_MINI_gpt-4o-mini_score.csv": "split,Overall,Plane\nText Lite,40.0,41\nVision Only,36.0,30\n",
     "vold_DynaMath_gpt-4o-mini_score.csv": "Setting,Overall,Level-high\nAverage,0.507,0.4\nWorst Case,0.2,0.1\n",
-    "vold_WeMath_gpt-4o-mini_score.csv": ",Score (Strict),Score (Loose),One-step(S1)\n0,31.81%,40.00%,60.00%\n",
+    "vold_WeMath_score.csv": (
+        '"Model","Score (Strict)","InsufficientKnowledge (Strict)","Score (Loose)","One-step(S1)"\n'
+        '"","31.81%","30.10% (158)","40.00%","60.00%"\n'
+    ),
     "vold_LogicVista_gpt4o-mini_score.csv": "Task&Skill,tot,hit,acc\nOverall,447,201,44.97\ninductive,107,40,37.4\n",
     "vold_MME_score.csv": "perception,reasoning,OCR\n1530.0,738.0,140\n",
     "vold_HallusionBench_score.csv": "split,aAcc,fAcc,qAcc\nVD,60,40,40\nOverall,66.0,42.0,41.4\n",
@@ -89,6 +92,8 @@ def test_results_of_both_judges_beside_the_papers(load, tmp_path, capsys):
     assert evaluation["benchmarks"]["model"]["MME"]["reasoning"] == 738.0
     said = capsys.readouterr().out
     assert "--judge exact_matching" in said and "HallusionBench" in said
+    by_rule = json.loads((folder / "rule" / "config.json").read_text())["data"]
+    assert by_rule.keys() == {"MMMU_Pro_V", "MMStar", "WeMath", "MME", "HallusionBench"}
     damaged = folder / "model" / "vold" / "T1_G2" / "vold_MME_score.csv"
     damaged.write_text("what,else\n1,2\n")
     with pytest.raises(ValueError, match=r"vold_MME_score.csv is not a result file as") as error:

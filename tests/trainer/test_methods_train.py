@@ -120,6 +120,16 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     assert metrics["kl_teacher"] > 0.01 and metrics["entropy"] > 0.1 and metrics["kl_loss"] > 0
 
 
+def test_what_a_step_did_not_read_is_no_metric_of_it(tiny_student_dir, tiny_teacher_dir, layout):
+    """Whole distributions alone: no sampled token's log-prob is known, and an entropy of 0 would mean a collapse."""
+    objective = build_objective(ObjectiveConfig(preset="opd", divergence="full"), LONGEST)
+    batch = batch_of(objective.weigh(make_groups(GROUPS)), max_tokens=60)
+    trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
+    metrics = trainer.step(make_teacher(tiny_teacher_dir, layout, whole=True).score(batch)).metrics
+    assert metrics["kl_teacher"] > 0.01 and metrics["gradient_tokens"] > 0
+    assert not {"nll", "entropy", "clip_low", "clip_high"} & metrics.keys()
+
+
 def distribution(model, sample):
     """Log-probs [T, V] at the response's tokens."""
     ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])

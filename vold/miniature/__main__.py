@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | selfplay`."""
+"""`python -m vold.miniature demo | reproduce | selfplay | second-act`."""
 
 import sys
 import warnings
@@ -7,9 +7,9 @@ warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 
 def main(arguments: list[str]) -> int:
-    from vold.miniature import demo, reproduce, selfplay
+    from vold.miniature import demo, reproduce, second_act, selfplay
 
-    verbs = {"demo": demo.run, "reproduce": reproduce.run, "selfplay": selfplay.run}
+    verbs = {"demo": demo.run, "reproduce": reproduce.run, "selfplay": selfplay.run, "second-act": second_act.run}
     if len(arguments) != 1 or arguments[0] not in verbs:
         print(f"usage: python -m vold.miniature {' | '.join(verbs)}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,13 @@ TEXT_FILES: dict[str, Split] = {
     "test_text.json": "test",
 }
 IMAGE_FILES: dict[str, Split] = {"val_image.jsonl": "val", "test_image.jsonl": "test"}
+PICTURE_FILES: dict[str, Split] = {
+    "train_image.jsonl": "train",
+    "train_small.jsonl": "train",
+    "val_small.jsonl": "val",
+    "test_small.jsonl": "test",
+}
+"""Of the second act: `image` as in IMAGE_FILES, `small` with one operand of each picture drawn small."""
 OTHER_STYLE_FILE = "traces_other.jsonl"
 EXPRESSIONS_FILE = "expressions.json"
 """What each picture shows, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
@@ -53,13 +61,31 @@ def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path
         for stream, (name, split) in enumerate(IMAGE_FILES.items(), start=10):
             rng = np.random.default_rng([seed, stream])
             problems = [world.sample_problem(rng, split) for _ in range(_size(sizes, name))]
-            rows = _image_rows(unfinished, split, problems, rng)
+            rows = _image_rows(unfinished, problems, rng, name=split)
             _write_jsonl(unfinished / name, rows)
             shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
         (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
         rng = np.random.default_rng([seed, 20])
         rows = [_other_row(world.sample_problem(rng), rng) for _ in range(sizes.traces_other)]
         _write_jsonl(unfinished / OTHER_STYLE_FILE, rows)
+    return out_dir
+
+
+def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=1536)) -> Path:
+    """All files of `PICTURE_FILES` and their pictures, Geometry3K layout; an existing `out_dir` is kept."""
+    if out_dir.exists():
+        return out_dir
+    with finished_directory(out_dir) as unfinished:
+        (unfinished / "images").mkdir()
+        shown: dict[str, str] = {}
+        for stream, (name, split) in enumerate(PICTURE_FILES.items(), start=40):
+            rng = np.random.default_rng([seed, stream])
+            problems = [world.sample_problem(rng, split) for _ in range(getattr(sizes, split))]
+            small = world.sample_detail(len(problems), rng) if name.endswith("_small.jsonl") else ()
+            rows = _image_rows(unfinished, problems, rng, name=name.removesuffix(".jsonl"), small=small)
+            _write_jsonl(unfinished / name, rows)
+            shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
     return out_dir
 
 
@@ -77,12 +103,14 @@ def _other_row(problem: Problem, rng: np.random.Generator) -> dict:
     return {"prompt": world.text_question(problem, rng), "response": world.trace_other(problem)}
 
 
-def _image_rows(out_dir: Path, split: Split, problems: list[Problem], rng: np.random.Generator) -> list[dict]:
+def _image_rows(
+    out_dir: Path, problems: list[Problem], rng: np.random.Generator, *, name: str, small: Sequence[int] = ()
+) -> list[dict]:
     """Writes the pictures (RGB PNG) and returns the rows that name them, relative to the data directory."""
-    grey_BHW = world.render([problem.expression for problem in problems], rng)
+    grey_BHW = world.render([problem.expression for problem in problems], rng, small)
     rows = []
     for number, (problem, grey_HW) in enumerate(zip(problems, grey_BHW, strict=True), start=1):
-        image = f"images/{split}_{number:04d}.png"
+        image = f"images/{name}_{number:04d}.png"
         Image.fromarray(grey_HW).convert("RGB").save(out_dir / image)
         rows.append({"problem": world.image_question(rng), "answer": problem.answer, "images": [image]})
     return rows

@@ -5,7 +5,7 @@ Shape letters: B sequences, T padded tokens, M merged image tokens of the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Text in segments, each supervised or not; `pictured` is the expression in its image, if it has one."""
+    """Text in segments, each supervised or not; `pictured` is the expression in its image, if it has one, and `small`
+    the cell of its detail, if it has one."""
 
     segments: tuple[tuple[str, bool], ...]
     pictured: str | None = None
+    small: int | None = None
 
 
 def chat_example(question: str, response: str, pictured: str | None = None) -> Example:
@@ -34,6 +36,14 @@ def teacher_example(rng: np.random.Generator) -> Example:
     """A text problem and its full trace."""
     problem = world.sample_problem(rng)
     return chat_example(world.text_question(problem, rng), world.trace(problem))
+
+
+def seeing_teacher_example(rng: np.random.Generator) -> Example:
+    """A problem in a picture, half of them with an operand drawn small, and its full trace."""
+    problem = world.sample_problem(rng)
+    (small,) = world.sample_detail(1, rng) if rng.random() < 0.5 else (None,)
+    example = chat_example(world.image_question(rng), world.trace(problem), problem.expression)
+    return replace(example, small=small)
 
 
 def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:
@@ -97,7 +107,8 @@ def collate(
         mask_BT[row, : len(ids)] = 1
     batch = {"input_ids": input_ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
     pictured = [example.pictured for example in examples if example.pictured is not None]
-    return {**batch, **_image_inputs(pictured, input_ids_BT, rng)} if pictured else batch
+    small = [example.small for example in examples if example.pictured is not None]
+    return {**batch, **_image_inputs(pictured, small, input_ids_BT, rng)} if pictured else batch
 
 
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -110,9 +121,9 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[
 
 
 def _image_inputs(
-    expressions: list[str], input_ids_BT: torch.Tensor, rng: np.random.Generator
+    expressions: list[str], small: list[int | None], input_ids_BT: torch.Tensor, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    pixels = world.patchify(world.render(expressions, rng))
+    pixels = world.patchify(world.render(expressions, rng, small))
     grid = [1, world.HEIGHT // world.PATCH, world.WIDTH // world.PATCH]
     return {
         "pixel_values": torch.from_numpy(pixels),

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from vold.miniature import models
-from vold.miniature.examples import BaseMixture, base_example, collate, teacher_example
+from vold.miniature.examples import BaseMixture, base_example, collate, seeing_teacher_example, teacher_example
 from vold.miniature.files import finished_directory
 from vold.miniature.tokenizer import make_tokenizer
 
@@ -40,6 +40,7 @@ class Phase:
 
 
 TEACHER_PHASE = Phase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
+SEEING_TEACHER_PHASE = Phase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
 BASE_PHASES = (
     Phase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     Phase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
@@ -76,6 +77,21 @@ def make_base(out_dir: Path, seed: int, phases: tuple[Phase, ...] = BASE_PHASES)
         return {name: model(**batch, use_cache=False).loss for name, batch in batches.items()}
 
     return _make(out_dir, models.new_model(models.base_config(), seed + 50), phases, losses, seed=seed + 2)
+
+
+def make_seeing_teacher(out_dir: Path, base: Path, seed: int, phase: Phase = SEEING_TEACHER_PHASE) -> Path:
+    """Go on from the base, vision tower included, on traces of problems in pictures, and save: it sees and reasons.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    tokenizer = make_tokenizer()
+
+    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = collate([seeing_teacher_example(rng) for _ in range(phase.image_rows)], tokenizer, rng)
+        return {"image": model(**batch, use_cache=False).loss}
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    return _make(out_dir, model, (phase,), losses, seed=seed + 3)
 
 
 Losses = Callable[[PreTrainedModel, Phase, np.random.Generator], dict[str, Tensor]]

@@ -11,6 +11,7 @@ Shape letters: B images, H = 28 and W = 196 pixels.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,8 @@ HEIGHT, WIDTH = CELL, CELL * SYMBOLS
 PIXEL_MEAN, PIXEL_STD = 0.2, 0.75
 """Of the image processor: background maps to 0, the brightest glyph to 1."""
 NOISE = 0.1
+SMALL_SCALE = (2, 1)
+"""Rows and columns of a glyph that is a detail, 14 × 5 pixels; all others have 2 or 3 a side."""
 
 _GLYPHS = {
     "0": "01110 10001 10011 10101 11001 10001 01110",
@@ -131,16 +134,22 @@ def image_question(rng: np.random.Generator, task: Task = "<solve>") -> str:
     return _around(IMAGE_MARK, task, rng)
 
 
-def render(expressions: list[str], rng: np.random.Generator) -> np.ndarray:
+def sample_detail(problems: int, rng: np.random.Generator) -> list[int]:
+    """For each problem the cell of one of its operands, at random: the digit that `render` draws small."""
+    return (2 * rng.integers(0, DIGITS, problems)).tolist()
+
+
+def render(expressions: list[str], rng: np.random.Generator, small: Sequence[int | None] = ()) -> np.ndarray:
     """Grey images, uint8 [B, H, W]: one glyph in each 28-pixel cell at a random place, noisy.
 
     Scale and contrast are drawn once an image. Before quantisation a glyph is .6 to 1, the background 0, noise .1.
+    `small`: for each image the cell whose glyph has SMALL_SCALE, or None.
     """
     light_BHW = rng.standard_normal((len(expressions), HEIGHT, WIDTH), dtype=np.float32) * NOISE
-    for light_HW, expression in zip(light_BHW, expressions, strict=True):
+    for light_HW, expression, detail in zip(light_BHW, expressions, small or [None] * len(expressions), strict=True):
         scale, contrast = rng.integers(2, 4, 2), rng.uniform(0.6, 1.0)
         for cell, symbol in enumerate(expression):
-            glyph = np.kron(_FONT[symbol], np.ones(scale, np.float32))
+            glyph = np.kron(_FONT[symbol], np.ones(SMALL_SCALE if cell == detail else scale, np.float32))
             high, wide = glyph.shape
             top = rng.integers(0, CELL - high + 1)
             left = cell * CELL + rng.integers(1, CELL - wide)

@@ -30,6 +30,7 @@ class Run:
     record: RunRecord
     colour: str
     steps: str
+    best: str  # the checkpoint that evaluation.best keeps
     duration: str
     throughput: str
     memory: str
@@ -195,6 +196,7 @@ def _run(record: RunRecord, colour: str) -> Run:
         record=record,
         colour=colour,
         steps="–" if not done else f"{done} of {planned}" if planned and planned != done else str(done),
+        best=f"step {record.best[1]:g} ({metric(record.best[0]).label})" if record.best else "",
         duration=health.duration(sum(phase.seconds for phase in times)) if times else "–",
         throughput=health.number(speed.median) if speed else "–",
         memory=health.number(memory.worst) if memory else "–",

@@ -251,6 +251,9 @@ def _draw_run(axis: Axes, run: RunRecord, key: str, colour: str) -> tuple[float,
     axis.errorbar(
         x[logged], y[logged], yerr=whiskers, color=colour, linewidth=1.6, elinewidth=1, fmt="-o", markersize=4
     )
+    if run.best and run.best[0] == key:
+        at = x == run.best[1]
+        axis.plot(x[at], y[at], "*", color=colour, markeredgecolor=INK, markeredgewidth=0.7, markersize=12, zorder=3)
     return float(x[logged][-1]), float(y[logged][-1])
 
 

@@ -56,6 +56,16 @@ class RunRecord:
                 return value
         return None
 
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """(accuracy key, step) of the checkpoint that evaluation.best keeps, the first of equals; None where the run
+        keeps none, or has not evaluated yet."""
+        kept = flatten(self.config).get("evaluation.best")
+        key = f"accuracy_{kept}"
+        values = self.metrics.get(key, ())
+        scored = [(value, -self.steps[place]) for place, value in enumerate(values) if math.isfinite(value)]
+        return (key, -max(scored)[1]) if kept and scored else None
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping -> {"a.b.c": leaf}; lists are leaves."""

@@ -151,6 +151,21 @@ METRICS: dict[str, Metric] = {
         limit=0.0,
         remedy="the teacher's own log",
     ),
+    "visual_reliance": Metric(
+        "Visual reliance",
+        "nats per token",
+        "What an image's detail adds to the student's own log-probs; at 0 it answers without looking.",
+        least=0.0,
+        remedy="whether the problems can be solved without their images, and visual validation",
+    ),
+    "visual_advantage": Metric(
+        "Visual advantage", "nats per token", "What an image's detail adds to the teacher's belief in the response."
+    ),
+    "visual_top_share": Metric(
+        "Visual advantage, concentration",
+        "share of it",
+        "What the tenth of tokens with most of it has; .1 is evenly spread.",
+    ),
     "skipped": Metric(
         "Updates skipped",
         "a step",
@@ -161,14 +176,20 @@ METRICS: dict[str, Metric] = {
 }
 
 CURVES: dict[str, tuple[str, ...]] = {
-    "rl": ("reward", "kl_teacher", "accuracy_image", "accuracy_text", "entropy", "response_length", "grad_norm"),
+    "rl": (
+        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "visual_reliance"),
+        *("entropy", "response_length", "grad_norm"),
+    ),
     "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
 }
 HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
 # In the order of a step. page.css colours them --phase-0 … in this order.
-PHASES = ("rollout", "rollout_wait", "grade", "gather", "teacher", "train", *TRAIN_PARTS, "sync", "evaluate", "other")
+PHASES = (
+    *("rollout", "rollout_wait", "grade", "gather", "teacher", "reliance", "train", *TRAIN_PARTS),
+    *("sync", "evaluate", "other"),
+)
 
 
 def metric(key: str) -> Metric:

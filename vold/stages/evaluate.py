@@ -19,6 +19,7 @@ from vold.records import Prompt, Rollout, Verdict
 from vold.rollout import Sampler, open_sampler
 from vold.stages.job import Job, open_job
 from vold.stages.scores import summarise
+from vold.trainer.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -37,31 +38,43 @@ class Evaluator:
         }
         return cls(sets, config)
 
-    def run(self, sampler: Sampler, grader: Grader, job: Job, seed: int) -> dict[str, list[dict]]:
+    def run(
+        self, sampler: Sampler, grader: Grader, job: Job, seed: int, answered: Callable[[], None] = lambda: None
+    ) -> dict[str, list[dict]]:
         """Set name -> one row a response (as in samples.jsonl), gathered over ranks; a problem's are adjacent. The
-        progress line says how much of its own share the writing rank has answered."""
+        progress line says how much of its own share the writing rank has answered; `answered` is called for each of
+        this rank's problems."""
         found = {}
         for name, prompts in self.prompts.items():
             mine = job.share(prompts)
-            answers = self._answers(mine, sampler, seed, lambda note, name=name: job.log.live(f"{name}: {note}"))
+            answers = self._answers(mine, sampler, seed, _shower(job.log, name, len(mine), answered))
             found[name] = [row for rows in job.gather(_judged(answers, grader)) for row in rows]
         job.log.live("")
         return found
 
     def _answers(
-        self, prompts: Sequence[Prompt], sampler: Sampler, seed: int, show: Callable[[str], None]
+        self, prompts: Sequence[Prompt], sampler: Sampler, seed: int, show: Callable[[int], None]
     ) -> list[list[Rollout]]:
         """The responses to each prompt, in order. Raises ValueError when an engine lost any."""
         found: dict[str, list[Rollout]] = {}
-        show(f"0/{len(prompts)} answered")
+        show(0)
         each = self.config.responses_per_problem
         stream = sampler.stream(prompts, self.config.sampling, responses=each, seed=seed) if prompts else ()
         for rollouts in stream:
             found[rollouts[0].prompt.id] = rollouts
-            show(f"{len(found)}/{len(prompts)} answered")
+            show(len(found))
         if len(found) < len(prompts):
             raise ValueError(f"{len(prompts) - len(found)} evaluation prompts got no answer, see above; evaluate again")
         return [found[prompt.id] for prompt in prompts]
+
+
+def _shower(log: RunLog, name: str, of: int, answered: Callable[[], None]) -> Callable[[int], None]:
+    def show(count: int) -> None:
+        log.live(f"{name}: {count}/{of} answered")
+        if count:
+            answered()
+
+    return show
 
 
 def _judged(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
@@ -116,9 +129,10 @@ def run(config: EvalConfig) -> None:
     job = open_job(config, "eval", total=len(config.evaluation.sets))
     tokenizer, encode = load_tokenizer(config.checkpoint), encoder_of(config.checkpoint)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    job.log.expect(sum(len(job.share(prompts)) for prompts in evaluator.prompts.values()))
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
-        rows = evaluator.run(sampler, grader, job, config.seed)
+        rows = evaluator.run(sampler, grader, job, config.seed, job.log.advance)
     if job.is_writer:
         write_evaluation(config, {name: summarise(found) for name, found in rows.items()}, rows)
     job.log.close()

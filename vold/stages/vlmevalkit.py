@@ -2,7 +2,8 @@
 
 What is assumed of the kit, from its public source: `run.py --config` takes {"model": {name: {"class", **arguments}},
 "data": {name: {"class", "dataset"}}}; results are CSV files WORK_DIR/MODEL/**/MODEL_SET*_acc.csv or *_score.csv, with
-the columns named below; `--judge exact_matching` judges options and yes/no by rule, and cannot judge the other sets.
+the columns named below; `--judge exact_matching` judges options and yes/no by rule, and cannot judge the other sets
+(LogicVista's options included: without a language model the kit ends without a score and without a word).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ BENCHMARKS = {
     "MathVerse_MINI": Benchmark("MathVerse", "_score.csv", _mathverse),
     "DynaMath": Benchmark("Dynamath", "_score.csv", _dynamath),
     "WeMath": Benchmark("WeMath", "_score.csv", _wemath, by_rule=True),
-    "LogicVista": Benchmark("LogicVista", "_score.csv", _overall("Task&Skill"), by_rule=True),
+    "LogicVista": Benchmark("LogicVista", "_score.csv", _overall("Task&Skill")),
     "MME": Benchmark("ImageYORNDataset", "_score.csv", _mme, by_rule=True),
     "HallusionBench": Benchmark("ImageYORNDataset", "_score.csv", _hallusion, by_rule=True),
 }

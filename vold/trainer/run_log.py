@@ -66,6 +66,10 @@ class RunLog:
         """How many steps there will be, where that is known only once the data are read."""
         self._progress.update(self._task, total=total)
 
+    def advance(self) -> None:
+        """One more is done, where there are no steps to write."""
+        self._progress.advance(self._task)
+
     def rewind(self, step: int) -> dict[str, float]:
         """Drop rows after `step`: they belong to updates that were never saved. Returns the metrics of `step`, on the
         writer, where there are any."""

@@ -110,18 +110,11 @@ def reduce_tallies(
     dist.all_reduce(sums, group=group)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     total = dict(zip((*SUMS, "train_tflop"), sums.tolist(), strict=True))
-    tokens = max(total["read_tokens"], 1.0)
-    metrics = {
-        "loss": total["loss"],
-        "pg_loss": total["pg_loss"],
-        "kl_loss": total["kl_loss"],
-        "nll": total["nll"] / tokens,
-        "entropy": total["entropy"] / tokens,
-        "clip_low": total["clip_low"] / tokens,
-        "clip_high": total["clip_high"] / tokens,
-        "gradient_tokens": total["tokens"],
-        "train_tflop": total["train_tflop"],
-    }
+    metrics = {key: total[key] for key in ("loss", "pg_loss", "kl_loss", "train_tflop")}
+    metrics["gradient_tokens"] = total["tokens"]
+    if total["read_tokens"]:  # none where whole distributions are compared and nothing else is learnt from
+        for key in ("nll", "entropy", "clip_low", "clip_high"):
+            metrics[key] = total[key] / total["read_tokens"]
     if total["kl_tokens"]:
         metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]
         metrics["kl_clamped"] = total["kl_clamped"] / total["kl_tokens"]

@@ -23,8 +23,9 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 demo: env            ## the two-stage pipeline in miniature: runs/demo/report.html
 	$(PY) -m vold.miniature demo
 
-reproduce: env       ## three seeds of every arm: runs/reproduce/report.html
+reproduce: env       ## three seeds of every arm: runs/reproduce/report.html; of every method: runs/methods/table.md
 	$(PY) -m vold.miniature reproduce
+	$(PY) -m vold.miniature methods
 
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay

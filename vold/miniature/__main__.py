@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | selfplay`."""
+"""`python -m vold.miniature demo | reproduce | methods | selfplay`."""
 
 import sys
 import warnings
@@ -7,9 +7,9 @@ warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 
 def main(arguments: list[str]) -> int:
-    from vold.miniature import demo, reproduce, selfplay
+    from vold.miniature import demo, methods, reproduce, selfplay
 
-    verbs = {"demo": demo.run, "reproduce": reproduce.run, "selfplay": selfplay.run}
+    verbs = {"demo": demo.run, "reproduce": reproduce.run, "methods": methods.run, "selfplay": selfplay.run}
     if len(arguments) != 1 or arguments[0] not in verbs:
         print(f"usage: python -m vold.miniature {' | '.join(verbs)}", file=sys.stderr)
         return 2

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
@@ -28,8 +30,7 @@ STEPS = 40
 START = "sft"
 METHODS = CONFIGS.parent / "methods"
 NOT_HERE = ("va-opd", "x-reasoner-sft")  # a teacher that sees; a first stage
-ONE_UPDATE, SEVERAL_UPDATES = (1e-4, 3e-4, 6e-4), (3e-5, 1e-4, 3e-4)  # rates by updates a step
-SEVERAL = ("dapo", "dcpo", "gspo", "vold-gspo")
+RATES = {1: (1e-4, 3e-4, 6e-4), 4: (3e-5, 1e-4, 3e-4), 16: (1e-5, 3e-5, 1e-4)}  # by updates a step
 STARTS = {"x-reasoner": "misaligned-sft"}  # traces in another style than the teacher's
 # The config's beta, .3, is VOLD's in the miniature. KDRL's falls to a fifth of where it began, as published.
 _KDRL = ("objective.beta_end=0.06", "objective.beta_step=0.006")
@@ -78,7 +79,8 @@ def methods() -> list[str]:
 
 def sweep(method: str) -> list[Arm]:
     """A method's arms."""
-    return [Arm(method, rate) for rate in (SEVERAL_UPDATES if method in SEVERAL else ONE_UPDATE)]
+    updates = yaml.safe_load((METHODS / f"{method}.yaml").read_text()).get("minibatches", 1)
+    return [Arm(method, rate) for rate in RATES[updates]]
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:

@@ -200,7 +200,10 @@ def report(root: Path, seeds: Sequence[int], seconds: float) -> None:
         sweeps[method] = found["sweep"]
         rows += found["rows"]
         failed += [method] if not found["rows"] else []
-    rows.sort(key=lambda row: -_mean([r["text"] + r["image"] for r in rows if r["arm"] == row["arm"]]))
+    reached = {
+        arm: _mean([r["text"] + r["image"] for r in rows if r["arm"] == arm]) for arm in {r["arm"] for r in rows}
+    }
+    rows.sort(key=lambda row: -reached[row["arm"]])
     facts = {"rows": rows, "failed": failed, "sweeps": sweeps, "steps": STEPS, "versions": versions()}
     facts |= {"commit": commit(), "wall_seconds": seconds}
     out = root / "methods"

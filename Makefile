@@ -24,8 +24,9 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 demo: env            ## the two-stage pipeline in miniature: runs/demo/report.html
 	$(PY) -m vold.miniature demo
 
-reproduce: env       ## three seeds of every arm: runs/reproduce/report.html, runs/second-act/table.md
+reproduce: env       ## every table of docs/: runs/reproduce/report.html, runs/methods/table.md, runs/second-act/table.md
 	$(PY) -m vold.miniature reproduce
+	$(PY) -m vold.miniature methods
 	$(PY) -m vold.miniature second-act
 
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png

@@ -83,12 +83,15 @@ def profile_steps(
 
 @app.command()
 def check(
-    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    stage: Annotated[Literal["sft", "rl", "selfplay"], typer.Argument(help="the stage that CONFIG is for")],
     config: Config,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
 ) -> None:
     """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
+    if stage == "selfplay":
+        _stage("selfplay").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
+        return
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
     _stage("check").run(load_config(of, config, overrides or ()), processes)
 

@@ -59,12 +59,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """All G responses of one prompt with their verdicts and rewards in [0, 1]; `None` reward = grader broke."""
+    """All G responses of one prompt with their verdicts and rewards in [0, 1]; `None` reward = grader broke. earlier:
+    the rewards of each step before that drew responses to the same prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
     rewards: tuple[float | None, ...]
+    earlier: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a self-teacher reads beside the problem: a correct sibling's text, words on what is wrong, or both."""
+
+    demonstration: str | None = None
+    feedback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Sample:
     logp_rollout: tuple[float, ...] | None = None
     logp_teacher: tuple[float, ...] | None = None  # see Rollout
     minibatch: int = 0  # which update of the step learns from it
-    demonstration: str | None = None  # what a self-teacher is shown: a correct sibling's text
+    hint: Hint | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vold.config import load_config, schema
-from vold.miniature import demo, reproduce
+from vold.miniature import demo, methods, reproduce
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 
@@ -24,6 +24,7 @@ WORLD = MiniatureWorld.at(Path("runs/miniature/seed0"))
 def all_phases() -> list[Phase]:
     planned = demo.phases(Path("runs/demo"), WORLD)
     planned += reproduce._stages(Path("runs/reproduce"), Path("runs/reproduce/seed1"), WORLD, seed=1)
+    planned += [[arm.phase(Path("runs"), WORLD, 1) for arm in methods.sweep(name)] for name in methods.methods()]
     return [phase for group in planned for phase in group]
 
 
@@ -32,7 +33,37 @@ def test_every_phase_has_a_valid_command(phase):
     config = load_config(SCHEMAS[phase.verb], CONFIGS / phase.config, [*phase.overrides, f"run_dir={phase.run_dir}"])
     assert phase.steps == getattr(config, "steps", 0), "the progress bar counts the steps that will be run"
     if phase.verb == "rl":
-        assert config.objective.preset in phase.run_dir.name
+        assert config.objective.preset in phase.run_dir.name or "methods" in phase.run_dir.parts
+
+
+def test_every_method_sees_as_many_prompts_and_responses():
+    phases = [methods.Arm(name, 1e-4).phase(Path("runs"), WORLD, 1) for name in methods.methods()]
+    configs = [load_config(schema.RlConfig, CONFIGS / phase.config, phase.overrides) for phase in phases]
+    assert len({(c.steps, c.prompts_per_step, c.rollout.responses_per_prompt, c.seed) for c in configs}) == 1
+    assert all(c.rollout.dynamic_sampling is None for c in configs) and len(configs) >= 15
+    assert {c.optimizer.lr for c in configs} == {1e-4}
+
+
+def test_a_method_is_a_row_of_means_and_one_that_failed_says_so(tmp_path, capsys):
+    """The winner of the sweep is at its edge; the second method left nothing."""
+    for seed in (0, 1):
+        folder = tmp_path / "reproduce" / f"seed{seed}" / "eval_sft"
+        folder.mkdir(parents=True)
+        sets = {name: {"accuracy": accuracy} for name, accuracy in (("text", 0.4), ("image", 0.3))}
+        (folder / "evaluation.json").write_text(json.dumps({"sets": sets}))
+    cost = {"seconds": 1.5, "teacher_seconds": 0.25, "teacher_tokens": 4000.0}
+    rows = [
+        {"arm": "vold", "rate": 6e-4, "seed": seed, "text": 0.6 + seed / 10, "image": 0.5, **cost} for seed in (0, 1)
+    ]
+    (tmp_path / "methods" / "vold").mkdir(parents=True)
+    (tmp_path / "methods" / "vold" / methods.RESULT).write_text(json.dumps({"rows": rows, "sweep": []}))
+    methods.report(tmp_path, (0, 1), 1.0)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert table[3] == ["vold", "0.0006*", "2", "65.0 ± 5.0", "50.0 ± 0.0", "1.50", "4000", "0.25"]
+    assert table[4] == ["sft", "–", "2", "40.0 ± 0.0", "30.0 ± 0.0", "–", "–", "–"]
+    assert ["grpo", "failed", "0", *["–"] * 5] in table
+    assert json.loads((tmp_path / "methods" / "report.json").read_text())["failed"][0] == "grpo"
+    assert (tmp_path / "methods" / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_four_models_are_evaluated_on_the_same_held_out_problems():

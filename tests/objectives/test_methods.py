@@ -11,8 +11,8 @@ import torch
 from test_objective import LONGEST, group, weigh
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives import PRESETS, build_objective, minibatches, ratios, routing
-from vold.objectives.advantages import mean_centred
+from vold.objectives import PRESETS, Objective, build_objective, minibatches, ratios, routing
+from vold.objectives.advantages import group_normalised, mean_centred, smoothed
 from vold.objectives.normalisers import constant, sequences, tokens
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.schedules import Linear, TargetKL
@@ -73,6 +73,24 @@ def test_dcpo_bounds_hold_the_change_of_probability_within_its_variance():
     assert torch.allclose((high_N - 1) * high_N * q_N, torch.full_like(q_N, 0.2))
     assert torch.allclose(((1 - low_N) * low_N * q_N)[~free_N], torch.full_like(q_N[~free_N], 0.16))
     assert free_N.any() and not free_N.all()
+
+
+def test_dcpo_smooths_advantages_over_the_steps_of_a_prompt():
+    """By hand, unbiased std. Step 3 after two of only failures: this step's mean is 1/2 and std 1/sqrt 2, over all six
+    rewards 1/6 and 1/sqrt 6; the right response is nearer to 0 with weight 2/3 on this step, the wrong one with 1/3."""
+    assert smoothed([1.0, 0.0, 0.0]) == pytest.approx(group_normalised([1.0, 0.0, 0.0]), rel=1e-15)
+    new, right, wrong = math.sqrt(0.5), (5 / 6) * math.sqrt(6), -(1 / 6) * math.sqrt(6)
+    expected = [2 / 3 * new + 1 / 3 * right, -1 / 3 * new + 2 / 3 * wrong]  # 1.1518 and -.5079
+    assert smoothed([1.0, 0.0], [(0.0, 0.0), (0.0, 0.0)]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dcpo_learns_from_equal_rewards_by_those_of_earlier_steps():
+    """1/i A_total: over 1, 0, 1, 1 the mean is 3/4, the std 1/2; this is step 2. Always the same teaches nothing."""
+    assert smoothed([1.0, 1.0], [(1.0, 0.0)]) == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert smoothed([1.0, 1.0], [(1.0, 1.0)]) == [0.0, 0.0] == smoothed([1.0, 1.0])
+    solved = replace(group([1.0, 1.0]), earlier=((1.0, 0.0),))
+    assert [s.advantage for s in weigh("dcpo", [solved])] == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert build(preset="dcpo").informs(solved) and not build(preset="grpo").informs(solved)
 
 
 def test_overlong_penalty():
@@ -199,6 +217,29 @@ def test_what_each_divergence_trains_on_policy():
     assert gradient(k1.sum()).abs().max() < 1e-15
     assert torch.allclose(gradient(k2.sum()), reverse, rtol=0, atol=1e-15)
     assert torch.allclose(gradient(k3.sum()), forward, rtol=0, atol=1e-15)
+
+
+def test_only_objectives_and_configs_know_a_methods_name():
+    """So that a new one touches no other file. A message may advise one, and a config's default is one; what may not be
+    is `PRESETS[...]`, or a name that decides. The miniature and the report know the arms that they show."""
+    known = "|".join(map(re.escape, PRESETS))
+    decides = r"(?:[!=]=|\bcase\b|\b(?:if|and|or|not)\b[^\n]*\bin)"
+    branch = re.compile(rf"PRESETS\b|preset\s*[!=]=|{decides}\s*[(\[{{]?\s*[\"'](?:{known})[\"']")
+    code = [path for room in ("vold", "kernels") for path in (ROOT / room).rglob("*.py")]
+    code = [path for path in code if path.parent.name not in ("objectives", "miniature", "report")]
+    found = {str(path.relative_to(ROOT)) for path in code if branch.search(path.read_text())}
+    assert not found and len(code) > 80
+    assert branch.search("if config.objective.preset == name:") and branch.search('if name in ("grpo", "vold"):')
+
+
+def test_a_new_preset_needs_no_other_code(monkeypatch):
+    """Any value of existing parts trains: everything else is read off the Objective itself."""
+    own = Objective(mean_centred, routing.failed_groups, ratio=ratios.SEQUENCE, normaliser=constant, beta=0.5)
+    monkeypatch.setitem(PRESETS, "own", own)
+    assert build(preset="own").needs_teacher
+    samples = weigh("own", [group([0.0, 0.0]), group([1.0, 0.0])])
+    assert [s.kl_weight for s in samples] == pytest.approx([0.5 / (4 * LONGEST)] * 2 + [0.0] * 2)
+    assert [s.advantage for s in samples] == [0.0, 0.0, 0.5, -0.5]
 
 
 def test_every_preset_has_a_row_and_a_config():

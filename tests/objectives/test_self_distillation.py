@@ -5,14 +5,8 @@ import torch
 from test_objective import group, weigh
 
 from vold.objectives import PRESETS
-from vold.objectives.self_distillation import (
-    confidence,
-    correct_sibling,
-    failed_and_taught,
-    taught,
-    without_thinking,
-)
-from vold.records import Rollout
+from vold.objectives.self_distillation import confidence, correct_sibling, feedback_on, without_thinking
+from vold.records import Hint, Rollout, Verdict
 
 
 def test_a_response_is_shown_a_correct_sibling_and_never_itself():
@@ -21,10 +15,53 @@ def test_a_response_is_shown_a_correct_sibling_and_never_itself():
     assert correct_sibling([0.0, 0.9]) == [None, None], "partly right is no demonstration"
 
 
+def taught(preset, *rewards, **keys):
+    return [[bool(s.kl_weight) for s in weigh(preset, [group(r)], **keys)] for r in rewards]
+
+
 def test_routing():
-    assert taught([0.0, 1.0, 0.0, 1.0]) == [1, 1, 1, 1] and taught([0.0, 1.0]) == [1, 0]
-    assert failed_and_taught([0.0, 1.0, 0.5, 1.0]) == [1, 0, 1, 0]
-    assert failed_and_taught([0.0, 0.0]) == [0, 0] == failed_and_taught([1.0, 1.0])
+    assert taught("sdpo", [0.0, 1.0, 0.0, 1.0], [0.0, 1.0], [0.0, 0.0]) == [[True] * 4, [True, False], [False] * 2]
+    assert taught("srpo", [0.0, 1.0, 0.0, 1.0], [0.0, 0.0], [1.0, 1.0]) == [
+        [True, False, True, False],
+        [False] * 2,
+        [False] * 2,
+    ]
+
+
+def test_with_feedback_every_failed_response_is_taught():
+    """By what was wrong with it, and by a correct sibling where there is one; a right response without one is not."""
+    rewards = [[0.0, 1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
+    assert taught("sdpo", *rewards, feedback=True) == [[True] * 3, [True, False], [True, True]]
+    assert taught("srpo", *rewards, feedback=True) == [[True, False, False], [True, False], [True, True]]
+    told = "The answer is wrong."
+    hints = [[s.hint for s in weigh("sdpo", [group(r)], feedback=True)] for r in rewards]
+    assert hints == [
+        [Hint("text", told), Hint("text", None), Hint("text", None)],
+        [Hint("text", told), None],
+        [Hint(None, told)] * 2,
+    ]
+    assert [s.hint for s in weigh("sdpo", [group([0.0, 1.0])])] == [Hint("text", None), None]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict("correct", "7", "identical", gold="7"), None),
+        (Verdict("wrong", "8", "number", gold="7"), "The answer is wrong. It was: 8"),
+        (Verdict("wrong", None, "no_answer", gold="7"), "The response has no final answer in \\boxed{}."),
+        (Verdict("wrong", None, "truncated", gold="7"), "The response was cut off before it ended."),
+        (Verdict("wrong", "1=8", "chain", gold="7"), "The answer does not commit to one value. It was: 1=8"),
+        (Verdict("wrong", "9" * 5000, "too_long", gold="7"), "The answer is wrong. It was: " + "9" * 200),
+    ],
+)
+def test_feedback_is_the_graders_finding_and_never_the_gold_answer(verdict, words):
+    assert feedback_on(verdict) == words
+    assert words is None or verdict.gold not in words
+
+
+def test_feedback_is_for_a_student_that_teaches_itself():
+    with pytest.raises(ValueError, match=r"objective.feedback .* objective.preset = 'vold' does not; choose sdpo"):
+        weigh("vold", [], feedback=True)
 
 
 def test_thinking_is_stripped_from_the_demonstration():
@@ -38,7 +75,7 @@ def test_thinking_is_stripped_from_the_demonstration():
         mixed.verdicts,
         mixed.rewards,
     )
-    assert [s.demonstration for s in weigh("sdpo", [mixed])] == ["7", None]
+    assert [s.hint for s in weigh("sdpo", [mixed])] == [Hint("7"), None]
 
 
 def test_srpo_gives_each_response_one_term_and_all_one_token_count():

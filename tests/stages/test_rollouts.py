@@ -499,12 +499,14 @@ def test_all_ranks_decide_alike_and_a_resumed_run_goes_on_where_it_was(open_made
         (tmp_path / "prompts.jsonl").unlink(missing_ok=True)
         with open_made_up(MadeUp(tmp_path, ranks, lost=("2", "5")), **settings) as rollouts:
             steps[ranks] = [rollouts.next(step) for step in range(6)]
-    assert [names(found) for found in steps[1]] == [names(found) for found in steps[3]]
+    assert [found.groups for found in steps[1]] == [found.groups for found in steps[3]]
     assert steps[1][0].metrics["groups_lost"] + steps[1][1].metrics["groups_lost"] > 0
     rows = [row for row in read_rows(tmp_path / "prompts.jsonl") if row["step"] <= 3]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with open_made_up(MadeUp(tmp_path, lost=("2", "5")), done=3, **settings) as resumed:
-        assert [names(resumed.next(step)) for step in (3, 4, 5)] == [names(found) for found in steps[1][3:]]
+        assert [resumed.next(step).groups for step in (3, 4, 5)] == [found.groups for found in steps[1][3:]]
+    before = {rewards for found in steps[1][3:] for group in found.groups for rewards in group.earlier}
+    assert before == {(1.0, 0.0)}, "the rewards of earlier epochs, of prompts that inform"
 
 
 def test_an_error_in_the_thread_reaches_the_run(load, tmp_path, layout, sampler_that):

@@ -66,6 +66,27 @@ def untrained_models_answer(monkeypatch):
     monkeypatch.setattr(challenge, "extract_answer", lambda text: str(len(text) % 3))
 
 
+def test_check_reads_what_self_play_needs_and_changes_nothing(torchrun, world, tmp_path):
+    command = ["-m", "vold", "check", "selfplay", str(DIVERSE), *overrides_of(world, tmp_path / "run")]
+    run = torchrun(1, *command, "parallel.tp=2", "--processes", "2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("2 processes, 1 copies of the model") == 2 and "challenger, which trains" in run.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("coder.checkpoint=/nowhere", r"/nowhere has no tokenizer.json"),
+        ("solver.objective.preset=vold", r"solver.objective.preset = 'vold' needs a teacher and self-play has none"),
+        ("prompt.max_tokens=1", r"pose.request: prompt of \d+ tokens exceeds prompt.max_tokens = 1; raise it"),
+    ],
+)
+def test_check_names_a_mistake_before_a_model_is_loaded(world, tmp_path, override, line):
+    with pytest.raises(ValueError, match=line):
+        selfplay.check(config_of(world, tmp_path / "run", override), processes=1)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, world, layout):
     """Two uninterrupted iterations of R-Diverse."""

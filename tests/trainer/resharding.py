@@ -14,7 +14,7 @@ from vold.config.schema import ObjectiveConfig
 from vold.data.pack import pack
 from vold.objectives import build_objective
 from vold.parallel.launch import initialise, shutdown
-from vold.records import Prompt
+from vold.records import Hint, Prompt
 from vold.teacher import SelfTeacher
 from vold.trainer.checkpoint import Checkpoints
 
@@ -22,7 +22,7 @@ OBJECTIVE = build_objective(ObjectiveConfig(preset="srpo", top_k=5), LONGEST)
 SAMPLES = OBJECTIVE.weigh(make_groups([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0]]))
 
 
-def hinted(prompt: Prompt, demonstration: str) -> Prompt:
+def hinted(prompt: Prompt, hint: Hint) -> Prompt:
     """The self-teacher's prompt is longer."""
     return replace(prompt, token_ids=(*prompt.token_ids, 9, 10, 11))
 

@@ -12,16 +12,17 @@ from test_methods_train import distribution, divergence, read
 from test_step import as_megatron
 from transformers import AutoModelForImageTextToText
 
-from vold.config.schema import ObjectiveConfig, PromptConfig
-from vold.data.prompts import show_demonstration
+from vold.config.schema import ObjectiveConfig, PromptConfig, SelfTeacherConfig
+from vold.data.prompts import show_hint
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
+from vold.records import Hint, Prompt
 from vold.teacher import SelfTeacher
 from vold.trainer.checkpoint import Checkpoints
 
 REWARDS = [[1.0, 0.0, 0.0], [0.0, 0.0], [1.0, 1.0, 0.0]]
 VOCAB_SIZE = 40
-TEMPLATE = "{problem} {demonstration}"
+FORM = SelfTeacherConfig(template="{problem}{demonstration}{feedback}", demonstration=" {demonstration}", feedback="")
 
 
 def objective_of(preset: str, **keys):
@@ -40,7 +41,7 @@ def groups_with_texts():
 @pytest.fixture
 def condition(tiny_student_dir):
     tokenizer = load_tokenizer(tiny_student_dir)
-    return partial(show_demonstration, tokenizer=tokenizer, config=PromptConfig(suffix=""), template=TEMPLATE)
+    return partial(show_hint, tokenizer=tokenizer, config=PromptConfig(suffix=""), form=FORM)
 
 
 def self_teacher(trainer, layout, condition, objective) -> SelfTeacher:
@@ -59,8 +60,8 @@ def test_the_gradient_equals_the_formula_on_materialised_logits(preset, tiny_stu
 
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     taught = [s for s in samples if s.kl_weight]
-    assert {s.demonstration for s in taught} == ({"0", "1"} if preset == "sdpo" else {"0"})
-    shown = [replace(s, prompt=condition(s.prompt, s.demonstration)) for s in taught]
+    assert {s.hint.demonstration for s in taught} == ({"0", "1"} if preset == "sdpo" else {"0"})
+    shown = [replace(s, prompt=condition(s.prompt, s.hint)) for s in taught]
     weights = [torch.exp(-read(model, s)[1].detach()) for s in shown]
     mean = torch.cat(weights).mean()
     for sample, conditioned, weight_T in zip(taught, shown, weights, strict=True):
@@ -86,6 +87,27 @@ def test_confidence_is_normalised_over_the_update_not_over_a_micro_batch(tiny_st
     assert weights[0].mean() == pytest.approx(max(s.kl_weight for s in samples), rel=1e-5)
     assert weights[0].std() > 0
     assert relative(*(gradients(trainer, batch) for batch in batches)) < 1e-5
+
+
+def test_a_self_teacher_reads_the_parts_of_a_hint_that_there_are(tiny_student_dir):
+    """Braces in what is put in stay as they are."""
+    problem, tokenizer = Prompt("p", (1,), "What is {feedback}?"), load_tokenizer(tiny_student_dir)
+    texts = [
+        show_hint(problem, hint, tokenizer, PromptConfig(), SelfTeacherConfig()).text
+        for hint in (Hint("It is {problem}."), Hint(None, "Wrong."), Hint("It is 7.", "Wrong."))
+    ]
+    shown, told, end = (
+        "\n\nA correct solution of this problem:\n\n",
+        "\n\nYour earlier attempt failed:\n\n",
+        "\n\nSolve the problem correctly.",
+    )
+    assert texts == [
+        f"What is {{feedback}}?{shown}It is {{problem}}.{end}",
+        f"What is {{feedback}}?{told}Wrong.{end}",
+        f"What is {{feedback}}?{shown}It is 7.{told}Wrong.{end}",
+    ]
+    with pytest.raises(ValueError, match=r"self_teacher.template = '\{problem\}' lacks \{demonstration\}; put it in"):
+        SelfTeacherConfig(template="{problem}")
 
 
 def test_a_step_in_which_nobody_can_be_taught(tiny_student_dir, layout, condition):

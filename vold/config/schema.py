@@ -147,7 +147,7 @@ class ObjectiveConfig(Strict):
     VOLD's beta: the paper's table 4 says 1e-3, which is the preset's, its text 0.1."""
 
     preset: str = "vold"
-    advantage: str | None = None  # group-normalised | mean-centred | none
+    advantage: str | None = None  # group-normalised | smoothed | mean-centred | none
     ratio: str | None = None  # token | sequence | adaptive
     routing: str | None = None  # nowhere | every | failed | failed-groups
     normaliser: str | None = None  # tokens | sequences | constant
@@ -162,6 +162,7 @@ class ObjectiveConfig(Strict):
     kl_clamp: Annotated[float, Field(gt=0.0)] | None = None  # nats of |logp - logp_teacher| that a token is pulled for
     entropy_bonus: float | None = None
     average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # a step's, of the average that teaches (SDPO)
+    feedback: bool | None = None  # a self-teacher is told what the grader found wrong with a failed response
     overlong_share: Share | None = None  # last part of the budget over which the penalty grows; 0: none
     overlong_penalty: Annotated[float, Field(gt=0.0)] = 0.5  # at its end; rewards lie in [0, 1]
 
@@ -289,6 +290,25 @@ class SftConfig(TrainConfig):
     pair_with: Path | None = None  # teacher whose tokenizer the student must share
 
 
+class SelfTeacherConfig(Strict):
+    """What a self-teacher (SDPO, SRPO) reads instead of the problem. A section is there where it has something to show:
+    a correct sibling's answer; and, with objective.feedback, what the grader found wrong with the response."""
+
+    template: str = "{problem}{demonstration}{feedback}\n\nSolve the problem correctly."
+    demonstration: str = "\n\nA correct solution of this problem:\n\n{demonstration}"
+    feedback: str = "\n\nYour earlier attempt failed:\n\n{feedback}"
+
+    @model_validator(mode="after")
+    def _nothing_is_lost(self):
+        for name in ("problem", "demonstration", "feedback"):
+            if f"{{{name}}}" not in self.template:
+                raise ValueError(
+                    f"self_teacher.template = {self.template!r} lacks {{{name}}}; put it in (a section that is not "
+                    "wanted may be empty: self_teacher.feedback='')"
+                )
+        return self
+
+
 class RlConfig(TrainConfig):
     """Stage 2: rollouts used twice."""
 
@@ -297,10 +317,7 @@ class RlConfig(TrainConfig):
     teacher_vllm: VllmConfig = VllmConfig()  # its engine's settings
     teacher_offload: bool = False  # its weights wait in CPU memory while it does not score (in the trainer)
     prompts_per_step: Positive = 256  # over all ranks
-    # What a self-teacher (SDPO, SRPO) reads instead of the problem; {demonstration} is a correct sibling's answer.
-    self_teacher_template: str = (
-        "{problem}\n\nA correct solution of this problem:\n\n{demonstration}\n\nSolve the problem correctly."
-    )
+    self_teacher: SelfTeacherConfig = SelfTeacherConfig()
     minibatches: Positive = 1  # updates that a step's prompts are divided among; at 1 no ratio is clipped
     rollout: RolloutConfig
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from vold.config.schema import PromptConfig
+from vold.config.schema import PromptConfig, SelfTeacherConfig
 from vold.data.problems import Problem
-from vold.records import Prompt
+from vold.records import Hint, Prompt
 
 
 def build_prompts(
@@ -61,12 +62,22 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     )
 
 
-def show_demonstration(
-    prompt: Prompt, demonstration: str, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, template: str
+def show_hint(
+    prompt: Prompt, hint: Hint, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, form: SelfTeacherConfig
 ) -> Prompt:
-    """The same problem as a self-teacher reads it: `template` with {problem} and {demonstration} put in."""
-    question = template.replace("{problem}", prompt.text).replace("{demonstration}", demonstration)
+    """The same problem as a self-teacher reads it. A part of the hint that is not there leaves its section out."""
+    parts = {
+        "problem": prompt.text,
+        "demonstration": _section(form.demonstration, "demonstration", hint.demonstration),
+        "feedback": _section(form.feedback, "feedback", hint.feedback),
+    }
+    # in one pass: what is put in may hold braces of its own
+    question = re.sub(r"\{(problem|demonstration|feedback)\}", lambda found: parts[found[1]], form.template)
     return build_prompt(Problem(prompt.id, question, prompt.gold, prompt.images), tokenizer, config)
+
+
+def _section(template: str, name: str, text: str | None) -> str:
+    return "" if text is None else template.replace(f"{{{name}}}", text)
 
 
 def _content(problem: Problem, suffix: str) -> str | list[dict]:

@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | selfplay | second-act`."""
+"""`python -m vold.miniature demo | reproduce | methods | second-act | selfplay`."""
 
 import sys
 import warnings
@@ -7,14 +7,14 @@ warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 
 def main(arguments: list[str]) -> int:
-    from vold.miniature import demo, reproduce, second_act, selfplay
+    from vold.miniature import demo, methods, reproduce, second_act, selfplay
 
-    verbs = {"demo": demo.run, "reproduce": reproduce.run, "selfplay": selfplay.run, "second-act": second_act.run}
+    verbs = {"demo": demo, "reproduce": reproduce, "methods": methods, "second-act": second_act, "selfplay": selfplay}
     if len(arguments) != 1 or arguments[0] not in verbs:
         print(f"usage: python -m vold.miniature {' | '.join(verbs)}", file=sys.stderr)
         return 2
     try:
-        verbs[arguments[0]]()
+        verbs[arguments[0]].run()
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -54,15 +54,18 @@ def sft_phase(
 def rl_phase(
     out: Path, world: MiniatureWorld, preset: str, start: str = "sft", name: str = "", overrides: tuple[str, ...] = ()
 ) -> Phase:
-    settings = (
-        f"student={out / start / 'model'}",
+    settings = (f"student={out / start / 'model'}", *rl_paths(world), f"objective.preset={preset}")
+    return Phase("rl", "rl.yaml", out / (name or preset), (*settings, *overrides), RL_STEPS)
+
+
+def rl_paths(world: MiniatureWorld) -> tuple[str, ...]:
+    """Teacher, training problems and validation problems of the world, for configs/miniature/rl.yaml."""
+    return (
         f"teacher={world.teacher}",
         f"data.path={world.train}",
-        f"objective.preset={preset}",
         f"evaluation.sets.text.path={world.text('val')}",
         f"evaluation.sets.image.path={world.image('val')}",
     )
-    return Phase("rl", "rl.yaml", out / (name or preset), (*settings, *overrides), RL_STEPS)
 
 
 def eval_phase(out: Path, world: MiniatureWorld, name: str, checkpoint: Path) -> Phase:

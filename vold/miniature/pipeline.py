@@ -44,18 +44,19 @@ class Phase:
 
     def command(self) -> list[str]:
         started = any((self.run_dir / name).exists() for name in RESULTS) and self.verb != "eval"
-        overrides = [f"run_dir={self.run_dir}", *self.overrides]
         return [
             *(sys.executable, "-m", "vold", self.verb, str(CONFIGS / self.config)),
-            *overrides,
+            *self.overrides,
+            f"run_dir={self.run_dir}",  # last: a file among the overrides may name its own
             *(["--resume"] if started else []),
         ]
 
 
-def run_phases(phases: Sequence[Phase], *, side_by_side: int) -> dict[str, float]:
+def run_phases(phases: Sequence[Phase], *, side_by_side: int, keep_going: bool = False) -> dict[str, float]:
     """Run what is not finished, `side_by_side` at a time, in order. Returns seconds per run directory name.
 
-    Raises RuntimeError with the last lines of the log of a phase that failed; the others are stopped.
+    Raises RuntimeError with the last lines of the log of a phase that failed, and stops the others; with keep_going it
+    prints them and runs the others: `finished` tells which were done.
     """
     waiting = [phase for phase in phases if not phase.finished]
     running: dict[subprocess.Popen, tuple[Phase, TaskID, float]] = {}
@@ -72,7 +73,12 @@ def run_phases(phases: Sequence[Phase], *, side_by_side: int) -> dict[str, float
                     if process.poll() is not None:
                         del running[process]
                         seconds[phase.run_dir.name] = time.perf_counter() - started
-                        _finish(process, phase, progress, task, seconds[phase.run_dir.name])
+                        try:
+                            _finish(process, phase, progress, task, seconds[phase.run_dir.name])
+                        except RuntimeError as error:
+                            if not keep_going:
+                                raise
+                            progress.console.print(str(error), markup=False)
                 time.sleep(0.2)
         finally:
             for process in running:

@@ -39,14 +39,11 @@ def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, .
 
 def _stages(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[list[Phase]]:
     """SFT runs, then RL runs, then evaluations."""
-    seeded = (f"seed={seed}",)
-    other = (*seeded, f"data.path={world.traces_other}", "data.layout=prompt-response")
-    traces = (*seeded, f"data.path={out / 'traces' / 'traces'}")
-    start = "misaligned-sft"
+    seeded, start = (f"seed={seed}",), "misaligned-sft"
+    traces = _traces(out, seed)
     return [
         [
-            sft_phase(folder, world, "sft", traces),
-            sft_phase(folder, world, start, other),
+            *start_phases(out, folder, world, seed),
             sft_phase(folder, world, "sft-longer", traces, steps=2 * SFT_STEPS),
             sft_phase(folder, world, "sft-all-traces", (*traces, "data.limit=null")),
         ],
@@ -56,6 +53,19 @@ def _stages(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[l
         ],
         [eval_phase(folder, world, arm, folder / arm / "model") for arm in ARMS],
     ]
+
+
+def start_phases(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[Phase]:
+    """The students that stage 2 begins with: SFT on the teacher's traces, and on those of another style."""
+    other = (f"seed={seed}", f"data.path={world.traces_other}", "data.layout=prompt-response")
+    return [
+        sft_phase(folder, world, "sft", _traces(out, seed)),
+        sft_phase(folder, world, "misaligned-sft", other),
+    ]
+
+
+def _traces(out: Path, seed: int) -> tuple[str, ...]:
+    return f"seed={seed}", f"data.path={out / 'traces' / 'traces'}"
 
 
 def _row(seed: int, folder: Path, arm: str) -> dict:

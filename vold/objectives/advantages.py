@@ -5,21 +5,44 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-Advantage = Callable[[Sequence[float]], list[float]]
-"""rewards_G -> advantages_G; exactly 0 where a response has nothing to learn from its siblings."""
+Earlier = Sequence[Sequence[float]]
+"""rewards of the same prompt's responses at each step before this one that drew any"""
+Advantage = Callable[[Sequence[float], Earlier], list[float]]
+"""(rewards_G, earlier) -> advantages_G; exactly 0 where a response has nothing to learn from the others."""
 
 DELTA = 1e-6  # paper, section 3.1: "a small constant for numerical stability"; its value is table 4's
 
 
-def group_normalised(rewards_G: Sequence[float]) -> list[float]:
+def group_normalised(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
     """A_i = (r_i - mean r) / (std r + delta), unbiased std (GRPO; VOLD section 3.1). Equal rewards give exactly 0."""
-    if len(set(rewards_G)) < 2:
+    return _standardised(rewards_G, rewards_G)
+
+
+def smoothed(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
+    """DCPO's smooth advantage standardisation (Eq. 5 to 7). At the i-th step that draws responses to a prompt, with
+    A_new standardised over this step's rewards and A_total over those of all i steps, of the two
+
+        (i - 1)/i A_new + 1/i A_total   and   1/i A_new + (i - 1)/i A_total
+
+    the one that is nearer to 0. At the first step both are group_normalised; later, equal rewards leave 1/i A_total."""
+    steps = len(earlier) + 1
+    new_G = _standardised(rewards_G, rewards_G)
+    total_G = _standardised(rewards_G, [reward for rewards in (*earlier, rewards_G) for reward in rewards])
+    pairs = [
+        (((steps - 1) * new + total) / steps, (new + (steps - 1) * total) / steps)
+        for new, total in zip(new_G, total_G, strict=True)
+    ]
+    return [to_new if abs(to_new) < abs(to_total) else to_total for to_new, to_total in pairs]
+
+
+def _standardised(rewards_G: Sequence[float], among: Sequence[float]) -> list[float]:
+    if len(set(among)) < 2:
         return [0.0] * len(rewards_G)
-    mean, std = statistics.fmean(rewards_G), statistics.stdev(rewards_G)
+    mean, std = statistics.fmean(among), statistics.stdev(among)
     return [(reward - mean) / (std + DELTA) for reward in rewards_G]
 
 
-def mean_centred(rewards_G: Sequence[float]) -> list[float]:
+def mean_centred(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
     """A_i = r_i - mean r (Dr.GRPO): a division by the std would favour prompts that are nearly solved or hopeless."""
     if len(set(rewards_G)) < 2:
         return [0.0] * len(rewards_G)
@@ -27,9 +50,14 @@ def mean_centred(rewards_G: Sequence[float]) -> list[float]:
     return [reward - mean for reward in rewards_G]
 
 
-def none(rewards_G: Sequence[float]) -> list[float]:
+def none(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
     """No policy gradient: on-policy distillation alone."""
     return [0.0] * len(rewards_G)
 
 
-ADVANTAGES: dict[str, Advantage] = {"group-normalised": group_normalised, "mean-centred": mean_centred, "none": none}
+ADVANTAGES: dict[str, Advantage] = {
+    "group-normalised": group_normalised,
+    "smoothed": smoothed,
+    "mean-centred": mean_centred,
+    "none": none,
+}

@@ -21,7 +21,7 @@ import torch
 from vold.objectives import advantages, normalisers, ratios, routing, schedules
 from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
-from vold.objectives.self_distillation import SelfTeaching, without_thinking
+from vold.objectives.self_distillation import SelfTeaching
 from vold.records import Group, MicroBatch, Sample
 from vold_kernels.records import PolicyTerms
 
@@ -97,9 +97,12 @@ class Objective:
         judged = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
         graded = [response for response in judged if response[2] is not None]
         right_G = [float(verdict.outcome == "correct") for _, verdict, _ in graded]
-        advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, _, reward in graded])
-        shown_G = self.self_teaching.demonstration(right_G) if self.self_teaching else [None] * len(graded)
-        parts = zip(graded, advantages_G, self.route(right_G), shown_G, strict=True)
+        advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, _, reward in graded], group.earlier)
+        shares_G, hints_G = self.route(right_G), [None] * len(graded)
+        if self.self_teaching:
+            hints_G = self.self_teaching.hints([(rollout, verdict) for rollout, verdict, _ in graded])
+            shares_G = [share * (hint is not None) for share, hint in zip(shares_G, hints_G, strict=True)]
+        parts = zip(graded, advantages_G, shares_G, hints_G, strict=True)
         return [
             Sample(
                 prompt=group.prompt,
@@ -109,9 +112,9 @@ class Objective:
                 kl_weight=self.beta * share,
                 logp_rollout=rollout.logp_rollout,
                 logp_teacher=rollout.logp_teacher,
-                demonstration=None if sibling is None else without_thinking(graded[sibling][0].text),
+                hint=hint,
             )
-            for (rollout, *_), advantage, share, sibling in parts
+            for (rollout, *_), advantage, share, hint in parts
         ]
 
     def _penalty(self, rollout) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives.advantages import ADVANTAGES, group_normalised, mean_centred
+from vold.objectives.advantages import ADVANTAGES, group_normalised, mean_centred, smoothed
 from vold.objectives.divergences import FullDivergence, build_divergence
 from vold.objectives.normalisers import NORMALISERS, constant, sequences
 from vold.objectives.objective import Objective
@@ -16,14 +16,14 @@ from vold.objectives.ratios import ADAPTIVE, RATIOS, SEQUENCE
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.routing import ROUTES, every, failed, failed_groups
 from vold.objectives.schedules import Linear, TargetKL
-from vold.objectives.self_distillation import SelfTeaching, failed_and_taught, taught
+from vold.objectives.self_distillation import SelfTeaching
 
 _GRPO = Objective(group_normalised, beta=0.0)
 _VOLD = Objective(group_normalised, failed)
 _GSPO = {"ratio": SEQUENCE, "normaliser": sequences, "clip_low": 3e-4, "clip_high": 4e-4}
 _KDRL = Objective(group_normalised, every, beta=5e-3, schedule=Linear(end=1e-3, by=5e-5), clip_high=0.2)
 _SDPO = Objective(
-    route=taught,
+    route=every,
     self_teaching=SelfTeaching(),
     divergence=FullDivergence("jsd", alpha=0.5, top_k=100),
     beta=1.0,
@@ -42,7 +42,7 @@ PRESETS: dict[str, Objective] = {
     "dr-grpo": replace(_GRPO, advantage=mean_centred, normaliser=constant, clip_high=0.2),
     "dapo": replace(_GRPO, clip_high=0.28, overlong=OverlongPenalty()),
     "gspo": replace(_GRPO, **_GSPO),
-    "dcpo": replace(_GRPO, ratio=ADAPTIVE, normaliser=sequences, clip_low=0.16, clip_high=0.2),
+    "dcpo": replace(_GRPO, advantage=smoothed, ratio=ADAPTIVE, normaliser=sequences, clip_low=0.16, clip_high=0.2),
     "kdrl": _KDRL,
     "kdrl-response": replace(_KDRL, route=failed),
     "kdrl-group": replace(_KDRL, route=failed_groups),
@@ -50,7 +50,7 @@ PRESETS: dict[str, Objective] = {
     "srpo": replace(
         _SDPO,
         advantage=group_normalised,
-        route=failed_and_taught,
+        route=failed,
         self_teaching=SelfTeaching(confident=True),
         either=True,
     ),
@@ -78,8 +78,14 @@ def build_objective(config: ObjectiveConfig, longest: int) -> Objective:
         include={"beta", "clip_low", "clip_high", "kl_clamp", "entropy_bonus", "visual_advantage"}
     )
     objective = replace(objective, **{key: value for key, value in numbers.items() if value is not None})
-    if config.average_rate is not None and objective.self_teaching:
-        objective = replace(objective, self_teaching=replace(objective.self_teaching, rate=config.average_rate))
+    own = {"rate": config.average_rate, "feedback": config.feedback}
+    if own := {key: value for key, value in own.items() if value is not None}:
+        if objective.self_teaching is None:
+            raise ValueError(
+                "objective.average_rate and objective.feedback are of a student that teaches itself and "
+                f"objective.preset = {config.preset!r} does not; choose sdpo or srpo, or leave them out"
+            )
+        objective = replace(objective, self_teaching=replace(objective.self_teaching, **own))
     if config.target_kl is not None:
         objective = replace(objective, schedule=TargetKL(config.target_kl))
     elif config.beta_end is not None:

@@ -173,6 +173,57 @@ METRICS: dict[str, Metric] = {
         limit=0.0,
         remedy="the rows of that step in samples.jsonl; a lower optimizer.lr",
     ),
+    # self-play, of an iteration's questions
+    "challenger_well_formed": Metric(
+        "Questions well formed",
+        "share of responses",
+        "Responses of the challenger that hold a question; the others are worth nothing.",
+        least=0.5,
+        remedy="pose.request and pose.pattern; the challenger's samples.jsonl",
+        better=1,
+    ),
+    "clusters_words": Metric(
+        "Kinds of questions by words",
+        "share of questions",
+        "Clusters by BLEU among the questions looked at.",
+        least=0.3,
+        remedy="pose.repetition_weight; a lower challenger.optimizer.lr",
+        better=1,
+    ),
+    "clusters_vectors": Metric(
+        "Kinds of questions by embedding",
+        "share of questions",
+        "The same by cosine; far fewer than by words is the surface illusion.",
+        least=0.3,
+        remedy="coder, memory and pose.repetition_weight: R-Diverse",
+        better=1,
+    ),
+    "challenger_reward": Metric(
+        "Challenger's reward",
+        "mean over responses",
+        "1 is a question that half its answers agree on and that resembles no other.",
+        better=1,
+    ),
+    "challenger_uncertainty": Metric(
+        "Solver's uncertainty", "1 − 2|p − ½|", "1 where half the answers agree.", better=1
+    ),
+    "challenger_repetition": Metric(
+        "Repetition", "|cluster| / B", "Share of a step that is like the question.", better=-1
+    ),
+    "challenger_memory_penalty": Metric(
+        "Memory penalty", "P", "Likeness to questions of earlier iterations.", better=-1
+    ),
+    "questions_candidates": Metric("Responses drawn for questions", "an iteration"),
+    "questions_posed": Metric("Questions posed", "an iteration", "Of the responses, those that are well formed."),
+    "questions_kept": Metric("Questions kept", "an iteration", "Those that the solver half knows.", better=1),
+    "distinct": Metric("Different questions", "share of questions", "By their very text.", better=1),
+    "seen_before": Metric(
+        "Seen before", "share of questions", "Whose very text is of an earlier iteration.", better=-1
+    ),
+    "nearest_earlier": Metric("Nearest earlier question", "cosine", "High is the local illusion.", better=-1),
+    "recycled": Metric(
+        "Recycled", "share of questions", "Nearly an earlier iteration's; grows with the bank.", better=-1
+    ),
 }
 
 CURVES: dict[str, tuple[str, ...]] = {
@@ -181,6 +232,10 @@ CURVES: dict[str, tuple[str, ...]] = {
         *("entropy", "response_length", "grad_norm"),
     ),
     "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
+    "selfplay": (
+        *("accuracy_text", "accuracy_image", "questions_kept", "challenger_reward", "challenger_uncertainty"),
+        *("clusters_words", "clusters_vectors", "nearest_earlier", "seen_before"),
+    ),
 }
 HEALTH = (*(key for key, shown in METRICS.items() if shown.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")

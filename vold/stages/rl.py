@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import RlConfig
 from vold.data.pack import pack
 from vold.data.problems import Problem, load_problems
-from vold.data.prompts import build_prompts, show_demonstration
+from vold.data.prompts import build_prompts, show_hint
 from vold.grading import Grader
 from vold.models.architecture import Architecture
 from vold.models.images import encoder_of
@@ -174,11 +174,11 @@ def _teacher(
 ) -> Teacher | SelfTeacher | NoTeacher:
     head = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
     if objective.teaches_itself:
-        shown = {"tokenizer": tokenizer, "config": config.prompt, "template": config.self_teacher_template}
+        shown = {"tokenizer": tokenizer, "config": config.prompt, "form": config.self_teacher}
         return SelfTeacher(
             trainer.average,
             job.layout,
-            partial(show_demonstration, **shown),
+            partial(show_hint, **shown),
             max_tokens=config.microbatch_tokens,
             confident=objective.self_teaching.confident,
             **head,

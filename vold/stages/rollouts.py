@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -32,6 +34,7 @@ class Rollouts:
     def __init__(self, config: RlConfig, job: Job, prompts: Sequence[Prompt], worker: RolloutWorker, *, done: int = 0):
         self._config, self._job, self._prompts, self._worker, self._done = config, job, prompts, worker, done
         self._order = PromptOrder(len(prompts), config.seed if config.data.shuffle else None, config.rollout.curriculum)
+        self._earlier: dict[int, tuple[tuple[float, ...], ...]] = {}  # rewards of each row, step by step
         self._replay()
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[list[int], Future[Drawn]] | None = None  # the next step's rows, and what is drawn for them
@@ -54,19 +57,20 @@ class Rollouts:
         """The groups of 0-based `step`; those of the step after it are on their way from here on, where lag > 0."""
         rows, first = self._first_portion(step)
         portions = [first]
-        groups = _in_order(portions)
+        groups = self._groups(portions, rows)
         while further := self._missing(len(rows), self._informative(groups)):
             portion = self._portion(step, len(portions), len(rows), further)
             rows += further
             portions.append(self._gather(self._draw(portion)))
-            groups = _in_order(portions)
-        pass_rates = [pass_rate(groups.get(place)) for place in range(len(rows))]
-        self._order.learn(rows, pass_rates)
-        self._job.log.asked(step + 1, self._rows_of_log(rows, pass_rates))
-        kept = self._informative(groups)[: self._config.prompts_per_step]
-        metrics = _counts(rows, groups, kept) | self._staleness(step, kept) | _speed(portions, groups)
-        drawn = StepGroups(kept, group_metrics(list(groups.values())) | metrics)
+            groups = self._groups(portions, rows)
+        kept = dict(islice(self._informative(groups).items(), self._config.prompts_per_step))
+        learnt_from = list(kept.values())
+        metrics = _counts(rows, groups, kept) | self._staleness(step, learnt_from) | _speed(portions, groups)
+        drawn = StepGroups(learnt_from, group_metrics(list(groups.values())) | metrics)
         judged = self._worker.judge.compare(step, drawn)
+        asked = self._asked(rows, groups | dict(zip(kept, judged.groups, strict=True)))
+        self._learn(rows, asked)
+        self._job.log.asked(step + 1, asked)
         if self._thread and step + 1 < self._config.steps:
             self._start(step + 1)
         return judged
@@ -110,13 +114,18 @@ class Rollouts:
 
     # -- which prompts ---------------------------------------------------------------------------------------------
 
-    def _informative(self, groups: dict[int, Group]) -> list[Group]:
+    def _groups(self, portions: Sequence[Sequence[Drawn]], rows: Sequence[int]) -> dict[int, Group]:
+        """By place, with what is known of their prompts."""
+        groups = _in_order(portions)
+        return {place: replace(group, earlier=self._earlier.get(rows[place], ())) for place, group in groups.items()}
+
+    def _informative(self, groups: dict[int, Group]) -> dict[int, Group]:
         """Those the step may learn from: all of them, where no others would be asked in their place."""
         if self._config.rollout.dynamic_sampling is None:
-            return list(groups.values())
-        return [group for group in groups.values() if self._worker.objective.informs(group)]
+            return groups
+        return {place: group for place, group in groups.items() if self._worker.objective.informs(group)}
 
-    def _missing(self, asked: int, informative: Sequence[Group]) -> list[int]:
+    def _missing(self, asked: int, informative: Sized) -> list[int]:
         """Rows to ask still: as many as should bring the missing groups at this step's rate so far, within the budget.
         All ranks know the same groups, and so decide alike."""
         dynamic, wanted = self._config.rollout.dynamic_sampling, self._config.prompts_per_step
@@ -127,18 +136,28 @@ class Rollouts:
         return self._order.take(min(needed, budget - asked))
 
     def _replay(self) -> None:
-        """Bring the order back to where it was after the `done` steps whose prompts are on record."""
-        asked: dict[int, list[float | None]] = {}
-        for row in self._job.from_writer(self._job.log.asked_before()):
-            asked.setdefault(row["step"], []).append(row["pass_rate"])
+        """Bring back what was known after the `done` steps whose prompts are on record."""
+        on_record: dict[int, list[dict]] = {}
+        for found in self._job.from_writer(self._job.log.asked_before()):
+            on_record.setdefault(found["step"], []).append(found)
         for step in range(1, self._done + 1):
-            pass_rates = asked.get(step, [None] * self._config.prompts_per_step)
-            self._order.learn(self._order.take(len(pass_rates)), pass_rates)
+            asked = on_record.get(step, [{"pass_rate": None}] * self._config.prompts_per_step)
+            self._learn(self._order.take(len(asked)), asked)
 
-    def _rows_of_log(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> list[dict]:
+    def _asked(self, rows: Sequence[int], groups: dict[int, Group]) -> list[dict]:
+        """What goes on record of each prompt of a step. A group that was lost has no rewards."""
+        found = [groups.get(place) for place in range(len(rows))]
+        rewards = [[reward for reward in group.rewards if reward is not None] if group else [] for group in found]
         return [
-            {"prompt_id": self._prompts[row].id, "pass_rate": rate} for row, rate in zip(rows, pass_rates, strict=True)
+            {"prompt_id": self._prompts[row].id, "pass_rate": pass_rate(group), "rewards": own}
+            for row, group, own in zip(rows, found, rewards, strict=True)
         ]
+
+    def _learn(self, rows: Sequence[int], asked: Sequence[dict]) -> None:
+        self._order.learn(rows, [found["pass_rate"] for found in asked])
+        for row, found in zip(rows, asked, strict=True):
+            if rewards := found.get("rewards"):
+                self._earlier[row] = (*self._earlier.get(row, ()), tuple(rewards))
 
     # -- numbers ---------------------------------------------------------------------------------------------------
 
@@ -161,7 +180,7 @@ def _in_order(portions: Sequence[Sequence[Drawn]]) -> dict[int, Group]:
     return dict(sorted(found.items()))
 
 
-def _counts(rows: Sequence[int], groups: dict[int, Group], kept: Sequence[Group]) -> dict[str, float]:
+def _counts(rows: Sequence[int], groups: dict[int, Group], kept: Sized) -> dict[str, float]:
     return {
         "prompts_sampled": float(len(rows)),
         "groups_lost": float(len(rows) - len(groups)),

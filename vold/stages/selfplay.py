@@ -35,7 +35,7 @@ import torch
 
 from vold.config.schema import DataConfig, EvaluationConfig, PromptConfig, RlConfig, SelfplayConfig, SelfplayPhaseConfig
 from vold.data.problems import Problem
-from vold.data.prompts import build_prompt
+from vold.data.prompts import build_prompt, build_prompts
 from vold.grading import Grader
 from vold.models.images import encoder_of
 from vold.models.tokenizer import load_tokenizer
@@ -46,6 +46,7 @@ from vold.rollout import open_sampler
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.questions import informative, solver_batches
+from vold.stages import check as check_training
 from vold.stages import rl
 from vold.stages.challenge import Challenge, Panel, QuestionForm, embed_together, open_embedder
 from vold.stages.evaluate import Evaluator, summarise
@@ -78,11 +79,7 @@ TRAIN_CHALLENGER, JUDGE, POSE, ANSWER, TRAIN_SOLVER, REPLAY = range(6)  # stream
 
 def run(config: SelfplayConfig, *, resume: bool = False) -> None:
     """All iterations; ends with run_dir/model, the last solver."""
-    for name, phase in (("challenger", config.challenger), ("solver", config.solver)):
-        if build_objective(phase.objective, phase.rollout.max_new_tokens).needs_teacher:
-            raise ValueError(
-                f"{name}.objective.preset = {phase.objective.preset!r} needs a teacher and self-play has none; use grpo"
-            )
+    _check_objectives(config)
     job = open_job(config, "selfplay", total=config.iterations, resume=resume)
     job.log.close()  # the phases below show their own progress
     bank = Bank(config.run_dir / "bank")
@@ -95,6 +92,29 @@ def run(config: SelfplayConfig, *, resume: bool = False) -> None:
         _train_solver(config, job, iteration, bank)
         _log(config, job, number, partial(_summary, config, iteration, bank))
     together(partial(_finish, config, job, bank))
+
+
+def check(config: SelfplayConfig, processes: int) -> None:
+    """`vold check selfplay`: what both trainings hold on each rank, the same in every iteration, and whether the models
+    and the request they use can be read. Raises ValueError as `vold check rl` does."""
+    _check_objectives(config)
+    for checkpoint in (config.embedder, config.coder and config.coder.checkpoint):
+        if checkpoint is not None:
+            load_tokenizer(checkpoint)
+    request = Problem("pose.request", config.pose.request)
+    build_prompts([request], load_tokenizer(config.student), _request_prompt(config))
+    data, first = DataConfig(path=config.run_dir / "solver.json", layout="orz"), Iteration.of(config, 1)
+    for player, phase in (("challenger", config.challenger), ("solver", config.solver)):
+        print(f"{player}, which trains while the other does not:")
+        check_training.run(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes)
+
+
+def _check_objectives(config: SelfplayConfig) -> None:
+    for name, phase in (("challenger", config.challenger), ("solver", config.solver)):
+        if build_objective(phase.objective, phase.rollout.max_new_tokens).needs_teacher:
+            raise ValueError(
+                f"{name}.objective.preset = {phase.objective.preset!r} needs a teacher and self-play has none; use grpo"
+            )
 
 
 # -- challenger ----------------------------------------------------------------------------------------------------
@@ -163,7 +183,7 @@ def _pose(config: SelfplayConfig, job: Job, iteration: Iteration, bank: Bank) ->
     together(partial(_write, job, iteration.folder / "posed.json", json.dumps(counts) + "\n"))
     together(lambda: bank.append(iteration.number, questions) if job.is_writer else None)
     del embedder
-    _release()
+    release()
 
 
 def _responses(config: SelfplayConfig, job: Job, iteration: Iteration) -> list[str]:
@@ -245,12 +265,12 @@ def _train(job: Job, config: RlConfig, **choices) -> None:
     """`vold rl` until its model is there; its checkpoints are not needed any more then."""
     if not job.from_writer((config.run_dir / "model").exists()):
         rl.run(config, resume=job.from_writer((config.run_dir / "config.yaml").exists()), **choices)
-        _release()
+        release()
     if job.is_writer:
         shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
 
 
-def _release() -> None:
+def release() -> None:
     """A finished phase's models leave the device before the next one's come: what is held in cycles too."""
     gc.collect()
     if torch.cuda.is_available():
@@ -287,7 +307,7 @@ def _accuracy_of_student(config: SelfplayConfig, job: Job) -> tuple[dict[str, fl
     with Grader(workers=config.grader_workers) as grader:
         answers = evaluator.run(sampler, grader, job, config.seed)
     del sampler
-    _release()
+    release()
     return {f"accuracy_{name}": summarise(found)["accuracy"] for name, found in answers.items()}, []
 
 

@@ -1,5 +1,5 @@
 """The student's own average as its teacher (SDPO, SRPO): it reads each response behind a prompt that shows how a
-sibling solved the problem. E hidden width, n tokens that are distilled.
+sibling solved the problem, or says what was wrong. E hidden width, n tokens that are distilled.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from vold.data.pack import pack
 from vold.objectives.self_distillation import confidence
 from vold.parallel.launch import Layout
-from vold.records import Batch, MicroBatch, Prompt, Sample
+from vold.records import Batch, Hint, MicroBatch, Prompt, Sample
 from vold.teacher.score import without_images
 from vold.trainer.average import MovingAverage
 from vold.trainer.device import batch_to
 from vold.trainer.pipeline import run_pipeline
 from vold_kernels.linear_logprob import linear_logprob
 
-Condition = Callable[[Prompt, str], Prompt]
-"""(prompt, demonstration) -> the prompt that the self-teacher reads"""
+Condition = Callable[[Prompt, Hint], Prompt]
+"""(prompt, hint) -> the prompt that the self-teacher reads"""
 
 
 class SelfTeacher:
@@ -46,7 +46,7 @@ class SelfTeacher:
         self._head = {"temperature": temperature, "tp_group": layout.tp_group, "vocab_size": vocab_size}
 
     def admit(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples, without the KL term where they have images: a demonstration is shown beside text only."""
+        """The samples, without the KL term where they have images: a hint is shown beside text only."""
         return without_images(samples)
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class SelfTeacher:
         confidence where asked for. All ranks of one model copy pass the same batch; the mean is over all copies."""
         batch = batch_to(batch, self._layout.device)
         taught = [sample for micro in batch.micro_batches for sample in micro.samples_B if sample.kl_weight]
-        shown = [replace(s, prompt=self._condition(s.prompt, s.demonstration)) for s in taught]
+        shown = [replace(s, prompt=self._condition(s.prompt, s.hint)) for s in taught]
         read = batch_to(pack(shown, max_tokens=self._max_tokens), self._layout.device)
         found = run_pipeline(self._chunks, read.micro_batches, self._layout, self._read, forward_only=True)
         if not self._layout.is_last_stage:

@@ -1,0 +1,250 @@
+"""`make reproduce`, second half: every method of configs/methods in the miniature, at equal rollouts.
+
+Each method starts from the same SFT students as GRPO and VOLD there, sees as many prompts and responses, and has a
+learning-rate sweep of its own: at the first seed, judged on validation problems, text and images alike; the run that
+won *is* that seed's run, and the other seeds take its rate. Only these are asked the test problems. A method that fails
+or diverges is a row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from vold.config import load_config, schema
+from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
+from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.pipeline import CONFIGS, Phase, run_phases
+from vold.miniature.reproduce import SEEDS, start_phases
+from vold.objectives import PRESETS
+from vold.report import seeds_errorbars
+from vold.report.tables import SeedCell, cell, markdown
+from vold.stages import evaluate, rl
+from vold.trainer.run_log import read_rows
+
+STEPS = 30
+START = "sft"
+METHODS = CONFIGS.parent / "methods"
+NOT_HERE = ("va-opd", "x-reasoner-sft")  # a teacher that sees; a first stage
+RATES = {1: (1e-4, 3e-4, 6e-4), 4: (3e-5, 1e-4, 3e-4), 16: (1e-5, 3e-5, 1e-4)}  # by updates a step
+STARTS = {"x-reasoner": "misaligned-sft"}  # traces in another style than the teacher's
+# The config's beta, .3, is VOLD's in the miniature. KDRL's falls at the rate published, to a fifth in 80 steps.
+_KDRL = ("objective.beta_end=0.06", "objective.beta_step=0.003")
+_OWN_BETA = ("objective.beta=null",)
+SETTINGS = {
+    "dapo": ("rollout.dynamic_sampling=null",),  # it draws more rollouts
+    "kdrl": _KDRL,
+    "kdrl-response": _KDRL,
+    "kdrl-group": _KDRL,
+    "opd": _OWN_BETA,
+    "sdpo": _OWN_BETA,
+    "srpo": _OWN_BETA,
+}
+RESULT = "result.json"  # of a method, below its folder: its rows and its sweep
+_WORKER = "import sys; from vold.miniature.methods import run_method; run_method(*sys.argv[1:])"
+
+
+def methods() -> list[str]:
+    """Those that a text-only teacher, or none, can train; in the order of the presets, and then others."""
+    found = [path.stem for path in sorted(METHODS.glob("*.yaml")) if path.stem not in NOT_HERE]
+    return [name for name in PRESETS if name in found] + [name for name in found if name not in PRESETS]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method at one learning rate."""
+
+    method: str
+    rate: float
+
+    def phase(self, root: Path, world: MiniatureWorld, seed: int) -> Phase:
+        """Its training at a seed."""
+        overrides = (
+            *rl_paths(world),
+            str(METHODS / f"{self.method}.yaml"),
+            *SETTINGS.get(self.method, ()),
+            f"student={_starts(root, seed) / STARTS.get(self.method, START) / 'model'}",
+            f"seed={seed}",
+            f"steps={STEPS}",
+            f"evaluation.every={STEPS}",
+            f"optimizer.lr={self.rate}",
+        )
+        return Phase(
+            "rl", "rl.yaml", _folder(root, self.method) / f"seed{seed}" / f"lr-{self.rate:g}", overrides, STEPS
+        )
+
+
+def sweep(method: str) -> list[Arm]:
+    """A method's arms."""
+    updates = yaml.safe_load((METHODS / f"{method}.yaml").read_text()).get("minibatches", 1)
+    return [Arm(method, rate) for rate in RATES[updates]]
+
+
+@dataclass(frozen=True)
+class MethodPhase(Phase):
+    """All of one method, in one process: its runs are short, and starting a process is not."""
+
+    @property
+    def finished(self) -> bool:
+        return (self.run_dir / RESULT).exists()
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", _WORKER, self.run_dir.name, *self.overrides]
+
+
+def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Writes report.json, table.md and methods.png below runs/methods; what is finished is kept."""
+    started = time.perf_counter()
+    world, starts = make_world(root / "miniature" / "seed0", seed=0), root / "reproduce"
+    run_phases(phases(starts, world)[0], side_by_side=1)
+    run_phases([p for s in seeds for p in start_phases(starts, _starts(root, s), world, s)], side_by_side=side_by_side)
+    evals = [eval_phase(_starts(root, seed), world, START, _starts(root, seed) / START / "model") for seed in seeds]
+    run_phases(evals, side_by_side=side_by_side)
+    arguments = (str(root), *map(str, seeds))
+    each = [MethodPhase("rl", "", _folder(root, method), arguments) for method in methods()]
+    run_phases(each, side_by_side=side_by_side, keep_going=True)
+    report(root, seeds, time.perf_counter() - started)
+
+
+def _folder(root: Path, method: str) -> Path:
+    return root / "methods" / method
+
+
+def _starts(root: Path, seed: int) -> Path:
+    return root / "reproduce" / f"seed{seed}"
+
+
+# -- one method ----------------------------------------------------------------------------------------------------
+
+
+def run_method(method: str, root: str, *seeds: str) -> None:
+    """Body of a worker process: the sweep at the first seed, the other seeds at its rate, the test problems."""
+    from vold.stages.selfplay import release  # as between its trainings
+
+    folder, world = Path(root), MiniatureWorld.at(Path(root) / "miniature" / "seed0")
+    first, *others = map(int, seeds)
+    tried = {}
+    for arm in sweep(method):
+        if trained := _train(arm.phase(folder, world, first)):
+            tried[arm] = validation(trained)
+        release()
+    rows = []
+    if tried:
+        best = max(tried, key=tried.get)  # the lower rate of equals
+        for seed in (first, *others):
+            if trained := _train(best.phase(folder, world, seed)):
+                rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(trained, world), **cost(trained)})
+            release()
+    sweeps = [{"rate": arm.rate, "validation": tried.get(arm)} for arm in sweep(method)]
+    (_folder(folder, method) / RESULT).write_text(json.dumps({"rows": rows, "sweep": sweeps}, indent=1) + "\n")
+
+
+def _train(phase: Phase) -> Path | None:
+    """The run directory; None where the run failed: the method has then diverged, and its log says how."""
+    if not phase.finished:
+        overrides = [*phase.overrides, f"run_dir={phase.run_dir}"]
+        config = load_config(schema.RlConfig, CONFIGS / phase.config, overrides)
+        try:
+            rl.run(config, resume=(phase.run_dir / "config.yaml").exists())
+        except (RuntimeError, ValueError) as error:
+            print(f"{phase.run_dir}: {error}", flush=True)
+            return None
+    return phase.run_dir
+
+
+def _test(run_dir: Path, world: MiniatureWorld) -> dict[str, float]:
+    phase = eval_phase(run_dir.parent, world, run_dir.name, run_dir / "model")
+    if not phase.finished:
+        overrides = [*phase.overrides, f"run_dir={phase.run_dir}"]
+        evaluate.run(load_config(schema.EvalConfig, CONFIGS / phase.config, overrides))
+    return _accuracies(run_dir.parent, run_dir.name)
+
+
+def validation(run_dir: Path) -> float:
+    """Mean accuracy on text and image validation problems at the end of a run."""
+    last = read_rows(run_dir / "metrics.jsonl")[-1]
+    return (last["accuracy_text"] + last["accuracy_image"]) / 2
+
+
+def cost(run_dir: Path) -> dict[str, float]:
+    """Of a step, medians over the run: seconds without evaluation, the teacher's seconds, the response tokens whose
+    distillation it was asked for."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return {
+        "seconds": statistics.median(row["seconds"] - row.get("seconds_evaluate", 0.0) for row in rows),
+        "teacher_seconds": statistics.median(row.get("seconds_teacher", 0.0) for row in rows),
+        "teacher_tokens": statistics.median(row.get("kl_tokens", 0.0) for row in rows),
+    }
+
+
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def report(root: Path, seeds: Sequence[int], seconds: float) -> None:
+    """Of the methods that are finished."""
+    rows = [
+        {"arm": START, "rate": None, "seed": seed, **_accuracies(_starts(root, seed), START), "seconds": None}
+        for seed in seeds
+    ]
+    sweeps, failed = {}, []
+    for method in methods():
+        path = _folder(root, method) / RESULT
+        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "sweep": []}
+        sweeps[method] = found["sweep"]
+        rows += found["rows"]
+        failed += [method] if not found["rows"] else []
+    reached = {
+        arm: _mean([r["text"] + r["image"] for r in rows if r["arm"] == arm]) for arm in {r["arm"] for r in rows}
+    }
+    rows.sort(key=lambda row: -reached[row["arm"]])
+    facts = {"rows": rows, "failed": failed, "sweeps": sweeps, "steps": STEPS, "versions": versions()}
+    facts |= {"commit": commit(), "wall_seconds": seconds}
+    out = root / "methods"
+    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shown = [{key: row[key] for key in ("seed", "arm", "text", "image")} for row in rows]
+    (out / "methods.png").write_bytes(seeds_errorbars(shown, fmt="png"))
+    table = methods_table(rows, failed)
+    (out / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\n{out / 'methods.png'}", flush=True)
+
+
+def _accuracies(out: Path, name: str) -> dict[str, float]:
+    return {key: numbers["accuracy"] for key, numbers in read_evaluation(out, name).items()}
+
+
+def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
+    """Markdown: mean ± standard error over seeds, and what a step costs. A rate at the edge of its sweep has a *."""
+    body = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        accuracies = [SeedCell(tuple(row[name] for row in own)) for name in ("text", "image")]
+        costs = ["–"] * 3
+        if own[0]["seconds"] is not None:
+            seconds, tokens, teacher = (
+                _mean([r[k] for r in own]) for k in ("seconds", "teacher_tokens", "teacher_seconds")
+            )
+            costs = [f"{seconds:.2f}", f"{tokens:.0f}", f"{teacher:.2f}" if tokens else "–"]
+        body.append(
+            [arm, _rate(arm, own[0]["rate"]), str(len(own)), *(cell(c.mean, c.stderr) for c in accuracies), *costs]
+        )
+    body += [[arm, "failed", "0", *["–"] * 5] for arm in failed]
+    header = ["accuracy, %", "rate", "seeds", "text", "image", "s a step", "teacher: tokens a step", "its s"]
+    return markdown(header, body)
+
+
+def _rate(method: str, rate: float | None) -> str:
+    if rate is None:
+        return "–"
+    tried = [arm.rate for arm in sweep(method)]
+    return f"{rate:g}" + ("*" if rate in (min(tried), max(tried)) else "")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)

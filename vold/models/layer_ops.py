@@ -40,7 +40,12 @@ class LayerOps:
 
 @cache
 def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
-    """The fastest this machine has for tensors of `dtype` on `device` ("cuda", "cpu")."""
+    """The fastest this machine has for tensors of `dtype` on `device` ("cuda", "cpu"). On "meta": what
+    these make and keep, see vold.models.layer_shapes."""
+    if device == "meta":
+        from vold.models import layer_shapes
+
+        return layer_shapes.standing_in()
     if device != "cuda":
         return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, sdpa_attention)
     attention = sdpa_attention  # the varlen kernels know half precision only
@@ -76,7 +81,14 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def sdpa_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+def sdpa_attention(
+    q_TAH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    packed: PackedSeqParams,
+    scale: float,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
     """One scaled_dot_product_attention for each run of segments of equal shape (`pack` lays them side by side)."""
     shapes = zip(packed.cu_seqlens_q.diff().tolist(), packed.cu_seqlens_kv.diff().tolist(), strict=True)
     runs = [(*shape, len(list(run))) for shape, run in groupby(shapes)]
@@ -88,7 +100,7 @@ def sdpa_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSe
         mask = None  # is_causal counts from the first key, and flash-attn and torch's varlen kernel from the last
         if queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        out = attend(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 

@@ -43,11 +43,11 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": CPU}
+            kwargs = {**kwargs, "device": _device}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
+            args = (args[0], _device, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs and _called_by_megatron():
             return CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
         return func(*args, **kwargs)
@@ -55,6 +55,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 _mode: _CudaMeansCpu | None = None
 _thread: int | None = None  # that entered it
+_device = CPU  # what "cuda" means
 
 
 def install() -> None:
@@ -70,7 +71,7 @@ def install() -> None:
     def set_state(state, *_args, **_kwargs):
         torch.random.set_rng_state(state)
 
-    torch.cuda.current_device = lambda: CPU
+    torch.cuda.current_device = lambda: _device
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
     torch.cuda.get_rng_state = get_state
     torch.cuda.set_rng_state = set_state
@@ -79,6 +80,17 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = set_state
     _mode, _thread = _CudaMeansCpu(), threading.get_ident()
     _mode.__enter__()
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Inside, "cuda" means tensors without memory: for a model on the meta device (see launch.pretend)."""
+    global _device
+    _device = torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = CPU
 
 
 @contextmanager

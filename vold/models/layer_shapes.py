@@ -1,0 +1,130 @@
+"""Stand-ins for a layer's kernels on the meta device: no numbers, but the tensors that the real ones make and keep for
+backward, so that running a step there tells its memory (vold.trainer.memory).
+
+A GPU's are liger-kernel's and flash-attn's, as vold.models.layer_ops calls them. Of a CPU's only attention needs one:
+torch's other operators know their shapes. T packed tokens, A query heads, K key/value heads, H head width, F
+feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from vold.models.layer_ops import LayerOps, layer_ops, sdpa_attention, torch_rms_norm, torch_rope, torch_swiglu
+
+_device = "cuda"
+
+
+@contextmanager
+def shapes_of(device: str) -> Iterator[None]:
+    """Inside, tensors on meta stand for those of `device` ("cuda" with liger-kernel and flash-attn, or "cpu")."""
+    global _device
+    before, _device = _device, device
+    layer_ops.cache_clear()
+    try:
+        yield
+    finally:
+        _device = before
+        layer_ops.cache_clear()
+
+
+def standing_in() -> LayerOps:
+    if _device == "cuda":
+        return LayerOps(_liger_rms_norm, _liger_swiglu, _liger_rope, _flash_attention)
+    return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, partial(sdpa_attention, attend=_cpu_attention))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))  # 1 / rms of each row
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(dy), torch.empty_like(ctx.saved_tensors[1])
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx, _d_out: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+class _Rope(torch.autograd.Function):
+    """In place, on a copy of what is not contiguous."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return q.contiguous(), k.contiguous()
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return dq.contiguous(), dk.contiguous(), None, None
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> Tensor:
+        out_TAH = torch.empty_like(q_TAH, memory_format=torch.contiguous_format)
+        log_total_AT = q_TAH.new_empty(q_TAH.shape[1::-1], dtype=torch.float32)
+        ctx.save_for_backward(q_TAH, k_SKH, v_SKH, out_TAH, log_total_AT)
+        return out_TAH
+
+    @staticmethod
+    def backward(ctx, _d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_TAH, k_SKH, v_SKH, _, log_total_AT = ctx.saved_tensors
+        _scratch = torch.empty_like(log_total_AT), q_TAH.new_empty(q_TAH.shape, dtype=torch.float32)  # its dQ is fp32
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TAH, k_SKH, v_SKH))
+
+
+class _CpuAttention(torch.autograd.Function):
+    """aten's flash attention for CPUs: out and its gradients lie as [batch, T, heads, H]."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = _transposed_empty(q)
+        bias = None if mask is None else q.new_empty(mask.shape)  # a mask of booleans becomes one to add
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), bias)
+        return out
+
+    @staticmethod
+    def backward(ctx, _d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *(_transposed_empty(x) for x in ctx.saved_tensors[:3]), None
+
+
+def _transposed_empty(x_BATH: Tensor) -> Tensor:
+    batch, heads, tokens, width = x_BATH.shape
+    return x_BATH.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_options) -> Tensor:
+    return _CpuAttention.apply(q, k, v, mask)
+
+
+def _liger_rms_norm(x: Tensor, weight: Tensor, _eps: float) -> Tensor:
+    return _RMSNorm.apply(x, weight)
+
+
+def _liger_swiglu(gate_up: Tensor) -> Tensor:
+    return _SwiGLU.apply(gate_up)
+
+
+def _liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _Rope.apply(q, k, cos, sin)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, _packed: PackedSeqParams, _scale: float) -> Tensor:
+    return _FlashAttention.apply(q, k, v)

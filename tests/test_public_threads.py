@@ -184,8 +184,8 @@ def test_it_has_its_tests(bug):
     threads, tests = THREADS[bug]
     assert threads and tests
     for test in tests:
-        file, name = test.split("::")
-        defined = ast.walk(ast.parse((ROOT / "tests" / file).read_text()))
+        file, _, name = test.partition(".py::")
+        defined = ast.walk(ast.parse((ROOT / "tests" / f"{file}.py").read_text()))
         assert name in {node.name for node in defined if isinstance(node, ast.FunctionDef)}, test
 
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ import typer
 from vold.config import load_config, load_training_config, schema
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # the file system's, not a bug's
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside newer typers
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
@@ -161,7 +163,9 @@ def main() -> None:
     """Console entry point."""
     try:
         raise SystemExit(app(prog_name="vold", standalone_mode=False))
-    except (ValueError, USAGE_ERROR) as error:
+    except (ValueError, USAGE_ERROR, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in REFUSALS:
+            raise
         print(f"vold{_speaker()}: {_mistake(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
@@ -171,10 +175,12 @@ def main() -> None:
 
 def _mistake(error: Exception) -> str:
     """In one line, with the fix."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file could not be written'}: {error.strerror}; make room, or choose another path"
     if not isinstance(error, USAGE_ERROR):
         return str(error)
     asked = error.ctx.command_path if error.ctx else "vold"
-    return f"{error.format_message().rstrip('.')}; see {asked} --help"
+    return f"{error.format_message().rstrip('.') or 'a verb is missing'}; see {asked} --help"
 
 
 def _name_lost_ranks(error: RuntimeError) -> None:

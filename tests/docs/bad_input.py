@@ -305,6 +305,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("report of no run", ("report", "runs/none")),
         Case("report of a folder without runs", ("report", "data")),
         Case("report into a folder", ("report", "runs/done", "--out", "data")),
+        Case("report onto a full disk", ("report", "runs/done", "--out", "/dev/full")),
         Case("watch of no run", ("watch", "data")),
         Case("profile beside no profile", ("profile", RL, *SMALL, "run_dir=runs/p", "--beside", "runs/done")),
         Case(

@@ -140,7 +140,7 @@ def _read_tsv(path: Path) -> Iterator[dict]:
 def _json(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, a thousand brackets
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 

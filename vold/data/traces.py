@@ -113,7 +113,7 @@ class TraceShard:
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
         partial = self.path.with_suffix(".partial")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with parquet.ParquetWriter(partial, SCHEMA.with_metadata(facts)) as writer:
+        with parquet.ParquetWriter(partial, SCHEMA.with_metadata(facts), write_page_checksum=True) as writer:
             if rows:  # `datasets` cannot read an empty row group
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         with partial.open("rb") as file:
@@ -205,7 +205,7 @@ class _Traces(Sequence[Sample]):
         return len(self._table)
 
     def __getitem__(self, index: int) -> Sample:
-        (row,) = self._table.slice(index, 1).to_pylist()
+        (row,) = self._table.slice(range(len(self))[index], 1).to_pylist()
         prompt = Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"])
         return _sample(prompt, row["response_ids"])
 
@@ -227,7 +227,7 @@ def _table(config: DataConfig, vocab_size: int) -> pa.Table:
 def _read(file: Path, vocab_size: int) -> pa.Table:
     """Raises ValueError for a file that `vold traces` did not write, or not with this tokenizer."""
     try:
-        table = parquet.read_table(file, schema=READ)
+        table = parquet.read_table(file, schema=READ, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as traces: {reason}; write it again with `vold traces`") from None

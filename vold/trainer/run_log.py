@@ -79,7 +79,7 @@ class RunLog:
         for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.exists():
-                rows = [row for row in read_rows(path) if row["step"] <= step]
+                rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
                 _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
                 last = rows[-1] if rows and name == "metrics.jsonl" else last
         self._progress.update(self._task, completed=step)
@@ -179,12 +179,19 @@ def read_rows(path: Path) -> list[dict]:
     rows, lines = [], path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(_row(line))
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise ValueError(f"{path} line {number} is damaged; mend it or delete the lines from there on") from None
     return rows
+
+
+def _row(line: bytes) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+        raise ValueError
+    return row
 
 
 def progress_note(row: dict[str, float]) -> str:

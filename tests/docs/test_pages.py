@@ -1,0 +1,81 @@
+"""Links lead somewhere, every page is in the index, and the exit codes are those of the table."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from commands import ROOT, pages
+
+from vold import cli
+
+PAGES = [*pages(), *(ROOT / name for name in ("CHANGELOG.md", "docs/bad-input.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(text: str) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    for link in LINK.findall(page.read_text()):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_in_the_index():
+    linked = set(LINK.findall((ROOT / "docs" / "README.md").read_text()))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= linked
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+ENDS = {
+    0: None,
+    1: AssertionError("a bug"),
+    2: ValueError("steps = 0: use a value > 0"),
+    130: KeyboardInterrupt(),
+    143: SystemExit(143),
+}
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_exit_codes(monkeypatch, capsys, code):
+    def run(*_, **__):
+        if code:
+            raise ENDS[code]
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=run))
+    monkeypatch.setattr(cli.sys, "argv", ["vold", "watch", "runs/x"])
+    if code == 1:  # the interpreter prints the traceback and ends with 1
+        with pytest.raises(AssertionError):
+            cli.main()
+    else:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert (end.value.code or 0) == code
+    assert capsys.readouterr().err == ("vold: steps = 0: use a value > 0\n" if code == 2 else "")
+
+
+def test_the_table_of_exit_codes_has_these():
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(ENDS)
+
+
+def test_without_a_verb_it_shows_them(monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys, "argv", ["vold"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "prepare-student" in said.out
+    assert said.err == "vold: a verb is missing; see vold --help\n"

@@ -29,7 +29,7 @@ from vold.trainer.run_log import read_rows
 SEEDS = (0, 1, 2)
 GRPO_RATES, OPD_RATES = ("1e-4", "3e-4"), ("3e-4", "1e-3")  # GRPO does not survive 1e-3
 STEPS = 40  # as in configs/miniature/images.yaml
-VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # nobody has read small digits
+VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # small digits look new
 FIGURE = ("accuracy_image", "accuracy_small", "visual_reliance")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vold.config import load_config, schema
 from vold.miniature import second_act
 from vold.miniature.examples import collate, seeing_teacher_example
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.pipeline import CONFIGS, Phase
+from vold.miniature.pretrain import SEEING_TEACHER_PHASE, make_seeing_teacher
 from vold.miniature.tokenizer import make_tokenizer
 from vold.miniature.world import solve
 from vold.objectives import build_objective
@@ -51,6 +55,19 @@ def test_the_seeing_teacher_learns_traces_of_plain_and_of_small_digits():
         assert f"\\boxed{{{solve(example.pictured).answer}}}" in response
     batch = collate(examples, make_tokenizer(), np.random.default_rng(0))
     assert len(batch["image_grid_thw"]) == len(examples)
+
+
+def test_the_seeing_teacher_goes_on_from_the_base_with_its_vision_tower(world, tmp_path):
+    phase = replace(SEEING_TEACHER_PHASE, steps=2, image_rows=3)
+    teacher = make_seeing_teacher(tmp_path / "teacher", world.base, 3, phase)
+    assert len((teacher / "pretraining.jsonl").read_text().splitlines()) == 1
+    before, after = (load_file(path / "model.safetensors") for path in (world.base, teacher))
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("visual.blocks" in name for name in moved) and any("layers" in name for name in moved)
+    (teacher / "pretraining.jsonl").write_text("kept")
+    assert make_seeing_teacher(teacher, world.base, 3, phase) == teacher
+    assert (teacher / "pretraining.jsonl").read_text() == "kept"
 
 
 @pytest.fixture

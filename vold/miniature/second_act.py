@@ -29,7 +29,7 @@ from vold.trainer.run_log import read_rows
 SEEDS = (0, 1, 2)
 GRPO_RATES, OPD_RATES = ("1e-4", "3e-4"), ("3e-4", "1e-3")  # GRPO does not survive 1e-3
 STEPS = 40  # as in configs/miniature/images.yaml
-VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # nobody has read small digits
+VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # small digits look new
 FIGURE = ("accuracy_image", "accuracy_small", "visual_reliance")
 
 
@@ -107,7 +107,7 @@ def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, .
     rates = {name: max(found, key=found.get) for name, found in tried.items()}
     rest = [_phase(places, arm, rates[arm.name], seed) for seed in others for arm in ARMS]
     run_phases(rest, side_by_side=side_by_side)
-    models = [model for seed in seeds for model in _models(places, rates, seed)]
+    models = [("base", places.world.base, first), *(model for seed in seeds for model in _models(places, rates, seed))]
     run_phases([_evaluation(places, *model) for model in models], side_by_side=side_by_side)
     rows = [{"seed": seed, "arm": name} | _accuracies(places, name, seed) for name, _, seed in models]
     facts = {"rows": rows, "tried": tried, "teacher": teacher, "versions": versions(), "commit": commit()}
@@ -148,8 +148,8 @@ def _validated(places: _Places, arm: Arm, rate: str, seed: int) -> float:
 
 
 def _models(places: _Places, rates: dict[str, str], seed: int) -> list[tuple[str, Path, int]]:
-    """Name, checkpoint and seed of what the table compares."""
-    starts = [(name, places.start(name, seed), seed) for name in ("base", "sft", "vold")]
+    """Name, checkpoint and seed of what the table compares; the base is the same for all seeds."""
+    starts = [(name, places.start(name, seed), seed) for name in ("sft", "vold")]
     return starts + [(arm.name, places.run_dir(arm, rates[arm.name], seed) / "model", seed) for arm in ARMS]
 
 

@@ -51,15 +51,17 @@ def test_a_method_is_a_row_of_means_and_one_that_failed_says_so(tmp_path, capsys
         folder.mkdir(parents=True)
         sets = {name: {"accuracy": accuracy} for name, accuracy in (("text", 0.4), ("image", 0.3))}
         (folder / "evaluation.json").write_text(json.dumps({"sets": sets}))
-    cost = {"seconds": 1.5, "teacher_seconds": 0.25, "teacher_tokens": 4000.0}
-    rows = [
-        {"arm": "vold", "rate": 6e-4, "seed": seed, "text": 0.6 + seed / 10, "image": 0.5, **cost} for seed in (0, 1)
-    ]
-    (tmp_path / "methods" / "vold").mkdir(parents=True)
+    rows = [{"arm": "vold", "rate": 6e-4, "seed": seed, "text": 0.6 + seed / 10, "image": 0.5} for seed in (0, 1)]
+    steps = [{"seconds": 2.0 * n, "cpu_seconds": 1.0 * n, "seconds_teacher": 0.5 * n} for n in (1, 2, 3)]
+    steps = [step | {"kl_tokens": 4000.0} for step in steps] + [{"seconds": 99.0}]  # the last one evaluates
+    for seed in (0, 1):
+        run_dir = methods.Arm("vold", 6e-4).run_dir(tmp_path, seed)
+        run_dir.mkdir(parents=True)
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (tmp_path / "methods" / "vold" / methods.RESULT).write_text(json.dumps({"rows": rows, "sweep": []}))
     methods.report(tmp_path, (0, 1), 1.0)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert table[3] == ["vold", "0.0006*", "2", "65.0 ± 5.0", "50.0 ± 0.0", "1.50", "4000", "0.25"]
+    assert table[3] == ["vold", "0.0006*", "2", "65.0 ± 5.0", "50.0 ± 0.0", "2.00", "4000", "25"]
     assert table[4] == ["sft", "–", "2", "40.0 ± 0.0", "30.0 ± 0.0", "–", "–", "–"]
     assert ["grpo", "failed", "0", *["–"] * 5] in table
     assert json.loads((tmp_path / "methods" / "report.json").read_text())["failed"][0] == "grpo"

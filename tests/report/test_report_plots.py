@@ -10,7 +10,7 @@ import pytest
 from made_up_runs import REPORT, write_demo
 from PIL import Image
 
-from vold.report import RunRecord, accuracy_bars, curve, curves, read_runs, seeds_errorbars
+from vold.report import RunRecord, accuracy_bars, curve, curves, methods_figure, read_runs, seeds_errorbars
 from vold.report.plots import POINTS, _spread, extremes, trend, trend_of_seeds
 from vold.report.style import PALETTE, colours
 
@@ -120,3 +120,14 @@ def test_seeds_plot():
     assert "GRPO" in text and "VOLD" in text and "image, % correct" in text
     with pytest.raises(ValueError, match="no accuracy"):
         seeds_errorbars([])
+
+
+def test_methods_are_lines_in_the_order_given_and_one_that_was_not_trained_has_no_cost():
+    costs = {"cpu_seconds": 2.0, "teacher_share": 0.25}
+    rows = [{"arm": "vold", "kind": "teacher", "text": 0.6 + s / 10, "image": 0.5, **costs} for s in (0, 1)]
+    rows.append({"arm": "sft", "kind": "start", "text": 0.4, "image": 0.3})
+    drawn = methods_figure(rows).decode()
+    assert drawn.index(">VOLD<") < drawn.index(">SFT<") and ">its own average<" not in drawn
+    assert drawn.count(f"fill: {PALETTE[0]}") == 1, "a bar for the one that was trained"
+    with pytest.raises(ValueError, match="methods_figure: no row"):
+        methods_figure([])

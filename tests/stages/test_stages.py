@@ -25,7 +25,15 @@ from vold.stages import evaluate, export, rl, sft, traces, training
 from vold.stages.groups import token_texts
 from vold.trainer.run_log import RunLog, check_run_dir, read_rows
 
-TIMES = ("seconds", "tokens_per_second", "peak_memory", "memory_gib", "rollout_tail", "rollout_tokens_per_second")
+TIMES = (
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "peak_memory",
+    "memory_gib",
+    "rollout_tail",
+    "rollout_tokens_per_second",
+)
 
 
 def timeless(rows: list[dict]) -> list[dict]:

@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from vold.config import load_config, schema
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.reproduce import SEEDS, start_phases
-from vold.objectives import PRESETS
-from vold.report import seeds_errorbars
+from vold.objectives import PRESETS, build_objective
+from vold.report import methods_figure
 from vold.report.tables import SeedCell, cell, markdown
 from vold.stages import evaluate, rl
+from vold.stages.selfplay import release
 from vold.trainer.run_log import read_rows
 
 STEPS = 30
@@ -64,6 +63,9 @@ class Arm:
     method: str
     rate: float
 
+    def run_dir(self, root: Path, seed: int) -> Path:
+        return _folder(root, self.method) / f"seed{seed}" / f"lr-{self.rate:g}"
+
     def phase(self, root: Path, world: MiniatureWorld, seed: int) -> Phase:
         """Its training at a seed."""
         overrides = (
@@ -76,15 +78,12 @@ class Arm:
             f"evaluation.every={STEPS}",
             f"optimizer.lr={self.rate}",
         )
-        return Phase(
-            "rl", "rl.yaml", _folder(root, self.method) / f"seed{seed}" / f"lr-{self.rate:g}", overrides, STEPS
-        )
+        return Phase("rl", "rl.yaml", self.run_dir(root, seed), overrides, STEPS)
 
 
 def sweep(method: str) -> list[Arm]:
     """A method's arms."""
-    updates = yaml.safe_load((METHODS / f"{method}.yaml").read_text()).get("minibatches", 1)
-    return [Arm(method, rate) for rate in RATES[updates]]
+    return [Arm(method, rate) for rate in RATES[_config_of(method).minibatches]]
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,6 @@ def _starts(root: Path, seed: int) -> Path:
 
 def run_method(method: str, root: str, *seeds: str) -> None:
     """Body of a worker process: the sweep at the first seed, the other seeds at its rate, the test problems."""
-    from vold.stages.selfplay import release  # as between its trainings
-
     folder, world = Path(root), MiniatureWorld.at(Path(root) / "miniature" / "seed0")
     first, *others = map(int, seeds)
     tried = {}
@@ -140,7 +137,7 @@ def run_method(method: str, root: str, *seeds: str) -> None:
         best = max(tried, key=tried.get)  # the lower rate of equals
         for seed in (first, *others):
             if trained := _train(best.phase(folder, world, seed)):
-                rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(trained, world), **cost(trained)})
+                rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(trained, world)})
             release()
     sweeps = [{"rate": arm.rate, "validation": tried.get(arm)} for arm in sweep(method)]
     (_folder(folder, method) / RESULT).write_text(json.dumps({"rows": rows, "sweep": sweeps}, indent=1) + "\n")
@@ -173,50 +170,62 @@ def validation(run_dir: Path) -> float:
     return (last["accuracy_text"] + last["accuracy_image"]) / 2
 
 
-def cost(run_dir: Path) -> dict[str, float]:
-    """Of a step, medians over the run: seconds without evaluation, the teacher's seconds, the response tokens whose
-    distillation it was asked for."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    return {
-        "seconds": statistics.median(row["seconds"] - row.get("seconds_evaluate", 0.0) for row in rows),
-        "teacher_seconds": statistics.median(row.get("seconds_teacher", 0.0) for row in rows),
-        "teacher_tokens": statistics.median(row.get("kl_tokens", 0.0) for row in rows),
-    }
-
-
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
 def report(root: Path, seeds: Sequence[int], seconds: float) -> None:
     """Of the methods that are finished."""
-    rows = [
-        {"arm": START, "rate": None, "seed": seed, **_accuracies(_starts(root, seed), START), "seconds": None}
-        for seed in seeds
-    ]
-    sweeps, failed = {}, []
-    for method in methods():
-        path = _folder(root, method) / RESULT
-        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "sweep": []}
-        sweeps[method] = found["sweep"]
-        rows += found["rows"]
-        failed += [method] if not found["rows"] else []
-    reached = {
-        arm: _mean([r["text"] + r["image"] for r in rows if r["arm"] == arm]) for arm in {r["arm"] for r in rows}
-    }
+    results = {name: _result(root, name) for name in methods()}
+    rows = [{"arm": START, "kind": "start", "seed": s, **_accuracies(_starts(root, s), START)} for s in seeds]
+    for name, found in results.items():
+        rows += [
+            row | {"kind": kind_of(name)} | cost(Arm(name, row["rate"]).run_dir(root, row["seed"]))
+            for row in found["rows"]
+        ]
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    reached = {arm: statistics.fmean(row["text"] + row["image"] for row in rows if row["arm"] == arm) for arm in arms}
     rows.sort(key=lambda row: -reached[row["arm"]])
-    facts = {"rows": rows, "failed": failed, "sweeps": sweeps, "steps": STEPS, "versions": versions()}
-    facts |= {"commit": commit(), "wall_seconds": seconds}
+    failed = [name for name, found in results.items() if not found["rows"]]
+    facts = {"rows": rows, "failed": failed, "sweeps": {name: found["sweep"] for name, found in results.items()}}
+    facts |= {"steps": STEPS, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
     out = root / "methods"
     (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
-    shown = [{key: row[key] for key in ("seed", "arm", "text", "image")} for row in rows]
-    (out / "methods.png").write_bytes(seeds_errorbars(shown, fmt="png"))
+    (out / "methods.png").write_bytes(methods_figure(rows, fmt="png"))
     table = methods_table(rows, failed)
     (out / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{out / 'methods.png'}", flush=True)
 
 
+def _result(root: Path, method: str) -> dict:
+    path = _folder(root, method) / RESULT
+    return json.loads(path.read_text()) if path.exists() else {"rows": [], "sweep": []}
+
+
 def _accuracies(out: Path, name: str) -> dict[str, float]:
     return {key: numbers["accuracy"] for key, numbers in read_evaluation(out, name).items()}
+
+
+def kind_of(method: str) -> str:
+    """Who teaches: one of vold.report.methods.KINDS."""
+    objective = build_objective(_config_of(method).objective, longest=1)
+    return "teacher" if objective.needs_teacher else "its own average" if objective.teaches_itself else "no teacher"
+
+
+def _config_of(method: str) -> schema.RlConfig:
+    return load_config(
+        schema.RlConfig, CONFIGS / "rl.yaml", [str(METHODS / f"{method}.yaml"), *SETTINGS.get(method, ())]
+    )
+
+
+def cost(run_dir: Path) -> dict[str, float]:
+    """Of a step: CPU seconds (other work on the machine is not in them) and the share that is the teacher's, medians;
+    and the mean of the response tokens that the teacher scores for the loss. The last step evaluates too: left out."""
+    rows = read_rows(run_dir / "metrics.jsonl")[:-1]
+    return {
+        "cpu_seconds": statistics.median(row["cpu_seconds"] for row in rows),
+        "teacher_share": statistics.median(row["seconds_teacher"] / row["seconds"] for row in rows),
+        "teacher_tokens": statistics.fmean(row.get("kl_tokens", 0.0) for row in rows),
+    }
 
 
 def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
@@ -225,26 +234,28 @@ def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         accuracies = [SeedCell(tuple(row[name] for row in own)) for name in ("text", "image")]
-        costs = ["–"] * 3
-        if own[0]["seconds"] is not None:
-            seconds, tokens, teacher = (
-                _mean([r[k] for r in own]) for k in ("seconds", "teacher_tokens", "teacher_seconds")
+        costs, rate = ["–"] * 3, "–"
+        if "rate" in own[0]:
+            cpu, share, tokens = (
+                statistics.fmean(row[key] for row in own) for key in ("cpu_seconds", "teacher_share", "teacher_tokens")
             )
-            costs = [f"{seconds:.2f}", f"{tokens:.0f}", f"{teacher:.2f}" if tokens else "–"]
-        body.append(
-            [arm, _rate(arm, own[0]["rate"]), str(len(own)), *(cell(c.mean, c.stderr) for c in accuracies), *costs]
-        )
+            costs = [f"{cpu:.2f}", *([f"{tokens:.0f}", f"{100 * share:.0f}"] if tokens else ["–", "–"])]
+            rate = _rate(arm, own[0]["rate"])
+        body.append([arm, rate, str(len(own)), *(cell(c.mean, c.stderr) for c in accuracies), *costs])
     body += [[arm, "failed", "0", *["–"] * 5] for arm in failed]
-    header = ["accuracy, %", "rate", "seeds", "text", "image", "s a step", "teacher: tokens a step", "its s"]
+    header = [
+        "accuracy, %",
+        "rate",
+        "seeds",
+        "text",
+        "image",
+        "CPU s a step",
+        "teacher: tokens a step",
+        "% of the time",
+    ]
     return markdown(header, body)
 
 
-def _rate(method: str, rate: float | None) -> str:
-    if rate is None:
-        return "–"
+def _rate(method: str, rate: float) -> str:
     tried = [arm.rate for arm in sweep(method)]
     return f"{rate:g}" + ("*" if rate in (min(tried), max(tried)) else "")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 Earlier = Sequence[Sequence[float]]
-"""rewards of the same prompt's responses at each step before this one that drew any"""
+"""rewards of the same prompt's responses at each step before this one that drew any, without overlong penalties"""
 Advantage = Callable[[Sequence[float], Earlier], list[float]]
 """(rewards_G, earlier) -> advantages_G; exactly 0 where a response has nothing to learn from the others."""
 

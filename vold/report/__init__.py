@@ -1,6 +1,7 @@
 """Plots, tables, and one HTML page per run or comparison; reads run directories, knows nothing of training."""
 
 from .diversity import SelfplayRecord, diversity_figure
+from .methods import methods_figure
 from .page import write_report
 from .plots import accuracy_bars, curve, curves, seeds_errorbars
 from .read import RunRecord, find_runs, read_run, read_runs
@@ -18,6 +19,7 @@ __all__ = [
     "curves",
     "diversity_figure",
     "find_runs",
+    "methods_figure",
     "read_run",
     "read_runs",
     "seeds_errorbars",

@@ -51,7 +51,7 @@ class RunLog:
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="", live="")
         self.phase = Phases()
-        self._step_started = time.perf_counter()
+        self._step_started, self._cpu_started = time.perf_counter(), time.process_time()
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
 
     def open(self, *, resume: bool) -> None:
@@ -89,9 +89,10 @@ class RunLog:
         """Append one finished step (1-based) and move the progress line. Returns this rank's row: seconds and memory
         are its own."""
         phases = self.phase.read()
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         seconds, self._step_started = now - self._step_started, now
         row = {"step": step, "seconds": seconds, **metrics, **phases, "peak_memory_gib": self.phase.peak_gib}
+        row["cpu_seconds"], self._cpu_started = cpu - self._cpu_started, cpu
         if "response_tokens" in metrics:
             row["tokens_per_second"] = metrics["response_tokens"] / seconds
         if "prompts" in metrics:

@@ -195,4 +195,4 @@ def test_too_long_prompts_are_left_out_by_name(tmp_path, tiny_student_dir, capsy
     problems = load_problems(config(write(tmp_path / "set.jsonl", rows), "vqa"))
     kept = build_prompts(problems, load_tokenizer(tiny_student_dir), PromptConfig(suffix="", max_tokens=9), "skip")
     assert [prompt.id for prompt in kept] == ["set:1", "set:3"]
-    assert capsys.readouterr().out == "skipped 1 prompts over prompt.max_tokens = 9: set:2 (29 tokens) …\n"
+    assert capsys.readouterr().out == "skipped 1 prompts over prompt.max_tokens = 9: set:2 (29 tokens)\n"

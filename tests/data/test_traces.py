@@ -95,19 +95,22 @@ def test_answers_to_other_prompts_are_refused_in_one_line(shard):
     assert "\n" not in str(error.value)
 
 
+IDS = range(151_669)  # of the tokenizer nothing is asked but how many there are
+
+
 def test_sft_reads_them_as_they_are(shard):
     shard.add([answer(0, 7, 8), answer(1, 9), answer(2, 6, 6, 6)])
     shard.finish()
     config = DataConfig(path=shard.directory, layout="traces")
-    samples = load_samples(config, None, PromptConfig(), max_tokens=5)
+    samples = load_samples(config, IDS, PromptConfig(), max_tokens=5)
     assert [(sample.prompt, sample.response_ids) for sample in samples] == [(PROMPTS[0], (7, 8)), (PROMPTS[1], (9,))]
-    limited = load_samples(config.model_copy(update={"limit": 1}), None, PromptConfig(), max_tokens=6)
+    limited = load_samples(config.model_copy(update={"limit": 1}), IDS, PromptConfig(), max_tokens=6)
     assert len(limited) == 1
     replace(shard, number=4).add([answer(3, 1)])
     with pytest.raises(
         ValueError, match=r"shard-00004.part.jsonl is not finished; continue `vold traces` with --resume"
     ):
-        load_samples(config, None, PromptConfig(), max_tokens=6)
+        load_samples(config, IDS, PromptConfig(), max_tokens=6)
     replace(shard, number=4).part.unlink()
     with pytest.raises(ValueError, match=r"holds no trace of at most max_tokens = 3"):
-        load_samples(config, None, PromptConfig(), max_tokens=3)
+        load_samples(config, IDS, PromptConfig(), max_tokens=3)

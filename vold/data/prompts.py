@@ -25,17 +25,19 @@ def build_prompts(
     Raises ValueError where none is left. `length` counts a prompt's tokens: an Encoder's counts those of images too."""
     built = [build_prompt(problem, tokenizer, config) for problem in problems]
     too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
-    for id, tokens in too_long.items():
-        if on_error == "stop":
-            raise ValueError(
-                f"{id}: prompt of {tokens} tokens exceeds prompt.max_tokens = {config.max_tokens}; raise it, or set "
-                "data.on_error=skip"
-            )
+    if not too_long:
+        return built
+    if on_error == "stop":
+        id, tokens = next(iter(too_long.items()))
+        raise ValueError(
+            f"{id}: prompt of {tokens} tokens exceeds prompt.max_tokens = {config.max_tokens}; raise it, or set "
+            "data.on_error=skip"
+        )
     if len(too_long) == len(built):
         raise ValueError(f"every prompt exceeds prompt.max_tokens = {config.max_tokens}; raise it")
-    if too_long:
-        named = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in islice(too_long.items(), 8))
-        print(f"skipped {len(too_long)} prompts over prompt.max_tokens = {config.max_tokens}: {named} …")
+    named = [f"{id} ({tokens} tokens)" for id, tokens in islice(too_long.items(), 8)]
+    more = " …" if len(too_long) > len(named) else ""
+    print(f"skipped {len(too_long)} prompts over prompt.max_tokens = {config.max_tokens}: {', '.join(named)}{more}")
     return [prompt for prompt in built if prompt.id not in too_long]
 
 

@@ -199,13 +199,13 @@ class _Traces(Sequence[Sample]):
 
     def __init__(self, table: pa.Table, max_tokens: int):
         lengths = compute.add(*(compute.list_value_length(table[name]) for name in IDS))
-        self._table = table.filter(compute.less_equal(lengths, max_tokens))
+        self._table, self._kept = table, compute.indices_nonzero(compute.less_equal(lengths, max_tokens))
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
-        (row,) = self._table.slice(range(len(self))[index], 1).to_pylist()
+        (row,) = self._table.slice(self._kept[index].as_py(), 1).to_pylist()
         prompt = Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"])
         return _sample(prompt, row["response_ids"])
 

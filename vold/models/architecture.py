@@ -71,9 +71,8 @@ class Architecture:
         path = Path(checkpoint_dir)
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
-        with reading(path / "config.json"):
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-        return cls.from_config(config, str(path))
+        with reading(path):
+            return cls.from_config(AutoConfig.from_pretrained(path, local_files_only=True), str(path))
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, origin: str = "config") -> Architecture:

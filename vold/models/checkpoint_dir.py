@@ -23,12 +23,15 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around a library that raises what it likes at a damaged file: a ValueError of one line that names `path`."""
+    """Around a library that raises what it likes at a damaged file: a ValueError of one line that names `path`, as ours
+    do already."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}; copy it from the original again") from None
 

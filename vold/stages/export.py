@@ -31,10 +31,8 @@ def run(config: ExportConfig) -> None:
     if step is None:
         which = "best checkpoint (set evaluation.best)" if config.step else "checkpoint yet (see save_every)"
         raise ValueError(f"run = {config.run} has no {which}")
-    if step not in (saved := checkpoints.saved()):
-        raise ValueError(
-            f"step = {step} is not among the checkpoints of {config.run}: {', '.join(map(str, sorted(saved)))}"
-        )
+    if step not in (steps := sorted(checkpoints.saved())):
+        raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
     student = Path(settings["student"])
     train_merger = settings.get("vision", {}).get("train_merger", False)
     chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)

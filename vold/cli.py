@@ -93,6 +93,22 @@ def check(
 
 
 @app.command()
+def plan(
+    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[Literal["a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="of every process")] = ...,
+    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="of a mean response, for the time")] = None,
+    rates: Annotated[Path | None, typer.Option(help="run_dir of a run profiled on such a machine")] = None,
+) -> None:
+    """Memory by rank and phase and a step's time, before anything is launched; exit code 2 when it does not fit."""
+    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
+    options = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
+    _stage("plan").run(load_config(of, config, overrides or ()), **options)
+
+
+@app.command()
 def serve(
     what: Annotated[
         Literal["rl", "eval", "traces", "teacher"],

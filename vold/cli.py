@@ -85,11 +85,15 @@ def check(
     stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
     config: Config,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(help="how many would be launched: nodes x GPUs")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="load the student as its own teacher: KL must be exactly 0")
+    ] = False,
 ) -> None:
-    """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
+    """What can go wrong, a line each with its fix: versions, layout, models, tokenizers, data, disk, memory. Shows rows
+    as the model reads them and what each rank would hold. Changes nothing; exit code 2 when a line fails."""
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
-    _stage("check").run(load_config(of, config, overrides or ()), processes)
+    _stage("check").run(load_config(of, config, overrides or ()), processes, self_test=self_test)
 
 
 @app.command()

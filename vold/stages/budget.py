@@ -17,6 +17,7 @@ from vold.models.language_model import LanguageModel, build_chunks
 from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
 from vold.parallel.launch import Layout, pretend, shutdown
+from vold.rollout.decode import RoomyLayer
 from vold.trainer.memory import TrainingPeak, packed_on_meta, pass_through, state_bytes, training_peak
 from vold_kernels.chunks import default_budget
 
@@ -255,12 +256,14 @@ def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[flo
             return 0.0, {"KV cache": 0.0}
         return (0.0, {"sampler": weights, "KV cache": cache}) if vllm.sleep else (weights + cache, {"KV cache": 0.0})
     rows = sampling.sequences_per_call
-    length = config.prompt.max_tokens + sampling.max_new_tokens
-    cache = rows * length * kv_bytes(arch, size)
+    step = RoomyLayer.ROOM + 1  # tokens that the cache grows by
+    length = config.prompt.max_tokens + -(-(sampling.max_new_tokens - 1) // step) * step
+    token = rows * kv_bytes(arch, size)
+    cache = token * length + token / arch.layers * (length - step)  # copied a layer at a time when it grows
     drawing = rows * arch.vocab * (size + SCORES * 4)
+    # Prompts are read before their keys and values are repeated for every response.
     read = -(-rows // siblings) * config.prompt.max_tokens * (3 * arch.ffn + 4 * arch.hidden) * size
-    # A cache that outgrows its room is copied, a layer at a time; prompts are read while the cache holds them alone.
-    return weights, {"KV cache": cache * (1 + 1 / arch.layers), "working": max(drawing, read - cache / siblings)}
+    return weights, {"KV cache": cache, "working": max(drawing, read - cache / 2)}
 
 
 def kv_bytes(arch: Architecture, itemsize: int) -> int:

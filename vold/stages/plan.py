@@ -1,5 +1,5 @@
-"""`vold plan`: a step's memory by rank and phase, and its time, on a GPU that is not there; what will not fit is refused,
-with the nearest settings that do."""
+"""`vold plan`: a step's memory by rank and phase, and its time, on a GPU that is not there; what will not fit is
+refused, with the nearest settings that do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import csv
 import heapq
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +26,7 @@ MARGIN = 0.1
 """Of a card's memory, left to CUDA, NCCL and what the allocator cannot use. Assumed, not measured."""
 COLUMNS = ("weights", "gradients", "optimizer", "teacher", "sampler", "vision", "KV cache", "activations", "working")
 COLUMNS += ("batch",)
+LOOK = {"box": SIMPLE_HEAD, "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
 MOST_TRIES = 400
 
 
@@ -35,14 +38,15 @@ def run(
     response_tokens: int | None = None,
     rates: Path | None = None,
 ) -> None:
-    """Print the plan. Raises ValueError where the layout fits neither the processes nor the models, or a phase does not
-    fit the card. `response_tokens`: of a mean response, for time; memory is planned for the longest. `rates`: run_dir of
-    a run that `vold profile` looked at."""
+    """Print the plan. Raises ValueError where the layout fits neither the processes nor the models, or a phase does
+    not fit the card. `response_tokens`: of a mean response, for time; memory is planned for the longest. `rates`:
+    run_dir of a run that `vold profile` looked at."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
     card, sizes, traces = CARDS[gpu], Sizes(config, processes), Traces()
     measured = measured_rates(rates) if rates else {}
     found = places(sizes, "cuda", traces)
-    console = Console(width=None if Console().is_terminal else 132)
+    console = Console()
     console.print(memory_table(found, sizes, gpu, card))
     for line in _notes(found):
         console.print(line, highlight=False, soft_wrap=True)
@@ -64,9 +68,9 @@ def memory_table(found: list[Place], sizes: Sizes, gpu: str, card: Card) -> Tabl
     table = Table(
         *("rank", "phase", *used, "sum", "of card"),
         title=f"{sizes.processes} × {gpu}, {sizes.copies} copies of the model: GiB on each rank",
-        caption=f"{card.memory / GIB:.4g} GiB, of which {MARGIN:.0%} is left to CUDA, NCCL and the allocator (assumed). "
-        f"Micro-batches of {sizes.micro_batch} tokens, {sizes.micro_batches} a step.",
-        header_style="bold",
+        caption=f"A tenth of the card's {card.memory / GIB:.4g} GiB is left to CUDA, NCCL and the allocator (assumed, "
+        f"not measured). Micro-batches of {sizes.micro_batch} tokens, {sizes.micro_batches} a step.",
+        **LOOK,
     )
     for column in table.columns[2:]:
         column.justify = "right"
@@ -75,8 +79,9 @@ def memory_table(found: list[Place], sizes: Sizes, gpu: str, card: Card) -> Tabl
             total = place.total(phase)
             style = "bold red" if total > room else "bold" if total == place.peak else None
             cells = (_gib(_column(place, phase, name)) for name in used)
+            name = place.name if phase == next(iter(place.phases)) else ""
             mark = "✗" if total > room else "✓"
-            row = (place.name, phase, *cells, _gib(total), f"{total / card.memory:.0%} {mark}")
+            row = (name, phase, *cells, _gib(total), f"{total / card.memory:.0%} {mark}")
             table.add_row(*row, style=style)
         table.add_section()
     return table
@@ -286,12 +291,13 @@ def measured_rates(run_dir: Path) -> dict[str, float]:
 def time_table(sizes: Sizes, gpu: str, card: Card, rates: Mapping[str, float]) -> Table:
     pipeline = sizes.config.parallel.pp
     idle = (pipeline - 1) / (sizes.micro_batches * (sizes.config.parallel.vpp or 1))
+    idles = f" Waiting for other stages: {idle / (1 + idle):.0%} of training." if idle else ""
     table = Table(
         *("phase", "TFLOP", "GB moved", "at least, s", "tokens/s measured", "estimate, s"),
         title=f"A step's time on a rank, responses of {sizes.response} tokens",
-        caption=f"At least: at {gpu}'s published peaks, {card.flops / 1e12:.0f} TFLOP/s and {card.bandwidth / 1e12:.3g} "
-        f"TB/s; a bound, not a forecast. The pipeline's stages idle {idle / (1 + idle):.0%} of training.",
-        header_style="bold",
+        caption=f"At least: at the {gpu}'s published {card.flops / 1e12:.0f} TFLOP/s and "
+        f"{card.bandwidth / 1e12:.3g} TB/s, a bound, not a forecast." + idles,
+        **LOOK,
     )
     for column in table.columns[1:]:
         column.justify = "right"

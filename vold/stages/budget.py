@@ -261,9 +261,10 @@ def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[flo
     token = rows * kv_bytes(arch, size)
     cache = token * length + token / arch.layers * (length - step)  # copied a layer at a time when it grows
     drawing = rows * arch.vocab * (size + SCORES * 4)
-    # Prompts are read before their keys and values are repeated for every response.
-    read = -(-rows // siblings) * config.prompt.max_tokens * (3 * arch.ffn + 4 * arch.hidden) * size
-    return weights, {"KV cache": cache, "working": max(drawing, read - cache / 2)}
+    # Prompts are read before their keys and values are there once for every response.
+    prompts = -(-rows // siblings) * config.prompt.max_tokens
+    read = prompts * ((3 * arch.ffn + 4 * arch.hidden) * size + kv_bytes(arch, size))
+    return weights, {"KV cache": cache, "working": max(drawing, read - cache)}
 
 
 def kv_bytes(arch: Architecture, itemsize: int) -> int:

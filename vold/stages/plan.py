@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vold.config.schema import RlConfig, SftConfig, Strict
 from vold.models.architecture import Architecture
@@ -24,8 +25,8 @@ from vold.trainer.flops import segment_flops
 
 MARGIN = 0.1
 """Of a card's memory, left to CUDA, NCCL and what the allocator cannot use. Assumed, not measured."""
-COLUMNS = ("weights", "gradients", "optimizer", "teacher", "sampler", "vision", "KV cache", "activations", "working")
-COLUMNS += ("batch",)
+COMPONENTS = ("weights", "gradients", "optimizer", "teacher", "sampler", "vision", "KV cache", "activations", "working")
+COMPONENTS += ("batch",)
 LOOK = {"box": SIMPLE_HEAD, "header_style": "bold", "title_justify": "left", "caption_justify": "left"}
 MOST_TRIES = 400
 
@@ -48,8 +49,8 @@ def run(
     found = places(sizes, "cuda", traces)
     console = Console()
     console.print(memory_table(found, sizes, gpu, card))
-    for line in _notes(found):
-        console.print(line, highlight=False, soft_wrap=True)
+    for line in _notes(found, sizes, card):
+        console.print(line, highlight=False)
     console.print(time_table(replace(sizes, response_tokens=response_tokens), gpu, card, measured))
     if not fits(found, card):
         raise ValueError(_refusal(found, sizes, gpu, card, traces))
@@ -63,40 +64,38 @@ def fits(found: list[Place], card: Card) -> bool:
 
 
 def memory_table(found: list[Place], sizes: Sizes, gpu: str, card: Card) -> Table:
-    room = (1 - MARGIN) * card.memory
-    used = [name for name in COLUMNS if any(_column(place, phase, name) for place in found for phase in place.phases)]
+    """Of the fullest place."""
+    room, place = (1 - MARGIN) * card.memory, max(found, key=lambda place: place.peak)
     table = Table(
-        *("rank", "phase", *used, "sum", "of card"),
-        title=f"{sizes.processes} × {gpu}, {sizes.copies} copies of the model: GiB on each rank",
-        caption=f"A tenth of the card's {card.memory / GIB:.4g} GiB is left to CUDA, NCCL and the allocator (assumed, "
-        f"not measured). Micro-batches of {sizes.micro_batch} tokens, {sizes.micro_batches} a step.",
+        *("GiB", *place.phases),
+        title=f"{sizes.processes} × {gpu}, {sizes.copies} copies of the model: {place.name}",
         **LOOK,
     )
-    for column in table.columns[2:]:
+    for column in table.columns[1:]:
         column.justify = "right"
-    for place in found:
-        for phase in place.phases:
-            total = place.total(phase)
-            style = "bold red" if total > room else "bold" if total == place.peak else None
-            cells = (_gib(_column(place, phase, name)) for name in used)
-            name = place.name if phase == next(iter(place.phases)) else ""
-            mark = "✗" if total > room else "✓"
-            row = (name, phase, *cells, _gib(total), f"{total / card.memory:.0%} {mark}")
-            table.add_row(*row, style=style)
-        table.add_section()
+    for name in COMPONENTS:
+        values = [place.resident.get(name, 0.0) + added.get(name, 0.0) for added in place.phases.values()]
+        if any(values):
+            table.add_row(name, *(f"{value / GIB:.2f}" if value else "·" for value in values))
+    table.add_section()
+    totals = [place.total(phase) for phase in place.phases]
+    table.add_row("sum", *(f"{total / GIB:.2f}" for total in totals), style="bold")
+    of_card = (
+        Text(f"{total / card.memory:.0%} {'✗' if total > room else '✓'}", "red" if total > room else "green")
+        for total in totals
+    )
+    table.add_row(f"of {card.memory / GIB:.4g}", *of_card)
     return table
 
 
-def _column(place: Place, phase: str, name: str) -> float:
-    return place.resident.get(name, 0.0) + place.phases[phase].get(name, 0.0)
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:.2f}" if value else "·"
-
-
-def _notes(found: list[Place]) -> Iterator[str]:
-    yield "Layers with liger-kernel and flash-attn. Not counted: vLLM's own activations, CUDA graphs, NCCL's buffers."
+def _notes(found: list[Place], sizes: Sizes, card: Card) -> Iterator[str]:
+    if len(found) > 1:
+        yield "Peak by stage: " + ", ".join(f"{place.name} {place.peak / GIB:.1f}" for place in found)
+    yield (
+        f"Micro-batches of {sizes.micro_batch} tokens, {sizes.micro_batches} a step. A tenth of the card is left to "
+        "CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel and flash-attn; not counted "
+        "are vLLM's own activations and CUDA graphs."
+    )
     host = max(place.host for place in found)
     if host:
         yield f"The teacher waits in CPU memory: {host / GIB:.1f} GiB for each process of a node."
@@ -293,7 +292,7 @@ def time_table(sizes: Sizes, gpu: str, card: Card, rates: Mapping[str, float]) -
     idle = (pipeline - 1) / (sizes.micro_batches * (sizes.config.parallel.vpp or 1))
     idles = f" Waiting for other stages: {idle / (1 + idle):.0%} of training." if idle else ""
     table = Table(
-        *("phase", "TFLOP", "GB moved", "at least, s", "tokens/s measured", "estimate, s"),
+        *("phase", "TFLOP", "GB moved", "at least, s", "measured tokens/s", "estimate, s"),
         title=f"A step's time on a rank, responses of {sizes.response} tokens",
         caption=f"At least: at the {gpu}'s published {card.flops / 1e12:.0f} TFLOP/s and "
         f"{card.bandwidth / 1e12:.3g} TB/s, a bound, not a forecast." + idles,

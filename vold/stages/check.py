@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -84,6 +85,7 @@ def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False
         console.print(_shown(line), soft_wrap=True)
     for row in rows.shown():
         console.print(row)
+    console.print("")
     if not {"layout", "student", "teacher"} & set(failed):
         show_models(config, processes)
     if failed:
@@ -329,7 +331,7 @@ def _rows(held: dict[str, list[Held]], config: SftConfig | RlConfig) -> Iterator
             needs["teacher"] = float(student.parameters * (size if size == 4 else size + 4))
         needs["sampler"] = float(sampler)
         place = f"tp {student.layout.tp_rank} pp {student.layout.pp_rank}"
-        yield place, *(f"{value / GIB:.2f}" for value in (*needs.values(), sum(needs.values())))
+        yield place, *(f"{value / GIB:.3g}" for value in (*needs.values(), sum(needs.values())))
 
 
 def _teaches_itself(config: SftConfig | RlConfig) -> bool:
@@ -344,13 +346,16 @@ def _shapes(held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
 
 def _show(held: dict[str, list[Held]], config: SftConfig | RlConfig, processes: int) -> None:
     copies = held["student"][0].layout.dp
-    caption = "Without frozen vision towers; what comes on top in each phase: `vold plan`."
+    caption = "Without frozen vision towers; what each phase adds: vold plan."
     if getattr(config, "teacher_offload", False):
         caption += " The teacher waits in CPU memory while the student trains."
     table = Table(
         *("rank", "weights", "gradients", "optimizer", "teacher", "sampler", "sum"),
         title=f"{processes} processes, {copies} copies of the model, GiB on each rank",
         caption=caption,
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
     )
     for row in _rows(held, config):
         table.add_row(*row)

@@ -51,6 +51,7 @@ def run(
     console.print(memory_table(found, sizes, gpu, card))
     for line in _notes(found, sizes, card):
         console.print(line, highlight=False)
+    console.print("")
     console.print(time_table(replace(sizes, response_tokens=response_tokens), gpu, card, measured))
     if not fits(found, card):
         raise ValueError(_refusal(found, sizes, gpu, card, traces))
@@ -295,7 +296,7 @@ def time_table(sizes: Sizes, gpu: str, card: Card, rates: Mapping[str, float]) -
         *("phase", "TFLOP", "GB moved", "at least, s", "measured tokens/s", "estimate, s"),
         title=f"A step's time on a rank, responses of {sizes.response} tokens",
         caption=f"At least: at the {gpu}'s published {card.flops / 1e12:.0f} TFLOP/s and "
-        f"{card.bandwidth / 1e12:.3g} TB/s, a bound, not a forecast." + idles,
+        f"{card.bandwidth / 1e12:.4g} TB/s, a bound, not a forecast." + idles,
         **LOOK,
     )
     for column in table.columns[1:]:

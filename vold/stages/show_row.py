@@ -31,7 +31,7 @@ def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase,
     )
     body = Text.assemble(*_pieces(read, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
     if not response:
-        body.append("▌responses are sampled from here", NOTE)
+        body.append(" ▌responses are sampled from here", NOTE)
     ids = Text.assemble(("ids  ", "bold"), *_ids(read, READ), "  │  ", *_ids(response, TRAINED))
     trained = f"1 × {len(response) or 'sampled'}"
     mask = Text.assemble(("mask ", "bold"), (f"0 × {len(read)}", READ), "  │  ", (trained, TRAINED))

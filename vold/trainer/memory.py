@@ -107,7 +107,7 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
         before = 0 if siblings % responses else prompt
         queries = min(before + own, left)
         shapes.append((queries, queries if before else prompt + queries))
-        losses += max(queries - before + (before > 0), 0)
+        losses += max(queries - before + 1, 0)  # the prompt's last state predicts its first token
         left, siblings = left - queries, siblings + 1
     queries, keys = torch.tensor([(0, 0), *shapes]).cumsum(0).to(torch.int32).T
     rows = torch.zeros(1, dtype=torch.int64, device="meta")

@@ -89,13 +89,33 @@ def check(
     config: Config,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="load the student as its own teacher: KL must be exactly 0")
+    ] = False,
 ) -> None:
-    """Validate a config, its layout and its checkpoints; print what each rank would hold. Changes nothing."""
+    """What can go wrong, a line each with its fix: versions, layout, models, tokenizers, data, disk, memory. Shows rows
+    as the model reads them and what each rank would hold. Changes nothing; exit code 2 when a line fails."""
     if stage == "selfplay":
         _stage("selfplay").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
         return
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
-    _stage("check").run(load_config(of, config, overrides or ()), processes)
+    _stage("check").run(load_config(of, config, overrides or ()), processes, self_test=self_test)
+
+
+@app.command()
+def plan(
+    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[Literal["a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="of every process")] = ...,
+    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="of a mean response, for the time")] = None,
+    rates: Annotated[Path | None, typer.Option(help="run_dir of a run profiled on such a machine")] = None,
+) -> None:
+    """Memory by rank and phase and a step's time, before anything is launched; exit code 2 when it does not fit."""
+    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
+    options = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
+    _stage("plan").run(load_config(of, config, overrides or ()), **options)
 
 
 @app.command()

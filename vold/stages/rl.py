@@ -57,7 +57,7 @@ def run(
     """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved.
     `open_judge`: who says what responses are worth, where it is not the grader alone."""
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
-    _check(config, objective)
+    check_config(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
@@ -124,7 +124,7 @@ def run(
     training.export()
 
 
-def _check(config: RlConfig, objective: Objective) -> None:
+def check_config(config: RlConfig, objective: Objective) -> None:
     """Mistakes that can be seen before any model is loaded."""
     if objective.needs_teacher and config.teacher is None:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")

@@ -1,5 +1,5 @@
-"""What a step needs of a rank's memory, before there is a rank: parameters are counted, and forward and backward are run
-on the meta device, where tensors have shapes and no memory, with every tensor that is alive on the books.
+"""What a step needs of a rank's memory, before there is a rank: parameters are counted, and forward and backward are
+run on the meta device, where tensors have shapes and no memory, with every tensor that is alive on the books.
 
 T packed tokens, D hidden width, N tokens with a loss, U head rows of a rank.
 """
@@ -26,8 +26,8 @@ from vold_kernels.rows_torch import BLOCK
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, bytes of tensors that were made and are alive: `now`, and the most there have been, `peak`. On any device,
-    meta included; what an operator allocates for itself and frees again is not seen."""
+    """Inside, bytes of tensors that were made and are alive: `now`, and the most there have been, `peak`. On any
+    device, meta included; what an operator allocates for itself and frees again is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
         before = 0 if siblings % responses else prompt
         queries = min(before + own, left)
         shapes.append((queries, queries if before else prompt + queries))
-        losses += max(queries - before + (before > 0), 0)
+        losses += max(queries - before + 1, 0)  # the prompt's last state predicts its first token
         left, siblings = left - queries, siblings + 1
     queries, keys = torch.tensor([(0, 0), *shapes]).cumsum(0).to(torch.int32).T
     rows = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -123,7 +123,7 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
 
 
 @dataclass(frozen=True)
-class Backbone:
+class TrainingPeak:
     """Bytes at the peak of a step's forward and backward passes on one rank. `activations`: kept for backward, of all
     micro-batches that the schedule has in flight; `working`: what comes on top of them at the worst moment."""
 
@@ -139,7 +139,7 @@ def training_peak(
     micro_batches: int,
     device: str,
     two_heads: bool = False,
-) -> Backbone:
+) -> TrainingPeak:
     """Of this rank's chunks, on the meta device. `losses`: N; `two_heads`: a full-vocabulary divergence (linear_kl)."""
     passed = [pass_through(chunk, tokens, device=device, train=True) for chunk in chunks]
     layout, last = chunks[0].layout, chunks[-1]
@@ -150,7 +150,7 @@ def training_peak(
         rows = last.head_weight().shape[0]
         head = head_bytes(losses, rows, last.arch.hidden, last.config.params_dtype, device, two_heads=two_heads)
         moments.append((others + passed[-1].kept, head))
-    return Backbone(*max(moments, key=sum))
+    return TrainingPeak(*max(moments, key=sum))
 
 
 def _in_flight(layout: Layout, micro_batches: int) -> int:
@@ -161,9 +161,7 @@ def _in_flight(layout: Layout, micro_batches: int) -> int:
     return min(warm_up + 1, micro_batches * layout.vpp)
 
 
-def head_bytes(
-    losses: int, rows: int, hidden: int, dtype: torch.dtype, device: str, *, two_heads: bool = False
-) -> int:
+def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: str, *, two_heads: bool = False) -> int:
     """What linear_policy_loss (or linear_kl, of two heads) holds while it runs: a chunk of fp32 logits, the N hidden
     states, their fp32 gradients. dW goes into the gradient buffer."""
     heads = 2 if two_heads else 1

@@ -1,0 +1,27 @@
+"""What GPUs are published to have. NVIDIA's data sheets, SXM cards: memory as nvidia-smi counts it, dense bf16 matrix
+multiplication, bandwidth of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vold.trainer.flops import PEAK_FLOPS
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """memory in bytes; flops in FLOP/s; bandwidth in bytes/s."""
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+CARDS = {
+    "a100-40g": Card(40 * GIB, PEAK_FLOPS["A100"], 1.555e12),
+    "a100-80g": Card(80 * GIB, PEAK_FLOPS["A100"], 2.039e12),
+    "h100-80g": Card(79.6 * GIB, PEAK_FLOPS["H100"], 3.35e12),
+    "h200": Card(140.4 * GIB, PEAK_FLOPS["H200"], 4.8e12),
+}

@@ -55,7 +55,12 @@ ARMS = (
     Arm("vold-opd", "vold", "small", visual_advantage=False),
     Arm("vold-va-opd", "vold", "small", visual_advantage=True),
 )
-PAIRS = (("vold-grpo", "sft-grpo", "image"), ("vold-va-opd", "vold-opd", "small"))
+PAIRS = (
+    ("sft-grpo", "sft", "image"),
+    ("vold-grpo", "vold", "image"),
+    ("vold-grpo", "sft-grpo", "image"),
+    ("vold-va-opd", "vold-opd", "small"),
+)
 
 
 @dataclass(frozen=True)

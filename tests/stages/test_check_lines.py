@@ -35,7 +35,7 @@ def test_a_sound_config_is_all_ticks_and_the_student_teaches_itself_nothing(torc
     assert all(line.startswith("✓") for line in lines.values())
     assert "KL exactly 0 on each of 24 tokens" in lines["self-test"]
     assert "24 problems" in lines["data"] and "6 with images" in lines["evaluation"]
-    assert "responses are sampled from here" in run.stdout and "<image" in run.stdout
+    assert "responses are sampled from here" in run.stdout and "<|image_pad|> × " in run.stdout
     assert not (tmp_path / "run").exists()
 
 

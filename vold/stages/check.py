@@ -24,7 +24,7 @@ from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.launch import pretend, shutdown
 from vold.records import Prompt, Sample
-from vold.stages import machine, rl, show_row
+from vold.stages import machine, rl, sft, show_row
 from vold.stages.budget import Sizes, places, whole_parameters
 from vold.stages.held import Held, checked, show
 from vold.stages.training import check_vision
@@ -100,19 +100,15 @@ def _teacher_of(config: SftConfig | RlConfig) -> Path | None:
 
 def _method(config: SftConfig | RlConfig) -> str:
     if isinstance(config, SftConfig):
-        if config.max_tokens > config.microbatch_tokens:
-            raise ValueError(
-                f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
-            )
+        sft.check_config(config)
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     rl.check_config(config, objective)
-    teaches = (
-        "the student's average" if objective.teaches_itself else config.teacher if objective.needs_teacher else None
-    )
+    teacher = f"teacher {config.teacher}" if objective.needs_teacher else "no teacher"
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "
-        f"{config.rollout.responses_per_prompt} responses; teacher: {teaches or 'none is asked'}"
+        f"{config.rollout.responses_per_prompt} responses, "
+        + ("the student's average teaches" if objective.teaches_itself else teacher)
     )
 
 
@@ -238,9 +234,10 @@ class Rows:
         if self._encode is None:
             return
         tokenizer = load_tokenizer(self._config.student)
-        first = [self._found[place] for place in range(min(SHOWN, len(self._found)))]
-        for row in (*first, *self._seen[:1]):
-            yield show_row.as_the_model_reads(row, tokenizer, self._encode)
+        for place in range(min(SHOWN, len(self._found))):
+            yield show_row.as_the_model_reads(self._found[place], tokenizer, self._encode)
+        for prompt in self._seen[:1]:
+            yield show_row.as_the_model_reads(prompt, tokenizer, self._encode)
 
 
 def _counted(prompts: Sequence[Prompt], what: str, encode: Encoder) -> str:

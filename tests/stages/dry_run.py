@@ -15,7 +15,7 @@ from vold.config import load_config, schema
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
-from vold.stages.check import bytes_of_student, every_rank
+from vold.stages.held import bytes_of_student, every_rank
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
 LAYOUTS = [

@@ -35,7 +35,7 @@ def test_a_sound_config_is_all_ticks_and_the_student_teaches_itself_nothing(torc
     assert all(line.startswith("✓") for line in lines.values())
     assert "KL exactly 0 on each of 24 tokens" in lines["self-test"]
     assert "24 problems" in lines["data"] and "6 with images" in lines["evaluation"]
-    assert "responses are sampled from here" in run.stdout and "<image" in run.stdout
+    assert "a response is sampled from here" in run.stdout and "<|image_pad|> × " in run.stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -55,7 +55,7 @@ def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_
 def test_sft_traces_are_shown_with_what_is_trained(torchrun, world, tmp_path):
     run = checked(torchrun, world, tmp_path / "run", "sft")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "12 traces" in run.stdout and "1 × sampled" not in run.stdout
+    assert "12 traces" in run.stdout and "mask 0 × " in run.stdout and "sampled from here" not in run.stdout
 
 
 def rendered(row, tokenizer, encode) -> str:

@@ -22,8 +22,8 @@ from vold.trainer.memory import TrainingPeak, packed_on_meta, pass_through, stat
 from vold_kernels.chunks import default_budget
 
 TEXT_LAYOUTS = ("orz", "orz-eval", "gsm8k", "traces", "prompt-response")  # whose rows never hold an image
-BATCH_BYTES = 100  # of a packed token: ids, positions, targets and what the loss knows of it (see MicroBatch)
-SCORES = 5  # vectors over the vocabulary that drawing a token makes in fp32, beside the logits themselves
+BATCH_BYTES = 7 * 8 + 8 + 6 * 4  # of a packed token: MicroBatch's integers, its index of keys, its floats
+SCORES = 5  # vectors over the vocabulary that decode._draw has in fp32 at once, beside the logits
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ class Sizes:
         return build_objective(self.config.objective, self.config.rollout.max_new_tokens)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return getattr(torch, self.config.dtype).itemsize
+
+    @property
     def compares_whole(self) -> bool:
         """Whether the objective is of whole distributions (linear_kl)."""
         return self.objective is not None and self.objective.divergence is not None
@@ -152,7 +157,7 @@ class Sizes:
             return 0.0
         with torch.device("meta"), no_init_weights():
             tower = TOWERS[arch.model_type]._from_config(arch.vision.tower)
-        return float(sum(p.numel() for p in tower.parameters()) * getattr(torch, self.config.dtype).itemsize)
+        return float(sum(p.numel() for p in tower.parameters()) * self.itemsize)
 
     @property
     def hidden_teacher_bytes(self) -> float:
@@ -160,7 +165,7 @@ class Sizes:
         if not self.compares_whole or self.teacher is None:
             return 0.0
         scored = self.prompts_per_copy * self.siblings * self.response
-        return float(scored * self.teacher.hidden * getattr(torch, self.config.dtype).itemsize)
+        return float(scored * self.teacher.hidden * self.itemsize)
 
 
 Traces = dict[tuple, Traced]
@@ -247,7 +252,7 @@ def _sampled(sizes: Sizes) -> list[tuple[str, SamplingConfig, int]]:
 
 def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[float, dict[str, float]]:
     """(what stays, what drawing adds). Every rank has a whole copy of the student."""
-    config, arch, size = sizes.config, sizes.student, getattr(torch, sizes.config.dtype).itemsize
+    config, arch, size = sizes.config, sizes.student, sizes.itemsize
     weights = whole_parameters(arch) * size + sizes.tower_bytes
     if isinstance(config, RlConfig) and config.rollout.engine == "vllm":
         vllm = config.rollout.vllm

@@ -3,7 +3,6 @@ versions. A line each, with the fix; two rows as the model will read them; bytes
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,42 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
-from vold.config.schema import ParallelConfig, RlConfig, SftConfig
+from vold.config.schema import RlConfig, SftConfig
 from vold.data.pack import Encoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.architecture import Architecture
 from vold.models.images import encoder_of
-from vold.models.language_model import build_chunks
 from vold.models.tokenizer import check_pair, load_tokenizer
-from vold.models.weights import CheckpointReader, full_tensors
 from vold.objectives import build_objective
-from vold.parallel.launch import Layout, pretend, shutdown
+from vold.parallel.launch import pretend, shutdown
 from vold.records import Prompt, Sample
-from vold.stages import machine, rl, show_row
+from vold.stages import machine, rl, sft, show_row
 from vold.stages.budget import Sizes, places, whole_parameters
+from vold.stages.held import Held, checked, show
 from vold.stages.training import check_vision
-from vold.trainer.memory import state_bytes
 from vold.trainer.run_log import check_run_dir
 
 GIB = 2**30
 SHOWN = 2  # rows
-
-
-@dataclass(frozen=True)
-class Held:
-    """One rank's part of a model. `tensors`: short name -> (shape of the whole, elements held here); `parameters` also
-    counts the last stage's copy of a tied embedding."""
-
-    layout: Layout
-    parameters: int
-    tensors: dict[str, tuple[tuple[int, ...], int]]
+Test = Callable[[], str | tuple[None, str]]
+"""What was found; None with what cannot be told here. ValueError: what is wrong, with the fix."""
 
 
 @dataclass(frozen=True)
@@ -63,46 +50,44 @@ def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False
     twice and see that it is no nat away from itself."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
-    console, rows = Console(), Rows(config)
-    tests: dict[str, Callable[[], str | tuple[None, str]]] = {
+    console, rows, found = Console(), Rows(config), {}
+    teacher = getattr(config, "teacher", None)
+    tests: dict[str, Test | None] = {
         "versions": lambda: machine.versions(config),
         "method": lambda: _method(config),
         "layout": lambda: _layout(config, processes),
-        "student": lambda: _tensors(config.student, config, processes, train_merger=config.vision.train_merger),
-        **({"teacher": lambda: _tensors(config.teacher, config, processes)} if _teacher_of(config) else {}),
+        "student": lambda: _tensors("student", config.student, config, processes, found),
+        "teacher": (lambda: _tensors("teacher", teacher, config, processes, found)) if teacher else None,
         "tokenizers": lambda: _tokenizers(config),
         "data": rows.check_training,
-        **({"evaluation": rows.check_evaluation} if config.evaluation.sets else {}),
+        "evaluation": rows.check_evaluation if config.evaluation.sets else None,
         "run_dir": lambda: _run_dir(config),
         "disk": lambda: _disk(config),
         "memory": lambda: _memory(config, processes),
-        **({"self-test": lambda: _self_test(config)} if self_test else {}),
+        "self-test": (lambda: _self_test(config)) if self_test else None,
     }
-    failed = []
-    for name, test in tests.items():
-        line = _looked_at(name, test)
-        failed += [line.name] if line.ok is False else []
-        console.print(_shown(line), soft_wrap=True)
+    lines = [_looked_at(name, test, console) for name, test in tests.items() if test]
     for row in rows.shown():
         console.print(row)
     console.print("")
-    if not {"layout", "student", "teacher"} & set(failed):
-        show_models(config, processes)
+    failed = [line.name for line in lines if line.ok is False]
+    if not {"student", "teacher"} & set(failed):
+        show(found, config, processes)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(tests)} checks failed: {', '.join(failed)}")
+        raise ValueError(f"{len(failed)} of {len(lines)} checks failed: {', '.join(failed)}")
 
 
-def _looked_at(name: str, test: Callable[[], str | tuple[None, str]]) -> Line:
+def _looked_at(name: str, test: Test, console: Console) -> Line:
+    """Its line, printed."""
     try:
         found = test()
+        line = Line(name, True, found) if isinstance(found, str) else Line(name, *found)
     except ValueError as error:
-        return Line(name, False, str(error))
-    return Line(name, True, found) if isinstance(found, str) else Line(name, *found)
-
-
-def _shown(line: Line) -> Text:
+        line = Line(name, False, str(error))
     mark, style = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "yellow")}[line.ok]
-    return Text.assemble((f"{mark} ", style), (f"{line.name:<11} ", "bold"), (line.text, "" if line.ok else style))
+    shown = ((f"{mark} ", style), (f"{name:<11} ", "bold"), (line.text, "" if line.ok else style))
+    console.print(Text.assemble(*shown), soft_wrap=True)
+    return line
 
 
 # The lines ------------------------------------------------------------------------------------------------------------
@@ -115,19 +100,15 @@ def _teacher_of(config: SftConfig | RlConfig) -> Path | None:
 
 def _method(config: SftConfig | RlConfig) -> str:
     if isinstance(config, SftConfig):
-        if config.max_tokens > config.microbatch_tokens:
-            raise ValueError(
-                f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
-            )
+        sft.check_config(config)
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     rl.check_config(config, objective)
-    teaches = (
-        "the student's average" if objective.teaches_itself else config.teacher if objective.needs_teacher else None
-    )
+    teacher = f"teacher {config.teacher}" if objective.needs_teacher else "no teacher"
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "
-        f"{config.rollout.responses_per_prompt} responses; teacher: {teaches or 'none is asked'}"
+        f"{config.rollout.responses_per_prompt} responses, "
+        + ("the student's average teaches" if objective.teaches_itself else teacher)
     )
 
 
@@ -137,11 +118,10 @@ def _layout(config: SftConfig | RlConfig, processes: int) -> str:
     return f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
 
 
-def _tensors(path: Path, config: SftConfig | RlConfig, processes: int, **options) -> str:
-    arch = Architecture.from_pretrained(path)
-    held = every_rank(arch, config.parallel, processes, **options)
-    check_tensors(held, path)
-    names = {name for rank in held for name in rank.tensors}
+def _tensors(role: str, path: Path, config: SftConfig | RlConfig, processes: int, found: dict[str, list[Held]]) -> str:
+    """Adds to `found` what each rank would hold."""
+    arch, found[role] = Architecture.from_pretrained(path), checked(path, role, config, processes)
+    names = {name for rank in found[role] for name in rank.tensors}
     return f"{path}: {arch.model_type}, {whole_parameters(arch):,} parameters in {len(names)} tensors, shapes as built"
 
 
@@ -254,9 +234,10 @@ class Rows:
         if self._encode is None:
             return
         tokenizer = load_tokenizer(self._config.student)
-        first = [self._found[place] for place in range(min(SHOWN, len(self._found)))]
-        for row in (*first, *self._seen[:1]):
-            yield show_row.as_the_model_reads(row, tokenizer, self._encode)
+        for place in range(min(SHOWN, len(self._found))):
+            yield show_row.as_the_model_reads(self._found[place], tokenizer, self._encode)
+        for prompt in self._seen[:1]:
+            yield show_row.as_the_model_reads(prompt, tokenizer, self._encode)
 
 
 def _counted(prompts: Sequence[Prompt], what: str, encode: Encoder) -> str:
@@ -268,95 +249,3 @@ def _counted(prompts: Sequence[Prompt], what: str, encode: Encoder) -> str:
 
 def _left_out(skipped: Sequence[str]) -> str:
     return f"; {len(skipped)} rows left out, the first: {skipped[0]}" if skipped else ""
-
-
-# What each rank holds -------------------------------------------------------------------------------------------------
-
-
-def show_models(config: SftConfig | RlConfig, processes: int) -> None:
-    """Print bytes by rank. Raises ValueError where the layout fits neither the processes nor the models, or where a
-    checkpoint's tensors are not those of its config.json."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    paths = {"student": config.student, "teacher": getattr(config, "teacher", None)}
-    held = {}
-    for role, path in paths.items():
-        if path is not None:
-            train_merger = role == "student" and config.vision.train_merger
-            arch = Architecture.from_pretrained(path)
-            held[role] = every_rank(arch, config.parallel, processes, train_merger=train_merger)
-            check_tensors(held[role], path)
-    _show(held, config, processes)
-
-
-def every_rank(
-    arch: Architecture, parallel: ParallelConfig, processes: int, *, train_merger: bool = False
-) -> list[Held]:
-    """What each of `processes` ranks would build. Leaves this process without process groups."""
-    held = []
-    for rank in range(processes):
-        layout = pretend(rank, processes, **parallel.model_dump())
-        with torch.device("meta"):
-            chunks = build_chunks(arch, layout, torch.bfloat16, train_merger=train_merger)
-        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-        held.append(Held(layout, count, {name: (shape, here) for name, shape, here in full_tensors(chunks)}))
-    shutdown()
-    return held
-
-
-def check_tensors(held: Sequence[Held], checkpoint: Path) -> None:
-    """Raises ValueError naming the first tensor of the checkpoint that has another shape than the model's."""
-    with CheckpointReader(checkpoint) as reader:
-        for name, shape in _shapes(held).items():
-            reader.check_shape(name, shape)
-
-
-def bytes_of_student(rank: Held, dtype: str) -> dict[str, float]:
-    """Weights, gradients and optimizer, see state_bytes."""
-    state = state_bytes(rank.parameters, 0, rank.layout, getattr(torch, dtype), "cpu")
-    return {name: state[name] for name in ("weights", "gradients", "optimizer")}
-
-
-def _rows(held: dict[str, list[Held]], config: SftConfig | RlConfig) -> Iterator[tuple[str, ...]]:
-    """One for each place in a model copy; its data-parallel ranks hold the same."""
-    size = getattr(torch, config.dtype).itemsize
-    teachers = held.get("teacher") or [None] * len(held["student"])
-    samples = isinstance(config, RlConfig) or bool(config.evaluation.every and config.evaluation.sets)
-    sampler = samples * size * sum(math.prod(shape) for shape in _shapes(held["student"]).values())
-    for student, teacher in zip(held["student"], teachers, strict=True):
-        if student.layout.dp_rank:
-            continue
-        needs = bytes_of_student(student, config.dtype)
-        needs["teacher"] = teacher.parameters * size if teacher else 0.0
-        if _teaches_itself(config):  # the student's average, accumulated in fp32
-            needs["teacher"] = float(student.parameters * (size if size == 4 else size + 4))
-        needs["sampler"] = float(sampler)
-        place = f"tp {student.layout.tp_rank} pp {student.layout.pp_rank}"
-        yield place, *(f"{value / GIB:.3g}" for value in (*needs.values(), sum(needs.values())))
-
-
-def _teaches_itself(config: SftConfig | RlConfig) -> bool:
-    if not isinstance(config, RlConfig):
-        return False
-    return build_objective(config.objective, config.rollout.max_new_tokens).teaches_itself
-
-
-def _shapes(held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for rank in held for name, (shape, _) in rank.tensors.items()}
-
-
-def _show(held: dict[str, list[Held]], config: SftConfig | RlConfig, processes: int) -> None:
-    copies = held["student"][0].layout.dp
-    caption = "Without frozen vision towers; what each phase adds: vold plan."
-    if getattr(config, "teacher_offload", False):
-        caption += " The teacher waits in CPU memory while the student trains."
-    table = Table(
-        *("rank", "weights", "gradients", "optimizer", "teacher", "sampler", "sum"),
-        title=f"{processes} processes, {copies} copies of the model, GiB on each rank",
-        caption=caption,
-        box=SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for row in _rows(held, config):
-        table.add_row(*row)
-    Console().print(table)

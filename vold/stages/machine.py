@@ -36,6 +36,9 @@ def _installed(name: str) -> str | None:
 
 
 def _unmet() -> Iterator[str]:
+    if _installed("vold") is None:
+        yield "vold itself is not installed, so what it needs is not known: pip install -e ."
+        return
     for line in metadata.requires("vold") or ():
         needs = Requirement(line)
         extra = next((name for name in OPTIONAL if needs.marker and needs.marker.evaluate({"extra": name})), None)

@@ -223,8 +223,8 @@ class Work:
 
 
 def work(sizes: Sizes) -> dict[str, Work]:
-    """By phase. Attention reads whole prompts; a teacher is asked for every response; what kernels read and write
-    beside weights, keys and values is left out: times that follow from it are lower bounds."""
+    """By phase, of a step whose teacher scores every response. Of what is moved only weights, gradients, keys and values
+    are counted: times that follow from it are lower bounds."""
     config, student = sizes.config, sizes.student
     ranks_a_copy = config.parallel.tp * config.parallel.pp
     found: dict[str, Work] = {}
@@ -232,10 +232,10 @@ def work(sizes: Sizes) -> dict[str, Work]:
         found["rollout"] = _drawing(sizes)
     tokens = float(sizes.prompts_per_copy * sizes.siblings * sizes.response * sizes.copies)
     if sizes.teacher is not None:
-        weights = 2.0 * whole_parameters(sizes.teacher) * sizes.micro_batches / ranks_a_copy
+        weights = float(sizes.itemsize * whole_parameters(sizes.teacher) * sizes.micro_batches / ranks_a_copy)
         found["teacher"] = Work(_forward(sizes, sizes.teacher) / ranks_a_copy, weights, tokens)
     forward = _forward(sizes, student) / ranks_a_copy
-    weights = 2.0 * whole_parameters(student) * sizes.micro_batches / ranks_a_copy
+    weights = float(sizes.itemsize * whole_parameters(student) * sizes.micro_batches / ranks_a_copy)
     found["student_forward"] = Work(forward, weights, tokens)
     again = {"none": 0.0, "selective": _mlp_share(student), "full": 1.0}[config.parallel.recompute]
     # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch.
@@ -260,8 +260,8 @@ def _drawing(sizes: Sizes) -> Work:
     prompts = -(-config.prompts_per_step // sizes.processes)
     responses = prompts * sizes.siblings
     calls = -(-responses // config.rollout.sequences_per_call) if config.rollout.engine == "transformers" else 1
-    read = responses * sizes.response * (sizes.prompt + sizes.response / 2) * kv_bytes(arch, 2)
-    moved = calls * sizes.response * 2.0 * whole_parameters(arch) + read
+    read = responses * sizes.response * (sizes.prompt + sizes.response / 2) * kv_bytes(arch, sizes.itemsize)
+    moved = calls * sizes.response * sizes.itemsize * whole_parameters(arch) + read
     flop = _forward(sizes, arch) * prompts / sizes.prompts_per_copy
     return Work(flop, moved, float(config.prompts_per_step * sizes.siblings * sizes.response))
 

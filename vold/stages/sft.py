@@ -21,10 +21,7 @@ from vold.trainer.step_profiler import StepProfiler
 
 def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | None = None) -> None:
     """Train, evaluate and save as the config says; ends with run_dir/model. With a profiler nothing is saved."""
-    if config.max_tokens > config.microbatch_tokens:
-        raise ValueError(
-            f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
-        )
+    check_config(config)
     job = open_job(config, "sft", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
     if config.pair_with is not None:
@@ -64,3 +61,11 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
             metrics["response_tokens"] = report.metrics["gradient_tokens"]
             training.finish_step(step, metrics, [], sampler, grader)
     training.export()
+
+
+def check_config(config: SftConfig) -> None:
+    """Mistakes that can be seen before any model is loaded."""
+    if config.max_tokens > config.microbatch_tokens:
+        raise ValueError(
+            f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
+        )

@@ -19,23 +19,22 @@ IDS_SHOWN, CHARACTERS_SHOWN = 10, 1200
 
 
 def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: Encoder) -> Group:
-    """A prompt before its responses, or a trace with the response that is learned."""
+    """A prompt before a response is sampled, or a trace with the response that is learned."""
     prompt = row.prompt if isinstance(row, Sample) else row
     response = row.response_ids if isinstance(row, Sample) else ()
     read = list(encode(prompt).prompt_ids)
     head = Text.assemble(
         (prompt.id, "bold"),
-        f"  {len(read)} tokens read, {len(response) or 'its responses'} trained",
+        f"  {len(read)} tokens read" + (f", {len(response)} trained" if response else ""),
         f", gold {visible(prompt.gold)!r}" if prompt.gold else "",
         *(f"\n  image {path}" for path in prompt.images),
     )
     body = Text.assemble(*_pieces(read, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
-    if not response:
-        body.append(" ▌responses are sampled from here", NOTE)
-    ids = Text.assemble(("ids  ", "bold"), *_ids(read, READ), "  │  ", *_ids(response, TRAINED))
-    trained = f"1 × {len(response) or 'sampled'}"
-    mask = Text.assemble(("mask ", "bold"), (f"0 × {len(read)}", READ), "  │  ", (trained, TRAINED))
-    return Group(Text(""), head, body, ids, mask)
+    ids = Text.assemble(("ids  ", "bold"), (_ids(read), READ), "  │  ", (_ids(response) or "sampled", TRAINED))
+    mask = Text.assemble(("mask ", "bold"), (f"0 × {len(read)}", READ), "  │  ", (f"1 × {len(response)}", TRAINED))
+    if response:
+        return Group(Text(""), head, body, ids, mask)
+    return Group(Text(""), head, body.append(" ▌a response is sampled from here", NOTE), ids)
 
 
 def _pieces(ids: Sequence[int], style: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
@@ -58,8 +57,6 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} […{len(text) - CHARACTERS_SHOWN} characters…] {text[-half:]}"
 
 
-def _ids(ids: Sequence[int], style: str) -> Iterator[tuple[str, str]]:
+def _ids(ids: Sequence[int]) -> str:
     shown = " ".join(map(str, ids[:IDS_SHOWN]))
-    if len(ids) > IDS_SHOWN:
-        shown += f" … {ids[-1]}"
-    yield shown or "sampled", style
+    return f"{shown} … {ids[-1]}" if len(ids) > IDS_SHOWN else shown

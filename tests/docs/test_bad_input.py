@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.util import find_spec
+from importlib.metadata import distributions
 
 import pytest
 from bad_input import SECTIONS
 from commands import ROOT, program
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="the page is of an environment without vLLM")
+pytestmark = pytest.mark.skipif(any(distributions(name="vllm")), reason="the page is of an environment without vLLM")
 PAGE = ROOT / "docs" / "bad-input.md"
 HEAD = """# Bad input: what a mistake prints
 

@@ -83,7 +83,8 @@ def test_is_accepted(monkeypatch, command):
 
 def accept_vold(monkeypatch, command: Command) -> None:
     """The command line and the config, as far as the stage itself."""
-    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=lambda *_, **__: None))
+    nothing = {name: lambda *_, **__: None for name in ("run", "check")}
+    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(**nothing))
     monkeypatch.setattr(sys, "argv", ["vold", *arguments(command)])
     with pytest.raises(SystemExit) as end:
         cli.main()

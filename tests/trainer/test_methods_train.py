@@ -169,7 +169,7 @@ def test_a_new_method_is_a_preset_and_nothing_else(tiny_student_dir, layout, mon
     """Made up here: advantages by rank, the teacher on the worst response, constant weights. One line in PRESETS, and
     config, weights and trainer take it."""
 
-    def by_rank(rewards_G):
+    def by_rank(rewards_G, _earlier=()):
         order = sorted(range(len(rewards_G)), key=rewards_G.__getitem__)
         return [order.index(place) - (len(rewards_G) - 1) / 2 for place in range(len(rewards_G))]
 

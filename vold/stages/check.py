@@ -45,9 +45,9 @@ class Line:
     text: str
 
 
-def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False) -> None:
+def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False, data: bool = True) -> None:
     """Print every line. Raises ValueError when one failed, after all were looked at. `self_test`: load the student
-    twice and see that it is no nat away from itself."""
+    twice and see that it is no nat away from itself. `data`: whether there are rows yet."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
     console, rows, found = Console(), Rows(config), {}
@@ -59,7 +59,7 @@ def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False
         "student": lambda: _tensors("student", config.student, config, processes, found),
         "teacher": (lambda: _tensors("teacher", teacher, config, processes, found)) if teacher else None,
         "tokenizers": lambda: _tokenizers(config),
-        "data": rows.check_training,
+        "data": rows.check_training if data else None,
         "evaluation": rows.check_evaluation if config.evaluation.sets else None,
         "run_dir": lambda: _run_dir(config),
         "disk": lambda: _disk(config),
@@ -70,11 +70,12 @@ def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False
     for row in rows.shown():
         console.print(row)
     console.print("")
-    failed = [line.name for line in lines if line.ok is False]
-    if not {"student", "teacher"} & set(failed):
+    failed = {line.name: line.text for line in lines if line.ok is False}
+    if not {"student", "teacher"} & failed.keys():
         show(found, config, processes)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(lines)} checks failed: {', '.join(failed)}")
+        names, first = ", ".join(failed), next(iter(failed.values()))
+        raise ValueError(f"{len(failed)} of {len(lines)} checks failed ({names}): {first}")
 
 
 def _looked_at(name: str, test: Test, console: Console) -> Line:

@@ -223,7 +223,7 @@ class Work:
 
 
 def work(sizes: Sizes) -> dict[str, Work]:
-    """By phase, of a step whose teacher scores every response. Of what is moved only weights, gradients, keys and values
+    """By phase, of a step whose teacher scores every response. Of what is moved only weights, gradients, keys, values
     are counted: times that follow from it are lower bounds."""
     config, student = sizes.config, sizes.student
     ranks_a_copy = config.parallel.tp * config.parallel.pp

@@ -106,7 +106,7 @@ def check(config: SelfplayConfig, processes: int) -> None:
     data, first = DataConfig(path=config.run_dir / "solver.json", layout="orz"), Iteration.of(config, 1)
     for player, phase in (("challenger", config.challenger), ("solver", config.solver)):
         print(f"{player}, which trains while the other does not:")
-        check_training.run(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes)
+        check_training.run(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes, data=False)
 
 
 def _check_objectives(config: SelfplayConfig) -> None:

@@ -305,7 +305,7 @@ def _time_note(sizes: Sizes, gpu: str, card: Card) -> str:
 def time_table(sizes: Sizes, card: Card, rates: Mapping[str, float]) -> Table:
     idle = _idle(sizes)
     table = Table(
-        *("phase", "TFLOP", "GB moved", "at least, s", "measured tokens/s", "estimate, s"),
+        *("phase", "TFLOP", "GB moved", "at least, s", "tokens/s", "estimate, s"),
         title=f"A step's time on a rank, responses of {sizes.response} tokens",
         **LOOK,
     )

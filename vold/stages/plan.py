@@ -52,7 +52,9 @@ def run(
     for line in _notes(found, sizes, card):
         console.print(line, highlight=False)
     console.print("")
-    console.print(time_table(replace(sizes, response_tokens=response_tokens), gpu, card, measured))
+    timed = replace(sizes, response_tokens=response_tokens)
+    console.print(time_table(timed, card, measured))
+    console.print(_time_note(timed, gpu, card), highlight=False)
     if not fits(found, card):
         raise ValueError(_refusal(found, sizes, gpu, card, traces))
 
@@ -223,8 +225,8 @@ class Work:
 
 
 def work(sizes: Sizes) -> dict[str, Work]:
-    """By phase, of a step whose teacher scores every response. Of what is moved only weights, gradients, keys, values
-    are counted: times that follow from it are lower bounds."""
+    """By phase, of a step whose teacher scores every response. Of what is moved only weights, gradients, keys and
+    values are counted: times that follow from it are lower bounds."""
     config, student = sizes.config, sizes.student
     ranks_a_copy = config.parallel.tp * config.parallel.pp
     found: dict[str, Work] = {}
@@ -288,15 +290,23 @@ def measured_rates(run_dir: Path) -> dict[str, float]:
     }
 
 
-def time_table(sizes: Sizes, gpu: str, card: Card, rates: Mapping[str, float]) -> Table:
-    pipeline = sizes.config.parallel.pp
-    idle = (pipeline - 1) / (sizes.micro_batches * (sizes.config.parallel.vpp or 1))
-    idles = f" Waiting for other stages: {idle / (1 + idle):.0%} of training." if idle else ""
+def _idle(sizes: Sizes) -> float:
+    """Of training, how much longer it takes for the pipeline's stages waiting for each other."""
+    parallel = sizes.config.parallel
+    return (parallel.pp - 1) / (sizes.micro_batches * (parallel.vpp or 1))
+
+
+def _time_note(sizes: Sizes, gpu: str, card: Card) -> str:
+    peaks = f"{card.flops / 1e12:.0f} TFLOP/s and {card.bandwidth / 1e12:.4g} TB/s"
+    idle = f" Waiting for other stages: {_idle(sizes):.1%} more of training." if sizes.config.parallel.pp > 1 else ""
+    return f"At least: at the {gpu}'s published {peaks}; a bound, not a forecast.{idle}"
+
+
+def time_table(sizes: Sizes, card: Card, rates: Mapping[str, float]) -> Table:
+    idle = _idle(sizes)
     table = Table(
-        *("phase", "TFLOP", "GB moved", "at least, s", "measured tokens/s", "estimate, s"),
+        *("phase", "TFLOP", "GB moved", "at least, s", "tokens/s", "estimate, s"),
         title=f"A step's time on a rank, responses of {sizes.response} tokens",
-        caption=f"At least: at the {gpu}'s published {card.flops / 1e12:.0f} TFLOP/s and "
-        f"{card.bandwidth / 1e12:.4g} TB/s, a bound, not a forecast." + idles,
         **LOOK,
     )
     for column in table.columns[1:]:

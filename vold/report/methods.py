@@ -48,9 +48,10 @@ def methods_figure(rows: Sequence[Mapping[str, Any]], *, fmt: Format = "svg") ->
 
 
 def _draw_costs(axis: Axes, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    axis.set_title("CPU seconds a step, dark: its teacher", loc="left", fontsize=9.5, fontweight="bold")
+    axis.set_title("CPU s a step, dark: teacher", loc="left", fontsize=9.5, fontweight="bold")
     for y, own in enumerate(arms.values()):
         if "cpu_seconds" not in own[0]:
+            axis.text(0, y, " not measured" if own[0]["kind"] != "start" else "", color=SOFT, va="center", fontsize=8.5)
             continue
         whole, share = (statistics.fmean(row[key] for row in own) for key in ("cpu_seconds", "teacher_share"))
         axis.barh(y, whole, height=0.5, color=PALETTE[0])

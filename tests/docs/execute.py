@@ -43,8 +43,11 @@ def main(file: str) -> None:
 
 
 def _sizes(words: list[str]) -> list[str]:
-    exported = [EXPORTED[word] for word in words if word in EXPORTED]
-    return [] if "--help" in words else SIZES.get(words[0], exported)
+    if "--help" in words:
+        return []
+    if words[0] in ("check", "plan"):  # of a run that is not there yet
+        return [*SIZES[words[1]], "run_dir=runs/ahead"] if words[1] in SIZES else []
+    return SIZES.get(words[0], [EXPORTED[word] for word in words if word in EXPORTED])
 
 
 def run(words: list[str]) -> tuple[int, str, str]:

@@ -45,9 +45,9 @@ class Line:
     text: str
 
 
-def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False, data: bool = True) -> None:
+def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False) -> None:
     """Print every line. Raises ValueError when one failed, after all were looked at. `self_test`: load the student
-    twice and see that it is no nat away from itself. `data`: whether there are rows yet."""
+    twice and see that it is no nat away from itself."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
     console, rows, found = Console(), Rows(config), {}
@@ -59,7 +59,7 @@ def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False
         "student": lambda: _tensors("student", config.student, config, processes, found),
         "teacher": (lambda: _tensors("teacher", teacher, config, processes, found)) if teacher else None,
         "tokenizers": lambda: _tokenizers(config),
-        "data": rows.check_training if data else None,
+        "data": rows.check_training,
         "evaluation": rows.check_evaluation if config.evaluation.sets else None,
         "run_dir": lambda: _run_dir(config),
         "disk": lambda: _disk(config),

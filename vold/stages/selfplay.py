@@ -46,8 +46,7 @@ from vold.rollout import open_sampler
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.questions import informative, solver_batches
-from vold.stages import check as check_training
-from vold.stages import rl
+from vold.stages import held, rl
 from vold.stages.challenge import Challenge, Panel, QuestionForm, embed_together, open_embedder
 from vold.stages.evaluate import Evaluator, summarise
 from vold.stages.job import Job, open_job
@@ -106,7 +105,7 @@ def check(config: SelfplayConfig, processes: int) -> None:
     data, first = DataConfig(path=config.run_dir / "solver.json", layout="orz"), Iteration.of(config, 1)
     for player, phase in (("challenger", config.challenger), ("solver", config.solver)):
         print(f"{player}, which trains while the other does not:")
-        check_training.run(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes, data=False)
+        held.show_models(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes)
 
 
 def _check_objectives(config: SelfplayConfig) -> None:

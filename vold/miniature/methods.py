@@ -218,7 +218,7 @@ def _config_of(method: str) -> schema.RlConfig:
 
 
 def cost(run_dir: Path) -> dict[str, float]:
-    """Of a step: CPU seconds (other work on the machine is not in them) and the share that is the teacher's, medians;
+    """Of a step: CPU seconds (other work can slow these too) and the share that is the teacher's, medians;
     and the mean of the response tokens that the teacher scores for the loss. The last step evaluates too: left out."""
     rows = read_rows(run_dir / "metrics.jsonl")[:-1]
     return {

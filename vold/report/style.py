@@ -51,7 +51,9 @@ METRICS: dict[str, Metric] = {
     "grad_norm": Metric("Gradient norm", "before clipping", "Spikes come before collapses.", log=True),
     "lr": Metric("Learning rate", ""),
     "tokens_per_second": Metric("Throughput", "tokens per second", "All phases included."),
-    "cpu_seconds": Metric("CPU time", "seconds a step", "Of this process; what else the machine does is not in it."),
+    "cpu_seconds": Metric(
+        "CPU time", "seconds a step", "Of this process; other work on the machine is not in it, but may slow it."
+    ),
     "mfu": Metric("MFU", "share of peak", "Useful work of the training phase over the device's peak."),
     "peak_memory_gib": Metric("Peak memory", "GiB", "Highest so far on one device."),
     "mismatch_mean": Metric(

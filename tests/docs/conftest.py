@@ -26,6 +26,7 @@ def place(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_vl_di
         "runs/miniature/seed0/teacher": tiny_teacher_dir,
         "runs/miniature/seed0/base": tiny_student_dir,
         "runs/demo/sft/model": tiny_student_dir,
+        "runs/selfplay/start/model": tiny_student_dir,
     }
     for name, directory in checkpoints.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)

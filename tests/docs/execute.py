@@ -71,7 +71,7 @@ def _from_scratch(name: str, stage) -> SimpleNamespace:
             shutil.rmtree(WRITES[name](arguments[0]), ignore_errors=True)
         return stage.run(*arguments, **options)
 
-    return SimpleNamespace(run=run)
+    return SimpleNamespace(**vars(stage) | {"run": run})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
 from vold.parallel.launch import Layout, pretend, shutdown
 from vold.rollout.decode import RoomyLayer
-from vold.trainer.memory import TrainingPeak, packed_on_meta, pass_through, state_bytes, training_peak
+from vold.trainer.memory import TrainingPeak, average_bytes, packed_on_meta, pass_through, state_bytes, training_peak
 from vold_kernels.chunks import default_budget
 
 TEXT_LAYOUTS = ("orz", "orz-eval", "gsm8k", "traces", "prompt-response")  # whose rows never hold an image
@@ -221,8 +221,8 @@ def _place(sizes: Sizes, layout: Layout, traced: Traced, device: str) -> Place:
     resident["vision"] = sizes.tower_bytes if traced.takes_images else 0.0
     batch, host = float(BATCH_BYTES * sizes.tokens_per_copy), 0.0
     phases = {}
-    if sizes.objective is not None and sizes.objective.teaches_itself:  # the student's average, accumulated in fp32
-        resident["teacher"] = traced.parameters * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))
+    if sizes.objective is not None and sizes.objective.teaches_itself:
+        resident["teacher"] = average_bytes(traced.parameters, dtype)
     elif sizes.teacher is not None:
         phases["teacher"] = {"working": traced.scoring, "batch": batch}
         weights = traced.teacher + (sizes.teacher_tower_bytes if layout.is_first_stage else 0)

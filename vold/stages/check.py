@@ -28,9 +28,9 @@ from vold.stages import machine, rl, sft, show_row
 from vold.stages.budget import Sizes, places, whole_parameters
 from vold.stages.held import Held, checked, show
 from vold.stages.training import check_vision
+from vold.trainer.phases import GIB
 from vold.trainer.run_log import check_run_dir
 
-GIB = 2**30
 SHOWN = 2  # rows
 Test = Callable[[], str | tuple[None, str]]
 """What was found; None with what cannot be told here. ValueError: what is wrong, with the fix."""

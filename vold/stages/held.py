@@ -19,9 +19,8 @@ from vold.models.language_model import build_chunks
 from vold.models.weights import CheckpointReader, full_tensors
 from vold.objectives import build_objective
 from vold.parallel.launch import Layout, pretend, shutdown
-from vold.trainer.memory import state_bytes
-
-GIB = 2**30
+from vold.trainer.memory import average_bytes, state_bytes
+from vold.trainer.phases import GIB
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def _rows(held: dict[str, list[Held]], config: SftConfig | RlConfig) -> Iterator
             continue
         needs = bytes_of_student(student, config.dtype)
         needs["teacher"] = teacher.parameters * size if teacher else 0.0
-        if _teaches_itself(config):  # the student's average, accumulated in fp32
-            needs["teacher"] = float(student.parameters * (size if size == 4 else size + 4))
+        if _teaches_itself(config):
+            needs["teacher"] = float(average_bytes(student.parameters, getattr(torch, config.dtype)))
         needs["sampler"] = float(sampler)
         place = f"tp {student.layout.tp_rank} pp {student.layout.pp_rank}"
         yield place, *(f"{value / GIB:.3g}" for value in (*needs.values(), sum(needs.values())))

@@ -20,8 +20,9 @@ from rich.text import Text
 from vold.config.schema import RlConfig, SftConfig, Strict
 from vold.models.architecture import Architecture
 from vold.stages.budget import Place, Sizes, Traces, kv_bytes, places, whole_parameters
-from vold.trainer.cards import CARDS, GIB, Card
+from vold.trainer.cards import CARDS, Card
 from vold.trainer.flops import segment_flops
+from vold.trainer.phases import GIB
 
 MARGIN = 0.1
 """Of a card's memory, left to CUDA, NCCL and what the allocator cannot use. Assumed, not measured."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vold.trainer.flops import PEAK_FLOPS
-
-GIB = 2**30
+from vold.trainer.phases import GIB
 
 
 @dataclass(frozen=True)

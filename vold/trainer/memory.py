@@ -184,3 +184,8 @@ def state_bytes(parameters: int, largest: int, layout: Layout, dtype: torch.dtyp
         "optimizer": parameters * (masters + 8) / sharing,
         "update": 4 * parameters / sharing if device == "cuda" else 2 * 4 * largest,
     }
+
+
+def average_bytes(parameters: int, dtype: torch.dtype) -> int:
+    """A self-teacher: the student's average in its dtype, and in fp32 where that is narrower, to accumulate in."""
+    return parameters * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))

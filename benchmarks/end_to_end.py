@@ -38,7 +38,7 @@ from .harness import facts, read_rows, spread, table_line, write_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CONFIG = ROOT / "configs" / "miniature" / "rl.yaml"
+CONFIG = ROOT / "vold" / "miniature" / "configs" / "rl.yaml"
 EQUAL, NATURAL = "equal work", "as it comes"
 OURS, PEER = "vold", "TRL GRPOTrainer"
 COLUMNS = (
@@ -121,9 +121,9 @@ def run_vold(job: Job, turn: Turn) -> None:
     """`vold rl` itself; what is put around its functions watches, or makes the work equal."""
     from vold.config import load_config, schema
     from vold.rollout import TransformersSampler
-    from vold.stages import rl
-    from vold.stages.groups import RolloutWorker
-    from vold.trainer.run_log import RunLog
+    from vold.run.run_dir import RunLog
+    from vold.train import rl
+    from vold.train.groups import RolloutWorker
 
     class FixedLengthSampler(TransformersSampler):
         def __init__(self, *args, **kwargs):
@@ -228,8 +228,8 @@ def _trl_config(kind: Callable, job: Job, config, folder: str):
         top_k=config.rollout.top_k,
         generation_kwargs={"min_new_tokens": job.max_new_tokens} if job.work == EQUAL else {},
         beta=0.0,
-        epsilon=objective.clip_low,
-        epsilon_high=objective.clip_high,
+        epsilon=objective.clip_eps_low,
+        epsilon_high=objective.clip_eps_high,
         learning_rate=config.optimizer.lr,
         max_grad_norm=config.optimizer.clip_grad,
         max_steps=job.steps,

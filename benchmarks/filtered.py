@@ -57,7 +57,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 def loss_of(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, advantage_N: Tensor, eps: float = 0.0):
     each_N = torch.full_like(advantage_N, 1 / len(advantage_N))
     terms = PolicyTerms(None, None, advantage_N, each_N, torch.zeros_like(each_N))
-    return linear_policy_loss(hidden_ND, head_VD, target_N, terms, eps_low=0.2, eps_high=0.2, filter_eps=eps)
+    return linear_policy_loss(hidden_ND, head_VD, target_N, terms, clip_eps_low=0.2, clip_eps_high=0.2, filter_eps=eps)
 
 
 def train(model: NextWord, before: Tensor, target: Tensor, epochs: int) -> None:

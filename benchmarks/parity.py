@@ -34,12 +34,12 @@ from torch import Tensor, multiprocessing
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vold.config.schema import OptimizerConfig
-from vold.data.pack import filler, pack
+from vold.data.packing import filler, pack
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
-from vold.records import Batch, MicroBatch, Prompt, Sample
 from vold.teacher import Teacher
-from vold.trainer.engine import Trainer
+from vold.trainer.trainer import Trainer
+from vold.types import Batch, MicroBatch, Prompt, Sample
 
 from .harness import facts, table_line, write_rows
 

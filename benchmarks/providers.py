@@ -55,10 +55,14 @@ def ours(case: Case) -> Step:
         ones_N = torch.full_like(p.advantage_N, 1 / len(p.advantage_N))
         if case.mode == "ce":  # the on-policy gradient of advantage 1 is that of the cross entropy
             terms = PolicyTerms(None, None, torch.ones_like(ones_N), ones_N, torch.zeros_like(ones_N))
-            out = linear_policy_loss(p.hidden_ND, p.weight_VD, p.target_N, terms, eps_low=EPS_LOW, eps_high=EPS_HIGH)
+            out = linear_policy_loss(
+                p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=EPS_LOW, clip_eps_high=EPS_HIGH
+            )
             return out.loss - out.loss.detach() - out.logp_N.mean()
         terms = PolicyTerms(p.logp_old_N, None, p.advantage_N, ones_N, torch.zeros_like(ones_N))
-        return linear_policy_loss(p.hidden_ND, p.weight_VD, p.target_N, terms, eps_low=EPS_LOW, eps_high=EPS_HIGH).loss
+        return linear_policy_loss(
+            p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=EPS_LOW, clip_eps_high=EPS_HIGH
+        ).loss
 
     return logprob if case.mode == "forward" else loss
 

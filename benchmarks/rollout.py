@@ -25,9 +25,9 @@ import torch
 
 from vold.config.schema import SamplingConfig, VllmConfig
 from vold.miniature import models
-from vold.records import Prompt
-from vold.rollout.vllm_engines import ColocatedEngine, Request, vllm_prompt
-from vold.rollout.vllm_sampler import VllmSampler
+from vold.rollout.vllm.engines import ColocatedEngine, Request, vllm_prompt
+from vold.rollout.vllm.sampler import VllmSampler
+from vold.types import Prompt
 
 from .harness import facts, spread, write_rows
 

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from vold.config.schema import OptimizerConfig
-from vold.data.pack import pack
+from vold.data.packing import pack
+from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.parallel.launch import Layout, initialise
-from vold.records import Batch, Prompt, Sample
-from vold.teacher import score
-from vold.trainer import engine
-from vold.trainer.flops import peak_flops
+from vold.teacher import scorer as score
+from vold.trainer import trainer as engine
+from vold.types import Batch, Prompt, Sample
 from vold_kernels.linear_logprob import linear_logprob
 from vold_kernels.linear_policy_loss import linear_policy_loss
-from vold_kernels.records import PolicyLoss, PolicyTerms
+from vold_kernels.types import PolicyLoss, PolicyTerms
 
 from .harness import MIB, facts, peak_bytes, reset_peak, rest, seconds, spread, write_rows
 
@@ -103,14 +103,14 @@ def logits_policy_loss(
     target_N: Tensor,
     terms: PolicyTerms,
     *,
-    eps_low: float,
-    eps_high: float,
+    clip_eps_low: float,
+    clip_eps_high: float,
     **options,
 ) -> PolicyLoss:
     """The same loss on the policy (ratio 1); statistics that only feed metrics are left out."""
     logp_N = logits_logprob(hidden_ND, weight_VD, target_N, **options)
     ratio_N = (logp_N - logp_N.detach()).exp()
-    clipped_N = ratio_N.clamp(1 - eps_low, 1 + eps_high)
+    clipped_N = ratio_N.clamp(1 - clip_eps_low, 1 + clip_eps_high)
     pg_N = -torch.minimum(ratio_N * terms.advantage_N, clipped_N * terms.advantage_N)
     pg_loss = (terms.pg_weight_N * pg_N).sum()
     kl_loss = pg_loss.new_zeros(())

@@ -10,12 +10,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-sys.path.insert(0, str(Path(__file__).parent / "models"))  # `import tiny` from any test
-sys.path.insert(0, str(Path(__file__).parent / "trainer"))  # `import steps`
 
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+pytest_plugins = ("support.stage_world",)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -82,6 +82,7 @@ def torchrun():
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS.parent)))  # support, benchmarks
         command = [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from vold.config.schema import PromptConfig
-from vold.data.pack import pack
+from vold.data.packing import pack
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.architecture import Architecture
 from vold.models.images import encoder_of
 from vold.models.tokenizer import check_vocabularies, load_tokenizer
 from vold.objectives import likelihood
-from vold.records import Sample
-from vold.rollout.vllm_engines import Request, vllm_prompt
+from vold.rollout.vllm.engines import Request, vllm_prompt
 from vold.rollout.vocabulary import Vocabulary
+from vold.types import Sample
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +31,8 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sampler and trainer disagree on log-probs": (
         "verl#2953 #3694 #4070, TRL#3867 #4493 #4530, open-instruct#1051, ms-swift#6235, xtuner#1197",
         (
-            "stages/test_stages.py::test_sampler_and_trainer_agree_at_another_temperature",
-            "stages/test_stages.py::test_stale_weights_raise_the_alarm",
+            "train/test_stages.py::test_sampler_and_trainer_agree_at_another_temperature",
+            "train/test_stages.py::test_stale_weights_raise_the_alarm",
             "trainer/test_step.py::test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits",
             "rollout/test_decode.py::test_recorded_logprobs_are_the_models",
             "vllm/test_sampler.py::test_logprobs_are_those_of_the_sampling_temperature",
@@ -59,9 +59,9 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "teacher/test_vllm_teacher.py::test_response_positions_only_in_order",
             "teacher/test_vllm_teacher.py::test_a_failed_call_is_none_and_the_others_are_scored",
-            "stages/test_rollouts.py::test_a_failed_teacher_call_masks_its_response",
+            "train/test_rollout_schedule.py::test_a_failed_teacher_call_masks_its_response",
             "rollout/test_remote_engines.py::test_a_fault_is_named_and_the_other_engine_takes_over",
-            "stages/test_serve.py::test_the_teacher_of_an_rl_config_has_room_to_score",
+            "commands/test_serve.py::test_the_teacher_of_an_rl_config_has_room_to_score",
         ),
     ),
     "positions of packed or padded sequences": (
@@ -86,7 +86,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "trainer/test_step.py::test_gradient_is_invariant_to_the_micro_batch_split",
             "trainer/test_step.py::test_samples_without_gradient_are_left_out_exactly",
-            "stages/test_stages.py::test_a_stage_gives_the_same_numbers_at_every_layout",
+            "train/test_stages.py::test_a_stage_gives_the_same_numbers_at_every_layout",
             "benchmarks/test_parity.py::test_layouts_equal_one_process_and_transformers",
         ),
     ),
@@ -110,7 +110,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a seeing teacher reads the student's image tokens": (
         "patch sizes differ between Qwen2.5-VL and Qwen3-VL",
         (
-            "stages/test_images.py::test_scores_are_those_of_the_teachers_own_prompts",
+            "train/test_images.py::test_scores_are_those_of_the_teachers_own_prompts",
             "trainer/test_seeing.py::test_a_teacher_reads_its_own_prompts",
         ),
     ),
@@ -135,7 +135,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a resumed run draws or reads other things": (
         "ms-swift#9935, transformers#46628, open-instruct#1523, bionemo#1250, Megatron-Bridge#5593",
         (
-            "stages/test_stages.py::test_resumed_run_equals_the_uninterrupted_one_bit_for_bit",
+            "train/test_stages.py::test_resumed_run_equals_the_uninterrupted_one_bit_for_bit",
             "trainer/test_checkpoint.py::test_a_resumed_trainer_goes_on_bit_for_bit",
             "data/test_pack_and_order.py::test_each_epoch_sees_every_row_once_across_its_edge",
             "trainer/test_reshard.py::test_a_chain_of_layouts",
@@ -156,8 +156,8 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "rollout/test_vllm_sampler.py::test_a_lost_group_is_named_and_left_out",
             "rollout/test_remote_engines.py::test_an_engine_started_again_gets_its_weights_before_it_is_used",
-            "stages/test_rollouts.py::test_a_lost_group_is_dropped_whole_and_counted",
-            "stages/test_rollouts.py::test_a_group_is_never_half",
+            "train/test_rollout_schedule.py::test_a_lost_group_is_dropped_whole_and_counted",
+            "train/test_rollout_schedule.py::test_a_group_is_never_half",
         ),
     ),
     "weights that do not reach the sampler": (
@@ -212,7 +212,7 @@ TOKENISERS = {
     "vold/data/traces.py": 1,  # SFT sets that are text
     "vold/models/tokenizer.py": 1,  # the spelling of tokens a student lacks
     "vold/selfplay/embedders.py": 1,  # an encoder's own reading
-    "vold/stages/challenge.py": 1,  # posed questions, which become prompts
+    "vold/selfplay/challenger.py": 1,  # posed questions, which become prompts
 }
 
 

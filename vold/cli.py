@@ -34,25 +34,25 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run_
 @app.command()
 def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 0: the teacher answers the prompts; writes its token ids."""
-    _stage("traces").run(load_config(schema.TracesConfig, config, overrides or ()), resume=resume)
+    _module("train.teacher_traces").run(load_config(schema.TracesConfig, config, overrides or ()), resume=resume)
 
 
 @app.command()
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 1: the student learns the teacher's traces."""
-    _stage("sft").run(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
+    _module("train.sft").run(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
 @app.command()
 def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 2: GRPO and on-policy distillation on the student's own rollouts."""
-    _stage("rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
+    _module("train.rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
 @app.command()
 def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Challenger and solver train each other: R-Zero, R-Diverse."""
-    _stage("selfplay").run(load_config(schema.SelfplayConfig, config, overrides or ()), resume=resume)
+    _module("selfplay.loop").run(load_config(schema.SelfplayConfig, config, overrides or ()), resume=resume)
 
 
 @app.command("eval")
@@ -62,14 +62,14 @@ def evaluate(
     vlmevalkit: Annotated[bool, typer.Option("--vlmevalkit", help="the paper's ten benchmarks, by VLMEvalKit")] = False,
 ) -> None:
     """Accuracy of a checkpoint directory on text and image problems."""
-    stage = _stage("vlmevalkit" if vlmevalkit else "evaluate")
+    stage = _module("evaluation.vlmevalkit" if vlmevalkit else "evaluation.evaluator")
     stage.run(load_config(schema.EvalConfig, config, overrides or ()))
 
 
 @app.command()
 def export(config: Config, overrides: Overrides = None) -> None:
     """A run's checkpoint as a directory for transformers and vLLM."""
-    _stage("export").run(load_config(schema.ExportConfig, config, overrides or ()))
+    _module("commands.export").run(load_config(schema.ExportConfig, config, overrides or ()))
 
 
 @app.command("profile")
@@ -80,7 +80,7 @@ def profile_steps(
     beside: Annotated[list[Path] | None, typer.Option(help="a profiled run_dir, for the timeline's picture")] = None,
 ) -> None:
     """Where the time and memory of an rl or sft config's steps go; writes run_dir/profile."""
-    _stage("profile").run(load_training_config(config, overrides or ()), steps=steps, beside=beside or ())
+    _module("commands.profile").run(load_training_config(config, overrides or ()), steps=steps, beside=beside or ())
 
 
 @app.command()
@@ -96,10 +96,10 @@ def check(
     """What can go wrong, a line each with its fix: versions, layout, models, tokenizers, data, disk, memory. Shows rows
     as the model reads them and what each rank would hold. Changes nothing; exit code 2 when a line fails."""
     if stage == "selfplay":
-        _stage("selfplay").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
+        _module("selfplay.loop").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
         return
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
-    _stage("check").run(load_config(of, config, overrides or ()), processes, self_test=self_test)
+    _module("planning.check").run(load_config(of, config, overrides or ()), processes, self_test=self_test)
 
 
 @app.command()
@@ -115,7 +115,7 @@ def plan(
     """Memory by rank and phase and a step's time, before anything is launched; exit code 2 when it does not fit."""
     of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
     options = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
-    _stage("plan").run(load_config(of, config, overrides or ()), **options)
+    _module("planning.plan").run(load_config(of, config, overrides or ()), **options)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def serve(
     """One vLLM engine in a process of its own, for a config that names it in vllm.urls."""
     of = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(what, schema.RlConfig)
     teacher = what == "teacher"
-    _stage("serve").run(load_config(of, config, overrides or ()), host=host, port=port, teacher=teacher)
+    _module("commands.serve").run(load_config(of, config, overrides or ()), host=host, port=port, teacher=teacher)
 
 
 @app.command()
@@ -141,7 +141,7 @@ def grade(
     workers: Annotated[int, typer.Option(min=1, help="processes that compare what only algebra can")] = 2,
 ) -> None:
     """Verdict, extracted answer and deciding rule of every row: one JSON object a line on standard output."""
-    _stage("grade").run(file, workers=workers)
+    _module("commands.grade").run(file, workers=workers)
 
 
 @app.command()
@@ -150,13 +150,13 @@ def report(
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page over one or several runs."""
-    _stage("report").run(runs, out)
+    _module("commands.report").run(runs, out)
 
 
 @app.command()
 def watch(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
     """A live run in the terminal: metrics, phases, time left, warnings. q quits; off a terminal it prints once."""
-    _stage("watch").run(run)
+    _module("commands.watch").run(run)
 
 
 @app.command("prepare-student")
@@ -166,17 +166,17 @@ def prepare_student(
     out: Annotated[Path, typer.Argument(help="new checkpoint directory")],
 ) -> None:
     """Give the student the teacher's extra tokens (<think> ...) at the same ids."""
-    _stage("prepare").run(student, teacher, out)
+    _module("commands.prepare").run(student, teacher, out)
 
 
-def _stage(name: str):
+def _module(name: str):
     """Imported when asked for, so that --help is instant. Libraries' progress bars and advice about packages that are
     absent by design (apex, TransformerEngine) would bury the one line a person looks for."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    return import_module(f"vold.stages.{name}")
+    return import_module(f"vold.{name}")
 
 
 def main() -> None:
@@ -205,11 +205,11 @@ def _mistake(error: Exception) -> str:
 
 def _name_lost_ranks(error: RuntimeError) -> None:
     """A collective failed because a rank died or hangs: say which, and end. Returns when that is not what happened."""
-    together = sys.modules.get("vold.parallel.together")
-    if together is None or not together.is_lost_peer(error):
+    run_on_all_ranks = sys.modules.get("vold.parallel.collectives")
+    if run_on_all_ranks is None or not run_on_all_ranks.is_lost_peer(error):
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end us first: it names the dead itself
-    if not (absent := together.absent_ranks()):
+    if not (absent := run_on_all_ranks.unresponsive_ranks()):
         return
     names = ", ".join(map(str, absent))
     print(

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import train_step
 from benchmarks.harness import read_rows
 from vold.models.architecture import Architecture
-from vold.trainer.flops import segment_flops
+from vold.models.flops import segment_flops
 
 
 @pytest.mark.parametrize("arguments", [[], ["--no-teacher"]])

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from vold.config.schema import CurriculumConfig
 from vold.data.order import PromptOrder, rows_of_step
-from vold.data.pack import Replicas, pack
-from vold.records import Prompt, Sample
-from vold.teacher.score import only_sequences
+from vold.data.packing import Replicas, pack
+from vold.teacher.scorer import only_sequences
+from vold.types import Prompt, Sample
 
 lengths = st.integers(1, 9)
 weights = st.tuples(st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.25]))
@@ -148,7 +148,7 @@ def test_the_order_of_prompts_is_that_of_the_rows_whatever_is_taken_at_a_time():
     order, taken = PromptOrder(10, seed=3), []
     for portion in (4, 1, 0, 7, 8):
         rows = order.take(portion)
-        order.learn(rows, [1.0] * portion)
+        order.update_pass_rates(rows, [1.0] * portion)
         taken += rows
     assert taken == [row for step in range(5) for row in rows_of_step(step, rows=10, per_step=4, seed=3)]
 
@@ -158,9 +158,9 @@ def test_a_prompt_outside_the_curriculum_is_passed_over_once():
     order = PromptOrder(4, seed=0, curriculum=CurriculumConfig(lowest=0.1, highest=0.9))
     first = order.take(4)
     assert sorted(first) == [0, 1, 2, 3]
-    order.learn([0, 1, 2, 3], [1.0, 0.95, 0.0, None])
+    order.update_pass_rates([0, 1, 2, 3], [1.0, 0.95, 0.0, None])
     assert order.take(1) == [3] and sorted(order.take(4)) == [0, 1, 2, 3], "they are asked again the time after"
-    order.learn([2], [0.5])
+    order.update_pass_rates([2], [0.5])
     assert sorted(order.take(4)) == [0, 1, 2, 3]
 
 
@@ -168,7 +168,7 @@ def test_all_solved_does_not_end_the_search():
     order = PromptOrder(3, seed=0, curriculum=CurriculumConfig(highest=0.5))
     for _ in range(3):
         rows = order.take(3)
-        order.learn(rows, [1.0] * 3)
+        order.update_pass_rates(rows, [1.0] * 3)
         assert sorted(rows) == [0, 1, 2]
 
 

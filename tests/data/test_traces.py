@@ -9,7 +9,7 @@ from datasets import load_dataset
 
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.traces import TraceShard, load_samples
-from vold.records import Prompt, Rollout
+from vold.types import Prompt, Rollout
 
 # "he" + "llo" and the single token "hello" are the same text: ids that no tokenizer would give for it must survive
 PROMPTS = tuple(Prompt(f"p:{n}", (5, n, 151_667), f"<|im_start|>{n}", str(n)) for n in range(4))

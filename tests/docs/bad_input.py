@@ -23,7 +23,7 @@ import pyarrow.parquet as parquet
 
 from vold.data.traces import SCHEMA
 
-SFT, RL = "configs/miniature/sft.yaml", "configs/miniature/rl.yaml"
+SFT, RL = "vold/miniature/configs/sft.yaml", "vold/miniature/configs/rl.yaml"
 WORLD = "runs/miniature/seed0/data"
 SMALL = [
     "evaluation={}",
@@ -197,7 +197,7 @@ SECTIONS: dict[str, list[Case]] = {
         Case("the same in stage 1", sft("microbatch_tokens=60")),
         Case("half a schedule", rl("objective.beta_end=1e-3")),
         Case("a best of a set that is none", rl("evaluation.best=text")),
-        Case("nothing to evaluate", ("eval", "configs/miniature/eval.yaml", "run_dir=runs/bad", "evaluation={}")),
+        Case("nothing to evaluate", ("eval", "vold/miniature/configs/eval.yaml", "run_dir=runs/bad", "evaluation={}")),
         Case("a url that is none", rl("rollout.engine=vllm", "rollout.vllm.urls=[draw:8000]")),
         Case("rollouts ahead on the trainer's GPU", rl("rollout.engine=vllm", "rollout.lag=1")),
         Case("vLLM where it is not installed", rl("rollout.engine=vllm")),

@@ -36,7 +36,7 @@ CONFIGS = {
     "sft": "configs/qwen2.5-vl-3b/sft.yaml",
     "eval": "configs/qwen2.5-vl-3b/eval.yaml",
     "export": "configs/qwen2.5-vl-3b/export.yaml",
-    "selfplay": "configs/miniature/selfplay-diverse.yaml",
+    "selfplay": "vold/miniature/configs/selfplay-diverse.yaml",
 }
 
 

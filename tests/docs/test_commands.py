@@ -32,7 +32,7 @@ def only_read(command: Command) -> str:
     if "--nnodes" in text:
         return "several machines"
     if words[0] == "selfplay" and len(words) > 1:
-        return "an untrained model's answers never agree: tests/stages/test_selfplay.py"
+        return "an untrained model's answers never agree: tests/selfplay/test_selfplay.py"
     return ""
 
 

@@ -1,13 +1,10 @@
-"""A small run to break, and `import sabotage` from the fault tests."""
+"""A small run to break."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +16,7 @@ def arguments(tmp_path_factory, tiny_student_dir) -> list[str]:
     write_data(data, 0, DataSizes(train=4, traces_prompts=4, traces_other=12, val=2, test=2))
     return [
         "sft",
-        str(Path(__file__).parents[2] / "configs" / "miniature" / "sft.yaml"),
+        str(Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "sft.yaml"),
         f"student={tiny_student_dir}",
         "pair_with=null",
         f"data.path={data / 'traces_other.jsonl'}",

@@ -6,14 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import ranks
-import sabotage
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from support import ranks, sabotage
+from vold.run.run_dir import read_rows
 from vold.trainer.checkpoint import verify
-from vold.trainer.run_log import read_rows
 
 STEPS, WORLD = 7, 4
 

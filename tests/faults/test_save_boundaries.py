@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import ranks
-import saving
 import torch
-from steps import make_trainer
 
+from support import ranks, saving
+from support.steps import make_trainer
 from vold.parallel.launch import Layout
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.optimizer import optimizer_state, updates_made

@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import ranks
-import sabotage
 
-CONFIG = Path(__file__).parents[2] / "configs" / "miniature" / "traces.yaml"
+from support import ranks, sabotage
+
+CONFIG = Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "traces.yaml"
 
 
 @pytest.fixture(scope="module")

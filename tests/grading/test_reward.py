@@ -9,7 +9,7 @@ from vold.config.schema import ObjectiveConfig, RewardConfig
 from vold.grading import reward
 from vold.grading.reward import well_formed
 from vold.objectives import build_objective
-from vold.records import Group, Prompt, Rollout, Verdict
+from vold.types import Group, Prompt, Rollout, Verdict
 
 PROMPT = Prompt("p", (1,), "")
 EASY_R1 = RewardConfig(accuracy=0.9, format=0.1)
@@ -53,7 +53,9 @@ def test_a_wrong_answer_failed_however_well_it_is_written():
     verdicts = tuple(Verdict(outcome, None, "") for outcome in ("correct", "wrong", "wrong"))
     rollouts = (rollout(BARE), rollout(FORMED), rollout(BARE))
     rewards = tuple(reward(r, v, EASY_R1) for r, v in zip(rollouts, verdicts, strict=True))
-    samples = build_objective(ObjectiveConfig(beta=0.6), 40).weigh([Group(PROMPT, rollouts, verdicts, rewards)])
+    samples = build_objective(ObjectiveConfig(beta=0.6), 40).assign_token_weights(
+        [Group(PROMPT, rollouts, verdicts, rewards)]
+    )
     assert [sample.kl_weight for sample in samples] == pytest.approx([0.0, 0.1, 0.1]), "beta / 6 tokens"
     assert samples[0].advantage > samples[1].advantage > samples[2].advantage
 

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vold_kernels import reference
 from vold_kernels.chunks import ChunkBudget
-from vold_kernels.records import PolicyLoss, PolicyTerms
+from vold_kernels.types import PolicyLoss, PolicyTerms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 4
-CLIP = {"eps_low": 0.2, "eps_high": 0.3}
+CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.3}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def assert_same_record(actual: PolicyLoss, expected: PolicyLoss, tolerance: float) -> None:
     for name in ("loss", "logp_N", "entropy_N", "pg_loss", "kl_loss", "kl_old"):
         assert_near(getattr(actual, name), getattr(expected, name), tolerance)
-    assert torch.equal(actual.clip_low, expected.clip_low) and torch.equal(actual.clip_high, expected.clip_high)
+    assert torch.equal(actual.clip_count_low, expected.clip_count_low) and torch.equal(
+        actual.clip_count_high, expected.clip_count_high
+    )
 
 
 class Recorder(TorchDispatchMode):

@@ -110,7 +110,13 @@ def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: 
     shard = PairProblem(
         *(x[mine] if "weight" in name else x for name, x in vars(whole).items()),
     ).to(torch.float64)
-    for divergence, top_k in (("reverse", None), ("forward", None), ("jsd", None), ("forward", 5), ("jsd", 58)):
+    for divergence, top_k in (
+        ("reverse_kl", None),
+        ("forward_kl", None),
+        ("jsd", None),
+        ("forward_kl", 5),
+        ("jsd", 58),
+    ):
         keywords = {"weight_N": weight_N, "divergence": divergence, "alpha": 0.3, "top_k": top_k, "temperature": 0.7}
         keywords |= {"vocab_size": vocab_size}
         actual = linear_kl(*shard, **keywords, tp_group=group, budget=small_chunks(47, tokens=6))

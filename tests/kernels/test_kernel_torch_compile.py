@@ -117,7 +117,7 @@ def test_the_operators_keep_the_rules_of_torch_library():
             (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 2.0, 0.1, 0.5, 0.0]),
             test_utils=tests,
         )
-        constants = (wanted, 70, None, sizes, "forward", None, [0.5, 0.7, 0.0])
+        constants = (wanted, 70, None, sizes, "forward_kl", None, [0.5, 0.7, 0.0])
         torch.library.opcheck(_kl_op, (*pair, weight_N, *constants), test_utils=tests)
 
 

@@ -25,8 +25,8 @@ from vold_kernels.linear_kl import linear_kl
 
 FACTOR = -1.7  # the upstream gradient of the loss
 KINDS = [
-    {"divergence": "reverse"},
-    {"divergence": "forward"},
+    {"divergence": "reverse_kl"},
+    {"divergence": "forward_kl"},
     {"divergence": "jsd"},
     {"divergence": "jsd", "alpha": 0.1},
 ]
@@ -85,11 +85,11 @@ def test_the_definitions_by_hand():
         return (a * (a / b).log()).sum().item()
 
     m = 0.3 * q + 0.7 * p
-    assert value(divergence="reverse") == pytest.approx(kl(p, q), rel=1e-6)
-    assert value(divergence="forward") == pytest.approx(kl(q, p), rel=1e-6)
+    assert value(divergence="reverse_kl") == pytest.approx(kl(p, q), rel=1e-6)
+    assert value(divergence="forward_kl") == pytest.approx(kl(q, p), rel=1e-6)
     assert value(divergence="jsd", alpha=0.3) == pytest.approx(0.3 * kl(q, m) + 0.7 * kl(p, m), rel=1e-6)
     two = [torch.stack((x[0], x[1:].sum())) for x in (p, q)]
-    assert value(divergence="reverse", top_k=1) == pytest.approx(kl(*two), rel=1e-6)
+    assert value(divergence="reverse_kl", top_k=1) == pytest.approx(kl(*two), rel=1e-6)
     # The limits the documentation states.
     assert value(divergence="jsd", alpha=1e-7) / 1e-7 == pytest.approx(kl(q, p), rel=1e-5)
     assert value(divergence="jsd", alpha=1 - 1e-7) / 1e-7 == pytest.approx(kl(p, q), rel=1e-5)

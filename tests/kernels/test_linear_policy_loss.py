@@ -53,7 +53,7 @@ def test_float64_equals_the_specification(tokens, vocab, temperature):
 def test_both_bounds_are_met_in_the_cases_above():
     case = problem(2 * CHUNK + 3, 77)
     record = linear_policy_loss(*case, policy_terms(case), **CLIP)
-    assert record.clip_low + record.clip_high > 0 and record.kl_loss > 0 and record.pg_loss != 0
+    assert record.clip_count_low + record.clip_count_high > 0 and record.kl_loss > 0 and record.pg_loss != 0
     assert record.loss.requires_grad
     assert not any(value.requires_grad for name, value in vars(record).items() if name != "loss")
 
@@ -120,14 +120,14 @@ def test_a_sequence_ratio_by_hand():
     weight_N = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6], dtype=torch.float64, device=DEVICE)
     terms = PolicyTerms(logp_N - gap_N, None, advantage_N, weight_N, 0 * weight_N, sequence_N=sequence_N)
     first, second = math.exp(0.3), math.exp(-0.1)
-    record = linear_policy_loss(*case, terms, eps_low=0.2, eps_high=0.4)
+    record = linear_policy_loss(*case, terms, clip_eps_low=0.2, clip_eps_high=0.4)
     assert_near(record.loss, torch.tensor(-first + 0.5 * second, dtype=torch.float64, device=DEVICE), 1e-12)
     coefficient_N = torch.tensor([-first / 2] * 2 + [second / 6] * 3, dtype=torch.float64, device=DEVICE)
     expected = gradients((coefficient_N * reference.linear_logprob(*case)).sum(), case)
     for a, b in zip(gradients(record.loss, case), expected, strict=True):
         assert relative(a, b) < 1e-12
-    tight = linear_policy_loss(*case, terms, eps_low=0.2, eps_high=0.3)
-    assert (tight.clip_high.item(), tight.clip_low.item()) == (2, 0)
+    tight = linear_policy_loss(*case, terms, clip_eps_low=0.2, clip_eps_high=0.3)
+    assert (tight.clip_count_high.item(), tight.clip_count_low.item()) == (2, 0)
     assert torch.all(gradients(tight.loss, case)[0][:2] == 0)
 
 
@@ -183,7 +183,7 @@ def test_bfloat16_inputs_err_less_than_eager_bfloat16():
     eager = eager_loss(case, terms)
     error, eager_error = (abs(x.item() - expected.loss.item()) for x in (actual.loss, eager))
     assert error < 1e-4 and error < eager_error / 10
-    assert actual.clip_high == expected.clip_high > 0
+    assert actual.clip_count_high == expected.clip_count_high > 0
     ours, exact = gradients(FACTOR * actual.loss, case), gradients(FACTOR * expected.loss, exact_case)
     for a, b, e, bound in zip(ours, exact, gradients(FACTOR * eager, case), (4e-3, 3e-3), strict=True):
         assert a.dtype == torch.bfloat16
@@ -214,8 +214,8 @@ def test_on_policy_is_a_ratio_of_exactly_one():
     for a, b in zip(gradients(none.loss, case), gradients(given.loss, case), strict=True):
         assert relative(a, b) < 1e-12
     # The range may even be empty: at ratio 1 nothing is clipped, and dL_pg/dlogp = −A.
-    tight = linear_policy_loss(*case, replace(terms, logp_old_N=None), eps_low=0.0, eps_high=0.0)
-    assert torch.equal(tight.loss, none.loss) and tight.clip_low == tight.clip_high == 0
+    tight = linear_policy_loss(*case, replace(terms, logp_old_N=None), clip_eps_low=0.0, clip_eps_high=0.0)
+    assert torch.equal(tight.loss, none.loss) and tight.clip_count_low == tight.clip_count_high == 0
 
 
 def test_the_old_policys_logprob_is_ours_to_rounding():
@@ -234,7 +234,7 @@ def test_the_four_sides_of_the_clip():
     ones = torch.ones_like(ratio_N)
     terms = PolicyTerms(logp_N - ratio_N.log(), None, advantage_N, ones, 0 * ones)
     record = linear_policy_loss(*case, terms, **CLIP)
-    assert (record.clip_high.item(), record.clip_low.item()) == (1, 1)
+    assert (record.clip_count_high.item(), record.clip_count_low.item()) == (1, 1)
     assert_near(record.pg_loss, -torch.tensor(1.3 + 0.5 - 1.5 - 0.8 - 2.2, dtype=torch.float64, device=DEVICE), 1e-12)
     coefficient_N = torch.tensor([0.0, -0.5, 1.5, 0.0, 2.2], dtype=torch.float64, device=DEVICE)
     expected = gradients((coefficient_N * reference.linear_logprob(*case)).sum(), case)
@@ -381,7 +381,7 @@ def test_bfloat16_logits_serve_the_old_and_the_new_log_prob_alike():
     budget = replace(small_chunks(1000), bf16_logits=True)
     terms = replace(policy_terms(case), logp_old_N=linear_logprob(*case, budget=budget).detach())
     record = linear_policy_loss(*case, terms, **CLIP, budget=budget)
-    assert record.kl_old.abs() <= 1e-5 and record.clip_low + record.clip_high == 0
+    assert record.kl_old.abs() <= 1e-5 and record.clip_count_low + record.clip_count_high == 0
     live_N = (terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)
     assert_near(record.logp_N[live_N], terms.logp_old_N[live_N], 1e-6)
     exact = gradients(linear_policy_loss(*case, terms, **CLIP).loss, case)
@@ -566,8 +566,8 @@ def test_mistakes_are_named():
     terms = policy_terms(case)
     with pytest.raises(ValueError, match=r"terms.advantage_N is \(4,\)"):
         linear_policy_loss(*case, replace(terms, advantage_N=terms.advantage_N[:4]), **CLIP)
-    with pytest.raises(ValueError, match=r"eps_low is -0.1"):
-        linear_policy_loss(*case, terms, eps_low=-0.1, eps_high=0.2)
+    with pytest.raises(ValueError, match=r"clip_eps_low is -0.1"):
+        linear_policy_loss(*case, terms, clip_eps_low=-0.1, clip_eps_high=0.2)
     with pytest.raises(ValueError, match="importance_cap is 0"):
         linear_policy_loss(*case, terms, **CLIP, importance_cap=0.0)
     with pytest.raises(

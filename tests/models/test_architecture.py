@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from transformers import LlamaConfig
 
+from support import tiny
 from vold.models.architecture import Architecture, transformer_config
 
 

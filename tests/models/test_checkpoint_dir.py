@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 
 import pytest
-import tiny
 import torch
 from transformers import (
     AutoTokenizer,
@@ -14,6 +13,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.language_model import build_language_model, hidden_states, open_tower

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
-from vold.data.pack import Encoded, TextEncoder, pack
+from support import tiny
+from vold.data.packing import Encoded, TextEncoder, pack
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states, open_tower
 from vold.models.weights import load_pretrained
-from vold.records import Prompt, Sample
+from vold.types import Prompt, Sample
 
 GRIDS = ((1, 4, 6),), ((1, 8, 4), (1, 4, 4))
 

@@ -12,9 +12,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 
+from support import tiny
 from vold.models import layer_ops, layers
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states

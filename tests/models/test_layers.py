@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-import tiny
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
 from vold.models.layer_ops import flash_attention, sdpa_attention, varlen_attention

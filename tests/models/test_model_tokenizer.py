@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from support import tiny
 from vold.models.tokenizer import add_thinking_tokens, check_pair, check_vocabularies, extend_tokenizer, load_tokenizer
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"

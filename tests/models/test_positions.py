@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions, text_positions
 

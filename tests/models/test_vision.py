@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.images import grids_of
 from vold.models.vision import FrozenVisionTower
-from vold.records import Picture
+from vold.types import Picture
 
 GENERATOR = torch.Generator().manual_seed(0)
 PICTURES = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model
 from vold.models.weights import export_weights, load_pretrained

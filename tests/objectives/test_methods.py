@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_objective import LONGEST, group, weigh
+from test_objective import LONGEST, assign_token_weights, group
 
 from vold.config.schema import ObjectiveConfig
 from vold.objectives import PRESETS, Objective, build_objective, minibatches, ratios, routing
@@ -27,7 +27,7 @@ def build(**keys):
 def test_dr_grpo_divides_by_neither_std_nor_length():
     assert mean_centred([1.0, 0.0, 0.0, 1.0, 0.0]) == pytest.approx([0.6, -0.4, -0.4, 0.6, -0.4], rel=1e-15)
     assert mean_centred([0.3, 0.3]) == [0.0, 0.0]
-    samples = weigh("dr-grpo", [group([1.0, 0.0], lengths=[2, 9])])
+    samples = assign_token_weights("dr-grpo", [group([1.0, 0.0], lengths=[2, 9])])
     assert [s.advantage for s in samples] == [0.5, -0.5]
     assert [s.pg_weight for s in samples] == pytest.approx([1 / (2 * LONGEST)] * 2, rel=1e-15)
 
@@ -42,10 +42,10 @@ def test_normalisers():
 
 def test_gspo_weighs_a_response_by_the_mean_of_its_tokens():
     """Sum over tokens of weight x (the same ratio) x A is the mean over responses: G responses, |y| tokens each."""
-    samples = weigh("gspo", [group([1.0, 0.0], lengths=[2, 8])])
+    samples = assign_token_weights("gspo", [group([1.0, 0.0], lengths=[2, 8])])
     assert [s.pg_weight * len(s.response_ids) for s in samples] == pytest.approx([0.5, 0.5], rel=1e-15)
     assert PRESETS["gspo"].ratio.couples_tokens and PRESETS["vold-gspo"].ratio.couples_tokens
-    assert (PRESETS["gspo"].clip_low, PRESETS["gspo"].clip_high) == (3e-4, 4e-4)
+    assert (PRESETS["gspo"].clip_eps_low, PRESETS["gspo"].clip_eps_high) == (3e-4, 4e-4)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_gspo_weighs_a_response_by_the_mean_of_its_tokens():
     [
         (1.0, 0.5 + 0.5 * math.sqrt(0.36), 0.5 + 0.5 * math.sqrt(1.8)),  # .8 and 1.1708
         (0.8, 0.5 + 0.5 * math.sqrt(0.2), 0.5 + 0.5 * math.sqrt(2.0)),
-        (0.64, 0.5, 0.5 + 0.5 * math.sqrt(2.25)),  # 4 clip_low / q = 1: from here down the lower bound is a half
+        (0.64, 0.5, 0.5 + 0.5 * math.sqrt(2.25)),  # 4 clip_eps_low / q = 1: from here down the lower bound is a half
         (1e-6, 0.5, 0.5 + 0.5 * math.sqrt(800001.0)),  # 447.7: rare tokens are all but free
         (0.0, 0.5, math.inf),
     ],
@@ -61,7 +61,7 @@ def test_gspo_weighs_a_response_by_the_mean_of_its_tokens():
 def test_dcpo_bounds(q, low, high):
     objective = PRESETS["dcpo"]
     logp_N = torch.tensor([q], dtype=torch.float64).log()
-    found = objective.ratio.bounds(logp_N, objective.clip_low, objective.clip_high)
+    found = objective.ratio.bounds(logp_N, objective.clip_eps_low, objective.clip_eps_high)
     assert [float(bound) for bound in found] == pytest.approx([low, high], rel=1e-9)
 
 
@@ -89,8 +89,8 @@ def test_dcpo_learns_from_equal_rewards_by_those_of_earlier_steps():
     assert smoothed([1.0, 1.0], [(1.0, 0.0)]) == pytest.approx([0.25, 0.25], rel=1e-5)
     assert smoothed([1.0, 1.0], [(1.0, 1.0)]) == [0.0, 0.0] == smoothed([1.0, 1.0])
     solved = replace(group([1.0, 1.0]), earlier=((1.0, 0.0),))
-    assert [s.advantage for s in weigh("dcpo", [solved])] == pytest.approx([0.25, 0.25], rel=1e-5)
-    assert build(preset="dcpo").informs(solved) and not build(preset="grpo").informs(solved)
+    assert [s.advantage for s in assign_token_weights("dcpo", [solved])] == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert build(preset="dcpo").has_gradient(solved) and not build(preset="grpo").has_gradient(solved)
 
 
 def test_overlong_penalty():
@@ -101,10 +101,10 @@ def test_overlong_penalty():
 
 
 def test_the_overlong_penalty_moves_advantages_and_leaves_routing_alone():
-    long, short = weigh("dapo", [group([1.0, 1.0], lengths=[10, 8])])  # penalties .5 and 0
+    long, short = assign_token_weights("dapo", [group([1.0, 1.0], lengths=[10, 8])])  # penalties .5 and 0
     assert long.advantage == pytest.approx(-0.25 / (statistics.stdev([0.5, 1.0]) + 1e-6))
     assert short.advantage == -long.advantage
-    routed = weigh("vold", [group([1.0, 0.0], lengths=[10, 8])], beta=1.0, overlong_share=0.2)
+    routed = assign_token_weights("vold", [group([1.0, 0.0], lengths=[10, 8])], beta=1.0, overlong_share=0.2)
     assert [s.kl_weight for s in routed] == pytest.approx([0.0, 1 / 18])
     assert build(preset="dapo", overlong_share=0.0).overlong is None
 
@@ -115,7 +115,10 @@ def test_kdrl_masks():
     assert routing.failed(rewards) == [0, 1, 0.75]
     assert routing.failed_groups(rewards) == [0, 0, 0] and routing.failed_groups([0.0, 0.0]) == [1, 1]
     groups = [group([1.0, 0.0]), group([0.0, 0.0])]
-    routed = {name: [s.kl_weight > 0 for s in weigh(name, groups)] for name in ("kdrl", "kdrl-response", "kdrl-group")}
+    routed = {
+        name: [s.kl_weight > 0 for s in assign_token_weights(name, groups)]
+        for name in ("kdrl", "kdrl-response", "kdrl-group")
+    }
     assert routed == {
         "kdrl": [True] * 4,
         "kdrl-response": [False, True, True, True],
@@ -152,34 +155,38 @@ def test_the_target_controller_finds_the_beta_that_holds_the_target():
 
 def test_the_entropy_bonus_reaches_responses_without_advantage():
     solved = [group([1.0, 1.0])]
-    assert all(s.pg_weight == 0 for s in weigh("grpo", solved))
-    assert all(s.pg_weight == 1 / 4 and s.advantage == 0 for s in weigh("grpo", solved, entropy_bonus=0.01))
+    assert all(s.pg_weight == 0 for s in assign_token_weights("grpo", solved))
+    assert all(
+        s.pg_weight == 1 / 4 and s.advantage == 0 for s in assign_token_weights("grpo", solved, entropy_bonus=0.01)
+    )
 
 
 def test_minibatches_hold_whole_groups_and_each_its_own_normaliser():
     groups = [group([1.0, 0.0], lengths=[n, n + 1], name=str(n)) for n in (1, 3, 5, 7, 9)]
     objective = build(preset="vold")
-    samples = objective.weigh(groups, minibatches=2)
+    samples = objective.assign_token_weights(groups, minibatches=2)
     assert [s.minibatch for s in samples] == [0] * 4 + [1] * 6
     assert samples[0].pg_weight == pytest.approx(1 / (3 + 7)) and samples[-1].pg_weight == pytest.approx(1 / 45)
     first, second = minibatches(samples)
     assert len(first) == len(second) == len(samples), "a sample's place is that among all samples of the step"
     assert first[:4] == samples[:4] and second[4:] == samples[4:]
     assert all(s.pg_weight == s.kl_weight == 0 for s in [*first[4:], *second[:4]])
-    whole = objective.weigh(groups)
+    whole = objective.assign_token_weights(groups)
     assert minibatches(whole) == [whole] and minibatches([]) == [[]]
-    one_group = objective.weigh(groups[:1], minibatches=4)
+    one_group = objective.assign_token_weights(groups[:1], minibatches=4)
     assert minibatches(one_group) == [one_group], "no update without a sample"
 
 
 def test_every_part_can_be_changed_by_its_name():
-    changed = build(preset="grpo", advantage="mean-centred", ratio="sequence", normaliser="constant", clip_high=0.28)
+    changed = build(
+        preset="grpo", advantage="mean-centred", ratio="sequence", normaliser="constant", clip_eps_high=0.28
+    )
     expected = replace(
         PRESETS["grpo"],
         advantage=mean_centred,
         ratio=ratios.SEQUENCE,
         normaliser=constant,
-        clip_high=0.28,
+        clip_eps_high=0.28,
         longest=LONGEST,
     )
     assert changed == expected
@@ -237,7 +244,7 @@ def test_a_new_preset_needs_no_other_code(monkeypatch):
     own = Objective(mean_centred, routing.failed_groups, ratio=ratios.SEQUENCE, normaliser=constant, beta=0.5)
     monkeypatch.setitem(PRESETS, "own", own)
     assert build(preset="own").needs_teacher
-    samples = weigh("own", [group([0.0, 0.0]), group([1.0, 0.0])])
+    samples = assign_token_weights("own", [group([0.0, 0.0]), group([1.0, 0.0])])
     assert [s.kl_weight for s in samples] == pytest.approx([0.5 / (4 * LONGEST)] * 2 + [0.0] * 2)
     assert [s.advantage for s in samples] == [0.0, 0.0, 0.5, -0.5]
 

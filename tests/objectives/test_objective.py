@@ -8,7 +8,7 @@ import pytest
 from vold.config.schema import ObjectiveConfig
 from vold.objectives import PRESETS, build_objective, likelihood
 from vold.objectives.advantages import group_normalised
-from vold.records import Group, Prompt, Rollout, Sample, Verdict
+from vold.types import Group, Prompt, Rollout, Sample, Verdict
 
 LONGEST = 10
 
@@ -21,8 +21,8 @@ def group(rewards, lengths=None, name="p"):
     return Group(prompt, rollouts, verdicts, tuple(rewards))
 
 
-def weigh(preset, groups, **numbers):
-    return build_objective(ObjectiveConfig(preset=preset, **numbers), LONGEST).weigh(groups)
+def assign_token_weights(preset, groups, **numbers):
+    return build_objective(ObjectiveConfig(preset=preset, **numbers), LONGEST).assign_token_weights(groups)
 
 
 def test_group_normalised_uses_the_unbiased_std():
@@ -38,7 +38,7 @@ def test_equal_rewards_give_exactly_zero_advantage():
 
 
 def test_vold_distils_failures_only_with_beta_over_the_global_token_count():
-    samples = weigh("vold", [group([1.0, 0.0, 0.0], lengths=[3, 5, 2])], beta=0.5)
+    samples = assign_token_weights("vold", [group([1.0, 0.0, 0.0], lengths=[3, 5, 2])], beta=0.5)
     assert [s.kl_weight for s in samples] == pytest.approx([0.0, 0.05, 0.05])
     assert samples[0].kl_weight == 0.0
     assert [s.pg_weight for s in samples] == pytest.approx([0.1] * 3)
@@ -46,26 +46,28 @@ def test_vold_distils_failures_only_with_beta_over_the_global_token_count():
 
 def test_presets_route_as_the_paper_says():
     mixed = [group([1.0, 0.0])]
-    assert all(s.kl_weight == 0.0 for s in weigh("grpo", mixed, beta=0.5))
-    assert all(s.kl_weight > 0.0 for s in weigh("vold-unmasked", mixed, beta=0.5))
-    opd = weigh("opd", mixed, beta=0.5)
+    assert all(s.kl_weight == 0.0 for s in assign_token_weights("grpo", mixed, beta=0.5))
+    assert all(s.kl_weight > 0.0 for s in assign_token_weights("vold-unmasked", mixed, beta=0.5))
+    opd = assign_token_weights("opd", mixed, beta=0.5)
     assert all(s.kl_weight > 0.0 and s.pg_weight == 0.0 for s in opd)
     assert not PRESETS["grpo"].needs_teacher and PRESETS["vold"].needs_teacher
 
 
 def test_solved_group_costs_nothing_under_vold():
-    assert all(s.pg_weight == s.kl_weight == 0.0 for s in weigh("vold", [group([1.0] * 5)]))
+    assert all(s.pg_weight == s.kl_weight == 0.0 for s in assign_token_weights("vold", [group([1.0] * 5)]))
 
 
 def test_a_response_the_grader_broke_on_is_neither_in_the_baseline_nor_in_the_count():
-    samples = weigh("vold", [group([1.0, None, 0.0], lengths=[4, 100, 4])])
+    samples = assign_token_weights("vold", [group([1.0, None, 0.0], lengths=[4, 100, 4])])
     assert len(samples) == 2
     assert samples[0].pg_weight == pytest.approx(1 / 8)
     assert samples[0].advantage == pytest.approx(-samples[1].advantage)
 
 
 def test_the_normaliser_is_shared_by_all_groups_of_the_step():
-    samples = weigh("vold", [group([1.0, 0.0], lengths=[2, 2]), group([1.0, 1.0], lengths=[5, 7])], beta=1.0)
+    samples = assign_token_weights(
+        "vold", [group([1.0, 0.0], lengths=[2, 2]), group([1.0, 1.0], lengths=[5, 7])], beta=1.0
+    )
     assert samples[0].pg_weight == pytest.approx(1 / 16)
 
 

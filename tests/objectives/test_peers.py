@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vold.config.schema import ObjectiveConfig
 from vold.objectives import PRESETS, build_objective
-from vold.records import Group, Prompt, Rollout, Verdict
+from vold.types import Group, Prompt, Rollout, Verdict
 from vold_kernels.linear_kl import linear_kl
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
@@ -71,7 +71,7 @@ def ours(case: Problem, **keys) -> tuple[Tensor, Tensor]:
         prompt = Prompt(f"p{number}", (1,), "")
         rollouts = tuple(Rollout(prompt, (0,) * next(lengths), (), "stop", "") for _ in rewards)
         groups.append(Group(prompt, rollouts, (Verdict("correct", None, ""),) * len(rewards), tuple(rewards)))
-    samples = objective.weigh(groups)
+    samples = objective.assign_token_weights(groups)
     per_token = lambda name: torch.tensor(  # noqa: E731
         [getattr(s, name) for s in samples for _ in s.response_ids], dtype=torch.float64
     )
@@ -165,7 +165,7 @@ def test_verl(verl, name):
 def test_verl_gspo_within_its_bounds(verl):
     """With bounds that hold some of the sequences' ratios, and not others."""
     case = problem()
-    actual, _ = ours(case, preset="gspo", clip_low=0.05, clip_high=0.05)
+    actual, _ = ours(case, preset="gspo", clip_eps_low=0.05, clip_eps_high=0.05)
     expected = verl_loss(verl, case, "gspo", "seq-mean-token-mean", 0.05, 0.05)
     assert_same(case, actual, expected, VERL_TOLERANCE["seq-mean-token-mean"])
 
@@ -185,7 +185,7 @@ def test_verl_with_its_k2_penalty(verl, name):
     algorithms, _ = verl
     shares_B = torch.tensor([share for row in REWARDS for share in preset.route(row)], dtype=torch.float64)
     penalty_BT = algorithms.kl_penalty(case.logp_BT(), case.teacher_BT, "k2") * shares_B[:, None]
-    expected = verl_loss(verl, case, "vanilla", "token-mean", preset.clip_low, preset.clip_high)
+    expected = verl_loss(verl, case, "vanilla", "token-mean", preset.clip_eps_low, preset.clip_eps_high)
     expected = expected + 0.5 * algorithms.agg_loss(penalty_BT, MASK_BT.double(), "token-mean")
     actual, _ = ours(case, preset=name, beta=0.5)
     assert_same(case, actual, expected)
@@ -250,11 +250,23 @@ def trl_loss(trl: ModuleType, case: Problem, advantage_B: Tensor, loss_type: str
 
 PEERS: dict[str, tuple[str, str, float, float, dict]] = {
     "grpo": ("dapo", "token", 0.2, 0.3, {}),
-    "grpo as published": ("grpo", "token", 0.2, 0.2, {"preset": "grpo", "normaliser": "sequences", "clip_high": 0.2}),
+    "grpo as published": (
+        "grpo",
+        "token",
+        0.2,
+        0.2,
+        {"preset": "grpo", "normaliser": "sequences", "clip_eps_high": 0.2},
+    ),
     "dr-grpo": ("dr_grpo", "token", 0.2, 0.2, {}),
     "dapo": ("dapo", "token", 0.2, 0.28, {"preset": "dapo", "overlong_share": 0.0}),
     "gspo": ("grpo", "sequence", 3e-4, 4e-4, {}),
-    "gspo within bounds": ("grpo", "sequence", 0.05, 0.05, {"preset": "gspo", "clip_low": 0.05, "clip_high": 0.05}),
+    "gspo within bounds": (
+        "grpo",
+        "sequence",
+        0.05,
+        0.05,
+        {"preset": "gspo", "clip_eps_low": 0.05, "clip_eps_high": 0.05},
+    ),
 }
 
 
@@ -265,7 +277,7 @@ def test_trl(trl, name):
     assert_same(case, actual, trl_loss(trl, case, advantage_B, *settings))
 
 
-@pytest.mark.parametrize(("alpha", "kind"), [(0.5, "jsd"), (1.0, "reverse"), (0.0, "forward")])
+@pytest.mark.parametrize(("alpha", "kind"), [(0.5, "jsd"), (1.0, "reverse_kl"), (0.0, "forward_kl")])
 def test_trl_sdpo(alpha, kind):
     """SDPO's divergence over the student's top and one bucket for the rest, token by token."""
     theirs = pytest.importorskip(

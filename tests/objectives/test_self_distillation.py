@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_objective import group, weigh
+from test_objective import assign_token_weights, group
 
 from vold.objectives import PRESETS
 from vold.objectives.self_distillation import confidence, correct_sibling, feedback_on, without_thinking
-from vold.records import Hint, Rollout, Verdict
+from vold.types import Hint, Rollout, Verdict
 
 
 def test_a_response_is_shown_a_correct_sibling_and_never_itself():
@@ -16,7 +16,7 @@ def test_a_response_is_shown_a_correct_sibling_and_never_itself():
 
 
 def taught(preset, *rewards, **keys):
-    return [[bool(s.kl_weight) for s in weigh(preset, [group(r)], **keys)] for r in rewards]
+    return [[bool(s.kl_weight) for s in assign_token_weights(preset, [group(r)], **keys)] for r in rewards]
 
 
 def test_routing():
@@ -34,13 +34,13 @@ def test_with_feedback_every_failed_response_is_taught():
     assert taught("sdpo", *rewards, feedback=True) == [[True] * 3, [True, False], [True, True]]
     assert taught("srpo", *rewards, feedback=True) == [[True, False, False], [True, False], [True, True]]
     told = "The answer is wrong."
-    hints = [[s.hint for s in weigh("sdpo", [group(r)], feedback=True)] for r in rewards]
+    hints = [[s.hint for s in assign_token_weights("sdpo", [group(r)], feedback=True)] for r in rewards]
     assert hints == [
         [Hint("text", told), Hint("text", None), Hint("text", None)],
         [Hint("text", told), None],
         [Hint(None, told)] * 2,
     ]
-    assert [s.hint for s in weigh("sdpo", [group([0.0, 1.0])])] == [Hint("text", None), None]
+    assert [s.hint for s in assign_token_weights("sdpo", [group([0.0, 1.0])])] == [Hint("text", None), None]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_feedback_is_the_graders_finding_and_never_the_gold_answer(verdict, word
 
 def test_feedback_is_for_a_student_that_teaches_itself():
     with pytest.raises(ValueError, match=r"objective.feedback .* objective.preset = 'vold' does not; choose sdpo"):
-        weigh("vold", [], feedback=True)
+        assign_token_weights("vold", [], feedback=True)
 
 
 def test_thinking_is_stripped_from_the_demonstration():
@@ -75,22 +75,22 @@ def test_thinking_is_stripped_from_the_demonstration():
         mixed.verdicts,
         mixed.rewards,
     )
-    assert [s.hint for s in weigh("sdpo", [mixed])] == [Hint("7"), None]
+    assert [s.hint for s in assign_token_weights("sdpo", [mixed])] == [Hint("7"), None]
 
 
 def test_srpo_gives_each_response_one_term_and_all_one_token_count():
     """(sum z^G l^G + sum z^S w l^S) / sum (z^G + z^S): the failed response is taught, the other two stay with GRPO."""
-    samples = weigh("srpo", [group([0.0, 1.0, 1.0], lengths=[4, 3, 1])])
+    samples = assign_token_weights("srpo", [group([0.0, 1.0, 1.0], lengths=[4, 3, 1])])
     assert [s.kl_weight for s in samples] == [1 / 8, 0, 0]
     assert [s.pg_weight for s in samples] == [0, 1 / 8, 1 / 8]
     assert samples[1].advantage > 0 > samples[0].advantage, "advantages are those of the whole group"
-    hopeless = weigh("srpo", [group([0.0, 0.0]), group([1.0, 0.0])])
+    hopeless = assign_token_weights("srpo", [group([0.0, 0.0]), group([1.0, 0.0])])
     assert [s.kl_weight > 0 for s in hopeless] == [False, False, False, True]
     assert all(not (s.pg_weight and s.kl_weight) for s in hopeless)
 
 
 def test_sdpo_has_no_policy_gradient_and_no_other_teacher():
-    samples = weigh("sdpo", [group([0.0, 1.0, 1.0])])
+    samples = assign_token_weights("sdpo", [group([0.0, 1.0, 1.0])])
     assert all(s.pg_weight == 0 and s.kl_weight == 1 / 6 for s in samples)
     for name in ("sdpo", "srpo"):
         assert PRESETS[name].teaches_itself and not PRESETS[name].needs_teacher

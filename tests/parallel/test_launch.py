@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+from support import tiny
 from vold.parallel.launch import LaunchFacts, initialise
 
 WORKERS = Path(__file__).with_name("workers.py")

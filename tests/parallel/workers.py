@@ -7,15 +7,12 @@ importing Megatron takes longer than they do.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-
-import tiny
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
+from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states, open_tower
 from vold.models.weights import export_weights, load_pretrained

@@ -18,9 +18,9 @@ import pytest
 from made_up_runs import rl_metrics, write_run
 from rich.console import Console
 
+from vold.commands import watch
 from vold.report import read_run
 from vold.report.watch import is_finished, sparkline, view
-from vold.stages import watch
 
 
 def shown(run, **more):

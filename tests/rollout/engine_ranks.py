@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vold.config.schema import VllmConfig
-from vold.rollout import vllm_remote
-from vold.rollout.vllm_engines import Request
-from vold.rollout.vllm_remote import RemoteEngines
+from vold.rollout.vllm import remote as vllm_remote
+from vold.rollout.vllm.engines import Request
+from vold.rollout.vllm.remote import RemoteEngines
 
 
 def weights(made: list[str]) -> Iterator[tuple[str, Tensor]]:

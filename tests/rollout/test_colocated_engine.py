@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vold.config.schema import VllmConfig
-from vold.rollout.vllm_engines import ColocatedEngine, Request
+from vold.rollout.vllm.engines import ColocatedEngine, Request
 
 REQUESTS = [Request((5, 6), (), {"n": 1}) for _ in range(3)]
 

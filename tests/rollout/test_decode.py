@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from vold.config.schema import SamplingConfig
-from vold.records import Prompt
-from vold.rollout import TransformersSampler, decode
+from vold.rollout import TransformersSampler
+from vold.rollout.transformers import decode
+from vold.types import Prompt
 
 GREEDY = SamplingConfig(max_new_tokens=21, temperature=0.0)
 SAMPLED = SamplingConfig(max_new_tokens=21, temperature=1.0)

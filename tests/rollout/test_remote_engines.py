@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_engine import FakeEngine
 from safetensors.torch import load_file
 
+from support.fake_engine import FakeEngine
 from vold.config.schema import VllmConfig
-from vold.rollout import vllm_remote, weight_stream
-from vold.rollout.vllm_engines import Request
-from vold.rollout.vllm_remote import RemoteEngines, goes_by_stream
+from vold.rollout.vllm import remote as vllm_remote
+from vold.rollout.vllm import weight_stream
+from vold.rollout.vllm.engines import Request
+from vold.rollout.vllm.remote import RemoteEngines, goes_by_stream
 
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vold.config.schema import SamplingConfig
-from vold.records import Prompt
-from vold.rollout.vllm_engines import Answer, Request, Response
-from vold.rollout.vllm_sampler import VllmSampler
+from vold.rollout.vllm.engines import Answer, Request, Response
+from vold.rollout.vllm.sampler import VllmSampler
+from vold.types import Prompt
 
 SAMPLED = SamplingConfig(max_new_tokens=4)
 PROMPTS = [Prompt(f"p{number}", (7 + number, 8), "") for number in range(4)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vold.rollout import weight_stream
+from vold.rollout.vllm import weight_stream
 
 CPU, HERE = torch.device("cpu"), "127.0.0.1"
 WEIGHTS = {

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
-from fake_engine import FakeEngine
-
+from support.fake_engine import FakeEngine
 from vold.config.schema import VllmConfig
-from vold.records import Prompt, Rollout
 from vold.teacher import VllmTeacher
+from vold.types import Prompt, Rollout
 
 ROLLOUTS = [
     Rollout(Prompt(f"p{first}", (first, 8, 9), ""), response, (-1.0,) * len(response), "stop", "")

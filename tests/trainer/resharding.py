@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from steps import LONGEST, VOCAB_SIZE, make_groups, make_trainer
 
+from support.steps import LONGEST, VOCAB_SIZE, make_groups, make_trainer
 from vold.config.schema import ObjectiveConfig
-from vold.data.pack import pack
+from vold.data.packing import pack
 from vold.objectives import build_objective
 from vold.parallel.launch import initialise, shutdown
-from vold.records import Hint, Prompt
 from vold.teacher import SelfTeacher
 from vold.trainer.checkpoint import Checkpoints
+from vold.types import Hint, Prompt
 
 OBJECTIVE = build_objective(ObjectiveConfig(preset="srpo", top_k=5), LONGEST)
-SAMPLES = OBJECTIVE.weigh(make_groups([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0]]))
+SAMPLES = OBJECTIVE.assign_token_weights(make_groups([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0]]))
 
 
 def hinted(prompt: Prompt, hint: Hint) -> Prompt:

@@ -6,28 +6,28 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import tiny
 import torch
 import torch.distributed as dist
 from pytest import approx
 from safetensors.torch import load_file, save_file
-from steps import OPTIMIZER, relative
 
+from support import tiny
+from support.steps import OPTIMIZER, relative
 from vold.config.schema import VisionConfig
-from vold.data.pack import Encoded, TextEncoder, pack
+from vold.data.packing import Encoded, TextEncoder, pack
 from vold.models.architecture import Architecture
 from vold.models.images import grids_of
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
-from vold.records import Picture, Prompt, Sample
-from vold.stages.job import Job
-from vold.stages.reliance import VisualReliance
+from vold.run.job import Job
+from vold.run.timers import Phases
 from vold.teacher import Teacher, VisualTeacher
+from vold.train.image_sensitivity import ImageSensitivity
 from vold.trainer.checkpoint import Checkpoints
-from vold.trainer.engine import Trainer
-from vold.trainer.phases import Phases
-from vold.trainer.tally import SUMS
+from vold.trainer.metrics import SUMS
+from vold.trainer.trainer import Trainer
+from vold.types import Picture, Prompt, Sample
 
 IDS = 120  # below the special ones
 GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
@@ -174,10 +174,10 @@ class NoLog:
     phase = Phases()
 
 
-def visual_reliance(trainer: Trainer, layout) -> dict[str, float]:
+def image_sensitivity(trainer: Trainer, layout) -> dict[str, float]:
     """Of the samples, blurred pictures in the place of degraded ones."""
     samples, encoders = make_samples(), [kind(trainer.chunks[0].arch) for kind in (Pictures, Blurred)]
-    metric = VisualReliance([sample.prompt for sample in samples], *encoders, every=1, max_tokens=60)
+    metric = ImageSensitivity([sample.prompt for sample in samples], *encoders, every=1, max_tokens=60)
     return metric.measure(0, samples, trainer, Job(layout, torch.float32, NoLog()))
 
 
@@ -189,9 +189,9 @@ def rank(students: dict[str, Path], run_dir: Path) -> None:
         layout = initialise(**sizes, seed=0)
         for family, student in students.items():
             trainer = open_trainer(student, layout, train_merger=True)
-            relies = visual_reliance(trainer, layout)
+            relies = image_sensitivity(trainer, layout)
             reliance_of.setdefault(family, relies)
-            assert relies == approx(reliance_of[family], abs=1e-5) and abs(relies["visual_reliance"]) > 1e-4
+            assert relies == approx(reliance_of[family], abs=1e-5) and abs(relies["image_sensitivity"]) > 1e-4
             if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
                 check(trainer, family)
                 check_teacher(trainer, student, layout)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import batch_of, make_groups, make_trainer, weigh
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+from support.steps import assign_token_weights, batch_of, make_groups, make_trainer
 from vold.parallel.launch import Layout
 from vold.trainer import checkpoint as checkpoint_module
 from vold.trainer.checkpoint import Checkpoints, verify
-from vold.trainer.engine import Trainer
 from vold.trainer.optimizer import optimizer_state, updates_made
+from vold.trainer.trainer import Trainer
 
 MIXED = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
-BATCH = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=40)
+BATCH = batch_of(assign_token_weights("grpo", make_groups(MIXED)), max_tokens=40)
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import LONGEST, VOCAB_SIZE, batch_of, gradients, make_groups, make_teacher, make_trainer, relative, weigh
 from test_step import MIXED, as_megatron
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from support.steps import (
+    LONGEST,
+    VOCAB_SIZE,
+    assign_token_weights,
+    batch_of,
+    gradients,
+    make_groups,
+    make_teacher,
+    make_trainer,
+    relative,
+)
 from vold.config.schema import ObjectiveConfig
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.objectives import PRESETS, Objective, build_objective, minibatches, presets
@@ -32,7 +42,7 @@ def read(model, sample):
 
 def bounds(name, objective, logp_old):
     if name != "dcpo":
-        return 1 - objective.clip_low, 1 + objective.clip_high
+        return 1 - objective.clip_eps_low, 1 + objective.clip_eps_high
     q = logp_old.exp()
     return 0.5 + 0.5 * (1 - 0.64 / q).clamp(min=0).sqrt(), 0.5 + 0.5 * (1 + 0.8 / q).sqrt()
 
@@ -43,7 +53,7 @@ def test_the_second_update_equals_the_formula_on_materialised_logits(name, tiny_
     ratios to the weights before it; entropy bonus and clamp included. The teacher is the student before it moved."""
     objective = replace(PRESETS[name], longest=LONGEST, entropy_bonus=0.02, kl_clamp=0.05)
     teacher = make_teacher(tiny_student_dir, layout)
-    samples = objective.weigh(make_groups(GROUPS), minibatches=2)
+    samples = objective.assign_token_weights(make_groups(GROUPS), minibatches=2)
     parts = minibatches(samples)
     first, second = (teacher.score(batch_of(part, max_tokens=60)) for part in parts)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
@@ -72,12 +82,12 @@ def test_the_second_update_equals_the_formula_on_materialised_logits(name, tiny_
     assert relative(found, as_megatron(moved, trainer)) < 1e-4
     tokens = sum(len(s.response_ids) for s in samples)
     assert metrics["gradient_tokens"] == tokens
-    assert metrics["clip_low"] + metrics["clip_high"] == pytest.approx(clipped / tokens)
+    assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] == pytest.approx(clipped / tokens)
     if objective.needs_teacher:
         assert 0 < metrics["kl_clamped"] < 1
 
 
-@pytest.mark.parametrize("keys", [{"divergence": "full"}, {"divergence": "jsd", "top_k": 5}], ids=["full", "jsd"])
+@pytest.mark.parametrize("keys", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "top_k": 5}], ids=["full", "jsd"])
 def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     keys, tiny_student_dir, tiny_teacher_dir, layout, tmp_path
 ):
@@ -86,7 +96,7 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     assert objective.divergence.ratio_cap == 2
     objective = replace(objective, divergence=replace(objective.divergence, ratio_cap=1.02))
     teacher = make_teacher(tiny_teacher_dir, layout, whole=True)
-    parts = minibatches(objective.weigh(make_groups(GROUPS), minibatches=2))
+    parts = minibatches(objective.assign_token_weights(make_groups(GROUPS), minibatches=2))
     batches = [teacher.score(batch_of(part, max_tokens=60)) for part in parts]
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
     metrics = trainer.step(*batches).metrics
@@ -122,12 +132,12 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
 
 def test_what_a_step_did_not_read_is_no_metric_of_it(tiny_student_dir, tiny_teacher_dir, layout):
     """Whole distributions alone: no sampled token's log-prob is known, and an entropy of 0 would mean a collapse."""
-    objective = build_objective(ObjectiveConfig(preset="opd", divergence="full"), LONGEST)
-    batch = batch_of(objective.weigh(make_groups(GROUPS)), max_tokens=60)
+    objective = build_objective(ObjectiveConfig(preset="opd", divergence="reverse_kl"), LONGEST)
+    batch = batch_of(objective.assign_token_weights(make_groups(GROUPS)), max_tokens=60)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
     metrics = trainer.step(make_teacher(tiny_teacher_dir, layout, whole=True).score(batch)).metrics
     assert metrics["kl_teacher"] > 0.01 and metrics["gradient_tokens"] > 0
-    assert not {"nll", "entropy", "clip_low", "clip_high"} & metrics.keys()
+    assert not {"nll", "entropy", "clip_fraction_low", "clip_fraction_high"} & metrics.keys()
 
 
 def distribution(model, sample):
@@ -151,7 +161,7 @@ def divergence(student_TV, teacher_TV, top_k):
 
 def test_at_one_update_a_step_every_ratio_is_exactly_one(tiny_student_dir, layout):
     """So a coupled ratio, too, is the plain policy gradient there."""
-    batch = batch_of(weigh("gspo", make_groups(GROUPS)))
+    batch = batch_of(assign_token_weights("gspo", make_groups(GROUPS)))
     trainers = [make_trainer(tiny_student_dir, layout, objective=PRESETS[name]) for name in ("gspo", "dcpo", "grpo")]
     coupled, adaptive, plain = (gradients(trainer, batch) for trainer in trainers)
     assert relative(coupled, plain) < 1e-6 and all(torch.equal(adaptive[name], plain[name]) for name in plain)
@@ -160,7 +170,7 @@ def test_at_one_update_a_step_every_ratio_is_exactly_one(tiny_student_dir, layou
 
 def test_minibatches_advance_the_schedule_once_and_adam_each_time(tiny_student_dir, layout):
     trainer = make_trainer(tiny_student_dir, layout, steps=4, warmup_steps=2)
-    parts = minibatches(PRESETS["grpo"].weigh(make_groups(GROUPS), minibatches=3))
+    parts = minibatches(PRESETS["grpo"].assign_token_weights(make_groups(GROUPS), minibatches=3))
     assert trainer.step(*(batch_of(part) for part in parts)).metrics["lr"] == pytest.approx(5e-4)
     assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {3}
 
@@ -178,14 +188,14 @@ def test_a_new_method_is_a_preset_and_nothing_else(tiny_student_dir, layout, mon
 
     made_up = Objective(by_rank, worst, normaliser=constant, beta=0.1)
     monkeypatch.setitem(presets.PRESETS, "made-up", made_up)
-    objective = build_objective(ObjectiveConfig(preset="made-up", clip_high=0.5), LONGEST)
-    assert objective == replace(made_up, clip_high=0.5, longest=LONGEST)
+    objective = build_objective(ObjectiveConfig(preset="made-up", clip_eps_high=0.5), LONGEST)
+    assert objective == replace(made_up, clip_eps_high=0.5, longest=LONGEST)
     trainer, teacher = (
         make_trainer(tiny_student_dir, layout, objective=objective),
         make_teacher(tiny_student_dir, layout),
     )
     before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
-    samples = objective.weigh(make_groups([[0.0, 0.5, 1.0], [0.3, 0.2, 0.1]]))
+    samples = objective.assign_token_weights(make_groups([[0.0, 0.5, 1.0], [0.3, 0.2, 0.1]]))
     assert [s.advantage for s in samples] == [-1.0, 0.0, 1.0, 1.0, 0.0, -1.0]
     assert [s.kl_weight > 0 for s in samples] == [True, False, False, True, True, True]  # by answers, not rewards
     metrics = trainer.step(teacher.score(batch_of(samples))).metrics

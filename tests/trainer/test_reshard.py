@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import ranks
 import resharding
-import tiny
 import torch
 
+from support import ranks, tiny
 from vold.trainer.checkpoint import shard_files
 from vold.trainer.shards import PieceReader
 

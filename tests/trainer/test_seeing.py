@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import ranks
 import seeing
-import tiny
 import torch
 from safetensors.torch import load_file
 
-from vold.data.pack import pack
+from support import ranks, tiny
+from vold.data.packing import pack
 from vold.models.checkpoint_dir import export_checkpoint, short_name
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

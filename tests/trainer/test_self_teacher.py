@@ -7,18 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from steps import LONGEST, batch_of, gradients, make_groups, make_trainer, relative
 from test_methods_train import distribution, divergence, read
 from test_step import as_megatron
 from transformers import AutoModelForImageTextToText
 
+from support.steps import LONGEST, batch_of, gradients, make_groups, make_trainer, relative
 from vold.config.schema import ObjectiveConfig, PromptConfig, SelfTeacherConfig
 from vold.data.prompts import show_hint
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
-from vold.records import Hint, Prompt
 from vold.teacher import SelfTeacher
 from vold.trainer.checkpoint import Checkpoints
+from vold.types import Hint, Prompt
 
 REWARDS = [[1.0, 0.0, 0.0], [0.0, 0.0], [1.0, 1.0, 0.0]]
 VOCAB_SIZE = 40
@@ -53,7 +53,7 @@ def self_teacher(trainer, layout, condition, objective) -> SelfTeacher:
 def test_the_gradient_equals_the_formula_on_materialised_logits(preset, tiny_student_dir, layout, condition):
     objective = objective_of(preset, top_k=5)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective)
-    samples = objective.weigh(groups_with_texts())
+    samples = objective.assign_token_weights(groups_with_texts())
     batch = self_teacher(trainer, layout, condition, objective).score(batch_of(samples, max_tokens=30))
     assert len(batch.micro_batches) > 1
     found = gradients(trainer, batch)
@@ -78,7 +78,10 @@ def test_the_gradient_equals_the_formula_on_materialised_logits(preset, tiny_stu
 def test_confidence_is_normalised_over_the_update_not_over_a_micro_batch(tiny_student_dir, layout, condition):
     objective = objective_of("srpo")
     trainer = make_trainer(tiny_student_dir, layout, objective=objective)
-    teacher, samples = self_teacher(trainer, layout, condition, objective), objective.weigh(groups_with_texts())
+    teacher, samples = (
+        self_teacher(trainer, layout, condition, objective),
+        objective.assign_token_weights(groups_with_texts()),
+    )
     batches = [teacher.score(batch_of(samples, max_tokens=size)) for size in (1, 1000)]
     weights = [
         torch.cat([m.kl_weight_N[m.kl_weight_N != 0] for m in batch.micro_batches]).sort().values for batch in batches
@@ -114,7 +117,7 @@ def test_a_step_in_which_nobody_can_be_taught(tiny_student_dir, layout, conditio
     """No response of any prompt is right: nothing is read, and GRPO has nothing to learn either."""
     objective = objective_of("srpo")
     trainer = make_trainer(tiny_student_dir, layout, objective=objective)
-    batch = batch_of(objective.weigh(make_groups([[0.0, 0.0], [0.0, 0.0]])))
+    batch = batch_of(objective.assign_token_weights(make_groups([[0.0, 0.0], [0.0, 0.0]])))
     scored = self_teacher(trainer, layout, condition, objective).score(batch)
     assert all(micro.hidden_teacher_nE is None for micro in scored.micro_batches)
     metrics = trainer.step(scored).metrics
@@ -127,7 +130,7 @@ def test_the_average_follows_and_comes_back_from_a_checkpoint(tiny_student_dir, 
     teacher = self_teacher(trainer, layout, condition, objective)
     before = [p.clone() for chunk in trainer.average.chunks for p in chunk.parameters()]
     for _ in range(2):
-        trainer.step(teacher.score(batch_of(objective.weigh(groups_with_texts()))))
+        trainer.step(teacher.score(batch_of(objective.assign_token_weights(groups_with_texts()))))
         after = [p.clone() for chunk in trainer.average.chunks for p in chunk.parameters()]
         student = [p.detach() for chunk in trainer.chunks for p in chunk.parameters()]
         for was, now, theirs in zip(before, after, student, strict=True):

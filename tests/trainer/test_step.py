@@ -7,27 +7,27 @@ from itertools import pairwise
 
 import pytest
 import torch
-from steps import (
+from transformers import AutoModelForImageTextToText
+
+from support.steps import (
     VOCAB_SIZE,
+    assign_token_weights,
     batch_of,
     gradients,
     make_groups,
     make_teacher,
     make_trainer,
     relative,
-    weigh,
     with_advantages,
 )
-from transformers import AutoModelForImageTextToText
-
 from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
 from vold.objectives import likelihood
-from vold.records import Batch
 from vold.teacher import Teacher
-from vold.trainer import engine
+from vold.trainer import trainer as engine
+from vold.trainer.metrics import reduce_stats
 from vold.trainer.optimizer import optimizer_state
-from vold.trainer.tally import reduce_tallies
+from vold.types import Batch
 from vold_kernels.linear_policy_loss import linear_policy_loss
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
@@ -50,7 +50,7 @@ def self_teacher(tiny_student_dir, layout):
 
 def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, tiny_student_dir):
     """VOLD Eq. 6 in plain torch on a transformers model, sequence by sequence, against one Megatron step."""
-    samples = weigh("vold", make_groups(MIXED))
+    samples = assign_token_weights("vold", make_groups(MIXED))
     batch = teacher.score(batch_of(samples, max_tokens=40))
     found = gradients(trainer, batch)
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
@@ -70,14 +70,14 @@ def test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits(teach
     """Both terms of each token times w = min(pi / pi_rollout, 2), a constant; and what the metrics say of w."""
     cap, draw = 2.0, torch.Generator().manual_seed(0)
     trainer = make_trainer(tiny_student_dir, layout, importance_cap=cap)
-    samples = weigh("vold", make_groups(MIXED))
+    samples = assign_token_weights("vold", make_groups(MIXED))
     logp_now = trainer.logprobs(batch_of(samples))
     for place, logp in logp_now.items():
         logp_rollout = torch.tensor(logp) + torch.randn(len(logp), generator=draw)
         samples[place] = replace(samples[place], logp_rollout=tuple(logp_rollout.tolist()))
     batch = teacher.score(batch_of(samples, max_tokens=40))
     found = gradients(trainer, batch)
-    metrics = reduce_tallies(trainer.accumulate_gradients(batch), None, train_tflop=0.0)
+    metrics = reduce_stats(trainer.accumulate_gradients(batch), None, train_tflop=0.0)
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     logp_teacher, ratios = _teacher_by_place(batch), []
     for place, sample in enumerate(samples):
@@ -97,7 +97,7 @@ def test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits(teach
     assert metrics["effective_sample_size"] == pytest.approx(size, rel=1e-4) and size < 0.95
     strict = make_trainer(tiny_student_dir, layout)
     assert relative(found, gradients(strict, batch)) > 1e-2
-    assert "effective_sample_size" not in reduce_tallies(strict.accumulate_gradients(batch), None, train_tflop=0.0)
+    assert "effective_sample_size" not in reduce_stats(strict.accumulate_gradients(batch), None, train_tflop=0.0)
 
 
 def _logp(model, sample) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _logp(model, sample) -> torch.Tensor:
 def test_k2_identity(trainer, teacher):
     """At ratio 1 VOLD has exactly the gradient of GRPO with token advantage A + beta (1 - r)(logp_T - logp_S)."""
     beta = 0.3
-    samples = weigh("vold", make_groups(MIXED), beta=beta)
+    samples = assign_token_weights("vold", make_groups(MIXED), beta=beta)
     samples = with_advantages(samples, [s.advantage for s in samples])
     batch = teacher.score(batch_of(samples))
     logp = trainer.logprobs(batch)
@@ -121,11 +121,11 @@ def test_k2_identity(trainer, teacher):
         shaped.append(replace(micro, advantage_N=micro.advantage_N + pull, kl_weight_N=0 * micro.kl_weight_N))
     vold, grpo = gradients(trainer, batch), gradients(trainer, Batch(tuple(shaped)))
     assert relative(vold, grpo) < 1e-5
-    assert relative(vold, gradients(trainer, batch_of(weigh("grpo", make_groups(MIXED))))) > 1e-2
+    assert relative(vold, gradients(trainer, batch_of(assign_token_weights("grpo", make_groups(MIXED))))) > 1e-2
 
 
 def test_gradient_depends_on_the_teacher(trainer, teacher, self_teacher):
-    batch = batch_of(weigh("vold", make_groups(MIXED)))
+    batch = batch_of(assign_token_weights("vold", make_groups(MIXED)))
     assert relative(gradients(trainer, teacher.score(batch)), gradients(trainer, self_teacher.score(batch))) > 1e-2
 
 
@@ -133,22 +133,24 @@ def test_all_correct_batch_equals_grpo_bit_for_bit(trainer, teacher):
     """Every reward 1, advantages from elsewhere so that the comparison is not of zeros."""
     groups = make_groups([[1.0, 1.0, 1.0], [1.0, 1.0]])
     advantages = [0.5, -1.0, 0.25, 2.0, -0.75]
-    vold = gradients(trainer, teacher.score(batch_of(with_advantages(weigh("vold", groups), advantages))))
-    grpo = gradients(trainer, batch_of(with_advantages(weigh("grpo", groups), advantages)))
+    vold = gradients(
+        trainer, teacher.score(batch_of(with_advantages(assign_token_weights("vold", groups), advantages)))
+    )
+    grpo = gradients(trainer, batch_of(with_advantages(assign_token_weights("grpo", groups), advantages)))
     assert all(torch.equal(vold[name], grpo[name]) for name in grpo)
     assert max(float(g.abs().max()) for g in grpo.values()) > 0
 
 
 def test_self_teacher_has_no_kl(tiny_student_dir, layout, self_teacher):
     trainer = make_trainer(tiny_student_dir, layout, lr=1e-12)
-    report = trainer.step(self_teacher.score(batch_of(weigh("opd", make_groups(MIXED)))))
+    report = trainer.step(self_teacher.score(batch_of(assign_token_weights("opd", make_groups(MIXED)))))
     assert report.metrics["kl_teacher"] < 1e-10
     assert report.metrics["grad_norm"] < 1e-5
     assert report.metrics["kl_tokens"] > 0
 
 
 def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
-    samples = weigh("vold", make_groups(MIXED))
+    samples = assign_token_weights("vold", make_groups(MIXED))
     whole = gradients(trainer, teacher.score(batch_of(samples)))
     for max_tokens, fillers in ((60, 0), (30, 0), (1, 2)):
         batch = batch_of(samples, max_tokens=max_tokens, fillers=fillers)
@@ -159,14 +161,14 @@ def test_gradient_is_invariant_to_the_micro_batch_split(trainer, teacher):
 
 def test_samples_without_gradient_are_left_out_exactly(trainer, teacher):
     """Neither gradient nor metrics change when they run through the backbone after all; only the tokens run do."""
-    samples = weigh("vold", make_groups([*MIXED, [1.0, 1.0, 1.0]]))
+    samples = assign_token_weights("vold", make_groups([*MIXED, [1.0, 1.0, 1.0]]))
     lean = teacher.score(batch_of(samples))
     everything = batch_of([replace(s, pg_weight=1.0) for s in samples])
     weights = {kind: [torch.tensor(getattr(s, kind)) for s in samples] for kind in ("pg_weight", "kl_weight")}
     full = teacher.score(Batch(tuple(_with_weights(micro, weights) for micro in everything.micro_batches)))
     assert _sequences(lean) == len(samples) - 3 < _sequences(full) == len(samples), "without the solved group"
     assert relative(gradients(trainer, lean), gradients(trainer, full)) < 1e-6
-    found, expected = (reduce_tallies(trainer.accumulate_gradients(b), None, train_tflop=0.0) for b in (lean, full))
+    found, expected = (reduce_stats(trainer.accumulate_gradients(b), None, train_tflop=0.0) for b in (lean, full))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -182,7 +184,7 @@ def _with_weights(micro, weights):
 def test_masks_come_from_lengths_not_from_values(trainer):
     """A response full of the pad and end ids counts like any other."""
     groups = make_groups([[1.0, 0.0]])
-    samples = weigh("grpo", groups)
+    samples = assign_token_weights("grpo", groups)
     padded = [replace(s, response_ids=(0,) * len(s.response_ids)) for s in samples]
     batch = batch_of(padded)
     assert batch.micro_batches[0].target_N.numel() == sum(len(s.response_ids) for s in samples)
@@ -190,7 +192,7 @@ def test_masks_come_from_lengths_not_from_values(trainer):
 
 
 def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
-    samples = likelihood(weigh("grpo", make_groups(MIXED)))
+    samples = likelihood(assign_token_weights("grpo", make_groups(MIXED)))
     found = gradients(trainer, batch_of(samples, max_tokens=50))
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     tokens = sum(len(s.response_ids) for s in samples)
@@ -205,7 +207,7 @@ def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
 
 def test_a_non_finite_gradient_changes_nothing_and_stops_after_several(tiny_student_dir, layout):
     trainer = make_trainer(tiny_student_dir, layout, max_bad_steps=2)
-    batch = batch_of(weigh("grpo", make_groups(MIXED)))
+    batch = batch_of(assign_token_weights("grpo", make_groups(MIXED)))
     poisoned = Batch(tuple(replace(m, advantage_N=m.advantage_N * float("nan")) for m in batch.micro_batches))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     report = trainer.step(poisoned)
@@ -219,7 +221,7 @@ def test_a_non_finite_gradient_changes_nothing_and_stops_after_several(tiny_stud
 
 def test_the_schedule_never_spends_an_update_at_rate_zero(tiny_student_dir, layout):
     trainer = make_trainer(tiny_student_dir, layout, steps=6, warmup_steps=2, schedule="cosine")
-    batch = batch_of(weigh("grpo", make_groups(MIXED)))
+    batch = batch_of(assign_token_weights("grpo", make_groups(MIXED)))
     rates = [trainer.step(batch).metrics["lr"] for _ in range(6)]
     assert rates[:2] == pytest.approx([5e-4, 1e-3])
     assert all(a > b > 0 for a, b in pairwise(rates[1:]))
@@ -227,7 +229,7 @@ def test_the_schedule_never_spends_an_update_at_rate_zero(tiny_student_dir, layo
 
 def test_bfloat16_trains_fp32_masters(tiny_student_dir, tiny_teacher_dir, layout):
     """The same first step as in fp32 within bfloat16's resolution; masters, not the bf16 weights, are the state."""
-    batch = batch_of(weigh("vold", make_groups(MIXED)))
+    batch = batch_of(assign_token_weights("vold", make_groups(MIXED)))
     reports, trainers = [], []
     for dtype in (torch.float32, torch.bfloat16):
         trainers.append(make_trainer(tiny_student_dir, layout, dtype=dtype, lr=1e-5))
@@ -266,7 +268,7 @@ def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir, layout, recompute):
-    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    batch = batch_of(assign_token_weights("grpo", make_groups(MIXED)), max_tokens=60)
     again = make_trainer(tiny_student_dir, replace(layout, recompute=recompute))
     assert relative(gradients(again, batch), gradients(trainer, batch)) < 1e-6
     assert again.logprobs(batch) == trainer.logprobs(batch)
@@ -276,7 +278,7 @@ def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir
 def test_the_head_gradient_goes_straight_into_main_grad(tiny_student_dir, layout, monkeypatch, dtype):
     """Against the ordinary way through autograd, which rounds it to bf16 in a bf16 model."""
     trainer = make_trainer(tiny_student_dir, layout, dtype=dtype)
-    batch = batch_of(weigh("grpo", make_groups(MIXED)), max_tokens=60)
+    batch = batch_of(assign_token_weights("grpo", make_groups(MIXED)), max_tokens=60)
     straight = gradients(trainer, batch)
 
     def through_autograd(*arguments, weight_main_grad, **keywords):
@@ -288,7 +290,7 @@ def test_the_head_gradient_goes_straight_into_main_grad(tiny_student_dir, layout
 
 
 def test_an_offloaded_teacher_scores_the_same_and_leaves_the_device(teacher, tiny_teacher_dir, layout):
-    batch = batch_of(weigh("vold", make_groups(MIXED)), max_tokens=60)
+    batch = batch_of(assign_token_weights("vold", make_groups(MIXED)), max_tokens=60)
     offloaded = Teacher(tiny_teacher_dir, layout, dtype=torch.float32, vocab_size=VOCAB_SIZE, offload=True)
     for found, expected in zip(offloaded.score(batch).micro_batches, teacher.score(batch).micro_batches, strict=True):
         assert torch.equal(found.logp_teacher_N, expected.logp_teacher_N)

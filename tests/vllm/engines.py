@@ -25,8 +25,8 @@ class Engine:
         self.start()
 
     def start(self) -> None:
+        from vold.commands.serve import ENVIRONMENT, server_command
         from vold.config.schema import VllmConfig
-        from vold.stages.serve import ENVIRONMENT, server_command
 
         settings = VllmConfig(kv_cache_gib=0.25, max_model_len=256, enforce_eager=True)
         command = server_command(self._checkpoint, settings, dtype="float32", host="127.0.0.1", port=self._port)

@@ -23,8 +23,8 @@ from vold.models.language_model import build_language_model
 from vold.models.tokenizer import load_tokenizer
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import Layout, initialise, shutdown
-from vold.records import Prompt, Rollout
 from vold.rollout import TransformersSampler
+from vold.types import Prompt, Rollout
 
 GREEDY = SamplingConfig(max_new_tokens=24, temperature=0.0)
 TEXTS, IMAGES = 3, 2

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
-sys.path.insert(0, str(Path(__file__).parent))
 from engines import Engine
 from test_sampler import CPU, agree, all_logits, other_weights, prompts  # noqa: F401 - a fixture
 
@@ -67,13 +64,13 @@ def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, ca
     vllm = open_sampler(config, tiny_student_dir, dtype=torch.float32, device=CPU)
     pair = vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
 
-    def hand_over(seed: int) -> None:
+    def sync_weights(seed: int) -> None:
         for sampler in pair:
             sampler.load_weights(iter(other_weights(tiny_student_dir, seed)))
 
     found = [agree(pair, prompts)]
     for seed in (1, 2):
-        hand_over(seed)
+        sync_weights(seed)
         found.append(agree(pair, prompts))
     assert len({tuple(ids) for ids in found}) == 3, "the weights matter"
     for prompt in prompts:
@@ -92,6 +89,6 @@ def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, ca
     engines[0].wait()
     engines[1].kill()
     agree(pair, prompts)  # none is left that this sampler knows of: it finds the new one and brings it up to date
-    hand_over(3)
+    sync_weights(3)
     assert f"vold: engine {engines[1].url} is left out: " in capfd.readouterr().err
     agree(pair, prompts)

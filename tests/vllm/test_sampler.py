@@ -18,8 +18,8 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.miniature import world
 from vold.models.tokenizer import load_tokenizer
-from vold.records import Prompt
 from vold.rollout import TransformersSampler, open_sampler
+from vold.types import Prompt
 
 pytestmark = pytest.mark.vllm
 
@@ -123,7 +123,7 @@ def test_logprobs_are_those_of_the_sampling_temperature(pair, prompts, temperatu
 
 def all_logits(sampler: TransformersSampler, rollout) -> torch.Tensor:
     """[response tokens, real ids]"""
-    from vold.rollout.transformers_sampler import _append
+    from vold.rollout.transformers.sampler import _append
 
     inputs = _append(sampler._inputs([rollout.prompt]), torch.tensor([rollout.response_ids]))
     logits = sampler._model(**inputs, use_cache=False, logits_to_keep=len(rollout.response_ids) + 1).logits

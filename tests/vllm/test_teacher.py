@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
 from vold.config.schema import EngineConfig, SamplingConfig, VllmConfig
-from vold.data.pack import pack
+from vold.data.packing import pack
 from vold.models.tokenizer import load_tokenizer
-from vold.records import Prompt, Rollout, Sample
 from vold.rollout import open_sampler
 from vold.teacher import Teacher, VllmTeacher
+from vold.types import Prompt, Rollout, Sample
 
 pytestmark = pytest.mark.vllm
 

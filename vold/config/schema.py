@@ -151,14 +151,16 @@ class ObjectiveConfig(Strict):
     ratio: str | None = None  # token | sequence | adaptive
     routing: str | None = None  # nowhere | every | failed | failed-groups
     normaliser: str | None = None  # tokens | sequences | constant
-    divergence: Literal["k1", "k2", "k3", "full", "forward", "jsd"] | None = None  # k1, k3: refused, with the reason
-    top_k: Positive | None = None  # of full, forward and jsd: the student's likeliest ids, all others as one
+    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd"] | None = (
+        None  # k1, k3: refused, with the reason
+    )
+    top_k: Positive | None = None  # of reverse_kl, forward_kl and jsd: the student's likeliest ids, all others as one
     beta: Annotated[float, Field(ge=0.0)] | None = None
     beta_end: Annotated[float, Field(ge=0.0)] | None = None  # linear: from beta to beta_end, beta_step a step
     beta_step: Annotated[float, Field(gt=0.0)] | None = None
     target_kl: Annotated[float, Field(gt=0.0)] | None = None  # automatic: kl_teacher, in nats a token, is held here
-    clip_low: Share | None = None
-    clip_high: Annotated[float, Field(ge=0.0)] | None = None
+    clip_eps_low: Share | None = None
+    clip_eps_high: Annotated[float, Field(ge=0.0)] | None = None
     kl_clamp: Annotated[float, Field(gt=0.0)] | None = None  # nats of |logp - logp_teacher| that a token is pulled for
     entropy_bonus: float | None = None
     average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None  # a step's, of the average that teaches (SDPO)
@@ -323,8 +325,8 @@ class RlConfig(TrainConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     reward: RewardConfig = RewardConfig()
     samples_per_step: NonNegative = 8  # responses shown in samples.jsonl each step
-    # steps; 0: never. Two forward passes tell what the student's log-probs owe to an image's detail (visual_reliance)
-    visual_reliance_every: NonNegative = 0
+    # steps; 0: never. Two forward passes tell what the student's log-probs owe to an image's detail (image_sensitivity)
+    image_sensitivity_every: NonNegative = 0
     grader_workers: Positive = 2
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ class PromptOrder:
                 taken.append(row)
         return taken
 
-    def learn(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> None:
+    def update_pass_rates(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> None:
         """The share of right answers to each row; None where none could be judged."""
         for row, pass_rate in zip(rows, pass_rates, strict=True):
             if pass_rate is not None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import PromptConfig, SelfTeacherConfig
 from vold.data.problems import Problem
-from vold.records import Hint, Prompt
+from vold.types import Hint, Prompt
 
 
 def build_prompts(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import load_text_traces
 from vold.data.prompts import build_prompt
-from vold.records import Prompt, Rollout, Sample
+from vold.types import Prompt, Rollout, Sample
 
 PART = ".part.jsonl"
 IDS = ("prompt_ids", "response_ids")

@@ -26,7 +26,7 @@ from vold.grading.extract import extract_answer
 from vold.grading.gold import validate_gold
 
 if TYPE_CHECKING:
-    from vold.records import Verdict
+    from vold.types import Verdict
 
 MAX_BYTES = 1 << 30
 START_SECONDS = 300.0  # a second where there is CPU
@@ -137,7 +137,7 @@ class Grader:
         twice from outside ("worker_died"), one that got no CPU ("starved"), a gold that `validate_gold` refuses
         ("gold") or that raises by itself (the exception's name).
         """
-        from vold.records import Verdict  # records import torch, which workers must not
+        from vold.types import Verdict  # records import torch, which workers must not
 
         jobs: dict[Undecided, _Job] = {}  # a question is asked once, however many responses give the answer
         graded = [self._open(response, gold, truncated, jobs) for response, gold, truncated in items]

@@ -9,7 +9,7 @@ from vold.grading.extract import extract_answer
 
 if TYPE_CHECKING:  # they import torch and pydantic, which a worker must not
     from vold.config.schema import RewardConfig
-    from vold.records import Rollout, Verdict
+    from vold.types import Rollout, Verdict
 
 _FORM = re.compile(r"\s*<think>.*</think>.*", re.DOTALL)
 

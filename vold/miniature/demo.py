@@ -14,7 +14,7 @@ from vold.miniature.pipeline import Phase, run_phases
 from vold.report import accuracy_table, write_report
 
 MODELS = ("base", "sft", "grpo", "vold")
-SFT_STEPS, RL_STEPS = 100, 60  # as in configs/miniature
+SFT_STEPS, RL_STEPS = 100, 60  # as in vold/miniature/configs
 
 
 def run(root: Path = Path("runs"), *, side_by_side: int = 2) -> None:
@@ -59,7 +59,7 @@ def rl_phase(
 
 
 def rl_paths(world: MiniatureWorld) -> tuple[str, ...]:
-    """Teacher, training problems and validation problems of the world, for configs/miniature/rl.yaml."""
+    """Teacher, training problems and validation problems of the world, for vold/miniature/configs/rl.yaml."""
     return (
         f"teacher={world.teacher}",
         f"data.path={world.train}",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vold.config import load_config, schema
+from vold.evaluation import evaluator as evaluate
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
@@ -24,13 +25,13 @@ from vold.miniature.reproduce import SEEDS, start_phases
 from vold.objectives import PRESETS, build_objective
 from vold.report import methods_figure
 from vold.report.tables import SeedCell, cell, markdown
-from vold.stages import evaluate, rl
-from vold.stages.selfplay import release
-from vold.trainer.run_log import read_rows
+from vold.run.run_dir import read_rows
+from vold.selfplay.loop import release
+from vold.train import rl
 
 STEPS = 30
 START = "sft"
-METHODS = CONFIGS.parent / "methods"
+METHODS = CONFIGS / "methods"
 NOT_HERE = ("va-opd", "x-reasoner-sft")  # a teacher that sees; a first stage
 RATES = {1: (1e-4, 3e-4, 6e-4), 4: (3e-5, 1e-4, 3e-4), 16: (1e-5, 3e-5, 1e-4)}  # by updates a step
 STARTS = {"x-reasoner": "misaligned-sft"}  # traces in another style than the teacher's

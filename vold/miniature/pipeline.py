@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vold.trainer.run_log import RESULTS, progress_note, read_rows
+from vold.run.run_dir import RESULTS, progress_note, read_rows
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "miniature"
+CONFIGS = Path(__file__).with_name("configs")
 FINISHED_BY = {
     "traces": "traces/card.json",
     "sft": "model",

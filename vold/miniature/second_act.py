@@ -24,13 +24,13 @@ from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.pretrain import make_seeing_teacher
 from vold.report import curves, read_run, seeds_table
 from vold.report.tables import cell, markdown
-from vold.trainer.run_log import read_rows
+from vold.run.run_dir import read_rows
 
 SEEDS = (0, 1, 2)
 GRPO_RATES, OPD_RATES = ("1e-4", "3e-4"), ("3e-4", "1e-3")  # GRPO does not survive 1e-3
-STEPS = 40  # as in configs/miniature/images.yaml
-VA_OPD = (str(CONFIGS.parent / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # small digits look new
-FIGURE = ("accuracy_image", "accuracy_small", "visual_reliance")
+STEPS = 40  # as in vold/miniature/configs/images.yaml
+VA_OPD = (str(CONFIGS / "methods" / "va-opd.yaml"), "vision.train_merger=true")  # small digits look new
+FIGURE = ("accuracy_image", "accuracy_small", "image_sensitivity")
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.tokenizer import CLOSE, OPEN
 from vold.models.tokenizer import load_tokenizer
 from vold.report import SelfplayRecord, diversity_figure
+from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
+from vold.selfplay.challenger import open_embedder
 from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.embedders import Embedder
-from vold.stages.challenge import open_embedder
-from vold.trainer.run_log import read_rows
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
 SEEDS = (0, 1, 2)

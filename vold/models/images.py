@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from vold.data.pack import Encoded, Encoder, TextEncoder, encode_text
+from vold.data.packing import Encoded, Encoder, TextEncoder, encode_text
 from vold.data.pictures import read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
-from vold.records import Picture, Prompt
+from vold.types import Picture, Prompt
 
 Change = Callable[[Image.Image], Image.Image]
 """Of an image, before a model sees it; its size stays."""

@@ -20,7 +20,7 @@ from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec
 from vold.models.vision import Features, FrozenVisionTower, Mergers
 from vold.parallel.launch import Layout
-from vold.records import PackedTokens
+from vold.types import PackedTokens
 
 
 class LanguageModel(GPTModel):

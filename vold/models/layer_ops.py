@@ -45,7 +45,7 @@ def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
     if device == "meta":
         from vold.models import layer_shapes
 
-        return layer_shapes.standing_in()
+        return layer_shapes.meta_layer_ops()
     if device != "cuda":
         return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, sdpa_attention)
     attention = sdpa_attention  # the varlen kernels know half precision only

@@ -1,5 +1,5 @@
 """Stand-ins for a layer's kernels on the meta device: no numbers, but the tensors that the real ones make and keep for
-backward, so that running a step there tells its memory (vold.trainer.memory).
+backward, so that running a step there tells its memory (vold.planning.meta_memory).
 
 A GPU's are liger-kernel's and flash-attn's, as vold.models.layer_ops calls them. Of a CPU's only attention needs one:
 torch's other operators know their shapes. T packed tokens, A query heads, K key/value heads, H head width, F
@@ -34,7 +34,7 @@ def shapes_of(device: str) -> Iterator[None]:
         layer_ops.cache_clear()
 
 
-def standing_in() -> LayerOps:
+def meta_layer_ops() -> LayerOps:
     if _device == "cuda":
         return LayerOps(_liger_rms_norm, _liger_swiglu, _liger_rope, _flash_attention)
     return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, partial(sdpa_attention, attend=_cpu_attention))

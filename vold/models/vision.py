@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import tensor_files
 from vold.parallel.launch import Layout
-from vold.records import Picture
+from vold.types import Picture
 
 VISION_PREFIXES = ("visual.", "model.visual.")
 TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen3_vl": Qwen3VLVisionModel}

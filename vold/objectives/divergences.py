@@ -26,8 +26,8 @@ class FullDivergence:
 
 DIVERGENCES: dict[str, FullDivergence | None] = {
     "k2": None,
-    "full": FullDivergence("reverse"),
-    "forward": FullDivergence("forward"),
+    "reverse_kl": FullDivergence("reverse_kl"),
+    "forward_kl": FullDivergence("forward_kl"),
     "jsd": FullDivergence("jsd"),
 }
 """None: k2 of the sampled tokens, which needs the teacher's log-probs alone."""
@@ -36,7 +36,7 @@ REFUSED = {
     "k1": "as a direct loss its expected gradient is 0, whatever the teacher says; k2 has the gradient of "
     "KL(student || teacher)",
     "k3": "as a direct loss its expected gradient is that of KL(teacher || student), not of KL(student || teacher); "
-    "k2 has the latter, and forward is the former without noise",
+    "k2 has the latter, and forward_kl is the former without noise",
 }
 
 

@@ -3,7 +3,7 @@
 Per token of response i (VOLD Eq. 6; m: response mask, Z: the normaliser, over the whole update and all ranks):
 
     L = sum m / Z * ( L_pg - entropy_bonus * entropy + beta * route(r) * L_kl )
-    L_pg = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),   L_kl = 1/2 (logp - logp_teacher)^2   (k2)
+    L_pg = -min(rho A, clip(rho, 1 - clip_eps_low, 1 + clip_eps_high) A),   L_kl = 1/2 (logp - logp_teacher)^2   (k2)
 
 k2 as a *loss* has the gradient of KL(student || teacher) on the student's own samples; the paper prints
 KL(teacher || student) and calls it reverse KL: we follow the estimator, not the print.
@@ -22,8 +22,8 @@ from vold.objectives import advantages, normalisers, ratios, routing, schedules
 from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.self_distillation import SelfTeaching
-from vold.records import Group, MicroBatch, Sample
-from vold_kernels.records import PolicyTerms
+from vold.types import Group, MicroBatch, Sample
+from vold_kernels.types import PolicyTerms
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Objective:
     visual_advantage: bool = False  # KL weighs most where the teacher's opinion hangs on an image's detail
     either: bool = False  # a response is distilled or has a policy gradient, never both
     beta: float = 1e-3
-    clip_low: float = 0.2
-    clip_high: float = 0.3
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.3
     kl_clamp: float = math.inf  # nats; the pull towards the teacher of a token further away than this grows no more
     entropy_bonus: float = 0.0
     longest: int = 0
@@ -70,7 +70,7 @@ class Objective:
 
     # -- rewards -> weights ----------------------------------------------------------------------------------------
 
-    def weigh(self, groups: Sequence[Group], *, minibatches: int = 1) -> list[Sample]:
+    def assign_token_weights(self, groups: Sequence[Group], *, minibatches: int = 1) -> list[Sample]:
         """One Sample per graded response, in order; responses whose grader broke are left out of group and loss.
 
         `groups` are those of the whole step. Each of its `minibatches` is an update of its own, and the normaliser is
@@ -84,14 +84,14 @@ class Objective:
             samples += [_scaled(s, weight, number) for s, weight in zip(found, weights_B, strict=True)]
         return samples
 
-    def distils(self, group: Group) -> list[bool]:
+    def needs_teacher_logprobs(self, group: Group) -> list[bool]:
         """Of each response of a graded group, whether the teacher's log-probs will be asked for."""
-        samples = iter(self.weigh([group]))
+        samples = iter(self.assign_token_weights([group]))
         return [reward is not None and next(samples).kl_weight != 0.0 for reward in group.rewards]
 
-    def informs(self, group: Group) -> bool:
+    def has_gradient(self, group: Group) -> bool:
         """Whether a group has a gradient at all. (Under VOLD one that failed altogether has: its KL term.)"""
-        return any(sample.pg_weight or sample.kl_weight for sample in self.weigh([group]))
+        return any(sample.pg_weight or sample.kl_weight for sample in self.assign_token_weights([group]))
 
     def _of_group(self, group: Group) -> list[Sample]:
         judged = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
@@ -127,7 +127,7 @@ class Objective:
         sampled = self.divergence is None
         low_N = high_N = None
         if self.ratio.bounds is not None and batch.logp_old_N is not None:
-            low_N, high_N = self.ratio.bounds(batch.logp_old_N, self.clip_low, self.clip_high)
+            low_N, high_N = self.ratio.bounds(batch.logp_old_N, self.clip_eps_low, self.clip_eps_high)
         return PolicyTerms(
             batch.logp_old_N,
             batch.logp_teacher_N if sampled else None,
@@ -142,8 +142,8 @@ class Objective:
     def numbers(self) -> dict[str, float]:
         """The fused loss's keywords."""
         return {
-            "eps_low": self.clip_low,
-            "eps_high": self.clip_high,
+            "clip_eps_low": self.clip_eps_low,
+            "clip_eps_high": self.clip_eps_high,
             "entropy_bonus": self.entropy_bonus,
             "kl_clamp": self.kl_clamp,
         }

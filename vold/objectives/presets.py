@@ -20,14 +20,14 @@ from vold.objectives.self_distillation import SelfTeaching
 
 _GRPO = Objective(group_normalised, beta=0.0)
 _VOLD = Objective(group_normalised, failed)
-_GSPO = {"ratio": SEQUENCE, "normaliser": sequences, "clip_low": 3e-4, "clip_high": 4e-4}
-_KDRL = Objective(group_normalised, every, beta=5e-3, schedule=Linear(end=1e-3, by=5e-5), clip_high=0.2)
+_GSPO = {"ratio": SEQUENCE, "normaliser": sequences, "clip_eps_low": 3e-4, "clip_eps_high": 4e-4}
+_KDRL = Objective(group_normalised, every, beta=5e-3, schedule=Linear(end=1e-3, by=5e-5), clip_eps_high=0.2)
 _SDPO = Objective(
     route=every,
     self_teaching=SelfTeaching(),
     divergence=FullDivergence("jsd", alpha=0.5, top_k=100),
     beta=1.0,
-    clip_high=0.28,
+    clip_eps_high=0.28,
 )
 
 PRESETS: dict[str, Objective] = {
@@ -37,12 +37,14 @@ PRESETS: dict[str, Objective] = {
     "vold-gspo": replace(_VOLD, **_GSPO),
     "opd": Objective(route=every, beta=1.0),
     "va-opd": Objective(
-        route=every, divergence=FullDivergence("reverse"), normaliser=sequences, visual_advantage=True, beta=1.0
+        route=every, divergence=FullDivergence("reverse_kl"), normaliser=sequences, visual_advantage=True, beta=1.0
     ),
-    "dr-grpo": replace(_GRPO, advantage=mean_centred, normaliser=constant, clip_high=0.2),
-    "dapo": replace(_GRPO, clip_high=0.28, overlong=OverlongPenalty()),
+    "dr-grpo": replace(_GRPO, advantage=mean_centred, normaliser=constant, clip_eps_high=0.2),
+    "dapo": replace(_GRPO, clip_eps_high=0.28, overlong=OverlongPenalty()),
     "gspo": replace(_GRPO, **_GSPO),
-    "dcpo": replace(_GRPO, advantage=smoothed, ratio=ADAPTIVE, normaliser=sequences, clip_low=0.16, clip_high=0.2),
+    "dcpo": replace(
+        _GRPO, advantage=smoothed, ratio=ADAPTIVE, normaliser=sequences, clip_eps_low=0.16, clip_eps_high=0.2
+    ),
     "kdrl": _KDRL,
     "kdrl-response": replace(_KDRL, route=failed),
     "kdrl-group": replace(_KDRL, route=failed_groups),
@@ -71,11 +73,11 @@ def build_objective(config: ObjectiveConfig, longest: int) -> Objective:
     if config.top_k is not None:
         if objective.divergence is None:
             raise ValueError(
-                "objective.top_k is of a whole distribution; set objective.divergence: full, forward or jsd"
+                "objective.top_k is of a whole distribution; set objective.divergence: reverse_kl, forward_kl or jsd"
             )
         objective = replace(objective, divergence=replace(objective.divergence, top_k=config.top_k))
     numbers = config.model_dump(
-        include={"beta", "clip_low", "clip_high", "kl_clamp", "entropy_bonus", "visual_advantage"}
+        include={"beta", "clip_eps_low", "clip_eps_high", "kl_clamp", "entropy_bonus", "visual_advantage"}
     )
     objective = replace(objective, **{key: value for key, value in numbers.items() if value is not None})
     own = {"rate": config.average_rate, "feedback": config.feedback}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vold.records import Hint, Rollout, Verdict
+from vold.types import Hint, Rollout, Verdict
 
 _LONGEST_ANSWER = 200  # characters of a wrong answer that are repeated
 _REASONS = {

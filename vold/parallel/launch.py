@@ -104,7 +104,9 @@ def initialise(
     return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
-def pretend(rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices) -> Layout:
+def fake_layout(
+    rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices
+) -> Layout:
     """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
     a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore

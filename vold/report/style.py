@@ -98,14 +98,14 @@ METRICS: dict[str, Metric] = {
         least=0.5,
         remedy="rollout.lag=0, or a lower optimizer.lr",
     ),
-    "clip_low": Metric(
+    "clip_fraction_low": Metric(
         "Clipped below",
         "share of tokens",
         "Tokens whose ratio fell under the clip range: no gradient.",
         limit=0.1,
         remedy="a lower optimizer.lr",
     ),
-    "clip_high": Metric(
+    "clip_fraction_high": Metric(
         "Clipped above",
         "share of tokens",
         "Tokens whose ratio rose over the clip range: no gradient.",
@@ -154,7 +154,7 @@ METRICS: dict[str, Metric] = {
         limit=0.0,
         remedy="the teacher's own log",
     ),
-    "visual_reliance": Metric(
+    "image_sensitivity": Metric(
         "Visual reliance",
         "nats per token",
         "What an image's detail adds to the student's own log-probs; at 0 it answers without looking.",
@@ -231,7 +231,7 @@ METRICS: dict[str, Metric] = {
 
 CURVES: dict[str, tuple[str, ...]] = {
     "rl": (
-        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "visual_reliance"),
+        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "image_sensitivity"),
         *("entropy", "response_length", "grad_norm"),
     ),
     "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),

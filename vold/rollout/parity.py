@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from vold.data.pack import Encoder, pack
-from vold.records import Batch, Prompt, Sample
+from vold.data.packing import Encoder, pack
 from vold.rollout.sampler import Sampler
+from vold.types import Batch, Prompt, Sample
 
 TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vold.config.schema import SamplingConfig
 from vold.models.images import ImageReader
-from vold.records import Prompt, Rollout
+from vold.types import Prompt, Rollout
 
 
 class Sampler(Protocol):

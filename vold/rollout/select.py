@@ -8,10 +8,10 @@ import torch
 
 from vold.config.schema import EngineConfig
 from vold.rollout.sampler import Sampler
-from vold.rollout.transformers_sampler import TransformersSampler
-from vold.rollout.vllm_engines import ColocatedEngine
-from vold.rollout.vllm_remote import RemoteEngines
-from vold.rollout.vllm_sampler import VllmSampler
+from vold.rollout.transformers.sampler import TransformersSampler
+from vold.rollout.vllm.engines import ColocatedEngine
+from vold.rollout.vllm.remote import RemoteEngines
+from vold.rollout.vllm.sampler import VllmSampler
 
 
 def open_sampler(config: EngineConfig, checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> Sampler:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from vold.models.checkpoint_dir import reading
 from vold.models.tokenizer import load_tokenizer
-from vold.records import Prompt, Rollout
+from vold.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from vold.config.schema import SamplingConfig
 from vold.parallel import cpu
-from vold.records import Prompt
 from vold.rollout import Sampler
+from vold.types import Prompt
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)

@@ -1,9 +1,9 @@
 """What the student's tokens are compared with: a teacher's log-probabilities or distributions, or the student's own."""
 
-from vold.teacher.prompts import OwnPrompts
-from vold.teacher.score import NoTeacher, Teacher
+from vold.teacher.prompts import TeacherPromptEncoder
+from vold.teacher.scorer import NoTeacher, Teacher
 from vold.teacher.self_teacher import SelfTeacher
-from vold.teacher.visual import VisualTeacher
+from vold.teacher.vision import VisualTeacher
 from vold.teacher.vllm import VllmTeacher
 
-__all__ = ["NoTeacher", "OwnPrompts", "SelfTeacher", "Teacher", "VisualTeacher", "VllmTeacher"]
+__all__ = ["NoTeacher", "SelfTeacher", "Teacher", "TeacherPromptEncoder", "VisualTeacher", "VllmTeacher"]

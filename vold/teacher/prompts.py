@@ -8,15 +8,15 @@ from functools import cache
 from pathlib import Path
 
 from vold.config.schema import PromptConfig
-from vold.data.pack import Encoded
+from vold.data.packing import Encoded
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.images import Change, encoder_of
 from vold.models.tokenizer import load_tokenizer
-from vold.records import Prompt
+from vold.types import Prompt
 
 
-class OwnPrompts:
+class TeacherPromptEncoder:
     """An Encoder that renders the problem behind a prompt with the teacher's chat template and image processor;
     `change`: see ImageReader."""
 

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vold.data.pack import pack
+from vold.data.packing import pack
 from vold.objectives.self_distillation import confidence
 from vold.parallel.launch import Layout
-from vold.records import Batch, Hint, MicroBatch, Prompt, Sample
-from vold.teacher.score import without_images
-from vold.trainer.average import MovingAverage
+from vold.teacher.scorer import without_images
 from vold.trainer.device import batch_to
 from vold.trainer.pipeline import run_pipeline
+from vold.trainer.weight_average import MovingAverage
+from vold.types import Batch, Hint, MicroBatch, Prompt, Sample
 from vold_kernels.linear_logprob import linear_logprob
 
 Condition = Callable[[Prompt, Hint], Prompt]
@@ -45,7 +45,7 @@ class SelfTeacher:
         self._max_tokens, self._confident = max_tokens, confident
         self._head = {"temperature": temperature, "tp_group": layout.tp_group, "vocab_size": vocab_size}
 
-    def admit(self, samples: Sequence[Sample]) -> list[Sample]:
+    def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, without the KL term where they have images: a hint is shown beside text only."""
         return without_images(samples)
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
 from vold.models.architecture import Architecture
-from vold.records import Rollout
-from vold.rollout.vllm_engines import ColocatedEngine, Engines, Request, room_to_score
-from vold.rollout.vllm_remote import RemoteEngines
+from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, room_to_score
+from vold.rollout.vllm.remote import RemoteEngines
+from vold.types import Rollout
 
 Scores = list[tuple[float, ...] | None]
 

@@ -24,9 +24,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from vold.models.language_model import LanguageModel
+from vold.parallel.collectives import run_on_all_ranks
 from vold.parallel.launch import Layout
-from vold.parallel.together import together
-from vold.trainer.engine import Trainer
 from vold.trainer.optimizer import updates_made
 from vold.trainer.shards import (
     Piece,
@@ -39,6 +38,7 @@ from vold.trainer.shards import (
     snapshot,
     write_pieces,
 )
+from vold.trainer.trainer import Trainer
 
 
 class Checkpoints:
@@ -57,12 +57,12 @@ class Checkpoints:
         every rank is on disk; `best`: it is the best from then on. Raises ValueError on all ranks when any
         could not write."""
         self.wait()
-        if together(self.latest_step)[0] == step:
+        if run_on_all_ranks(self.latest_step)[0] == step:
             return
         partial = self._root / f".partial-{_name(step)}"
-        together(lambda: self._start_directory(partial))
+        run_on_all_ranks(lambda: self._start_directory(partial))
         pieces = {**snapshot(trainer.chunks, trainer.optimizer, trainer.average), **random_state()}
-        updates = max(together(lambda: updates_made(trainer.optimizer)))
+        updates = max(run_on_all_ranks(lambda: updates_made(trainer.optimizer)))
         state = {
             "step": step,
             "updates": updates,
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Commit the background save if every rank has written; raise ValueError if one could not."""
-        if self._pending is not None and all(together(lambda: not self._pending.is_alive())):
+        if self._pending is not None and all(run_on_all_ranks(lambda: not self._pending.is_alive())):
             self.wait()
 
     def wait(self) -> None:
@@ -85,11 +85,11 @@ class Checkpoints:
         if write is None:
             return
         write.join()
-        outcomes = together(lambda: (write.error, write.bytes, write.digest))
+        outcomes = run_on_all_ranks(lambda: (write.error, write.bytes, write.digest))
         errors = [error for error, _, _ in outcomes if error]
         if not errors:
             digests = {_file(rank): digest for rank, (_, _, digest) in enumerate(outcomes)}
-            errors = [error for error in together(lambda: self._commit(write, digests)) if error]
+            errors = [error for error in run_on_all_ranks(lambda: self._commit(write, digests)) if error]
         if errors:
             self._give_up(write, errors[0], sum(size for _, size, _ in outcomes))
 
@@ -132,7 +132,7 @@ class Checkpoints:
             elif dist.get_rank() == 0:
                 (self._root / "best").unlink(missing_ok=True)
 
-        together(point)
+        run_on_all_ranks(point)
 
     def saved(self) -> dict[int, Path]:
         """Step -> its directory."""
@@ -191,13 +191,13 @@ class Checkpoints:
         """Restore parameters, optimizer, schedule and, at an unchanged layout, random state; every file is checked
         against the manifest first. Raises ValueError on all ranks, naming the file, when one is not as it was."""
         path = self._root / _name(step)
-        together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
-        together(lambda: self._restore(trainer, path, step))
+        run_on_all_ranks(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
+        run_on_all_ranks(lambda: self._restore(trainer, path, step))
 
     def load_weights(self, chunks: Sequence[LanguageModel], step: int) -> None:
         """Parameters only, for an export."""
         path = self._root / _name(step)
-        together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
+        run_on_all_ranks(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
         with PieceReader(shard_files(path)) as reader:
             load_weights(chunks, reader)
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from vold.records import Batch, MicroBatch, PackedTokens
+from vold.types import Batch, MicroBatch, PackedTokens
 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:

@@ -16,12 +16,12 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from vold.data.pack import filler
+from vold.data.packing import filler
 from vold.models.language_model import hidden_states
 from vold.models.vision import FrozenVisionTower
 from vold.parallel.launch import Layout
-from vold.records import MicroBatch
 from vold.trainer.device import micro_batch_to
+from vold.types import MicroBatch
 
 ResultT = TypeVar("ResultT")
 Head = Callable[[MicroBatch, Tensor], tuple[Tensor, ResultT]]

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from vold.models.language_model import LanguageModel
 from vold.models.weights import EMBEDDING_RULE, HEAD_RULE, Rule, join_pieces, named_rules, piece_shapes, split_pieces
-from vold.trainer.average import MovingAverage
 from vold.trainer.optimizer import (
     is_distributed,
     load_optimizer_state,
@@ -37,6 +36,7 @@ from vold.trainer.optimizer import (
     owned_range,
     state_fields,
 )
+from vold.trainer.weight_average import MovingAverage
 
 OFFSETS = "DCP_SHARDING_INFO"
 

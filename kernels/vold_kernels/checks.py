@@ -1,0 +1,138 @@
+"""Errors a caller can make, found from shapes and dtypes alone: nothing here reads a tensor's values (no host sync)."""
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkBudget
+from .matmuls import accumulator_dtype
+from .pairs import KINDS, Divergence
+from .types import PolicyTerms
+
+SUPPORTED = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_head(hidden_ND: Tensor, weight_UD: Tensor, *, temperature: float) -> None:
+    if hidden_ND.ndim != 2 or weight_UD.ndim != 2 or hidden_ND.shape[1] != weight_UD.shape[1] or not len(weight_UD):
+        raise ValueError(
+            f"hidden is {tuple(hidden_ND.shape)} and weight {tuple(weight_UD.shape)}; they must be [N, D] and [V, D] "
+            "with V > 0: flatten batch and sequence, and pass the weight as nn.Linear stores it"
+        )
+    if hidden_ND.dtype != weight_UD.dtype or hidden_ND.dtype not in SUPPORTED:
+        raise ValueError(
+            f"hidden is {hidden_ND.dtype} and weight {weight_UD.dtype}; both must be the same one of bfloat16, float32 "
+            "or float64 (float16 cannot hold per-token gradients): cast one of them"
+        )
+    if hidden_ND.device != weight_UD.device:
+        raise ValueError(f"hidden is on {hidden_ND.device} and weight on {weight_UD.device}; move them to one device")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+
+
+def check_target(target_N: Tensor, hidden_ND: Tensor) -> None:
+    if target_N.shape != hidden_ND.shape[:1] or target_N.dtype.is_floating_point or target_N.dtype == torch.bool:
+        raise ValueError(f"target is {target_N.dtype} {tuple(target_N.shape)}; it must be integer [{len(hidden_ND)}]")
+    if target_N.device != hidden_ND.device:
+        raise ValueError(f"target is on {target_N.device} and hidden on {hidden_ND.device}; move them to one device")
+
+
+def check_vocab_size(weight_UD: Tensor, vocab_size: int | None, *, sharded: bool) -> None:
+    if vocab_size is None:
+        return
+    if vocab_size < 1 or (not sharded and vocab_size > len(weight_UD)):
+        raise ValueError(f"vocab_size is {vocab_size}; the weight has {len(weight_UD)} rows, so pass 1 to that many")
+
+
+def check_main_grad(main_grad_UD: Tensor | None, weight_UD: Tensor) -> None:
+    if main_grad_UD is None:
+        return
+    dtype = accumulator_dtype(weight_UD.dtype)
+    if main_grad_UD.shape != weight_UD.shape or main_grad_UD.dtype != dtype or main_grad_UD.device != weight_UD.device:
+        raise ValueError(
+            f"weight_main_grad is {main_grad_UD.dtype} {tuple(main_grad_UD.shape)} on {main_grad_UD.device}; it must "
+            f"be {dtype} {tuple(weight_UD.shape)} on {weight_UD.device}"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_main_grad cannot be written inside torch.compile: leave this call out of the graph")
+    if main_grad_UD.requires_grad:
+        raise ValueError("weight_main_grad requires grad; it is a buffer that is written in place: detach it")
+
+
+def check_filter(filter_eps: float) -> None:
+    if not 0 <= filter_eps < 1:
+        raise ValueError(f"filter_eps is {filter_eps}; it must lie in [0, 1), and 0 is exact")
+
+
+def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
+    if budget.bf16_logits and hidden_ND.dtype != torch.bfloat16:
+        raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
+
+
+def check_policy(
+    terms: PolicyTerms,
+    tokens: int,
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    importance_cap: float,
+    kl_clamp: float,
+) -> None:
+    for name, value in vars(terms).items():
+        if value is not None and value.shape != (tokens,):
+            raise ValueError(
+                f"terms.{name} is {tuple(value.shape)}; hidden has {tokens} rows, so it must be [{tokens}]"
+            )
+    if not 0 <= clip_eps_low <= 1 or not clip_eps_high >= 0:
+        raise ValueError(
+            f"clip_eps_low is {clip_eps_low} and clip_eps_high {clip_eps_high}; the clip range [1 − clip_eps_low, 1 + clip_eps_high] must hold 1 "
+            "and nothing negative"
+        )
+    if not importance_cap > 0:
+        raise ValueError(f"importance_cap is {importance_cap}; it must be positive")
+    if not kl_clamp > 0:
+        raise ValueError(f"kl_clamp is {kl_clamp}; it must be positive, and inf clamps nothing")
+    if (terms.ratio_low_N is None) != (terms.ratio_high_N is None):
+        raise ValueError("terms has one of ratio_low_N and ratio_high_N; give both or neither")
+    if terms.sequence_N is not None and terms.sequence_N.dtype.is_floating_point:
+        raise ValueError(f"terms.sequence_N is {terms.sequence_N.dtype}; it must be integer")
+
+
+def check_pair(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], vocab_size: int | None, *, sharded: bool
+):
+    """Two heads, (hidden, weight) each, that have been through `check_head`."""
+    for mine, theirs in zip(student, teacher, strict=True):
+        if mine.dtype != theirs.dtype or mine.device != theirs.device:
+            raise ValueError(
+                f"the student's head is {mine.dtype} on {mine.device} and the teacher's {theirs.dtype} on "
+                f"{theirs.device}; cast or move one of them"
+            )
+    if len(student[0]) != len(teacher[0]):
+        raise ValueError(
+            f"student_hidden has {len(student[0])} rows and teacher_hidden {len(teacher[0])}: one per token"
+        )
+    rows, teacher_rows = len(student[1]), len(teacher[1])
+    if rows == teacher_rows:
+        check_vocab_size(student[1], vocab_size, sharded=sharded)
+    elif sharded:
+        raise ValueError(
+            f"this rank holds {rows} rows of the student's weight and {teacher_rows} of the teacher's; shard both alike"
+        )
+    elif vocab_size is None or not 1 <= vocab_size <= min(rows, teacher_rows):
+        raise ValueError(
+            f"student_weight has {rows} rows and teacher_weight {teacher_rows}, vocab_size is {vocab_size}; pass the "
+            f"number of ids that mean the same token in both, at most {min(rows, teacher_rows)}"
+        )
+
+
+def check_divergence(divergence: Divergence, top_k: int | None, weight_N: Tensor, tokens: int) -> None:
+    if divergence.kind not in KINDS:
+        raise ValueError(f"divergence is {divergence.kind!r}; it must be one of {', '.join(KINDS)}")
+    if not 0 < divergence.alpha < 1:
+        raise ValueError(
+            f"alpha is {divergence.alpha}; it must lie inside (0, 1): at the ends jsd is 0 everywhere, take "
+            "divergence='forward' for alpha → 0 and 'reverse' for alpha → 1"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for the full vocabulary")
+    if weight_N.shape != (tokens,):
+        raise ValueError(f"weight_N is {tuple(weight_N.shape)}; hidden has {tokens} rows, so it must be [{tokens}]")

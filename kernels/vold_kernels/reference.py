@@ -1,0 +1,140 @@
+"""The specification, in plain torch: logits are materialised, autograd does the rest, nothing is clever.
+
+Shape letters: N tokens, D hidden, V vocabulary rows, n tokens that carry weight. Computes in fp32, or in fp64 when
+given fp64. The formulas are those of VOLD (L_pg, L_kl) with the weights pulled out, see `linear_policy_loss.py`, and of
+the divergences in `linear_kl.py`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .types import KLLoss, PolicyLoss, PolicyTerms
+
+
+def linear_logprob(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    vocab_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    logp_NV = _log_softmax(hidden_ND, weight_VD[:vocab_size], temperature)
+    logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
+    if not return_entropy:
+        return logp_N
+    return logp_N, -(logp_NV.exp() * logp_NV).sum(dim=-1)
+
+
+def linear_policy_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    terms: PolicyTerms,
+    *,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    importance_cap: float = 2.0,
+    entropy_bonus: float = 0.0,
+    kl_clamp: float = math.inf,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> PolicyLoss:
+    has_pg_N, has_kl_N = terms.pg_weight_N != 0, terms.kl_weight_N != 0
+    kept_N = has_pg_N | has_kl_N
+    logp_n, entropy_n = linear_logprob(
+        hidden_ND[kept_N],
+        weight_VD,
+        target_N[kept_N],
+        temperature=temperature,
+        return_entropy=True,
+        vocab_size=vocab_size,
+    )
+    dtype = logp_n.dtype
+    logp_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, logp_n)
+    entropy_N = logp_n.new_zeros(len(target_N)).masked_scatter(kept_N, entropy_n)
+
+    def importance(logp: Tensor, has_N: Tensor) -> Tensor | float:
+        if terms.logp_rollout_N is None:
+            return 1.0
+        return (logp.detach() - terms.logp_rollout_N[has_N].to(dtype)).exp().clamp(max=importance_cap)
+
+    logp_pg, advantage = logp_N[has_pg_N], terms.advantage_N[has_pg_N].to(dtype)
+    logp_old = logp_pg.detach() if terms.logp_old_N is None else terms.logp_old_N[has_pg_N].to(dtype)
+    log_ratio, pg_weight = logp_pg - logp_old, terms.pg_weight_N[has_pg_N].to(dtype)
+    if terms.sequence_N is not None:
+        sequence = terms.sequence_N[has_pg_N]
+        log_ratio = torch.stack([log_ratio[sequence == s].mean() for s in sequence]) if len(sequence) else log_ratio
+    ratio, low, high = log_ratio.exp(), 1 - clip_eps_low, 1 + clip_eps_high
+    if terms.ratio_low_N is not None:
+        low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    pg_loss = -(importance(logp_old, has_pg_N) * pg_weight * surrogate).sum()
+    bonus = entropy_bonus * (pg_weight * entropy_N[has_pg_N]).sum()
+
+    kl_loss = torch.zeros_like(pg_loss)
+    if terms.logp_teacher_N is not None:
+        gap = logp_N[has_kl_N] - terms.logp_teacher_N[has_kl_N].to(dtype)
+        beyond = (gap.abs() - kl_clamp).clamp(min=0)  # Huber: ½ gap² up to the clamp, a line of slope kl_clamp after it
+        kl_weight = importance(logp_N[has_kl_N], has_kl_N) * terms.kl_weight_N[has_kl_N].to(dtype)
+        kl_loss = (kl_weight * (gap.square() - beyond.square()) / 2).sum()
+    return PolicyLoss(
+        loss=pg_loss + kl_loss - bonus,
+        logp_N=logp_N.detach(),
+        entropy_N=entropy_N.detach(),
+        pg_loss=pg_loss.detach(),
+        kl_loss=kl_loss.detach(),
+        clip_count_low=((ratio < low) & (advantage < 0)).sum(),
+        clip_count_high=((ratio > high) & (advantage > 0)).sum(),
+        kl_old=(logp_old - logp_pg.detach()).sum(),
+        dropped_mass=torch.zeros_like(pg_loss),
+    )
+
+
+def linear_kl(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_VE: Tensor,
+    *,
+    weight_N: Tensor,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> KLLoss:
+    kept_N = weight_N != 0
+    logp_student = _log_softmax(student_hidden_ND[kept_N], student_weight_VD[:vocab_size], temperature)
+    logp_teacher = _log_softmax(teacher_hidden_NE[kept_N], teacher_weight_VE[:vocab_size], temperature).detach()
+    if top_k is not None and top_k < logp_student.shape[1]:
+        top_nk = logp_student.topk(top_k).indices
+        logp_student, logp_teacher = (_top_and_tail(logp, top_nk) for logp in (logp_student, logp_teacher))
+    if divergence == "reverse_kl":
+        kl_n = _kl(logp_student, logp_teacher)
+    elif divergence == "forward_kl":
+        kl_n = _kl(logp_teacher, logp_student)
+    else:
+        mixture = torch.logaddexp(logp_teacher + math.log(alpha), logp_student + math.log(1 - alpha))
+        kl_n = alpha * _kl(logp_teacher, mixture) + (1 - alpha) * _kl(logp_student, mixture)
+    kl_N = kl_n.new_zeros(len(weight_N)).masked_scatter(kept_N, kl_n)
+    loss = (weight_N[kept_N].to(kl_n.dtype) * kl_n).sum()
+    return KLLoss(loss=loss, kl_N=kl_N.detach(), dropped_mass=torch.zeros_like(loss))
+
+
+def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    return (hidden_ND.to(dtype) @ weight_VD.to(dtype).T / temperature).log_softmax(dim=-1)
+
+
+def _top_and_tail(logp_nV: Tensor, top_nk: Tensor) -> Tensor:
+    """[n, k + 1]: the log-probs at the given columns, and the log of what all other columns share."""
+    others_nV = logp_nV.scatter(1, top_nk, float("-inf"))
+    return torch.cat((logp_nV.gather(1, top_nk), others_nV.logsumexp(dim=1, keepdim=True)), dim=1)
+
+
+def _kl(logp_nB: Tensor, other_nB: Tensor) -> Tensor:
+    return (logp_nB.exp() * (logp_nB - other_nB)).sum(dim=1)

@@ -1,0 +1,33 @@
+"""Useful work, counted by hand for one small model."""
+
+import torch
+from transformers import Qwen3Config
+
+from vold.data.packing import pack
+from vold.models.architecture import Architecture
+from vold.models.flops import peak_flops, training_flops
+from vold.types import Prompt, Sample
+
+
+def test_training_flops_by_hand():
+    config = Qwen3Config(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    per_layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16  # q, k, v, o, and the gated MLP
+    weights = 2 * per_layer + 100 * 8
+    prompt, other = Prompt("shared", (1, 2), ""), Prompt("other", (3,), "")
+    samples = [Sample(p, (0,) * n, 1.0, 1.0, 0.0) for p, n in ((prompt, 2), (prompt, 4), (other, 5))]
+    [micro] = pack(samples, max_tokens=99).micro_batches  # segments [2 + 1], 3 that also read those 2, [1 + 4]
+    attention = 2 * 6 * 8 * (3**2 + (5**2 - 2**2) + 5**2)  # per layer 2 * l^2 * d forward (causal half of 4), times 3
+    assert training_flops(Architecture.from_config(config), micro.tokens) == 6 * weights * 11 + attention
+
+
+def test_no_peak_is_claimed_for_a_cpu():
+    assert peak_flops(torch.device("cpu")) is None

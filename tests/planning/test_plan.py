@@ -1,0 +1,105 @@
+"""`vold plan`: the shipped 3B configs on real cards, from config.json alone; refusals, proposals, bounds of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dry_run
+import pytest
+
+from vold.config import load_config, schema
+from vold.planning.plan import _by_cost, _knobs, changed, measured_rates, work
+from vold.planning.stage_memory import Sizes, whole_parameters
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> list[str]:
+    """Overrides that point a config at directories with nothing but the real models' config.json."""
+    folder = tmp_path_factory.mktemp("published")
+    student = dry_run.student()
+    # the published tower of the 3B model: the class's own numbers are those of a larger one
+    for key, value in dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16).items():
+        setattr(student.vision_config, key, value)
+    student.vision_config.out_hidden_size = 2048
+    student.save_pretrained(folder / "student")
+    dry_run.teacher().save_pretrained(folder / "teacher")
+    return [f"student={folder / 'student'}", f"teacher={folder / 'teacher'}"]
+
+
+def plan(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vold", "plan", "rl", str(CONFIGS / name), *arguments]
+    environment = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_the_papers_stage_2_fits_four_a100s_of_80_gb(checkpoints):
+    run = plan("vold.yaml", *checkpoints, "--gpu", "a100-80g", "--processes", "4")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stderr == "" and "✗" not in run.stdout
+    assert "5.75" in run.stdout and "15.26" in run.stdout, "2 bytes of 3,085,938,688 and of 8,190,735,360 parameters"
+    assert "not measured" in run.stdout and "a bound, not a forecast" in run.stdout
+
+
+def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(checkpoints):
+    overrides = ["objective.preset=grpo", "parallel.distributed_optimizer=false", "evaluation.every=0"]
+    run = plan("vold.yaml", *checkpoints, *overrides, "--gpu", "a100-80g", "--processes", "4")
+    assert run.returncode == 2 and "✗" in run.stdout
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("vold: phase rollout needs ") and " GiB on every rank and a100-80g has 72.0" in line
+    proposed = [word for word in line.split("; ")[1].split() if "=" in word]
+    assert proposed == ["parallel.distributed_optimizer=true"], (
+        "the cheapest that saves enough: no other setting changes"
+    )
+
+
+def test_a_layout_that_is_none_is_one_line(checkpoints):
+    run = plan("vold.yaml", *checkpoints, "parallel.tp=3", "--gpu", "h200", "--processes", "4")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "tp=3 x pp=1 = 3 does not divide the world of 4 processes" in run.stderr
+
+
+@pytest.fixture
+def sizes(checkpoints) -> Sizes:
+    return Sizes(load_config(schema.RlConfig, CONFIGS / "vold.yaml", checkpoints), 4)
+
+
+def test_parameters_are_those_of_the_published_models(sizes):
+    assert whole_parameters(sizes.student) == 3_085_938_688
+    assert whole_parameters(sizes.teacher) == 8_190_735_360
+
+
+def test_work_is_two_flop_a_parameter_and_token_and_divided_over_ranks(sizes):
+    found, tokens = work(sizes), sizes.tokens_per_copy
+    assert tokens == 64 * (2048 + 5 * 7168)
+    matmuls = 2 * whole_parameters(sizes.student) * tokens
+    assert 1.0 < found["student_forward"].flop / matmuls < 1.35, "attention comes on top"
+    halved = Sizes(changed(sizes.config, {"parallel.tp": 2}), 8)
+    assert work(halved)["teacher"].flop == pytest.approx(found["teacher"].flop / 2)
+    recomputed = Sizes(changed(sizes.config, {"parallel.recompute": "full"}), 4)
+    assert work(recomputed)["student_backward"].flop == pytest.approx(3 * found["student_forward"].flop)
+    shorter = Sizes(sizes.config, 4, response_tokens=1024)
+    assert work(shorter)["rollout"].moved < found["rollout"].moved / 6
+
+
+def test_settings_are_tried_from_the_cheapest_on(sizes):
+    knobs = _knobs(sizes)
+    costs = [sum(k.cost * level for k, level in zip(knobs, levels, strict=True)) for levels in _by_cost(knobs)]
+    assert costs == sorted(costs) and costs[0] == 0 and len(costs) > 100
+    assert (
+        changed(sizes.config, {"evaluation.sampling.sequences_per_call": 8}).evaluation.sampling.sequences_per_call == 8
+    )
+
+
+def test_rates_come_from_a_profiles_table(tmp_path):
+    (tmp_path / "profile").mkdir()
+    header = "rank,phase,seconds,share,tokens_per_second,mfu,memory_gib\n"
+    rows = "0,rollout,2,.5,1000,,1\n0,optimizer,1,.1,,,1\n1,rollout,2,.5,1000,,1\n"
+    (tmp_path / "profile" / "phases.csv").write_text(header + rows)
+    assert measured_rates(tmp_path) == {"rollout": 500.0}, "of one of the two processes"
+    with pytest.raises(ValueError, match="run `vold profile` on this machine first"):
+        measured_rates(tmp_path / "elsewhere")

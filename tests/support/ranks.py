@@ -1,0 +1,100 @@
+"""Real processes to train in, kill and hang: forked from a server that has imported everything, so they start at once.
+
+`torchrun` starts each rank from nothing, some six seconds of imports; a fault matrix needs dozens of ranks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+IMPORTED = [
+    "torch",
+    "support.steps",
+    "support.tiny",
+    "vold.cli",
+    "vold.train.sft",
+    "vold.train.rl",
+    "vold.train.teacher_traces",
+    "vold.trainer.checkpoint",
+]
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(IMPORTED)
+
+
+@dataclass
+class Ranks:
+    """A world of processes and what each printed."""
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+    store: TCPStore
+
+    def join(self, timeout: float = 240.0, hung: Sequence[int] = ()) -> list[int]:
+        """Exit codes, once all but the `hung` have ended; those are killed. A rank that is still there after `timeout`
+        seconds writes where it stands to its log, is killed, and fails the test."""
+        deadline = time.monotonic() + timeout
+        waited = [process for rank, process in enumerate(self.processes) if rank not in hung]
+        for process in waited:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in waited if process.is_alive()]
+        for process in late:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1 if late else 0)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not late, f"{len(late)} ranks did not end within {timeout} s:\n{self.said()}"
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank: int | None = None) -> str:
+        return "\n".join(log.read_text() for log in self.logs[slice(rank, None if rank is None else rank + 1)])
+
+
+def start(world: int, body: Callable, *arguments, logs: Path) -> Ranks:
+    """Run body(*arguments) on `world` ranks; output goes to files below `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    # As torchrun's agent does: the rendezvous store outlives every rank.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    files = [logs / f"rank{rank}.log" for rank in range(world)]
+    processes = [
+        _FORKS.Process(target=_enter, args=(rank, world, store.port, file, body, arguments))
+        for rank, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    return Ranks(processes, files, store)
+
+
+def run(world: int, body: Callable, *arguments, logs: Path, timeout: float = 240.0) -> Ranks:
+    """`start`, and every rank must end well."""
+    ranks = start(world, body, *arguments, logs=logs)
+    codes = ranks.join(timeout)
+    assert codes == [0] * world, f"exit codes {codes}\n{ranks.said()}"
+    return ranks
+
+
+def _enter(rank: int, world: int, port: int, log: Path, body: Callable, arguments: tuple) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        OMP_NUM_THREADS="1",
+    )
+    body(*arguments)

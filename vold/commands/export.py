@@ -1,0 +1,41 @@
+"""`vold export`: a run's checkpoint as a directory that from_pretrained and vLLM load at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vold.config.schema import ExportConfig
+from vold.models.checkpoint_dir import export_checkpoint
+from vold.models.weights import export_weights
+from vold.parallel.launch import initialise
+from vold.run.run_dir import read_config
+from vold.trainer.checkpoint import Checkpoints
+from vold.trainer.trainer import load_student
+
+
+def run(config: ExportConfig) -> None:
+    """Writes config.out; tokenizer, processor, chat template and frozen tensors come from the run's own student."""
+    saved = config.run / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"run = {config.run} holds no config.yaml; give the run_dir of an sft or rl run")
+    settings = read_config(saved)
+    if settings.get("verb") not in ("sft", "rl"):
+        raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
+    if missing := {"student", "dtype"} - settings.keys():
+        raise ValueError(f"{saved} has no {min(missing)}; write the run's own config back")
+    layout = initialise(seed=0)
+    checkpoints = Checkpoints(config.run, layout)
+    step = checkpoints.best_step() if config.step == "best" else config.step or checkpoints.latest_step()
+    if step is None:
+        which = "best checkpoint (set evaluation.best)" if config.step else "checkpoint yet (see save_every)"
+        raise ValueError(f"run = {config.run} has no {which}")
+    if step not in (steps := sorted(checkpoints.saved())):
+        raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
+    student = Path(settings["student"])
+    train_merger = settings.get("vision", {}).get("train_merger", False)
+    chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
+    checkpoints.load_weights(chunks, step)
+    export_checkpoint(student, config.out, export_weights(chunks))
+    print(f"{config.out}: step {step} of {config.run}")

@@ -1,0 +1,294 @@
+"""Samples -> Batch: sequences laid end to end in micro-batches of bounded length, a prompt once for the responses that
+share it, divided among the data-parallel replicas so that all have equally much work. B sequences, T tokens, N targets,
+P prompt tokens, L tokens of one sequence, K keys: see PackedTokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from operator import itemgetter
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vold.types import Batch, MicroBatch, PackedTokens, Picture, Prompt, Sample
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as a model reads it: P image-pad ids expanded, positions [3, P]. A response's positions count on from
+    the largest."""
+
+    prompt_ids: Sequence[int]
+    position_ids_3P: Tensor
+    pictures: tuple[Picture, ...] = ()
+
+
+class Encoder(Protocol):
+    """How a model reads prompts."""
+
+    def __call__(self, prompt: Prompt) -> Encoded: ...
+
+    def length(self, prompt: Prompt) -> int:
+        """Its P, without reading a pixel. Raises ValueError for a prompt that the model cannot read."""
+        ...
+
+
+def _queries(queries: int, keys: int) -> float:
+    return queries
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """`count` data-parallel copies of the model share a step; this is number `rank`. `cost`: work that a segment of so
+    many queries and keys is, in any unit."""
+
+    count: int = 1
+    rank: int = 0
+    cost: Callable[[int, int], float] = _queries
+
+
+class TextEncoder:
+    """Text only: positions count up, the same in all three planes."""
+
+    def __call__(self, prompt: Prompt) -> Encoded:
+        return Encoded(prompt.token_ids, torch.arange(self.length(prompt)).expand(3, -1))
+
+    def length(self, prompt: Prompt) -> int:
+        if prompt.images:
+            raise ValueError(f"{prompt.id} has images and the model reads text only: use one with a vision tower")
+        return len(prompt.token_ids)
+
+
+encode_text = TextEncoder()
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    max_tokens: int,
+    replicas: Replicas = Replicas(),
+    encode: Encoder = encode_text,
+) -> Batch:
+    """This replica's share of a step's samples in micro-batches of at most `max_tokens`, equally many on every replica.
+
+    Every replica passes the same samples and plans the whole division, so that none has to ask another. A sample whose
+    two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
+    with too few sequences gets micro-batches of one token and no target.
+    """
+    groups = _siblings(samples, encode)
+    largest = max(map(len, groups), default=1) if replicas.count > 1 else 1
+    pieces = sorted({min(1 << power, largest) for power in range(largest.bit_length() + 1)})
+    plans = [_divide(_units(groups, max_tokens, count), max_tokens, replicas) for count in pieces]
+    shares, _ = min(plans, key=itemgetter(1))  # a prompt is read again where that evens out the replicas' work
+    encode = cache(encode)  # pieces of a group share their prompt's pictures
+    return Batch(tuple(_micro_batch(units, encode) for units in shares[replicas.rank]))
+
+
+def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prompt], Encoded]) -> MicroBatch:
+    """What another model reads to predict `rows_n` (ascending) of a micro-batch's targets: the same responses behind
+    prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; the targets keep their order."""
+    sequence_N, rows_n = micro.sequence_N.cpu(), rows_n.cpu()
+    wanted = sequence_N[rows_n].unique()
+    units: dict[Prompt, Unit] = {}
+    for sequence in wanted.tolist():
+        sample = micro.samples_B[sequence]
+        units.setdefault(sample.prompt, []).append(Placed(sequence, sample, 0))
+    read = _micro_batch(list(units.values()), encode)
+    # It lies in an order of its own; a stable sort by sequence gives back that of `micro`.
+    read_rows = torch.tensor(read.sample_B)[read.sequence_N].argsort(stable=True)
+    rows = torch.isin(sequence_N, wanted).nonzero()[:, 0]
+    order_n = read_rows[torch.searchsorted(rows, rows_n)]
+    return replace(micro, tokens=read.tokens, source_N=read.source_N[order_n], target_N=read.target_N[order_n])
+
+
+def filler() -> MicroBatch:
+    """A micro-batch of one token and no target: the least a model runs, without loss or gradient."""
+    return _micro_batch([], encode_text)
+
+
+class Placed(NamedTuple):
+    """A sample, its place in the list of samples, and its prompt's tokens, those of images included."""
+
+    place: int
+    sample: Sample
+    prompt_tokens: int
+
+
+Unit = list[Placed]
+"""Siblings: they lie in one micro-batch and read their prompt once."""
+
+
+def _siblings(samples: Sequence[Sample], encode: Encoder) -> list[Unit]:
+    """The samples that have a gradient, by prompt."""
+    found: dict[Prompt, Unit] = {}
+    for place, sample in enumerate(samples):
+        if sample.pg_weight or sample.kl_weight:
+            unit = found.setdefault(sample.prompt, [])
+            tokens = unit[0].prompt_tokens if unit else encode.length(sample.prompt)
+            unit.append(Placed(place, sample, tokens))
+    return list(found.values())
+
+
+def _units(groups: Sequence[Unit], max_tokens: int, pieces: int) -> list[Unit]:
+    """Each group in so many pieces, or more where one would be too long."""
+    units: list[Unit] = []
+    for group in groups:
+        unit: Unit = []
+        for placed in group:
+            if len(unit) * pieces >= len(group) or (unit and _size([*unit, placed]) > max_tokens):
+                units.append(unit)
+                unit = []
+            unit.append(placed)
+        units.append(unit)
+    return units
+
+
+def _size(unit: Unit) -> int:
+    return sum(queries for queries, _ in _segments(unit))
+
+
+def _work(unit: Unit, cost: Callable[[int, int], float]) -> float:
+    return sum(cost(*segment) for segment in _segments(unit))
+
+
+def _segments(unit: Unit) -> list[tuple[int, int]]:
+    """(queries, keys) of the prompt with the first response, and of each further one."""
+    prompt = unit[0].prompt_tokens
+    first, *others = (len(placed.sample.response_ids[:-1]) for placed in unit)
+    return [(prompt + first, prompt + first), *((queries, prompt + queries) for queries in others)]
+
+
+def _divide(units: Sequence[Unit], max_tokens: int, replicas: Replicas) -> tuple[list[list[list[Unit]]], float]:
+    """Units by replica and micro-batch, and the work of the busiest replica. Longest unit first into the micro-batch
+    with the least work that has room; micro-batches are added, one a replica, until everything fits. Then the costliest
+    are dealt out to the replicas to and fro, which evens their sums."""
+    sized = sorted(((_size(unit), _work(unit, replicas.cost), unit) for unit in units), key=lambda row: -row[0])
+    each = max(1, -(-sum(size for size, _, _ in sized) // (max_tokens * replicas.count)))
+    while (bins := _fill(sized, max_tokens, each * replicas.count)) is None:
+        each += 1
+    bins.sort(key=lambda found: -found[0])
+    order = [*range(replicas.count), *reversed(range(replicas.count))]
+    shares: list[list[list[Unit]]] = [[] for _ in range(replicas.count)]
+    works = [0.0] * replicas.count
+    for number, (work, found) in enumerate(bins):
+        replica = order[number % len(order)]
+        shares[replica].append(found)
+        works[replica] += work
+    return shares, max(works)
+
+
+def _fill(sized: list[tuple[int, float, Unit]], max_tokens: int, count: int) -> list[tuple[float, list[Unit]]] | None:
+    """`count` bins of at most `max_tokens` (a longer unit lies alone) with their work, or None: they do not fit."""
+    bins, fill, works = [[] for _ in range(count)], [0] * count, [0.0] * count
+    for size, work, unit in sized:
+        room = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]
+        if not room:
+            return None
+        emptiest = min(room, key=works.__getitem__)
+        bins[emptiest].append(unit)
+        fill[emptiest] += size
+        works[emptiest] += work
+    return list(zip(works, bins, strict=True))
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A sample at its place, behind a prompt that the first of its unit brings along."""
+
+    unit: int
+    first: bool
+    place: int
+    sample: Sample
+    prompt: Encoded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(queries, keys)"""
+        prompt, own = len(self.prompt.prompt_ids), len(self.sample.response_ids[:-1])
+        return (prompt if self.first else 0) + own, prompt + own
+
+    @property
+    def ids(self) -> list[int]:
+        return [*(self.prompt.prompt_ids if self.first else ()), *self.sample.response_ids[:-1]]
+
+    @property
+    def position_ids_3L(self) -> Tensor:
+        prompt_3P = self.prompt.position_ids_3P
+        own_3L = (prompt_3P.max() + 1 + torch.arange(len(self.sample.response_ids[:-1]))).expand(3, -1)
+        return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
+
+
+def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], Encoded]) -> MicroBatch:
+    sequences = [
+        _Sequence(number, placed is unit[0], placed.place, placed.sample, prompt)
+        for number, (unit, prompt) in enumerate((unit, encode(unit[0].sample.prompt)) for unit in units)
+        for placed in unit
+    ]
+    # A prompt lies before those that read it; segments of one shape side by side: sdpa_attention runs them together.
+    sequences.sort(key=lambda sequence: (not sequence.first, sequence.shape))
+    samples = [sequence.sample for sequence in sequences]
+    keys = _keys(sequences)
+    counts = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.int64)
+    sources = [  # the hidden state one position earlier predicts a token: of the first one, the prompt's last
+        key_L[len(s.prompt.prompt_ids) - 1 :][: len(s.sample.response_ids)]
+        for key_L, s in zip(keys, sequences, strict=True)
+    ]
+    rollout_logps = [s.logp_rollout for s in samples if s.logp_rollout is not None]
+    teacher_logps = [s.logp_teacher or (0.0,) * len(s.response_ids) for s in samples]
+    scored = any(s.logp_teacher for s in samples)
+    return MicroBatch(
+        tokens=_tokens(sequences, keys),
+        source_N=torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64),
+        target_N=torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.int64),
+        sequence_N=torch.arange(len(samples)).repeat_interleave(counts),
+        sample_B=tuple(sequence.place for sequence in sequences),
+        samples_B=tuple(samples),
+        advantage_N=_per_token([s.advantage for s in samples], counts),
+        pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
+        kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
+        logp_rollout_N=_flat(rollout_logps) if samples and len(rollout_logps) == len(samples) else None,
+        logp_teacher_N=_flat(teacher_logps) if scored else None,
+    )
+
+
+def _keys(sequences: Sequence[_Sequence]) -> list[Tensor]:
+    """Of each sequence, the index into T of prompt and response."""
+    start, keys, prompt_of_unit = 0, [], {}
+    for sequence in sequences:
+        queries, _ = sequence.shape
+        own_L = torch.arange(start, start + queries)
+        if sequence.first:
+            prompt_of_unit[sequence.unit] = own_L[: len(sequence.prompt.prompt_ids)]
+            keys.append(own_L)
+        else:
+            keys.append(torch.cat([prompt_of_unit[sequence.unit], own_L]))
+        start += queries
+    return keys
+
+
+def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTokens:
+    if not sequences:  # nothing to learn here: the shortest input a model accepts
+        one, cu_seqlens = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
+        return PackedTokens(one, one.expand(3, 1), cu_seqlens, cu_seqlens)
+    segments = [(s.shape, key_L) for s, key_L in zip(sequences, keys, strict=True) if s.shape[0]]
+    cu_seqlens, cu_seqlens_k = torch.tensor([(0, 0), *(shape for shape, _ in segments)]).cumsum(0).to(torch.int32).T
+    prompts = [s.prompt for s in sequences if s.first]
+    return PackedTokens(
+        input_ids_T=torch.tensor([token for s in sequences for token in s.ids]),
+        position_ids_3T=torch.cat([s.position_ids_3L for s in sequences], dim=1),
+        cu_seqlens=cu_seqlens.contiguous(),
+        cu_seqlens_k=cu_seqlens_k.contiguous(),
+        kv_index_K=None if len(prompts) == len(segments) else torch.cat([key_L for _, key_L in segments]),
+        pictures=tuple(picture for prompt in prompts for picture in prompt.pictures),
+    )
+
+
+def _per_token(values: list[float], counts: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+
+
+def _flat(rows: list[tuple[float, ...]]) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)

@@ -1,0 +1,26 @@
+"""What GPUs are published to have. NVIDIA's data sheets, SXM cards: memory as nvidia-smi counts it, dense bf16 matrix
+multiplication, bandwidth of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vold.models.flops import PEAK_FLOPS
+from vold.run.timers import GIB
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """memory in bytes; flops in FLOP/s; bandwidth in bytes/s."""
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+GPU_SPECS = {
+    "a100-40g": GpuSpec(40 * GIB, PEAK_FLOPS["A100"], 1.555e12),
+    "a100-80g": GpuSpec(80 * GIB, PEAK_FLOPS["A100"], 2.039e12),
+    "h100-80g": GpuSpec(79.6 * GIB, PEAK_FLOPS["H100"], 3.35e12),
+    "h200": GpuSpec(140.4 * GIB, PEAK_FLOPS["H200"], 4.8e12),
+}

@@ -1,0 +1,128 @@
+"""The default engine: a transformers model, left-padded, on the rank's own device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+
+from vold.config.schema import SamplingConfig
+from vold.models.checkpoint_dir import reading
+from vold.models.images import ImageReader, grids_of
+from vold.parallel import cpu
+from vold.rollout.transformers.decode import GROUPED_SDPA, decode
+from vold.rollout.vocabulary import Vocabulary
+from vold.types import Prompt, Rollout
+
+
+class TransformersSampler:
+    """A transformers model on `device`; text and images in, sampled token ids with their log-probabilities out."""
+
+    def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
+        self._vocabulary = Vocabulary.of(checkpoint)
+        with reading(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            sees = hasattr(config, "vision_config")
+            auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True)
+        model.get_decoder().config._attn_implementation = GROUPED_SDPA
+        self._model = model.to(device).eval()
+        self.images = ImageReader(checkpoint) if sees else None
+        self._device, self._version = device, 0
+
+    def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
+        """See Sampler."""
+        return list(chain.from_iterable(self.stream(prompts, config, responses=responses, seed=seed)))
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        *,
+        responses: int,
+        seed: int,
+        answered: Collection[str] = (),
+    ) -> Iterator[list[Rollout]]:
+        """See Sampler; in prompt order, as batches of `config.sequences_per_call` responses are done. The random
+        numbers are its own: it may run in a thread beside the trainer. A batch draws from one generator, so what is
+        answered is drawn again, and kept back."""
+        repeated = (prompt for prompt in prompts for _ in range(responses))
+        generator = torch.Generator(self._device).manual_seed(seed)
+        drawn: list[Rollout] = []
+        while chunk := list(islice(repeated, config.sequences_per_call)):
+            with cpu.paused():
+                drawn += self._generate(chunk, config, generator)
+            while len(drawn) >= responses:
+                if drawn[0].prompt.id not in answered:
+                    yield drawn[:responses]
+                del drawn[:responses]
+
+    @torch.no_grad()
+    def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
+        """See Sampler. One sequence, no padding."""
+        inputs = self._inputs([prompt])
+        response = torch.tensor([list(response_ids)], device=self._device)
+        inputs = _append(inputs, response)
+        logits = self._model(**inputs, use_cache=False, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
+        logp = logits[:, : self._vocabulary.real].float().log_softmax(-1)
+        return logp.gather(1, response[0, :, None])[:, 0].tolist()
+
+    @torch.no_grad()
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See Sampler. Frozen weights (the vision tower) are not in the stream and stay as loaded."""
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, tensor in named_weights:
+            if name not in own:
+                raise ValueError(f"weight {name} is unknown to the sampler's model {type(self._model).__name__}")
+            own[name].copy_(tensor)
+        self._version += 1
+
+    # -- one batch -------------------------------------------------------------------------------------------------
+
+    def _generate(self, prompts: list[Prompt], config: SamplingConfig, generator: torch.Generator) -> list[Rollout]:
+        """One response for each; equal neighbours are siblings."""
+        siblings = [list(group) for _, group in groupby(prompts, key=id)]
+        inputs = self._inputs([group[0] for group in siblings])
+        ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary, generator)
+        return [
+            self._vocabulary.rollout(prompt, ids, logps, version=self._version)
+            for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)
+        ]
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Left-padded ids and mask; with images also their pixels, grids and token types."""
+        pictures = [self.images.read(prompt.images) if prompt.images else () for prompt in prompts]
+        rows = [
+            self.images.expand(prompt.token_ids, seen) if seen else list(prompt.token_ids)
+            for prompt, seen in zip(prompts, pictures, strict=True)
+        ]
+        ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, (row_ids, row_mask) in zip(rows, zip(ids, mask, strict=True), strict=True):
+            row_ids[-len(row) :] = torch.tensor(row)
+            row_mask[-len(row) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if any(pictures):
+            seen = [picture for row in pictures for picture in row]
+            inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in seen]).to(self._model.dtype)
+            inputs["image_grid_thw"] = grids_of(seen)
+            inputs["mm_token_type_ids"] = (ids == self.images.token_id).long()
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+
+def _append(inputs: dict[str, Tensor], response: Tensor) -> dict[str, Tensor]:
+    """Prompt inputs followed by response ids."""
+    grown = dict(inputs)
+    grown["input_ids"] = torch.cat([inputs["input_ids"], response], dim=1)
+    grown["attention_mask"] = torch.ones_like(grown["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        grown["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(response)], dim=1)
+    return grown

@@ -1,0 +1,219 @@
+"""Requests to vLLM and answers from it, and the engine inside the training process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
+
+from vold.config.schema import VllmConfig
+from vold.data.pictures import read_picture
+from vold.models.tokenizer import load_tokenizer
+from vold.parallel import cpu
+from vold.types import Prompt
+
+WORKER = "vold.rollout.vllm.worker.PolicyWorker"
+
+
+@dataclass(frozen=True)
+class Request:
+    """`token_ids` with one image-pad id per image, which vLLM expands; `params`: fields of vLLM's SamplingParams;
+    `scored`: how many of the last ids want a log-probability, see `scoring`."""
+
+    token_ids: Sequence[int]
+    images: Sequence[Path]
+    params: dict[str, Any]
+    scored: int = 0
+
+    @classmethod
+    def scoring(cls, prompt: Prompt, response_ids: Sequence[int]) -> Request:
+        """Asks for the log-probabilities of a response that is there already. vLLM draws at least one token more."""
+        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        return cls((*prompt.token_ids, *response_ids), prompt.images, params, scored=len(response_ids))
+
+
+@dataclass(frozen=True)
+class Response:
+    """Sampled ids, a stop token included, and the log-probability (nats) of each at the request's temperature."""
+
+    ids: list[int]
+    logps: list[float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`scored`: log-probabilities (nats) of the request's last ids, at the engine's temperature."""
+
+    responses: list[Response]
+    scored: list[float]
+
+
+class Engines(Protocol):
+    """One engine or several with the same weights."""
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | None]]:
+        """(place, answer) of each request, in the order they finish. None: it failed too often, as was said on standard
+        error, while engines answered others. Closed before its end, what is under way is dropped."""
+        ...
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See Sampler.load_weights; no cache holds anything of the old weights afterwards."""
+        ...
+
+
+def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[str, Any]:
+    """vLLM's engine arguments, wherever the engine runs."""
+    return {
+        "model": str(checkpoint),
+        "dtype": dtype,
+        "max_model_len": settings.max_model_len,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+        "enforce_eager": settings.enforce_eager,
+        # vLLM 0.32 rewinds a seeded request's generator after each part of a prompt but the last: CPUs have no rewind.
+        "enable_chunked_prefill": None if torch.cuda.is_available() else False,
+        "generation_config": "vllm",
+        "limit_mm_per_prompt": {"video": 0},
+        "worker_extension_cls": WORKER,
+    }
+
+
+def room_to_score(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
+    """For a teacher: vLLM refuses a prompt that leaves no room for one token more, so a response of full length would
+    have no score."""
+    limit = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config().max_position_embeddings
+    if settings.max_model_len is None or settings.max_model_len >= limit:
+        return settings
+    return settings.model_copy(update={"max_model_len": settings.max_model_len + 1})
+
+
+class ColocatedEngine:
+    """vLLM in this process, on the device the rank trains on. Weights are handed over as live tensors.
+
+    With `settings.sleep` it gives its GPU memory back after each call, weights to host memory, and takes it again when
+    it is needed. Not vLLM's level 2, which forgets the weights: a frozen vision tower never comes again.
+    """
+
+    def __init__(self, checkpoint: Path, settings: VllmConfig, *, dtype: torch.dtype, temperature: float = 1.0):
+        if settings.sleep and not torch.cuda.is_available():
+            raise ValueError("vllm.sleep = true needs a GPU: vLLM cannot sleep on a CPU; leave it out")
+        _own_environment()
+        with cpu.paused(), torch.random.fork_rng():  # vLLM seeds torch
+            try:
+                from vllm import LLM
+            except ImportError as error:
+                raise ValueError(f"engine = 'vllm' needs vLLM here: pip install 'vold[vllm]' ({error})") from None
+            self._llm = LLM(
+                **engine_options(checkpoint, settings, str(dtype).removeprefix("torch.")),
+                # Several ranks: each has an engine of its own in the trainer's process group.
+                distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
+                disable_log_stats=True,
+                enable_sleep_mode=settings.sleep,
+            )
+            # Its clean-up destroys every process group of the process, the trainer's too.
+            self._llm.llm_engine.engine_core._finalizer.detach()
+            self._llm.collective_rpc("prepare_policy", args=(len(load_tokenizer(checkpoint)), temperature))
+        self._may_sleep = settings.sleep
+        self._asleep: list[str] = []  # vLLM's names of what is not on the GPU
+        self._sleep()
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | None]]:
+        """See Engines. Never None: what fails here fails the process."""
+        from vllm import SamplingParams
+
+        self._wake("weights", "kv_cache")
+        with cpu.paused():
+            params = [SamplingParams(**request.params, detokenize=False) for request in requests]
+            names = self._llm.enqueue([vllm_prompt(request) for request in requests], params, use_tqdm=False)
+        engine, waiting = self._llm.llm_engine, {_outer_name(name): place for place, name in enumerate(names)}
+        try:
+            while waiting:
+                with cpu.paused():
+                    finished = [output for output in engine.step() if output.finished]
+                for output in finished:
+                    place = waiting.pop(output.request_id)
+                    yield place, _answer(output, requests[place])
+        finally:
+            if waiting:
+                engine.abort_request(list(waiting))
+            self._sleep()
+
+    def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See Engines. Keys and values stay away until something is sampled with the new weights."""
+        self._wake("weights")
+        self._llm.collective_rpc("load_policy", args=(named_weights,))
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache over a weight update: requests are still running")
+
+    def _sleep(self) -> None:
+        if self._may_sleep:
+            self._llm.sleep(level=1)
+            self._asleep = ["weights", "kv_cache"]
+
+    def _wake(self, *needed: str) -> None:
+        missing = [tag for tag in self._asleep if tag in needed]
+        if missing:
+            torch.cuda.empty_cache()  # what the trainer has freed and torch still keeps
+            self._llm.wake_up(tags=missing)
+            self._asleep = [tag for tag in self._asleep if tag not in missing]
+
+
+def _own_environment() -> None:
+    """What vLLM reads from the environment, unless the person has chosen otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # live tensors cannot cross to another process
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # see PolicyWorker.prepare_policy
+    for name, value in {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are not vLLM's to place
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def vllm_prompt(request: Request) -> dict:
+    """A request as `LLM.generate` takes it."""
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+    if request.images:
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in request.images]}
+    return prompt
+
+
+def _outer_name(request_id: str) -> str:
+    """vLLM adds a random ending to the name a request was given, by which its output is called."""
+    return request_id.rpartition("-")[0]
+
+
+def _answer(output, request: Request) -> Answer:
+    """From vLLM's RequestOutput: a dict of log-probs per token, that of the token itself among them."""
+    responses = [
+        Response(
+            list(choice.token_ids),
+            [step[token].logprob for step, token in zip(choice.logprobs or [], choice.token_ids, strict=False)],
+        )
+        for choice in output.outputs
+    ]
+    steps = [{token: entry.logprob for token, entry in (step or {}).items()} for step in output.prompt_logprobs or []]
+    return Answer(responses, scored_logps(request, steps))
+
+
+def scored_logps(request: Request, steps: Sequence[dict[int, float]]) -> list[float]:
+    """Of vLLM's {token id: log-prob} for each position of the prompt, images expanded: the request's last `scored`.
+    Raises ValueError when they are of other ids than were sent."""
+    if not request.scored:
+        return []
+    scored = list(zip(request.token_ids[-request.scored :], steps[-request.scored :], strict=False))
+    if len(steps) < len(request.token_ids) or any(token not in step for token, step in scored):
+        raise ValueError("log-probs of other tokens than were sent")
+    return [step[token] for token, step in scored]

@@ -1,0 +1,86 @@
+"""What vold adds to each vLLM worker, in-process or behind `vllm serve`: log-probs as the trainer means them, and
+weights that arrive by name. vLLM mixes `PolicyWorker` into its own worker (`worker_extension_cls`).
+
+vLLM's log-probs are those of the raw logits: at temperature 1, and with a share for head rows that no token has. Two
+torch hooks put that right where the numbers are made, so nothing has to be renormalised afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vold.rollout.vllm import weight_stream
+
+GREEDY_BELOW = 1e-5
+"""vLLM's own threshold: rows with a lower temperature take the most probable token."""
+
+
+class PolicyWorker:
+    """Called by name through `collective_rpc`; `self.model_runner` is vLLM's."""
+
+    _prepared = False
+
+    def prepare_policy(self, real_ids: int, temperature: float = 1.0) -> None:
+        """Before the first request: ids from `real_ids` on get no probability, and log-probs of sampled tokens are at
+        each request's own temperature, before top-p and top-k. `temperature` is that of all the engine's logits, for a
+        teacher: vLLM scores prompts at temperature 1, whatever a request says."""
+        self._real_ids, self._temperature = real_ids, temperature
+        if self._prepared:
+            return
+        model, sampler = self.model_runner.get_model(), self.model_runner.sampler
+        if not isinstance(sampler, nn.Module):
+            raise ValueError("vLLM's second model runner has no sampler module; set VLLM_USE_V2_MODEL_RUNNER=0")
+        heads = [module for module in model.modules() if type(module).__name__ == "LogitsProcessor"]
+        if len(heads) != 1:
+            raise ValueError(f"vLLM's {type(model).__name__} has {len(heads)} LogitsProcessor modules, not one")
+        heads[0].register_forward_hook(lambda _head, _inputs, logits: self._policy_logits(logits))
+        sampler.register_forward_pre_hook(_at_its_temperature, with_kwargs=True)
+        self._prepared = True
+
+    def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str) -> None:
+        """In place, layer by layer, by transformers' names: from a stream, or from the safetensors files of a
+        directory. What is left out (a frozen vision tower) stays as it is. Caches are the caller's to empty."""
+        if isinstance(named_weights, str):
+            tied = self.model_runner.model_config.hf_text_config.tie_word_embeddings
+            named_weights = _read_directory(Path(named_weights), tied)
+        self.model_runner.reload_weights(weights_iterator=iter(named_weights))
+
+    def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
+        """`load_policy` from what member 0 of the group sends, see vold.rollout.vllm.weight_stream."""
+        self.load_policy(weight_stream.receive(address, port, rank, world, torch.device(self.device)))
+
+    def _policy_logits(self, logits: Tensor | None) -> Tensor | None:
+        """None on tensor-parallel ranks that do not sample."""
+        if logits is None:
+            return None
+        if self._temperature != 1.0:
+            logits = logits.float() / self._temperature
+        logits[..., self._real_ids :] = -torch.inf
+        return logits
+
+
+def _at_its_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The sampler's logits divided by each row's temperature, and that temperature set to 1. [rows, V], [rows]."""
+    logits, metadata = kwargs["logits"], kwargs["sampling_metadata"]
+    if metadata.temperature is not None:
+        greedy = metadata.temperature < GREEDY_BELOW
+        logits = logits.float() / metadata.temperature.masked_fill(greedy, 1.0)[:, None]
+        kept = metadata.temperature.masked_fill(~greedy, 1.0)
+        kwargs = {**kwargs, "logits": logits, "sampling_metadata": replace(metadata, temperature=kept)}
+    return args, kwargs
+
+
+def _read_directory(directory: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """vLLM wants a tied head by its own name too, or goes on with the old one."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                yield name, handle.get_tensor(name)
+                if tied and name.endswith("embed_tokens.weight"):
+                    yield "lm_head.weight", handle.get_tensor(name)

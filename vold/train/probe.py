@@ -1,0 +1,21 @@
+"""The fixed sequences of the parity probe: a training prompt, and the first evaluation prompt with an image."""
+
+from __future__ import annotations
+
+from vold.config.schema import SamplingConfig
+from vold.evaluation.evaluator import Evaluator
+from vold.models.images import image_encoder
+from vold.rollout import ParityProbe, Sampler
+from vold.types import Prompt
+
+PROBE_TOKENS = 16
+
+
+def build_probe(prompt: Prompt, evaluator: Evaluator, sampler: Sampler, *, parity_limit: float) -> ParityProbe:
+    """Responses are the starting student's own greedy ones."""
+    seen = [prompt for found in evaluator.prompts.values() for prompt in found if prompt.images]
+    chosen = [prompt, *seen[:1]]
+    greedy = SamplingConfig(max_new_tokens=PROBE_TOKENS, temperature=0.0)
+    rollouts = sampler.sample(chosen, greedy, responses=1, seed=0)
+    sequences = [(rollout.prompt, rollout.response_ids) for rollout in rollouts]
+    return ParityProbe(sequences, image_encoder(sampler.images), parity_limit)

@@ -1,0 +1,99 @@
+"""Files that are complete or absent, text from outside shown on one line, and the logger."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger("vold")
+"""Information goes to standard output as it is; warnings go to standard error behind `vold: `."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to whatever sys.stdout and sys.stderr are when a record arrives."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            print(f"vold: {message}", file=sys.stderr, flush=True)
+        else:
+            print(message, flush=True)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send vold's log to the console, once per process. A handler that the application has added stays alone."""
+    if not log.handlers:
+        log.addHandler(_ConsoleHandler())
+        log.setLevel(level)
+
+
+@contextmanager
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
+
+    durable: the file and its directory are flushed to disk first, so that the file also survives a machine crash.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if durable:
+            flush_to_disk(partial)
+        os.replace(partial, path)
+        if durable:
+            flush_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a whole file, or leave `path` as it was. Text is UTF-8."""
+    with atomic_path(path, durable=durable) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    """Append one JSON object per line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def visible(text: str, *, multiline: bool = False) -> str:
+    """Text in which nothing hides: control, format and line-separating characters are shown as ⟨code point⟩.
+
+    multiline: newlines and tabs stay.
+    """
+    kept = "\n\t" if multiline else ""
+    return "".join(c if c in kept or not _is_hidden(c) else f"⟨{ord(c):04X}⟩" for c in text)
+
+
+def _is_hidden(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zl", "Zp")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Re-raise a ValueError from inside with its message on one line (see `visible`): names and values in it may come
+    from a file or a command line."""
+    try:
+        yield
+    except ValueError as error:
+        message = visible(str(error))
+        if message == str(error):
+            raise
+        raise ValueError(message) from None

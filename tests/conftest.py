@@ -82,7 +82,8 @@ def torchrun():
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS.parent)))  # support, benchmarks
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]  # support, benchmarks
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         command = [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+from vold_kernels import PolicyTerms, linear_policy_loss
 
 from .harness import facts, seconds, spread, write_rows
 

@@ -45,8 +45,7 @@ class Provider:
 
 
 def ours(case: Case) -> Step:
-    from vold_kernels.linear_logprob import linear_logprob
-    from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
+    from vold_kernels import PolicyTerms, linear_logprob, linear_policy_loss
 
     def logprob(p: Problem) -> Tensor:
         return linear_logprob(p.hidden_ND, p.weight_VD, p.target_N)

@@ -33,9 +33,7 @@ from vold.parallel.launch import Layout, initialise
 from vold.teacher import scorer as score
 from vold.trainer import trainer as engine
 from vold.types import Batch, Prompt, Sample
-from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import linear_policy_loss
-from vold_kernels.types import PolicyLoss, PolicyTerms
+from vold_kernels import PolicyLoss, PolicyTerms, linear_logprob, linear_policy_loss
 
 from .harness import MIB, facts, peak_bytes, reset_peak, rest, seconds, spread, write_rows
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vold_kernels import reference
-from vold_kernels.chunks import ChunkBudget
-from vold_kernels.types import PolicyLoss, PolicyTerms
+from vold_kernels import ChunkBudget, PolicyLoss, PolicyTerms, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

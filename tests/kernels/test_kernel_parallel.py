@@ -22,10 +22,7 @@ from kernel_cases import (
     token_weights,
 )
 
-from vold_kernels import reference
-from vold_kernels.linear_kl import linear_kl
-from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import linear_policy_loss
+from vold_kernels import linear_kl, linear_logprob, linear_policy_loss, reference
 
 WORLD = 4
 CASES = (  # rows of each rank, vocab_size

@@ -17,9 +17,10 @@ from kernel_cases import (
     token_weights,
 )
 
-from vold_kernels.linear_kl import _kl_op, linear_kl
-from vold_kernels.linear_logprob import _logprob_op, linear_logprob
-from vold_kernels.linear_policy_loss import _policy_loss_op, linear_policy_loss
+from vold_kernels import linear_kl, linear_logprob, linear_policy_loss
+from vold_kernels.linear_kl import _kl_op
+from vold_kernels.linear_logprob import _logprob_op
+from vold_kernels.linear_policy_loss import _policy_loss_op
 
 
 def compiled(function, backend: str):

@@ -19,9 +19,7 @@ from kernel_cases import (
     token_weights,
 )
 
-from vold_kernels import pairs, reference, rows
-from vold_kernels.chunks import ChunkBudget
-from vold_kernels.linear_kl import linear_kl
+from vold_kernels import ChunkBudget, linear_kl, pairs, reference, rows
 
 FACTOR = -1.7  # the upstream gradient of the loss
 KINDS = [

@@ -18,8 +18,7 @@ from kernel_cases import (
     small_chunks,
 )
 
-from vold_kernels import reference, rows
-from vold_kernels.linear_logprob import linear_logprob
+from vold_kernels import linear_logprob, reference, rows
 
 
 def upstream(*outputs: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,9 @@ from kernel_cases import (
     with_fields,
 )
 
-from vold_kernels import matmuls, reference
-from vold_kernels.chunks import ChunkBudget, slices
+from vold_kernels import ChunkBudget, PolicyTerms, linear_logprob, linear_policy_loss, matmuls, reference
+from vold_kernels.chunks import slices
 from vold_kernels.head import negligible_below
-from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import PolicyTerms, linear_policy_loss
 
 FACTOR = -1.7  # the upstream gradient of the loss
 

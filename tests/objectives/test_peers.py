@@ -23,8 +23,7 @@ from torch import Tensor
 from vold.config.schema import ObjectiveConfig
 from vold.objectives import PRESETS, build_objective
 from vold.types import Group, Prompt, Rollout, Verdict
-from vold_kernels.linear_kl import linear_kl
-from vold_kernels.linear_policy_loss import linear_policy_loss
+from vold_kernels import linear_kl, linear_policy_loss
 
 REWARDS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]
 LENGTHS = [7, 3, 5, 2, 7, 4]

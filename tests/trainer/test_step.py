@@ -28,7 +28,7 @@ from vold.trainer import trainer as engine
 from vold.trainer.metrics import reduce_stats
 from vold.trainer.optimizer import optimizer_state
 from vold.types import Batch
-from vold_kernels.linear_policy_loss import linear_policy_loss
+from vold_kernels import linear_policy_loss
 
 MIXED = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 

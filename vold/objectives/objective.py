@@ -23,7 +23,7 @@ from vold.objectives.divergences import FullDivergence
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.self_distillation import SelfTeaching
 from vold.types import Group, MicroBatch, Sample
-from vold_kernels.types import PolicyTerms
+from vold_kernels import PolicyTerms
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vold.teacher import Teacher
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.trainer import load_student
 from vold.types import MicroBatch, Prompt, Sample
-from vold_kernels.linear_kl import linear_kl
+from vold_kernels import linear_kl
 
 PROMPT, RESPONSE, SEQUENCES = 5, 12, 2  # tokens, tokens, sequences
 

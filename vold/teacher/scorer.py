@@ -24,7 +24,7 @@ from vold.parallel.launch import Layout
 from vold.trainer.device import batch_to, micro_batch_to
 from vold.trainer.pipeline import Head, run_pipeline
 from vold.types import Batch, MicroBatch, PackedTokens, Sample
-from vold_kernels.linear_logprob import linear_logprob
+from vold_kernels import linear_logprob
 
 
 class Teacher:

@@ -19,7 +19,7 @@ from vold.trainer.device import batch_to
 from vold.trainer.pipeline import run_pipeline
 from vold.trainer.weight_average import MovingAverage
 from vold.types import Batch, Hint, MicroBatch, Prompt, Sample
-from vold_kernels.linear_logprob import linear_logprob
+from vold_kernels import linear_logprob
 
 Condition = Callable[[Prompt, Hint], Prompt]
 """(prompt, hint) -> the prompt that the self-teacher reads"""

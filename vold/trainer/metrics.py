@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vold.types import MicroBatch
-from vold_kernels.linear_kl import KLLoss
-from vold_kernels.linear_policy_loss import PolicyLoss
+from vold_kernels import KLLoss, PolicyLoss
 
 ValueT = TypeVar("ValueT")
 SUMS = (

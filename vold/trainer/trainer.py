@@ -34,9 +34,7 @@ from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.pipeline import Head, ResultT, run_pipeline
 from vold.trainer.weight_average import MovingAverage
 from vold.types import Batch, MicroBatch, StepReport
-from vold_kernels.linear_kl import linear_kl
-from vold_kernels.linear_logprob import linear_logprob
-from vold_kernels.linear_policy_loss import linear_policy_loss
+from vold_kernels import linear_kl, linear_logprob, linear_policy_loss
 
 
 class Trainer:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vold_kernels
-from vold_kernels.pairs import KINDS
+from vold_kernels.divergence import KINDS
 
 from .harness import write_rows
 
@@ -53,19 +53,19 @@ class Usage:
 
 
 def _fold(acc: str, z: str) -> dict[str, str]:
-    tensors = {"FOLDED": f"*{acc}", "Z": f"*{z}", "TARGET": "*i64", "REAL": "*i64"}
+    tensors = {"FOLDED": f"*{acc}", "Z": f"*{z}", "TARGET": "*i64", "REAL_COLUMNS": "*i64"}
     return tensors | dict.fromkeys(("folded_stride", "z_stride", "first", "columns"), "i32")
 
 
 def _dlogits(acc: str, z: str, dz: str) -> dict[str, str]:
-    tensors = {"DZ": f"*{dz}", "Z": f"*{z}", "TARGET": "*i64", "REAL": "*i64"}
-    tensors |= dict.fromkeys(("TOP", "LOG_TOTAL", "D_LOGP", "ENTROPY", "D_ENTROPY"), f"*{acc}")
+    tensors = {"DZ": f"*{dz}", "Z": f"*{z}", "TARGET": "*i64", "REAL_COLUMNS": "*i64"}
+    tensors |= dict.fromkeys(("MAX", "LOG_SUM", "D_LOGP", "ENTROPY", "D_ENTROPY"), f"*{acc}")
     return tensors | dict.fromkeys(("dz_stride", "z_stride", "columns"), "i32")
 
 
 def _divergence(acc: str) -> dict[str, str]:
-    tensors = dict.fromkeys(("Z", "T", "NORM", "ALPHA"), f"*{acc}") | {"REAL": "*i64"}
-    return tensors | dict.fromkeys(("z_stride", "t_stride", "norm_stride", "columns"), "i32")
+    tensors = dict.fromkeys(("Z", "T", "NORMALISER", "ALPHA"), f"*{acc}") | {"REAL_COLUMNS": "*i64"}
+    return tensors | dict.fromkeys(("z_stride", "t_stride", "normaliser_stride", "columns"), "i32")
 
 
 def _divergence_sums(acc: str) -> dict[str, str]:
@@ -73,7 +73,7 @@ def _divergence_sums(acc: str) -> dict[str, str]:
 
 
 def _divergence_dlogits(acc: str, dz: str) -> dict[str, str]:
-    return {"DZ": f"*{dz}", "OWN": f"*{acc}", "WEIGHT": f"*{acc}", "dz_stride": "i32"} | _divergence(acc)
+    return {"DZ": f"*{dz}", "MEAN_LOG_RATIO": f"*{acc}", "WEIGHT": f"*{acc}", "dz_stride": "i32"} | _divergence(acc)
 
 
 DTYPES = (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))  # of the logits, of their gradient
@@ -134,13 +134,14 @@ def compiled(variant: Variant, sm: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module(f"vold_kernels.{variant.module}")
-    function = getattr(module, variant.kernel)
-    constants = {"BLOCK": module.BLOCK} | variant.constants
+    from vold_kernels.rows_triton import BLOCK, WARPS
+
+    function = getattr(importlib.import_module(f"vold_kernels.{variant.module}"), variant.kernel)
+    constants = {"BLOCK": BLOCK} | variant.constants
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": module.WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": WARPS})
 
 
 def usage(kernel) -> Usage | None:
@@ -162,9 +163,10 @@ def usage(kernel) -> Usage | None:
 def rows() -> Iterator[dict[str, object]]:
     import triton
 
+    from vold_kernels.rows_triton import BLOCK, WARPS
+
     listed = {(variant.module, variant.kernel) for variant in VARIANTS}
     for variant in VARIANTS:
-        module = importlib.import_module(f"vold_kernels.{variant.module}")
         for sm, chip in CHIPS.items():
             kernel = compiled(variant, sm)
             row = {
@@ -174,7 +176,7 @@ def rows() -> Iterator[dict[str, object]]:
                 "sm": sm,
                 "triton": triton.__version__,
             }
-            row |= {"block": module.BLOCK, "warps": module.WARPS, "shared_limit": SHARED_LIMIT[sm]}
+            row |= {"block": BLOCK, "warps": WARPS, "shared_limit": SHARED_LIMIT[sm]}
             found = usage(kernel)
             fits = kernel.metadata.shared <= SHARED_LIMIT[sm] and not (found and found.spill_bytes + found.stack_bytes)
             yield row | {"status": "fits" if fits else "does not fit"} | (vars(found) if found else {})

@@ -1,23 +1,24 @@
-"""Errors a caller can make, found from shapes and dtypes alone: nothing here reads a tensor's values (no host sync)."""
+"""Checks of the public functions' arguments, by shapes and dtypes only: no tensor's values are read (no host sync)."""
 
 import torch
 from torch import Tensor
 
 from .chunks import ChunkBudget
+from .divergence import KINDS, Divergence
 from .matmuls import accumulator_dtype
-from .pairs import KINDS, Divergence
 from .types import PolicyTerms
 
-SUPPORTED = (torch.bfloat16, torch.float32, torch.float64)
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_head(hidden_ND: Tensor, weight_UD: Tensor, *, temperature: float) -> None:
+    """Raises ValueError unless hidden [N, D] and weight [V, D] agree in shape, dtype and device."""
     if hidden_ND.ndim != 2 or weight_UD.ndim != 2 or hidden_ND.shape[1] != weight_UD.shape[1] or not len(weight_UD):
         raise ValueError(
             f"hidden is {tuple(hidden_ND.shape)} and weight {tuple(weight_UD.shape)}; they must be [N, D] and [V, D] "
             "with V > 0: flatten batch and sequence, and pass the weight as nn.Linear stores it"
         )
-    if hidden_ND.dtype != weight_UD.dtype or hidden_ND.dtype not in SUPPORTED:
+    if hidden_ND.dtype != weight_UD.dtype or hidden_ND.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"hidden is {hidden_ND.dtype} and weight {weight_UD.dtype}; both must be the same one of bfloat16, float32 "
             "or float64 (float16 cannot hold per-token gradients): cast one of them"
@@ -67,7 +68,7 @@ def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
         raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
 
 
-def check_policy(
+def check_policy_terms(
     terms: PolicyTerms,
     tokens: int,
     *,
@@ -83,8 +84,8 @@ def check_policy(
             )
     if not 0 <= clip_eps_low <= 1 or not clip_eps_high >= 0:
         raise ValueError(
-            f"clip_eps_low is {clip_eps_low} and clip_eps_high {clip_eps_high}; the clip range [1 − clip_eps_low, 1 + clip_eps_high] must hold 1 "
-            "and nothing negative"
+            f"clip_eps_low is {clip_eps_low} and clip_eps_high {clip_eps_high}; the clip range [1 − clip_eps_low, "
+            "1 + clip_eps_high] must hold 1 and nothing negative"
         )
     if not importance_cap > 0:
         raise ValueError(f"importance_cap is {importance_cap}; it must be positive")
@@ -98,13 +99,13 @@ def check_policy(
 
 def check_pair(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], vocab_size: int | None, *, sharded: bool
-):
-    """Two heads, (hidden, weight) each, that have been through `check_head`."""
-    for mine, theirs in zip(student, teacher, strict=True):
-        if mine.dtype != theirs.dtype or mine.device != theirs.device:
+) -> None:
+    """Raises ValueError unless two heads, (hidden, weight) each, that passed `check_head` can be compared."""
+    for student_tensor, teacher_tensor in zip(student, teacher, strict=True):
+        if student_tensor.dtype != teacher_tensor.dtype or student_tensor.device != teacher_tensor.device:
             raise ValueError(
-                f"the student's head is {mine.dtype} on {mine.device} and the teacher's {theirs.dtype} on "
-                f"{theirs.device}; cast or move one of them"
+                f"the student's head is {student_tensor.dtype} on {student_tensor.device} and the "
+                f"teacher's {teacher_tensor.dtype} on {teacher_tensor.device}; cast or move one of them"
             )
     if len(student[0]) != len(teacher[0]):
         raise ValueError(
@@ -130,7 +131,7 @@ def check_divergence(divergence: Divergence, top_k: int | None, weight_N: Tensor
     if not 0 < divergence.alpha < 1:
         raise ValueError(
             f"alpha is {divergence.alpha}; it must lie inside (0, 1): at the ends jsd is 0 everywhere, take "
-            "divergence='forward' for alpha → 0 and 'reverse' for alpha → 1"
+            "divergence='forward_kl' for alpha → 0 and 'reverse_kl' for alpha → 1"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1, or None for the full vocabulary")

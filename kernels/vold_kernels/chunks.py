@@ -1,8 +1,8 @@
-"""How much of the [N, V] logits exists at once: the one place where sizes are decided.
+"""Sizes of the pieces in which the [N, V] logits are computed.
 
 Shape letters: N tokens, C tokens of one chunk, U vocabulary rows of this rank.
-Two shapes of work: a *resident* chunk holds all U columns of C tokens, because its gradient is formed in place; a
-*tile* holds a slice of columns, because a forward pass only folds them away. Neither depends on how long N is.
+A *resident* chunk holds all U columns of C tokens, because its gradient is formed in place; a *tile* holds a slice of
+columns, because a forward pass only folds them into statistics. Neither depends on N.
 """
 
 from collections.abc import Iterator
@@ -15,34 +15,42 @@ TILE_COLUMNS = 8192  # a multiple of the row kernel's block
 
 @dataclass(frozen=True)
 class ChunkBudget:
-    """Bytes of logits alive at once. Results do not depend on them beyond rounding."""
+    """Memory for logits. Results do not depend on it beyond rounding."""
 
     resident_bytes: int
+    """Bytes of one resident chunk."""
     tile_bytes: int = 64 << 20
-    """64 MiB is 2048 tokens × 8192 columns."""
+    """Bytes of one tile: 64 MiB is 2048 tokens × 8192 columns in fp32."""
     tile_columns: int = TILE_COLUMNS
+    """Columns of one tile, at most."""
     max_tokens: int = 8192
+    """Tokens of a chunk or a tile, at most."""
     bf16_logits: bool = False
     """Round logits to bf16: half the bytes and traffic, log-probs off by up to 2^-8 of the largest logit. Needs bf16
     inputs. The old and the new log-probs of a ratio must be made alike. (A CPU rounds too, but stores fp32.)"""
 
-    def resident_tokens(self, columns: int, itemsize: int, total: int) -> int:
-        """Of each chunk of `total` tokens: as few chunks as fit, of about equal size (a short last one would cost a
-        whole pass over dW)."""
+    def resident_tokens(self, columns: int, itemsize: int, tokens: int) -> int:
+        """Tokens of each resident chunk when `tokens` are divided into as few chunks as the budget allows, of about
+        equal size: a short last chunk would still cost a whole pass over dW."""
         most = max(1, min(self.resident_bytes // (columns * itemsize), self.max_tokens))
-        each = -(-max(total, 1) // -(-max(total, 1) // most))
-        step = 128 if most >= 1024 else 16  # rows that the matmul libraries take at a time
-        return min(-(-each // step) * step, most)
+        chunks = -(-max(tokens, 1) // most)
+        equal_share = -(-max(tokens, 1) // chunks)
+        step = 128 if most >= 1024 else 16  # rows that the matmul libraries process at a time
+        return min(-(-equal_share // step) * step, most)
 
     def tile(self, columns: int, itemsize: int) -> tuple[int, int]:
         """(tokens, columns) of one tile."""
         columns = min(columns, self.tile_columns)
-        return _tokens(self.tile_bytes, columns * itemsize, self.max_tokens), columns
+        tokens = min(self.tile_bytes // (columns * itemsize), self.max_tokens)
+        return tokens // 128 * 128 if tokens > 128 else max(tokens, 1), columns
 
 
 def default_budget(device: torch.device) -> ChunkBudget:
-    """A GPU gets 2 GiB, 3456 tokens of a 151936-row head: below about 2048 the fp32 traffic of dW shows. A CPU gets
-    256 MiB, 441 of them, and tiles that its caches hold."""
+    """The budget used when a caller gives none.
+
+    GPU: 2 GiB, 3456 tokens of a 151936-row head in fp32; below about 2048 tokens the fp32 traffic of dW is measurable.
+    CPU: 256 MiB, 441 tokens of that head, and tiles that fit into its caches.
+    """
     if device.type == "cuda":
         return ChunkBudget(resident_bytes=2 << 30)
     return ChunkBudget(resident_bytes=256 << 20, tile_bytes=3 << 20, tile_columns=2048)
@@ -52,8 +60,3 @@ def slices(total: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` that cover `range(total)`."""
     for first in range(0, total, step):
         yield slice(first, min(first + step, total))
-
-
-def _tokens(budget: int, bytes_per_token: int, most: int) -> int:
-    tokens = min(budget // bytes_per_token, most)
-    return tokens // 128 * 128 if tokens > 128 else max(tokens, 1)

@@ -1,6 +1,7 @@
 """A language-model head, one chunk of tokens at a time: logits, statistics, gradients. Every loss is a loop over these.
 
-Shape letters: N tokens, C tokens of a chunk, D hidden, U vocabulary rows of this rank, B columns of one tile.
+Shape letters: N tokens, n tokens that are kept (those with a weight or a gradient), C tokens of a chunk, D hidden,
+U vocabulary rows of this rank, B columns of one tile, K columns that the filter keeps.
 """
 
 from collections.abc import Iterator
@@ -9,14 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import matmuls, rows_torch
+from . import matmuls
 from .chunks import ChunkBudget, slices
-from .rows import Statistics, dlogits_storage, new_statistics, row_functions
+from .rows import row_functions, uses_triton
+from .softmax import SoftmaxStatistics, dlogits_storage, empty_statistics
 from .vocab import VocabShard, all_reduce_, merge
 
 
 @dataclass(frozen=True)
 class Head:
+    """This rank's rows of a head, and how its logits are computed."""
+
     weight_UD: Tensor
     shard: VocabShard
     temperature: float
@@ -24,229 +28,254 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What statistics and gradients are computed in."""
+        """The dtype of statistics and gradients."""
         return matmuls.accumulator_dtype(self.weight_UD.dtype)
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """What logits are stored in: `dtype` unless the budget asks for bf16 on a GPU."""
-        return torch.bfloat16 if self.budget.bf16_logits and matmuls.tensor_core(self.weight_UD) else self.dtype
+        """The dtype in which logits are stored: `dtype`, or bf16 where the budget asks for it on a GPU."""
+        in_bf16 = self.budget.bf16_logits and matmuls.uses_tensor_cores(self.weight_UD)
+        return torch.bfloat16 if in_bf16 else self.dtype
 
-    def resident_tokens(self, rows: int, total: int) -> int:
-        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize, total)
+    def resident_tokens(self, rows: int, tokens: int) -> int:
+        """Tokens of each resident chunk of `rows` columns (see `ChunkBudget.resident_tokens`)."""
+        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize, tokens)
 
     def buffer(self, tokens: int, columns: int) -> Tensor:
+        """Flat memory for [tokens, columns] logits, used again for every chunk."""
         return torch.empty(tokens * columns, dtype=self.logits_dtype, device=self.weight_UD.device)
 
     def view(self, buffer: Tensor, tokens: int, columns: int) -> Tensor:
-        """[C, B] in the reused buffer. A CPU keeps the tokens of one vocabulary row together: a tile is contiguous,
-        and the matmul into it is up to a third faster."""
+        """[tokens, columns] in the buffer. On a CPU the tokens of one vocabulary row lie together: a tile is then
+        contiguous, and the matmul into it up to a third faster."""
         part = buffer[: tokens * columns]
-        in_torch = row_functions(buffer.device) is rows_torch
-        return part.view(columns, tokens).t() if in_torch else part.view(tokens, columns)
+        return part.view(tokens, columns) if uses_triton(buffer.device) else part.view(columns, tokens).t()
 
     def logits(self, buffer: Tensor, hidden_CD: Tensor, weight_BD: Tensor) -> Tensor:
-        """[C, B] logits after temperature, in the reused buffer."""
+        """[C, B] logits after temperature, in the buffer."""
         z_CB = self.view(buffer, len(hidden_CD), len(weight_BD))
         matmuls.logits_(z_CB, hidden_CD, weight_BD, temperature=self.temperature)
         if self.budget.bf16_logits and z_CB.dtype != torch.bfloat16:
             z_CB.copy_(z_CB.bfloat16())
         return z_CB
 
-    def local(self, target_N: Tensor) -> Tensor:
-        """Target ids as rows of this rank's shard; those of other ranks fall outside it."""
+    def local_target(self, target_N: Tensor) -> Tensor:
+        """[N] target ids counted from this rank's first row. Those of other ranks lie outside its rows."""
         return target_N.long() - self.shard.offset
 
-    def new_statistics(self, tokens: int) -> Tensor:
-        return new_statistics(tokens, self.weight_UD, self.dtype)
+    def empty_statistics(self, tokens: int) -> Tensor:
+        """[4, tokens] running statistics of no columns."""
+        return empty_statistics(tokens, self.weight_UD, self.dtype)
 
     def fold_(self, folded_4C: Tensor, z_CB: Tensor, local_target_C: Tensor, first: int) -> None:
-        row_functions(z_CB.device).fold_(folded_4C, z_CB, local_target_C, self.shard.real, first)
+        """Updates running statistics with a tile of logits whose first column is the rank's row `first`."""
+        row_functions(z_CB.device).fold_(folded_4C, z_CB, local_target_C, self.shard.real_rows, first)
 
 
-def finish(head: Head, folded_4N: Tensor, target_N: Tensor) -> Statistics:
-    """This rank's folded tiles -> the softmax over all ranks."""
-    top_N, total_N, spread_N, target_logit_N = merge(folded_4N, head.shard.group)
-    log_total_N = total_N.log()
-    exists_N = (target_N >= 0) & (target_N < head.shard.total)
-    logp_N = torch.where(exists_N, (target_logit_N - top_N) - log_total_N, float("nan"))
-    return Statistics(top_N, log_total_N, logp_N, log_total_N - spread_N / total_N)
+def finish_statistics(head: Head, folded_4N: Tensor, target_N: Tensor) -> SoftmaxStatistics:
+    """The softmax over all ranks, from the running statistics over this rank's rows."""
+    max_N, sum_N, gap_sum_N, target_logit_N = merge(folded_4N, head.shard.group)
+    log_sum_N = sum_N.log()
+    is_real_N = (target_N >= 0) & (target_N < head.shard.vocab_size)
+    logp_N = torch.where(is_real_N, (target_logit_N - max_N) - log_sum_N, float("nan"))
+    return SoftmaxStatistics(max_N, log_sum_N, logp_N, log_sum_N - gap_sum_N / sum_N)
 
 
-def stream(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Statistics:
-    """Statistics of every token through one reused tile; ranks meet once, at the end."""
+def stream_statistics(head: Head, hidden_ND: Tensor, target_N: Tensor) -> SoftmaxStatistics:
+    """Statistics of every token, from tiles of logits in one reused buffer. Ranks communicate once, at the end."""
     tokens, columns = head.budget.tile(head.shard.rows, head.logits_dtype.itemsize)
     buffer = head.buffer(min(tokens, len(target_N)), columns)
-    folded_4N = head.new_statistics(len(target_N))
-    local_target_N = head.local(target_N)
+    folded_4N = head.empty_statistics(len(target_N))
+    local_target_N = head.local_target(target_N)
     for chunk in slices(len(target_N), tokens):
         for tile in slices(head.shard.rows, columns):
             z_CB = head.logits(buffer, hidden_ND[chunk], head.weight_UD[tile])
             head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
-    return finish(head, folded_4N, target_N)
+    return finish_statistics(head, folded_4N, target_N)
 
 
 @dataclass(frozen=True)
-class Resident:
-    """All of this rank's logits of one chunk of rows, kept until their gradient has been formed in place."""
+class ResidentChunk:
+    """All of this rank's logits of some kept rows, in memory until their gradient has overwritten them."""
 
-    where: slice
-    """Which of the kept rows these are."""
+    kept: slice
+    """Positions of the chunk among the n kept rows."""
     rows_C: Tensor
-    """[C] int64, which rows of hidden these are."""
+    """[C] int64, indices of the chunk's rows in hidden."""
     hidden_CD: Tensor
     target_C: Tensor
-    """Global ids."""
+    """[C] global ids."""
     z_CU: Tensor
+    """[C, U] logits after temperature."""
 
 
 def resident_chunks(
     head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, *, tokens: int
-) -> Iterator[Resident]:
-    """The given rows, `tokens` at a time; each chunk overwrites the one before."""
+) -> Iterator[ResidentChunk]:
+    """The given rows of hidden, `tokens` at a time. Each chunk overwrites the logits of the one before."""
     buffer = head.buffer(min(tokens, len(rows_n)), head.shard.rows)
-    for where in slices(len(rows_n), tokens):
-        rows_C = rows_n[where]
+    for kept in slices(len(rows_n), tokens):
+        rows_C = rows_n[kept]
         hidden_CD = hidden_ND.index_select(0, rows_C)
         z_CU = head.logits(buffer, hidden_CD, head.weight_UD)
-        yield Resident(where, rows_C, hidden_CD, target_N[rows_C], z_CU)
+        yield ResidentChunk(kept, rows_C, hidden_CD, target_N[rows_C], z_CU)
 
 
 @dataclass(frozen=True)
 class GradientRequest:
-    """Which gradients of a head are computed, and where dW goes."""
+    """The gradients of a head to compute, and how."""
 
     hidden: bool
+    """Compute dH."""
     weight: bool
+    """Compute dW."""
     main_grad_UD: Tensor | None = None
-    """dW is added to this buffer instead of being returned."""
+    """Buffer to which dW is added, instead of being returned."""
     filter_eps: float = 0.0
-    """Share of Σ|dlogits| of a chunk that may be left out; 0 is exact."""
+    """Share of a chunk's Σ|dlogits| that may be left out; 0 is exact."""
     entropy: bool = False
-    """Whether the loss depends on the entropy too."""
+    """The loss depends on the entropy too."""
 
-    def __bool__(self) -> bool:
+    @property
+    def any(self) -> bool:
+        """True where dH or dW is computed."""
         return self.hidden or self.weight
 
 
-class HeadGradients:
-    """Where a pass over chunks leaves dH and dW: accumulated in fp32 (fp64 for fp64), rounded once in `scaled`.
+def needs_gradient(tensor: Tensor) -> bool:
+    """True where autograd records operations on this tensor now."""
+    return torch.is_grad_enabled() and tensor.requires_grad
 
-    Only the given rows of hidden have a gradient. A side that is not wanted is never computed.
+
+class HeadGradients:
+    """dH and dW over all chunks, accumulated in fp32 (fp64 for fp64) and rounded once, in `scaled`.
+
+    hidden_nD: [n, D] dH of the kept rows, or None. weight_UD: [U, D] dW, or None. A side that is not requested is never
+    computed.
     """
 
-    def __init__(self, head: Head, kept: int, wanted: GradientRequest):
-        self.head, self.wanted = head, wanted
-        like = head.weight_UD
-        self.hidden_nD = like.new_empty(kept, like.shape[1], dtype=head.dtype) if wanted.hidden else None
-        self.weight_UD = None
-        if wanted.weight:
+    def __init__(self, head: Head, kept_rows: int, request: GradientRequest):
+        self.head, self.request = head, request
+        weight_UD = head.weight_UD
+        self.hidden_nD: Tensor | None = None
+        self.weight_UD: Tensor | None = None
+        if request.hidden:
+            self.hidden_nD = weight_UD.new_empty(kept_rows, weight_UD.shape[1], dtype=head.dtype)
+        if request.weight:
             # The first chunk writes all of dW, unless it is filtered or there is none.
-            new = torch.empty_like if kept and wanted.filter_eps == 0 else torch.zeros_like
-            self.weight_UD = new(like, dtype=head.dtype) if wanted.main_grad_UD is None else wanted.main_grad_UD
-        self.dropped_mass = like.new_zeros((), dtype=head.dtype)
+            new = torch.empty_like if kept_rows and request.filter_eps == 0 else torch.zeros_like
+            main_grad_UD = request.main_grad_UD
+            self.weight_UD = new(weight_UD, dtype=head.dtype) if main_grad_UD is None else main_grad_UD
+        self.dropped_mass = weight_UD.new_zeros((), dtype=head.dtype)
 
-    def add_(
-        self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
+    def add_chunk_(
+        self, chunk: ResidentChunk, statistics: SoftmaxStatistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
     ) -> None:
-        """Overwrites the chunk's logits by their gradient and spends it on both matmuls."""
-        if self.wanted:
+        """Adds the gradient of Σ d_logp · logp + d_entropy · entropy. Overwrites the chunk's logits."""
+        if self.request.any:
             self.backward_matmuls_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
 
-    def backward_matmuls_(self, chunk: Resident, dz_CU: Tensor) -> None:
+    def dlogits_(
+        self, chunk: ResidentChunk, statistics: SoftmaxStatistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
+    ) -> Tensor:
+        """[C, U] the same gradient with respect to hidden weightᵀ, written over the chunk's logits."""
+        head, z_CU, dz_CU = self.head, chunk.z_CU, self.storage(chunk)
+        d_logp_C = d_logp_C / head.temperature
+        d_entropy_C = None if d_entropy_C is None else d_entropy_C / head.temperature
+        local_target_C, real_rows = head.local_target(chunk.target_C), head.shard.real_rows
+        dlogits_ = row_functions(z_CU.device).dlogits_
+        dlogits_(dz_CU, z_CU, local_target_C, real_rows, statistics, d_logp_C, d_entropy_C)
+        return dz_CU
+
+    def storage(self, chunk: ResidentChunk) -> Tensor:
+        """[C, U] view of the chunk's logits, in the dtype that the two matmuls take, for their gradient."""
+        in_bf16 = matmuls.uses_tensor_cores(chunk.hidden_CD)
+        return dlogits_storage(chunk.z_CU, torch.bfloat16 if in_bf16 else chunk.z_CU.dtype)
+
+    def backward_matmuls_(self, chunk: ResidentChunk, dz_CU: Tensor) -> None:
+        """Computes the chunk's dH = dz W and adds its dzᵀ H to dW, over the columns that the filter keeps."""
         weight_UD, d_weight_UD = self.head.weight_UD, self.weight_UD
-        column_K = self._columns_that_matter(dz_CU)
+        column_K = self._kept_columns(dz_CU)
         if column_K is not None:
             dz_CU, weight_UD = dz_CU.index_select(1, column_K), weight_UD.index_select(0, column_K)
             d_weight_UD = None if d_weight_UD is None else d_weight_UD.index_select(0, column_K)
         if self.hidden_nD is not None:
-            matmuls.hidden_gradient_(self.hidden_nD[chunk.where], dz_CU, weight_UD)
-        if d_weight_UD is not None:
-            accumulate = self.weight_holds_something(chunk.where)
+            matmuls.hidden_gradient_(self.hidden_nD[chunk.kept], dz_CU, weight_UD)
+        if self.weight_UD is not None and d_weight_UD is not None:
+            accumulate = self.weight_is_initialised(chunk.kept)
             matmuls.weight_gradient_(d_weight_UD, dz_CU, chunk.hidden_CD, accumulate=accumulate)
             if column_K is not None:
                 self.weight_UD.index_copy_(0, column_K, d_weight_UD)
 
-    def weight_holds_something(self, chunk: slice) -> bool:
-        """Whether dW had a value before this chunk of the kept rows. (Zeros to add to would cost a walk through it.)"""
-        return chunk.start > 0 or self.wanted.main_grad_UD is not None or self.wanted.filter_eps > 0
+    def weight_is_initialised(self, kept: slice) -> bool:
+        """True where dW has a value before this chunk. (Starting from zeros would cost a pass through its memory.)"""
+        return kept.start > 0 or self.request.main_grad_UD is not None or self.request.filter_eps > 0
 
-    def _columns_that_matter(self, dz_CU: Tensor) -> Tensor | None:
-        """[K] the columns the two matmuls are restricted to, or None for all of them.
+    def _kept_columns(self, dz_CU: Tensor) -> Tensor | None:
+        """[K] int64, the columns that hold all but filter_eps of Σ|dz|, or None for all columns.
 
-        Waits for the host: K is a shape. Above half of the columns the copies would cost more than they save.
+        The host waits, since K is a shape. Above half of the columns the copies would cost more than they save.
         """
-        if self.wanted.filter_eps == 0:
+        if self.request.filter_eps == 0:
             return None
         mass_U = torch.linalg.vector_norm(dz_CU, ord=1, dim=0, dtype=self.head.dtype)
-        dropped_U = mass_U < negligible_below(mass_U, self.wanted.filter_eps)
+        dropped_U = mass_U < filter_threshold(mass_U, self.request.filter_eps)
         column_K = (~dropped_U).nonzero()[:, 0]
         if len(column_K) > len(mass_U) // 2:
             return None
         self.dropped_mass += mass_U.where(dropped_U, 0.0).sum()
         return column_K
 
-    def storage(self, chunk: Resident) -> Tensor:
-        """Where the gradient of the chunk's logits belongs: over the logits, in the dtype the two matmuls take."""
-        return dlogits_storage(chunk.z_CU, torch.bfloat16 if matmuls.tensor_core(chunk.hidden_CD) else chunk.z_CU.dtype)
-
-    def dlogits_(
-        self, chunk: Resident, statistics: Statistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
-    ) -> Tensor:
-        head, z_CU, dz_CU = self.head, chunk.z_CU, self.storage(chunk)
-        d_logp_C = d_logp_C / head.temperature
-        d_entropy_C = None if d_entropy_C is None else d_entropy_C / head.temperature
-        dlogits_ = row_functions(z_CU.device).dlogits_
-        dlogits_(dz_CU, z_CU, head.local(chunk.target_C), head.shard.real, statistics, d_logp_C, d_entropy_C)
-        return dz_CU
-
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dH of the kept rows, summed over ranks; dW of this rank's rows unless it went to `main_grad_UD`)."""
         if self.hidden_nD is not None:
             all_reduce_(self.hidden_nD, self.head.shard.group)
-        if self.wanted.filter_eps > 0:
+        if self.request.filter_eps > 0:
             all_reduce_(self.dropped_mass, self.head.shard.group)
-        return self.hidden_nD, self.weight_UD if self.wanted.main_grad_UD is None else None
+        return self.hidden_nD, self.weight_UD if self.request.main_grad_UD is None else None
 
 
-def negligible_below(mass_U: Tensor, eps: float) -> Tensor:
-    """[] a threshold such that the columns below it hold at most eps of the mass together.
+def filter_threshold(mass_U: Tensor, eps: float) -> Tensor:
+    """[] a threshold such that the columns below it hold at most eps of the total mass.
 
-    The largest of eps · total · 2^−j that does. No sort, no scan: sums in a fixed order, so two runs are bit-equal. At
-    j = log2 U the bound holds whatever the masses are, and the largest column always stays.
+    The largest of eps · total · 2^−j that does. Without a sort or a scan, sums are in a fixed order and two runs are
+    bit-equal. At j = log2 U the bound holds for any masses, and the largest column is always kept.
     """
-    most = eps * mass_U.sum()
-    threshold_J = most * 2.0 ** -torch.arange(len(mass_U).bit_length() + 1, device=mass_U.device, dtype=mass_U.dtype)
+    allowed_mass = eps * mass_U.sum()
+    power_J = torch.arange(len(mass_U).bit_length() + 1, device=mass_U.device, dtype=mass_U.dtype)
+    threshold_J = allowed_mass * 2.0**-power_J
     below_J = torch.stack([mass_U.where(mass_U < threshold, 0.0).sum() for threshold in threshold_J])
-    return threshold_J[(below_J > most).sum().clamp(max=len(threshold_J) - 1)]
+    return threshold_J[(below_J > allowed_mass).sum().clamp(max=len(threshold_J) - 1)]
 
 
 def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """gradient · factor, rounded once."""
+    """gradient · factor in `dtype`, rounded once. None: factor 1."""
     if factor is None:
         return gradient.to(dtype)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def scatter_rows(rows_n: Tensor, gradient_nD: Tensor, tokens: int) -> Tensor:
-    """Rows without a gradient are exactly zero."""
+    """[tokens, D] with the gradient at the given rows and exactly 0 at all others."""
     return gradient_nD.new_zeros(tokens, gradient_nD.shape[1]).index_copy_(0, rows_n, gradient_nD)
 
 
 @dataclass(frozen=True)
-class OnePass:
-    """What the backward of a one-pass loss needs beside its saved tensors: the gradients exist already."""
+class OnePassBackward:
+    """Backward of a one-pass loss: its forward formed the gradients, only the upstream factor is missing."""
 
     tokens: int
     dtype: torch.dtype
-    wanted: GradientRequest
+    request: GradientRequest
 
-    def backward(self, saved: tuple, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(d_hidden, d_weight) from (rows_n, dH of those rows, dW); only the upstream factor is missing."""
+    def __call__(self, saved: tuple, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(dH [N, D], dW [U, D]) from saved = (rows_n, dH of those rows, dW)."""
         rows_n, hidden_nD, weight_UD = saved
-        if self.wanted.weight and self.wanted.main_grad_UD is not None:
-            torch._assert_async(d_loss == 1, "weight_main_grad already holds dW: scale the weights, not the loss")
-        # On a CPU looking at the factor costs nothing, and dW of a real head is too large to copy for nothing.
+        if self.request.weight and self.request.main_grad_UD is not None:
+            # torch has no public assertion that runs on the device.
+            assert_async = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+            assert_async(d_loss == 1, "weight_main_grad already holds dW: scale the weights, not the loss")
+        # Reading the factor costs nothing on a CPU, and multiplying dW of a real head by 1 would cost a copy.
         factor = None if d_loss.device.type == "cpu" and d_loss == 1 else d_loss
         d_hidden_ND = d_weight_UD = None
         if hidden_nD is not None:

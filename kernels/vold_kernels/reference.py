@@ -1,8 +1,8 @@
-"""The specification, in plain torch: logits are materialised, autograd does the rest, nothing is clever.
+"""The specification in plain torch: logits are materialised and autograd computes the gradients. Simple, not fast.
 
 Shape letters: N tokens, D hidden, V vocabulary rows, n tokens that carry weight. Computes in fp32, or in fp64 when
-given fp64. The formulas are those of VOLD (L_pg, L_kl) with the weights pulled out, see `linear_policy_loss.py`, and of
-the divergences in `linear_kl.py`.
+given fp64. The formulas are those at the top of `linear_policy_loss.py` (L_pg and L_kl of VOLD, Eqs. 5 and 6, with
+weights per token) and of `linear_kl.py`. Arguments and results are those of the functions of the same names there.
 """
 
 import math
@@ -22,6 +22,7 @@ def linear_logprob(
     return_entropy: bool = False,
     vocab_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of each target token (nats), with return_entropy also the entropies."""
     logp_NV = _log_softmax(hidden_ND, weight_VD[:vocab_size], temperature)
     logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
     if not return_entropy:
@@ -43,6 +44,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
+    """Clipped policy loss plus k2 distillation."""
     has_pg_N, has_kl_N = terms.pg_weight_N != 0, terms.kl_weight_N != 0
     kept_N = has_pg_N | has_kl_N
     logp_n, entropy_n = linear_logprob(
@@ -68,8 +70,9 @@ def linear_policy_loss(
     if terms.sequence_N is not None:
         sequence = terms.sequence_N[has_pg_N]
         log_ratio = torch.stack([log_ratio[sequence == s].mean() for s in sequence]) if len(sequence) else log_ratio
-    ratio, low, high = log_ratio.exp(), 1 - clip_eps_low, 1 + clip_eps_high
-    if terms.ratio_low_N is not None:
+    ratio = log_ratio.exp()
+    low, high = torch.full_like(ratio, 1 - clip_eps_low), torch.full_like(ratio, 1 + clip_eps_high)
+    if terms.ratio_low_N is not None and terms.ratio_high_N is not None:
         low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     pg_loss = -(importance(logp_old, has_pg_N) * pg_weight * surrogate).sum()
@@ -107,6 +110,7 @@ def linear_kl(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> KLLoss:
+    """Σ weight · divergence between student and teacher."""
     kept_N = weight_N != 0
     logp_student = _log_softmax(student_hidden_ND[kept_N], student_weight_VD[:vocab_size], temperature)
     logp_teacher = _log_softmax(teacher_hidden_NE[kept_N], teacher_weight_VE[:vocab_size], temperature).detach()
@@ -131,10 +135,11 @@ def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Te
 
 
 def _top_and_tail(logp_nV: Tensor, top_nk: Tensor) -> Tensor:
-    """[n, k + 1]: the log-probs at the given columns, and the log of what all other columns share."""
+    """[n, k + 1] log-probs at the given columns, and of all other columns as one bucket."""
     others_nV = logp_nV.scatter(1, top_nk, float("-inf"))
     return torch.cat((logp_nV.gather(1, top_nk), others_nV.logsumexp(dim=1, keepdim=True)), dim=1)
 
 
 def _kl(logp_nB: Tensor, other_nB: Tensor) -> Tensor:
+    """[n] KL(p‖other) over B columns or buckets."""
     return (logp_nB.exp() * (logp_nB - other_nB)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""What goes into and comes out of the losses. Shape letters: N packed response tokens."""
+"""Inputs and results of the losses. Shape letters: N packed response tokens."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """What each token contributes. Every mask, β and the normaliser 1/Z live in the two weights.
+    """Per-token inputs of the policy loss. Masks, β and the normaliser 1/Z are factors of the two weights.
 
-    A token is dropped before the first matmul when both its weights are 0; a field is never read where the weight
-    it belongs to is 0, so NaN is allowed there. Under tensor parallelism every rank passes the same values.
+    A token is dropped before the first matmul when both its weights are 0; a field is never used where the weight of
+    its term is 0, so it may hold NaN there. Under tensor parallelism every rank passes the same values.
     """
 
     logp_old_N: Tensor | None
@@ -24,19 +24,21 @@ class PolicyTerms:
     kl_weight_N: Tensor
     """[N] weight of ½ (logp − logp_teacher)²."""
     logp_rollout_N: Tensor | None = None
-    """[N] log-prob under the engine that sampled, where it may hold older weights (nats): the terms of a token are
-    weighted by min(exp(x − logp_rollout), importance_cap), a constant to the gradient; x is logp_old beside the ratio
-    (logp where there is none), and logp in the teacher's term. None: by 1."""
+    """[N] log-prob under the engine that sampled the token (nats), for truncated importance sampling: both weights are
+    multiplied by min(exp(x − logp_rollout), importance_cap), a constant to the gradient. x is logp_old in the policy's
+    term (logp where there is none) and logp in the teacher's. None: no factor."""
     sequence_N: Tensor | None = None
-    """[N] integer, the same for the tokens of a sequence, which are adjacent. Given: one ratio a sequence (GSPO)."""
+    """[N] integer, equal for the tokens of a sequence, which are adjacent: one ratio per sequence (GSPO). None: one
+    ratio per token."""
     ratio_low_N: Tensor | None = None
-    """[N] bounds of the ratio token by token (DCPO), instead of 1 − clip_eps_low and 1 + clip_eps_high. Both or neither."""
+    """[N] lower bound of each token's ratio (DCPO), instead of 1 − clip_eps_low. Needs ratio_high_N."""
     ratio_high_N: Tensor | None = None
+    """[N] upper bound of each token's ratio (DCPO), instead of 1 + clip_eps_high. Needs ratio_low_N."""
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Only `loss` carries a gradient. All are fp32 (fp64 for fp64 inputs), the counts int64; sums are over tokens."""
+    """Result of `linear_policy_loss`: fp32 (fp64 for fp64 inputs), the counts int64. Only `loss` carries a gradient."""
 
     loss: Tensor
     """[] pg_loss + kl_loss − entropy bonus, differentiable with respect to hidden and weight."""
@@ -49,22 +51,22 @@ class PolicyLoss:
     kl_loss: Tensor
     """[] Σ kl_weight · ½ (logp − logp_teacher)², beyond kl_clamp its linear continuation."""
     clip_count_low: Tensor
-    """[] number of tokens with pg_weight ≠ 0, A < 0 and a ratio below the lower bound, which took their gradient."""
+    """[] tokens without a policy gradient because A < 0 and their ratio is below the lower bound (pg_weight ≠ 0)."""
     clip_count_high: Tensor
-    """[] number of tokens with pg_weight ≠ 0, A > 0 and a ratio above the upper bound, which took their gradient."""
+    """[] tokens without a policy gradient because A > 0 and their ratio is above the upper bound (pg_weight ≠ 0)."""
     kl_old: Tensor
-    """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): the k1 estimate of KL(old‖now), a sum, no mean."""
+    """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): k1 estimate of KL(old‖new), a sum, not a mean."""
     dropped_mass: Tensor
-    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 when exact."""
+    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 with filter_eps = 0."""
 
 
 @dataclass(frozen=True)
 class KLLoss:
-    """Only `loss` carries a gradient. All are fp32 (fp64 for fp64 inputs)."""
+    """Result of `linear_kl`: fp32 (fp64 for fp64 inputs). Only `loss` carries a gradient."""
 
     loss: Tensor
     """[] Σ weight · KL, differentiable with respect to the student's hidden and weight."""
     kl_N: Tensor
     """[N] divergence (nats), ≥ 0 up to rounding. Exactly 0 where the weight is 0: those rows are never computed."""
     dropped_mass: Tensor
-    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 when exact."""
+    """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 with filter_eps = 0."""

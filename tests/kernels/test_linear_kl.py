@@ -19,7 +19,9 @@ from kernel_cases import (
     token_weights,
 )
 
-from vold_kernels import ChunkBudget, linear_kl, pairs, reference, rows
+from vold_kernels import ChunkBudget, linear_kl, pairs, reference
+from vold_kernels.divergence import Divergence
+from vold_kernels.softmax import dlogits_storage
 
 FACTOR = -1.7  # the upstream gradient of the loss
 KINDS = [
@@ -274,13 +276,13 @@ def test_ids_that_are_not_shared_are_minus_infinity(top_k):
 def test_narrow_dlogits_overwrite_the_logits_without_reading_what_they_wrote(kind):
     torch.manual_seed(0)
     z_CU, t_CU = torch.randn(2, 3, 5000).to(DEVICE)
-    real, divergence = torch.tensor(4997).to(DEVICE), pairs.Divergence(kind["divergence"], kind.get("alpha", 0.5))
-    norm_4C = torch.zeros(4, 3, device=DEVICE) + torch.tensor([4.0, 5.0, 4.5, 5.0], device=DEVICE)[:, None]
-    own_C, weight_C = torch.rand(2, 3).to(DEVICE)
+    real_columns, divergence = torch.tensor(4997).to(DEVICE), Divergence(kind["divergence"], kind.get("alpha", 0.5))
+    normaliser_4C = torch.zeros(4, 3, device=DEVICE) + torch.tensor([4.0, 5.0, 4.5, 5.0], device=DEVICE)[:, None]
+    mean_log_ratio_C, weight_C = torch.rand(2, 3).to(DEVICE)
     dlogits_ = pairs.pair_functions(z_CU.device).divergence_dlogits_
-    wide_CU, narrow_CU = torch.empty_like(z_CU), rows.dlogits_storage(z_CU, torch.bfloat16)
+    wide_CU, narrow_CU = torch.empty_like(z_CU), dlogits_storage(z_CU, torch.bfloat16)
     for dz_CU in (wide_CU, narrow_CU):
-        dlogits_(dz_CU, z_CU, t_CU, real, norm_4C, own_C, weight_C, divergence)
+        dlogits_(dz_CU, z_CU, t_CU, real_columns, normaliser_4C, mean_log_ratio_C, weight_C, divergence)
     assert narrow_CU.data_ptr() == z_CU.data_ptr() and torch.all(narrow_CU[:, -3:] == 0) and wide_CU.abs().sum() > 0
     assert torch.all((narrow_CU.float() - wide_CU).abs() <= wide_CU.abs() / 128)  # the interpreter truncates
 
@@ -357,7 +359,7 @@ def test_mistakes_are_named():
         linear_kl(*case[:3], case[3][:70], weight_N=weight_N)
     with pytest.raises(ValueError, match=r"the student's head is torch.float64 .* teacher's torch.float32"):
         linear_kl(*case[:2], case[2].float(), case[3].float(), weight_N=weight_N)
-    with pytest.raises(ValueError, match="divergence is 'kl'; it must be one of reverse, forward, jsd"):
+    with pytest.raises(ValueError, match="divergence is 'kl'; it must be one of reverse_kl, forward_kl, jsd"):
         linear_kl(*case, weight_N=weight_N, divergence="kl")
     with pytest.raises(ValueError, match=r"alpha is 1; it must lie inside \(0, 1\)"):
         linear_kl(*case, weight_N=weight_N, divergence="jsd", alpha=1)

@@ -18,7 +18,7 @@ from kernel_cases import (
     small_chunks,
 )
 
-from vold_kernels import linear_logprob, reference, rows
+from vold_kernels import linear_logprob, reference, rows, softmax
 
 
 def upstream(*outputs: torch.Tensor) -> torch.Tensor:
@@ -195,12 +195,15 @@ def test_tiled_and_resident_folds_of_equal_logits_agree_to_the_bit():
 
     torch.manual_seed(0)
     z_CU = torch.randn(2, 2 * TILE_COLUMNS + 333).to(DEVICE)
-    target_C, real = torch.tensor([3, 2 * TILE_COLUMNS + 1]).to(DEVICE), torch.tensor(z_CU.shape[1] - 5).to(DEVICE)
+    target_C, real_columns = (
+        torch.tensor([3, 2 * TILE_COLUMNS + 1]).to(DEVICE),
+        torch.tensor(z_CU.shape[1] - 5).to(DEVICE),
+    )
     functions = rows.row_functions(z_CU.device)
-    tiled, resident = (rows.new_statistics(2, z_CU, z_CU.dtype) for _ in range(2))
-    functions.fold_(resident, z_CU, target_C, real, 0)
+    tiled, resident = (softmax.empty_statistics(2, z_CU, z_CU.dtype) for _ in range(2))
+    functions.fold_(resident, z_CU, target_C, real_columns, 0)
     for tile in slices(z_CU.shape[1], TILE_COLUMNS):
-        functions.fold_(tiled, z_CU[:, tile].contiguous(), target_C, real, tile.start)
+        functions.fold_(tiled, z_CU[:, tile].contiguous(), target_C, real_columns, tile.start)
     assert torch.equal(tiled, resident) and torch.all(resident[1] > 1)
 
 
@@ -208,17 +211,17 @@ def test_tiled_and_resident_folds_of_equal_logits_agree_to_the_bit():
 def test_narrow_dlogits_overwrite_the_logits_without_reading_what_they_wrote():
     torch.manual_seed(0)
     tokens, vocab = 3, 5000
-    z_CU, real = torch.randn(tokens, vocab).to(DEVICE), torch.tensor(vocab - 3).to(DEVICE)
+    z_CU, real_columns = torch.randn(tokens, vocab).to(DEVICE), torch.tensor(vocab - 3).to(DEVICE)
     target_C, d_logp_C = torch.tensor([0, 4000, 4996]).to(DEVICE), torch.tensor([1.0, -2.0, 0.5]).to(DEVICE)
-    folded_4C = rows.new_statistics(tokens, z_CU, z_CU.dtype)
+    folded_4C = softmax.empty_statistics(tokens, z_CU, z_CU.dtype)
     functions = rows.row_functions(z_CU.device)
-    functions.fold_(folded_4C, z_CU, target_C, real, 0)
-    log_total_C = folded_4C[1].log()
-    statistics = rows.Statistics(folded_4C[0], log_total_C, folded_4C[3] - log_total_C, log_total_C)
+    functions.fold_(folded_4C, z_CU, target_C, real_columns, 0)
+    log_sum_C = folded_4C[1].log()
+    statistics = softmax.SoftmaxStatistics(folded_4C[0], log_sum_C, folded_4C[3] - log_sum_C, log_sum_C)
     wide_CU = torch.empty_like(z_CU)
-    functions.dlogits_(wide_CU, z_CU, target_C, real, statistics, d_logp_C, None)
-    narrow_CU = rows.dlogits_storage(z_CU, torch.bfloat16)
-    functions.dlogits_(narrow_CU, z_CU, target_C, real, statistics, d_logp_C, None)
+    functions.dlogits_(wide_CU, z_CU, target_C, real_columns, statistics, d_logp_C, None)
+    narrow_CU = softmax.dlogits_storage(z_CU, torch.bfloat16)
+    functions.dlogits_(narrow_CU, z_CU, target_C, real_columns, statistics, d_logp_C, None)
     assert narrow_CU.data_ptr() == z_CU.data_ptr() and torch.all(narrow_CU[:, -3:] == 0)
     assert torch.all((narrow_CU.float() - wide_CU).abs() <= wide_CU.abs() / 128)  # the interpreter truncates
 
@@ -226,18 +229,18 @@ def test_narrow_dlogits_overwrite_the_logits_without_reading_what_they_wrote():
 @pytest.mark.skipif(not INTERPRETED and DEVICE != "cuda", reason="plain torch stores fp32 logits only")
 def test_the_row_functions_take_bfloat16_logits():
     torch.manual_seed(0)
-    z_CU, real = torch.randn(3, 5000).to(DEVICE, torch.bfloat16), torch.tensor(4997).to(DEVICE)
+    z_CU, real_columns = torch.randn(3, 5000).to(DEVICE, torch.bfloat16), torch.tensor(4997).to(DEVICE)
     target_C, d_logp_C = torch.tensor([0, 4000, 4996]).to(DEVICE), torch.tensor([1.0, -2.0, 0.5]).to(DEVICE)
     functions, folded = rows.row_functions(z_CU.device), []
     for logits_CU in (z_CU, z_CU.float()):
-        folded.append(rows.new_statistics(3, z_CU, torch.float32))
-        functions.fold_(folded[-1], logits_CU, target_C, real, 0)
+        folded.append(softmax.empty_statistics(3, z_CU, torch.float32))
+        functions.fold_(folded[-1], logits_CU, target_C, real_columns, 0)
     assert torch.equal(*folded) and torch.all(folded[0][1] > 1)
-    log_total_C = folded[0][1].log()
-    statistics = rows.Statistics(folded[0][0], log_total_C, folded[0][3] - log_total_C, log_total_C)
+    log_sum_C = folded[0][1].log()
+    statistics = softmax.SoftmaxStatistics(folded[0][0], log_sum_C, folded[0][3] - log_sum_C, log_sum_C)
     wide_CU = torch.empty(z_CU.shape, device=DEVICE)
-    functions.dlogits_(wide_CU, z_CU.float(), target_C, real, statistics, d_logp_C, None)
-    functions.dlogits_(z_CU, z_CU, target_C, real, statistics, d_logp_C, None)
+    functions.dlogits_(wide_CU, z_CU.float(), target_C, real_columns, statistics, d_logp_C, None)
+    functions.dlogits_(z_CU, z_CU, target_C, real_columns, statistics, d_logp_C, None)
     assert torch.all((z_CU.float() - wide_CU).abs() <= wide_CU.abs() / 128)  # the interpreter truncates
 
 

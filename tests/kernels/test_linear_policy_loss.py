@@ -28,7 +28,7 @@ from kernel_cases import (
 
 from vold_kernels import ChunkBudget, PolicyTerms, linear_logprob, linear_policy_loss, matmuls, reference
 from vold_kernels.chunks import slices
-from vold_kernels.head import negligible_below
+from vold_kernels.head import filter_threshold
 
 FACTOR = -1.7  # the upstream gradient of the loss
 
@@ -397,12 +397,33 @@ def test_chunks_are_as_few_as_fit_and_about_equal(resident_bytes, total):
     assert not sizes or max(sizes) - sizes[-1] < 128 * len(sizes)
 
 
+def readme_block(name: str) -> str:
+    """The code of kernels/README.md whose fence is marked `python NAME`."""
+    readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    return re.search(rf"```python {name}\n(.*?)```", readme, re.S).group(1)
+
+
+def test_the_readme_after_equals_before():
+    case = problem(9, 77)
+    logp_old, mask = policy_terms(case).logp_old_N, (torch.arange(9, device=DEVICE) % 4 != 1).double()
+    names = {"target": case.target_N, "logp_old": logp_old, "advantage": torch.randn(9, device=DEVICE).double()}
+    names |= {"weight": mask / mask.sum(), "torch": torch}
+    results = []
+    for block in ("before", "after"):
+        lm_head = torch.nn.Linear(6, 77, bias=False, device=DEVICE)
+        lm_head.weight = torch.nn.Parameter(case.weight_VD.detach().float())
+        hidden = case.hidden_ND.detach().float().requires_grad_()
+        scope = names | {"lm_head": lm_head, "hidden": hidden}
+        exec(readme_block(block), globals(), scope)
+        results.append((scope["loss"].detach(), hidden.grad, lm_head.weight.grad))
+    for before, after in zip(*results, strict=True):
+        assert relative(after, before) < 1e-5
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Liger's loss is plain torch")
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_the_readme_in_ligers_shape_equals_liger(loss_type):
     liger = pytest.importorskip("liger_kernel.chunked_loss")
-    readme = (Path(linear_policy_loss.__code__.co_filename).parent / "README.md").read_text()
-    lines = re.search(r"```python liger\n(.*?)```", readme, re.S).group(1)
     torch.manual_seed(0)
     case = problem(15, 77, dtype=torch.float32)
     mask = torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], device=DEVICE)
@@ -413,7 +434,7 @@ def test_the_readme_in_ligers_shape_equals_liger(loss_type):
     )[0]
     names = {"hidden": hidden, "weight": case.weight_VD, "ids": ids, "mask": mask, "logp_old": old}
     names |= {"advantages": advantages, "loss_type": loss_type, "torch": torch}
-    exec(lines, globals(), names)
+    exec(readme_block("liger"), globals(), names)
     assert theirs.abs() > 1e-2 and relative(names["loss"], theirs) < 1e-5
     for ours, expected in zip(gradients(names["loss"], case), gradients(theirs, case), strict=True):
         assert relative(ours, expected) < 1e-5
@@ -553,7 +574,7 @@ def test_the_threshold_never_drops_more_than_its_share(shape, eps):
             "decaying": torch.exp(-0.1 * torch.arange(columns)),
             "zero": torch.zeros(columns),
         }[shape].to(DEVICE)
-        dropped_U = mass_U < negligible_below(mass_U, eps)
+        dropped_U = mass_U < filter_threshold(mass_U, eps)
         assert mass_U[dropped_U].sum() <= eps * mass_U.sum() and (mass_U.sum() == 0) == (not mass_U[~dropped_U].any())
         if shape == "decaying" and columns == 5000:
             assert dropped_U.sum() > 4800

@@ -6,6 +6,7 @@ from torch import Tensor
 from .chunks import ChunkBudget
 from .divergence import KINDS, Divergence
 from .matmuls import accumulator_dtype
+from .token_loss import LossNumbers
 from .types import PolicyTerms
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -68,29 +69,22 @@ def check_budget(budget: ChunkBudget, hidden_ND: Tensor) -> None:
         raise ValueError(f"budget.bf16_logits is True and hidden is {hidden_ND.dtype}; it is for bfloat16 inputs only")
 
 
-def check_policy_terms(
-    terms: PolicyTerms,
-    tokens: int,
-    *,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    importance_cap: float,
-    kl_clamp: float,
-) -> None:
+def check_policy_terms(terms: PolicyTerms, numbers: LossNumbers, tokens: int) -> None:
+    """Raises ValueError unless every field of `terms` is [tokens] and the numbers of the loss are in range."""
     for name, value in vars(terms).items():
         if value is not None and value.shape != (tokens,):
             raise ValueError(
                 f"terms.{name} is {tuple(value.shape)}; hidden has {tokens} rows, so it must be [{tokens}]"
             )
-    if not 0 <= clip_eps_low <= 1 or not clip_eps_high >= 0:
+    if not 0 <= numbers.clip_eps_low <= 1 or not numbers.clip_eps_high >= 0:
         raise ValueError(
-            f"clip_eps_low is {clip_eps_low} and clip_eps_high {clip_eps_high}; the clip range [1 − clip_eps_low, "
-            "1 + clip_eps_high] must hold 1 and nothing negative"
+            f"clip_eps_low is {numbers.clip_eps_low} and clip_eps_high {numbers.clip_eps_high}; the clip range "
+            "[1 − clip_eps_low, 1 + clip_eps_high] must hold 1 and nothing negative"
         )
-    if not importance_cap > 0:
-        raise ValueError(f"importance_cap is {importance_cap}; it must be positive")
-    if not kl_clamp > 0:
-        raise ValueError(f"kl_clamp is {kl_clamp}; it must be positive, and inf clamps nothing")
+    if not numbers.importance_cap > 0:
+        raise ValueError(f"importance_cap is {numbers.importance_cap}; it must be positive")
+    if not numbers.kl_clamp > 0:
+        raise ValueError(f"kl_clamp is {numbers.kl_clamp}; it must be positive, and inf clamps nothing")
     if (terms.ratio_low_N is None) != (terms.ratio_high_N is None):
         raise ValueError("terms has one of ratio_low_N and ratio_high_N; give both or neither")
     if terms.sequence_N is not None and terms.sequence_N.dtype.is_floating_point:

@@ -203,7 +203,7 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    # once_differentiable\'s type hides the name of its first parameter.
+    # once_differentiable's type hides the name of its first parameter.
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *ctx.backward_of_loss(ctx.saved_tensors, grad_outputs[0]), None, None, None, None
 

@@ -45,7 +45,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    # once_differentiable\'s type hides the name of its first parameter.
+    # once_differentiable's type hides the name of its first parameter.
     def backward(ctx, *grad_outputs: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_ND, target_N, weight_UD, *statistics = ctx.saved_tensors
         if all(gradient is None for gradient in grad_outputs):

@@ -1,4 +1,4 @@
-"""What the kernel tests share: problems on block edges, weights of every kind, and eager bf16 to be measured against.
+"""Shared parts of the kernel tests: problems on block edges, weights of every kind, comparisons, a recorder of ops.
 
 Shape letters: N tokens, D hidden, V vocabulary. Runs on a GPU where there is one, else on the CPU: in plain torch, or
 through the Triton interpreter when TRITON_INTERPRET=1 was set before the process started.
@@ -27,7 +27,7 @@ class Problem:
     target_N: Tensor
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        """Fresh leaves."""
+        """A copy in this dtype whose hidden and weight are new leaves."""
         hidden_ND, weight_VD = (x.detach().to(dtype).requires_grad_() for x in (self.hidden_ND, self.weight_VD))
         return Problem(hidden_ND, weight_VD, self.target_N)
 
@@ -83,7 +83,7 @@ def token_weights(tokens: int, *, seed: int = 2) -> Tensor:
 
 
 def policy_terms(case: Problem, *, temperature: float = 1.0, seed: int = 1) -> PolicyTerms:
-    """Off-policy by ±0.3, so that both clip bounds bite; of every four tokens one has no weight, two have one."""
+    """Off-policy by ±0.3, so that both bounds clip; of every four tokens one has no weight, two have one weight."""
     torch.manual_seed(seed)
     with torch.no_grad():
         logp_N = reference.linear_logprob(*case.to(torch.float64), temperature=temperature)
@@ -150,7 +150,7 @@ def assert_same_record(actual: PolicyLoss, expected: PolicyLoss, tolerance: floa
 
 
 class Recorder(TorchDispatchMode):
-    """Every op's name, and the bytes of the largest tensor any op returned."""
+    """Records the name of every op, and the bytes of the largest tensor that an op returned."""
 
     def __init__(self):
         super().__init__()

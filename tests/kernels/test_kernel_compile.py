@@ -14,9 +14,9 @@ def test_compiles(variant: aot.Variant, sm: int):
     kernel = aot.compiled(variant, sm)
     assert kernel.metadata.shared <= aot.SHARED_LIMIT[sm]
     assert "bar.sync" in kernel.asm["ptx"], "a row is read as a whole before its storage is written"
-    found = aot.usage(kernel)
-    if found is not None:
-        assert found.registers <= 255 and found.spill_bytes == 0 and found.stack_bytes == 0, found
+    usage = aot.usage(kernel)
+    if usage is not None:
+        assert usage.registers <= 255 and usage.spill_bytes == 0 and usage.stack_bytes == 0, usage
 
 
 def test_every_kernel_is_listed():

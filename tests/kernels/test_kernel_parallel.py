@@ -1,4 +1,4 @@
-"""The vocabulary-parallel path on a CPU: four gloo processes, groups of 1 to 4, unequal and all-padding shards."""
+"""Vocabulary parallelism on a CPU: four gloo processes, groups of 1 to 4, unequal and all-padding shards."""
 
 from pathlib import Path
 
@@ -58,54 +58,56 @@ def _worker(rank: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
-def _whole_and_shard(sizes: tuple[int, ...], rank: int, vocab_size: int | None) -> tuple[Problem, Problem, slice]:
-    whole = problem(11, sum(sizes))
-    whole = Problem(whole.hidden_ND, whole.weight_VD, whole.target_N % (vocab_size or sum(sizes)))
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    shard = Problem(whole.hidden_ND, whole.weight_VD[mine], whole.target_N).to(torch.float64)
-    return whole, shard, mine
+def _full_and_shard(sizes: tuple[int, ...], rank: int, vocab_size: int | None) -> tuple[Problem, Problem, slice]:
+    full = problem(11, sum(sizes))
+    full = Problem(full.hidden_ND, full.weight_VD, full.target_N % (vocab_size or sum(sizes)))
+    shard_rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    shard = Problem(full.hidden_ND, full.weight_VD[shard_rows], full.target_N).to(torch.float64)
+    return full, shard, shard_rows
 
 
-def _check_gradients(actual: tuple, expected: tuple, mine: slice, vocab_size: int | None) -> None:
+def _check_gradients(actual: tuple, expected: tuple, shard_rows: slice, vocab_size: int | None) -> None:
     assert relative(actual[0], expected[0]) < 1e-12
     assert expected[1].abs().sum() > 0
-    assert_near(actual[1], expected[1][mine], 1e-12)
+    assert_near(actual[1], expected[1][shard_rows], 1e-12)
     if vocab_size is not None:
-        assert torch.all(actual[1][max(vocab_size - mine.start, 0) :] == 0)
+        assert torch.all(actual[1][max(vocab_size - shard_rows.start, 0) :] == 0)
 
 
 def _check_logprob(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
-    whole, shard, mine = _whole_and_shard(sizes, rank, vocab_size)
+    full, shard, shard_rows = _full_and_shard(sizes, rank, vocab_size)
     keywords = {"temperature": 0.7, "return_entropy": True, "vocab_size": vocab_size}
     actual = linear_logprob(*shard, **keywords, tp_group=group, budget=small_chunks(30, columns=8))
-    expected = reference.linear_logprob(*whole, **keywords)
+    expected = reference.linear_logprob(*full, **keywords)
     for a, b in zip(actual, expected, strict=True):
         assert_near(a, b, 1e-12)
     upstream = torch.randn(2, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     actual = gradients((upstream * torch.stack(actual)).sum(), shard)
-    expected = gradients((upstream * torch.stack(expected)).sum(), whole)
-    _check_gradients(actual, expected, mine, vocab_size)
+    expected = gradients((upstream * torch.stack(expected)).sum(), full)
+    _check_gradients(actual, expected, shard_rows, vocab_size)
 
 
 def _check_policy_loss(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
-    whole, shard, mine = _whole_and_shard(sizes, rank, vocab_size)
-    terms = policy_terms(Problem(whole.hidden_ND, whole.weight_VD[:vocab_size], whole.target_N), temperature=0.7)
+    full, shard, shard_rows = _full_and_shard(sizes, rank, vocab_size)
+    terms = policy_terms(Problem(full.hidden_ND, full.weight_VD[:vocab_size], full.target_N), temperature=0.7)
     keywords = {**CLIP, "temperature": 0.7, "vocab_size": vocab_size}
     bonus = {"entropy_bonus": 0.3}
-    for each, more, tokens in ((terms, {}, 3), (coupled(terms), bonus, 3), (coupled(terms), bonus, 11)):
-        given = {**keywords, **more}
-        actual = linear_policy_loss(*shard, each, **given, tp_group=group, budget=small_chunks(47, tokens=tokens))
-        expected = reference.linear_policy_loss(*whole, each, **given)
+    for case_terms, bonus_keywords, tokens in ((terms, {}, 3), (coupled(terms), bonus, 3), (coupled(terms), bonus, 11)):
+        keywords_of_case = {**keywords, **bonus_keywords}
+        actual = linear_policy_loss(
+            *shard, case_terms, **keywords_of_case, tp_group=group, budget=small_chunks(47, tokens=tokens)
+        )
+        expected = reference.linear_policy_loss(*full, case_terms, **keywords_of_case)
         assert_same_record(actual, expected, 1e-12)
-        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
-        _check_gradients(actual, expected, mine, vocab_size)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, full)))
+        _check_gradients(actual, expected, shard_rows, vocab_size)
 
 
 def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
-    whole, weight_N = pair_problem(11, sum(sizes)), token_weights(11)
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    full, weight_N = pair_problem(11, sum(sizes)), token_weights(11)
+    shard_rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     shard = PairProblem(
-        *(x[mine] if "weight" in name else x for name, x in vars(whole).items()),
+        *(x[shard_rows] if "weight" in name else x for name, x in vars(full).items()),
     ).to(torch.float64)
     for divergence, top_k in (
         ("reverse_kl", None),
@@ -117,33 +119,31 @@ def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: 
         keywords = {"weight_N": weight_N, "divergence": divergence, "alpha": 0.3, "top_k": top_k, "temperature": 0.7}
         keywords |= {"vocab_size": vocab_size}
         actual = linear_kl(*shard, **keywords, tp_group=group, budget=small_chunks(47, tokens=6))
-        expected = reference.linear_kl(*whole, **keywords)
+        expected = reference.linear_kl(*full, **keywords)
         assert expected.loss != 0
         assert_near(actual.loss, expected.loss, 1e-12)
         assert_near(actual.kl_N, expected.kl_N, 1e-12)
-        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, whole)))
-        _check_gradients(actual, expected, mine, vocab_size)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, full)))
+        _check_gradients(actual, expected, shard_rows, vocab_size)
 
 
 def _check_filter(sizes: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> None:
-    whole, shard, mine = _whole_and_shard(sizes, rank, None)
-    whole, shard = (
-        Problem(x.hidden_ND, 4 * x.weight_VD.detach(), x.target_N).to(torch.float64) for x in (whole, shard)
-    )
-    terms = policy_terms(whole)
+    full, shard, shard_rows = _full_and_shard(sizes, rank, None)
+    full, shard = (Problem(x.hidden_ND, 4 * x.weight_VD.detach(), x.target_N).to(torch.float64) for x in (full, shard))
+    terms = policy_terms(full)
     filtered = linear_policy_loss(*shard, terms, **CLIP, tp_group=group, filter_eps=0.2)
-    exact = gradients(reference.linear_policy_loss(*whole, terms, **CLIP).loss, whole)
+    exact = gradients(reference.linear_policy_loss(*full, terms, **CLIP).loss, full)
     d_hidden_ND, d_weight_UD = gradients(filtered.loss, shard)
     assert filtered.dropped_mass > 0
-    longest_weight, longest_hidden = (x.norm(dim=1).max() for x in (whole.weight_VD, whole.hidden_ND))
+    longest_weight, longest_hidden = (x.norm(dim=1).max() for x in (full.weight_VD, full.hidden_ND))
     assert 0 < (d_hidden_ND - exact[0]).norm() <= filtered.dropped_mass * longest_weight
-    squared = (d_weight_UD - exact[1][mine]).square().sum()
+    squared = (d_weight_UD - exact[1][shard_rows]).square().sum()
     dist.all_reduce(squared, group=group)
     assert 0 < squared.sqrt() <= filtered.dropped_mass * longest_hidden
 
 
 def _check_compiled(rank: int, group: dist.ProcessGroup) -> None:
-    _, shard, _ = _whole_and_shard((30, 47), rank, None)
+    _, shard, _ = _full_and_shard((30, 47), rank, None)
 
     def loss(hidden_ND, weight_VD, target_N):
         return linear_logprob(hidden_ND, weight_VD, target_N, tp_group=group).square().sum()

@@ -111,18 +111,18 @@ def test_the_operators_keep_the_rules_of_torch_library():
     sizes = list(vars(small_chunks(77)).values())
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_logprob_op, (*case, 0.7, 70, None, sizes), test_utils=tests)
-    for wanted in ([True, True], [False, True]):
+    for needs_grad in ([True, True], [False, True]):
         terms = vars(policy_terms(case)).values()
         torch.library.opcheck(
             _policy_loss_op,
-            (*case, *terms, wanted, 70, None, sizes, [0.7, 0.2, 0.3, 2.0, 0.1, 0.5, 0.0]),
+            (*case, *terms, needs_grad, 70, None, sizes, [0.7, 0.0, 0.2, 0.3, 2.0, 0.1, 0.5]),
             test_utils=tests,
         )
-        constants = (wanted, 70, None, sizes, "forward_kl", None, [0.5, 0.7, 0.0])
+        constants = (needs_grad, 70, None, sizes, "forward_kl", None, [0.5, 0.7, 0.0])
         torch.library.opcheck(_kl_op, (*pair, weight_N, *constants), test_utils=tests)
 
 
-def test_main_grad_has_no_place_in_a_graph():
+def test_main_grad_is_refused_inside_a_graph():
     case = problem(5, 77)
     terms, main_grad_VD = policy_terms(case), torch.zeros(77, 6, dtype=torch.float64, device=case.hidden_ND.device)
 

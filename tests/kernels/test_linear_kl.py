@@ -323,7 +323,7 @@ def test_main_grad_receives_dw_in_place(dtype, tolerance):
         (2 * loss(weight_main_grad=buffers[0])).backward()
 
 
-def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
+def test_main_grad_is_written_only_for_a_weight_that_requires_grad():
     case, weight_N = pair_problem(3, 77), token_weights(3)
     main_grad_VD = torch.zeros(77, 6, dtype=torch.float64, device=DEVICE)
     with torch.no_grad():

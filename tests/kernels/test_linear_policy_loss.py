@@ -81,7 +81,7 @@ def test_float32_is_within_5e_6():
         assert relative(a, b) < 5e-6
 
 
-BEYOND = {
+OPTIONS = {
     "sequence": (coupled, {}),
     "bounds": (bounded, {}),
     "entropy": (lambda terms: terms, {"entropy_bonus": 0.3}),
@@ -91,9 +91,9 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("resident", [CHUNK, 64], ids=["recomputed", "resident"])
-@pytest.mark.parametrize("name", BEYOND)
-def test_what_goes_beyond_the_clipped_token_ratio_equals_the_specification(name, resident):
-    change, numbers = BEYOND[name]
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_beyond_the_clipped_token_ratio_equal_the_specification(name, resident):
+    change, numbers = OPTIONS[name]
     case = problem(2 * CHUNK + 3, 77)
     terms = change(policy_terms(case, temperature=0.7))
     keywords = {**CLIP, **numbers, "temperature": 0.7}
@@ -109,7 +109,7 @@ def test_what_goes_beyond_the_clipped_token_ratio_equals_the_specification(name,
 
 def test_a_sequence_ratio_by_hand():
     """Two sequences, of 2 and of 3 tokens: exp of the mean log-ratio, once clipped, once not; each token carries
-    pg_weight · A · s of its whole sequence, spread evenly over it."""
+    pg_weight · A · s of its sequence, spread evenly over it."""
     case = problem(5, 77)
     logp_N = reference.linear_logprob(*case).detach()
     sequence_N = torch.tensor([7, 7, 4, 4, 4], device=DEVICE)
@@ -129,15 +129,15 @@ def test_a_sequence_ratio_by_hand():
     assert torch.all(gradients(tight.loss, case)[0][:2] == 0)
 
 
-def test_the_clamp_bounds_the_pull_and_leaves_the_rest_alone():
+def test_kl_clamp_bounds_the_gradient_of_one_token_and_no_other():
     case = problem(2, 77)
     logp_N = reference.linear_logprob(*case).detach()
     gap_N = torch.tensor([3.0, -0.4], dtype=torch.float64, device=DEVICE)
     ones = torch.ones_like(gap_N)
     record = linear_policy_loss(*case, PolicyTerms(None, logp_N - gap_N, 0 * ones, 0 * ones, ones), **CLIP, kl_clamp=1)
     assert_near(record.kl_loss, torch.tensor(3.0 - 0.5 + 0.08, dtype=torch.float64, device=DEVICE), 1e-12)
-    pull_N = torch.tensor([1.0, -0.4], dtype=torch.float64, device=DEVICE)
-    expected = gradients((pull_N * reference.linear_logprob(*case)).sum(), case)
+    clamped_gap_N = torch.tensor([1.0, -0.4], dtype=torch.float64, device=DEVICE)
+    expected = gradients((clamped_gap_N * reference.linear_logprob(*case)).sum(), case)
     assert relative(gradients(record.loss, case)[0], expected[0]) < 1e-12
 
 
@@ -155,14 +155,14 @@ def test_coupled_tokens_never_hold_more_logits_than_the_budget():
     alone = replace(terms, sequence_N=None)
     with Recorder() as uncoupled:
         linear_policy_loss(*case, alone, **CLIP, budget=small_chunks(vocab, itemsize=4, tokens=kept))
-    assert resident.matmuls == uncoupled.matmuls, "where a chunk holds them all, nothing is made twice"
+    assert resident.matmuls == uncoupled.matmuls, "where one chunk holds all tokens, no logits are computed twice"
     with Recorder() as reading, torch.no_grad():
         linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab, itemsize=4, columns=250))
-    assert reading.matmuls == -(-kept // (CHUNK - 1)) * 4, "one tile after another, and no second pass"
+    assert reading.matmuls == -(-kept // (CHUNK - 1)) * 4, "tile by tile, without a second pass"
 
 
 def eager_loss(case: Problem, terms: PolicyTerms) -> torch.Tensor:
-    """What a trainer without these kernels does in bf16: bf16 logits, log-softmax in bf16, the loss in fp32."""
+    """The loss of a trainer without these kernels in bf16: bf16 logits, log-softmax in bf16, the loss in fp32."""
     logp_N = (case.hidden_ND @ case.weight_VD.T).log_softmax(-1).gather(1, case.target_N[:, None])[:, 0].float()
     ratio = (logp_N - terms.logp_old_N).exp()
     surrogate = torch.minimum(ratio * terms.advantage_N, ratio.clamp(0.8, 1.3) * terms.advantage_N)
@@ -204,8 +204,8 @@ def test_the_real_vocabulary():
 def test_on_policy_is_a_ratio_of_exactly_one():
     case = problem(9, 77)
     terms = policy_terms(case)
-    own = replace(terms, logp_old_N=linear_logprob(*case).detach())
-    given = linear_policy_loss(*case, own, **CLIP)
+    at_ratio_one = replace(terms, logp_old_N=linear_logprob(*case).detach())
+    given = linear_policy_loss(*case, at_ratio_one, **CLIP)
     none = linear_policy_loss(*case, replace(terms, logp_old_N=None), **CLIP)
     assert_same_record(none, given, 1e-12)
     assert none.pg_loss == -(terms.pg_weight_N * terms.advantage_N).sum() and none.kl_old == 0
@@ -380,8 +380,8 @@ def test_bfloat16_logits_serve_the_old_and_the_new_log_prob_alike():
     terms = replace(policy_terms(case), logp_old_N=linear_logprob(*case, budget=budget).detach())
     record = linear_policy_loss(*case, terms, **CLIP, budget=budget)
     assert record.kl_old.abs() <= 1e-5 and record.clip_count_low + record.clip_count_high == 0
-    live_N = (terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)
-    assert_near(record.logp_N[live_N], terms.logp_old_N[live_N], 1e-6)
+    has_weight_N = (terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)
+    assert_near(record.logp_N[has_weight_N], terms.logp_old_N[has_weight_N], 1e-6)
     exact = gradients(linear_policy_loss(*case, terms, **CLIP).loss, case)
     for a, b in zip(gradients(record.loss, case), exact, strict=True):
         assert 0 < relative(a, b) < 3e-2
@@ -494,7 +494,7 @@ def test_main_grad_receives_dw_in_place(dtype, tolerance):
         (2 * loss(weight_main_grad=buffers[0])).backward()
 
 
-def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
+def test_main_grad_is_written_only_for_a_weight_that_requires_grad():
     case = problem(3, 77)
     terms, main_grad_VD = policy_terms(case), torch.zeros(77, 6, dtype=torch.float64, device=DEVICE)
     with torch.no_grad():
@@ -505,7 +505,7 @@ def test_main_grad_is_written_only_for_a_weight_that_wants_a_gradient():
 
 
 def confident_case(tokens: int, vocab: int) -> Problem:
-    """Each token knows a handful of columns. Hidden is one-hot over tokens: dW are the dlogits."""
+    """Each token's probability is in a few columns. Hidden is one-hot over tokens: dW are the dlogits."""
     torch.manual_seed(0)
     logits_NV = torch.randn(tokens, vocab, dtype=torch.float64)
     logits_NV.scatter_add_(1, torch.randint(0, vocab, (tokens, 5)), torch.full((tokens, 5), 9.0, dtype=torch.float64))

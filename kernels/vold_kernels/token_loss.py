@@ -1,0 +1,163 @@
+"""Loss of each token, and its derivative with respect to the token's log-prob: formulas in `linear_policy_loss.py`.
+
+Shape letters: N tokens, n tokens that carry weight, C tokens of a chunk of them, S sequences.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .softmax import SoftmaxStatistics
+from .types import PolicyTerms
+
+
+@dataclass(frozen=True)
+class LossNumbers:
+    """The numbers of `linear_policy_loss` that its formulas contain."""
+
+    clip_eps_low: float
+    clip_eps_high: float
+    importance_cap: float
+    entropy_bonus: float
+    kl_clamp: float
+
+
+@dataclass(frozen=True)
+class KeptTerms:
+    """`PolicyTerms` of tokens that carry weight, [C] each, with 0 where a field's own weight is 0."""
+
+    logp_old_C: Tensor | None
+    logp_teacher_C: Tensor
+    advantage_C: Tensor
+    pg_weight_C: Tensor
+    kl_weight_C: Tensor
+    logp_rollout_C: Tensor | None
+    sequence_C: Tensor | None
+    ratio_low_C: Tensor | None
+    ratio_high_C: Tensor | None
+
+    def select(self, chunk: slice) -> "KeptTerms":
+        """The terms of some tokens."""
+        return replace(self, **{name: value[chunk] for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses and statistics of tokens that carry weight, [C] each."""
+
+    logp: Tensor
+    entropy: Tensor
+    pg_loss: Tensor
+    kl_loss: Tensor
+    bonus: Tensor
+    """entropy_bonus · pg_weight · entropy."""
+    d_logp: Tensor
+    """Derivative of the token's loss with respect to its log-prob."""
+    clipped_low: Tensor
+    """bool, counted in `PolicyLoss.clip_count_low`."""
+    clipped_high: Tensor
+    """bool, counted in `PolicyLoss.clip_count_high`."""
+    kl_old: Tensor
+    """logp_old − logp where pg_weight ≠ 0, else 0."""
+
+
+def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossNumbers) -> TokenLosses:
+    """The loss of each token and its derivative with respect to its log-prob. With sequence_C: of all kept tokens."""
+    logp_C = statistics.logp_C
+    pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_C, terms.kl_weight_C, terms.advantage_C
+    has_pg_C = pg_weight_C != 0
+    if terms.logp_rollout_C is not None:
+        logp_old_C = logp_C if terms.logp_old_C is None else terms.logp_old_C
+        pg_weight_C = pg_weight_C * _importance_weight(logp_old_C, terms.logp_rollout_C, numbers)
+        kl_weight_C = kl_weight_C * _importance_weight(logp_C, terms.logp_rollout_C, numbers)
+    log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_C is None else logp_C - terms.logp_old_C
+    log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
+    sequences = None if terms.sequence_C is None else _Sequences.of(terms.sequence_C, has_pg_C.to(logp_C))
+    if sequences is not None:
+        log_ratio_C = sequences.mean(log_ratio_C)
+    ratio_C = log_ratio_C.exp()
+    unclipped_C = ratio_C * advantage_C
+    clipped_C = _clipped_ratio(ratio_C, terms, numbers) * advantage_C
+    is_clipped_C = clipped_C < unclipped_C
+    d_pg_C = torch.where(is_clipped_C, 0.0, -pg_weight_C * unclipped_C)
+    if sequences is not None:  # every token's log-prob is in the ratio of all tokens of its sequence
+        d_pg_C = torch.where(has_pg_C, sequences.mean(d_pg_C), 0.0)
+    gap_C = torch.where(terms.kl_weight_C != 0, logp_C - terms.logp_teacher_C, 0.0)
+    clamped_gap_C = gap_C.clamp(-numbers.kl_clamp, numbers.kl_clamp)
+    return TokenLosses(
+        logp=logp_C,
+        entropy=statistics.entropy_C,
+        pg_loss=-pg_weight_C * torch.minimum(unclipped_C, clipped_C),
+        kl_loss=kl_weight_C * clamped_gap_C * (gap_C - clamped_gap_C / 2),
+        bonus=numbers.entropy_bonus * terms.pg_weight_C * statistics.entropy_C,
+        d_logp=kl_weight_C * clamped_gap_C + d_pg_C,
+        clipped_low=is_clipped_C & has_pg_C & (advantage_C < 0),
+        clipped_high=is_clipped_C & has_pg_C & (advantage_C > 0),
+        kl_old=torch.where(has_pg_C, -log_ratio_C, 0.0),
+    )
+
+
+def _importance_weight(logp_C: Tensor, logp_rollout_C: Tensor, numbers: LossNumbers) -> Tensor:
+    """Truncated importance sampling: min(exp(logp − logp_rollout), importance_cap)."""
+    return (logp_C - logp_rollout_C).exp().clamp(max=numbers.importance_cap)
+
+
+def _clipped_ratio(ratio_C: Tensor, terms: KeptTerms, numbers: LossNumbers) -> Tensor:
+    if terms.ratio_low_C is None:
+        return ratio_C.clamp(1 - numbers.clip_eps_low, 1 + numbers.clip_eps_high)
+    return ratio_C.clamp(terms.ratio_low_C, terms.ratio_high_C)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """S runs of adjacent tokens."""
+
+    length_S: Tensor
+    count_S: Tensor
+    """Tokens of each that carry a policy-gradient weight, at least 1."""
+
+    @classmethod
+    def of(cls, sequence_C: Tensor, has_pg_C: Tensor) -> "_Sequences":
+        """has_pg_C: 1.0 or 0.0. The host waits, since S is a shape."""
+        _, length_S = sequence_C.unique_consecutive(return_counts=True)
+        return cls(length_S, torch.segment_reduce(has_pg_C, "sum", lengths=length_S, unsafe=True).clamp(min=1))
+
+    def mean(self, value_C: Tensor) -> Tensor:
+        """[C] for each token the mean of its sequence over the tokens that count; the values of the others are 0.
+
+        Sums of segments, not atomic additions: two runs are bit-equal.
+        """
+        total_S = torch.segment_reduce(value_C, "sum", lengths=self.length_S, unsafe=True)
+        return (total_S / self.count_S).repeat_interleave(self.length_S, output_size=len(value_C))
+
+
+def select_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> KeptTerms:
+    """The terms of the rows that carry weight. A value whose weight is 0 becomes 0, so that NaN there has no effect."""
+    pg_weight_n = terms.pg_weight_N[rows_n].to(dtype)
+    kl_weight_n = terms.kl_weight_N[rows_n].to(dtype)
+
+    def where_pg(value_N: Tensor, unused: float = 0.0) -> Tensor:
+        return torch.where(pg_weight_n != 0, value_N[rows_n].to(dtype), unused)
+
+    logp_teacher_n = torch.full_like(kl_weight_n, float("nan"))
+    if terms.logp_teacher_N is not None:
+        logp_teacher_n = terms.logp_teacher_N[rows_n].to(dtype)
+    return KeptTerms(
+        logp_old_C=None if terms.logp_old_N is None else where_pg(terms.logp_old_N),
+        logp_teacher_C=torch.where(kl_weight_n != 0, logp_teacher_n, 0.0),
+        advantage_C=where_pg(terms.advantage_N),
+        pg_weight_C=pg_weight_n,
+        kl_weight_C=kl_weight_n,
+        logp_rollout_C=None if terms.logp_rollout_N is None else terms.logp_rollout_N[rows_n].to(dtype),
+        sequence_C=None if terms.sequence_N is None else terms.sequence_N[rows_n],
+        ratio_low_C=None if terms.ratio_low_N is None else where_pg(terms.ratio_low_N, 1.0),
+        ratio_high_C=None if terms.ratio_high_N is None else where_pg(terms.ratio_high_N, 1.0),
+    )
+
+
+def empty_token_losses(tokens: int, like: Tensor) -> TokenLosses:
+    """Memory for the losses of `tokens` tokens, filled chunk by chunk."""
+    losses = {field.name: like.new_zeros(tokens) for field in fields(TokenLosses)}
+    clipped = {name: like.new_zeros(tokens, dtype=torch.bool) for name in ("clipped_low", "clipped_high")}
+    return TokenLosses(**(losses | clipped))

@@ -17,7 +17,7 @@ from vold.data.packing import pack
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.architecture import Architecture
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_vocabularies, load_tokenizer
 from vold.objectives import likelihood
 from vold.rollout.vllm.engines import Request, vllm_prompt
@@ -237,7 +237,7 @@ def test_trl_6718_the_engine_gets_one_pad_an_image(tiny_student_dir, tmp_path):
     """And the trainer as many as its grid says: the sampler expands what it is sent by itself."""
     path = tmp_path / "image.png"
     Image.new("RGB", (64, 32)).save(path)
-    tokenizer, encode = load_tokenizer(tiny_student_dir), encoder_of(tiny_student_dir)
+    tokenizer, encode = load_tokenizer(tiny_student_dir), load_prompt_encoder(tiny_student_dir)
     prompt = build_prompt(Problem("p", "[<image>]", images=(path,)), tokenizer, PromptConfig(suffix=""))
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     request = vllm_prompt(Request(prompt.token_ids, prompt.images, {}))

@@ -16,7 +16,7 @@ from transformers import (
 from support import tiny
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.models.language_model import build_language_model, hidden_states, open_tower
+from vold.models.language_model import build_language_model, hidden_states, open_vision_tower
 from vold.models.weights import export_weights, load_pretrained
 
 CLASSES = {
@@ -48,7 +48,7 @@ def test_from_pretrained_of_the_export_gives_the_trained_logits(family, tied, op
     rows = [tiny.text_row(6)]
     if model.arch.vision:
         rows.append(tiny.image_row(model.arch, (1, 4, 6)))
-    tokens, vision = tiny.pack(rows), open_tower([model], source, torch.float32)
+    tokens, vision = tiny.pack(rows), open_vision_tower([model], source, torch.float32)
     ours = hidden_states(model, tokens, vision and vision.features(tokens.pictures)) @ model.head_weight().T
     expected = torch.cat([row.logits(reference) for row in rows])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vold.models.architecture import Architecture
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.models.weights import CheckpointReader
 
@@ -54,7 +54,7 @@ READERS = {
     "config.json": Architecture.from_pretrained,
     "tokenizer.json": load_tokenizer,
     "tokenizer_config.json": load_tokenizer,
-    "preprocessor_config.json": encoder_of,
+    "preprocessor_config.json": load_prompt_encoder,
     "model.safetensors.index.json": read_tensor,
     "model.safetensors": read_tensor,
 }

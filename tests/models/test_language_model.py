@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from support import tiny
-from vold.data.packing import Encoded, TextEncoder, pack
+from vold.data.packing import EncodedPrompt, TextPromptEncoder, pack
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_language_model, hidden_states, open_tower
+from vold.models.language_model import build_language_model, hidden_states, open_vision_tower
 from vold.models.weights import load_pretrained
 from vold.types import Prompt, Sample
 
@@ -36,7 +36,7 @@ def opened(directory, layout, *, train_merger=False):
     arch = Architecture.from_pretrained(directory)
     model = build_language_model(arch, layout, torch.float32, train_merger=train_merger)
     load_pretrained(model, directory)
-    return model, open_tower([model], directory, torch.float32)
+    return model, open_vision_tower([model], directory, torch.float32)
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda p: f"{p[0]}-tied={p[1]}" + "-merger" * p[2])
@@ -95,12 +95,12 @@ def test_responses_that_share_a_prompt_equal_transformers_one_by_one(pair):
         for length in (4, 1, 9, 4)
     ]
 
-    class Expanded(TextEncoder):
+    class Expanded(TextPromptEncoder):
         """Prompts whose image-pad ids were expanded beforehand."""
 
         def __call__(self, prompt):
             row = prompts[prompt.id]
-            return Encoded(prompt.token_ids, row.positions_3L, row.pictures)
+            return EncodedPrompt(prompt.token_ids, row.positions_3L, row.pictures)
 
     [micro] = pack(samples, max_tokens=999, encode=Expanded()).micro_batches
     assert micro.tokens.input_ids_T.numel() == sum(len(row.ids) + 3 + 0 + 8 + 3 for row in prompts.values())

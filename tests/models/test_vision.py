@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from support import tiny
 from vold.models.architecture import Architecture
-from vold.models.images import grids_of
+from vold.models.images import image_grids
 from vold.models.vision import FrozenVisionTower
 from vold.types import Picture
 
@@ -19,7 +19,7 @@ PICTURES = [
     Picture(str(grid), torch.randn(math.prod(grid), tiny.PATCH_VALUES, generator=GENERATOR), grid)
     for grid in ((1, 4, 6), (1, 8, 8), (1, 2, 4))
 ]
-PIXELS, GRIDS = torch.cat([picture.pixel_values for picture in PICTURES]), grids_of(PICTURES)
+PIXELS, GRIDS = torch.cat([picture.pixel_values for picture in PICTURES]), image_grids(PICTURES)
 
 
 def tower(directory, dtype=torch.float32, **options):

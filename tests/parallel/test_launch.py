@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support import tiny
-from vold.parallel.launch import LaunchFacts, initialise
+from vold.parallel.launch import LaunchEnvironment, initialise
 
 WORKERS = Path(__file__).with_name("workers.py")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -24,7 +24,7 @@ def run_worker(torchrun, processes: int, *arguments: str) -> None:
 def test_without_torchrun_the_world_is_one(layout, monkeypatch):
     for variable in RANK_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    facts = LaunchFacts.from_environment()
+    facts = LaunchEnvironment.from_environment()
     assert (facts.rank, facts.world, facts.local_rank) == (0, 1, 0)
     assert (layout.tp, layout.pp, layout.dp, layout.vpp, layout.sp) == (1, 1, 1, None, False)
 
@@ -32,7 +32,7 @@ def test_without_torchrun_the_world_is_one(layout, monkeypatch):
 def test_facts_come_from_the_environment(monkeypatch):
     for variable, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(variable, value)
-    facts = LaunchFacts.from_environment()
+    facts = LaunchEnvironment.from_environment()
     assert (facts.rank, facts.world, facts.local_rank) == (5, 8, 1)
 
 

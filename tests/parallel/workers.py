@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 
 from support import tiny
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_language_model, hidden_states, open_tower
+from vold.models.language_model import build_language_model, hidden_states, open_vision_tower
 from vold.models.weights import export_weights, load_pretrained
 from vold.parallel.launch import initialise, shutdown
 
@@ -49,7 +49,7 @@ def tensor_parallel(family: str, sp: bool, directory: str) -> None:
     rows = [tiny.text_row(9), tiny.text_row(8, seed=2)]  # text: T is odd; with images: one lies across both halves
     if model.arch.vision is not None:
         rows.insert(1, tiny.image_row(model.arch, (1, 8, 4), (1, 4, 4)))
-    tokens, vision = tiny.pack(rows), open_tower([model], directory, torch.float32)
+    tokens, vision = tiny.pack(rows), open_vision_tower([model], directory, torch.float32)
     hidden_TD = hidden_states(model, tokens, vision and vision.features(tokens.pictures))
     # What the loss must do: complete dH over the tp group.
     logits_TU = copy_to_tensor_model_parallel_region(hidden_TD) @ model.head_weight().T

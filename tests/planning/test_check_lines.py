@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vold.config import load_config, schema
 from vold.data.packing import encode_text
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.planning import check, machine
 from vold.planning.row_preview import as_the_model_reads
@@ -86,7 +86,7 @@ def test_a_row_is_shown_with_ids_masks_and_special_tokens_in_colour(tiny_teacher
 
 def test_an_image_is_shown_as_its_number_of_tokens(world, tiny_student_dir):
     config = load_config(schema.RlConfig, Path("vold/miniature/configs/rl.yaml"), world.overrides("rl", Path("unused")))
-    encode, tokenizer = encoder_of(tiny_student_dir), load_tokenizer(tiny_student_dir)
+    encode, tokenizer = load_prompt_encoder(tiny_student_dir), load_tokenizer(tiny_student_dir)
     problems = check.load_problems(config.evaluation.sets["image"])
     prompt = check.build_prompts(problems, tokenizer, config.prompt)[0]
     count = encode.length(prompt) - len(prompt.token_ids) + 1

@@ -42,8 +42,8 @@ def make_trainer(
     )
 
 
-def make_teacher(checkpoint: Path, layout, dtype=torch.float32, whole: bool = False) -> Teacher:
-    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE, whole=whole)
+def make_teacher(checkpoint: Path, layout, dtype=torch.float32, full_distributions: bool = False) -> Teacher:
+    return Teacher(checkpoint, layout, dtype=dtype, vocab_size=VOCAB_SIZE, full_distributions=full_distributions)
 
 
 def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:

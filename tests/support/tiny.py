@@ -21,7 +21,7 @@ from transformers import (
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
-from vold.models.images import grids_of
+from vold.models.images import image_grids
 from vold.models.positions import expand_image_tokens, mrope_positions, text_positions
 from vold.models.weights import join_pieces, named_rules
 from vold.types import PackedTokens, Picture
@@ -129,7 +129,7 @@ class Row:
         if self.pictures:
             is_image = (self.ids == IMAGE_PAD).int()[None]
             pixels = torch.cat([picture.pixel_values for picture in self.pictures])
-            images = dict(pixel_values=pixels, image_grid_thw=grids_of(self.pictures), mm_token_type_ids=is_image)
+            images = dict(pixel_values=pixels, image_grid_thw=image_grids(self.pictures), mm_token_type_ids=is_image)
         return reference(self.ids[None], **images).logits[0]
 
 
@@ -145,7 +145,7 @@ def image_row(arch: Architecture, *grids: tuple[int, int, int], seed: int = 1) -
         Picture(f"{seed}/{number}", torch.randn(math.prod(grid), PATCH_VALUES, generator=generator), grid)
         for number, grid in enumerate(grids)
     )
-    grid = grids_of(pictures)
+    grid = image_grids(pictures)
     ids = [1, 2, *(t for _ in grids for t in (5, VISION_START, IMAGE_PAD, VISION_END, 7)), 8, 9, 10]
     ids = torch.tensor(expand_image_tokens(ids, grid, arch))
     return Row(ids, mrope_positions(ids, grid, arch), pictures)

@@ -17,12 +17,12 @@ from vold.data.packing import pack
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.miniature.tokenizer import IMAGE, TOKEN_ID
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.objectives.visual_advantage import degrade, token_advantage, weigh_siblings
 from vold.run.job import Job
 from vold.run.run_dir import read_rows
 from vold.run.timers import Phases
-from vold.teacher import Teacher, TeacherPromptEncoder, VisualTeacher
+from vold.teacher import Teacher, TeacherPromptEncoder, VisualAdvantageTeacher
 from vold.train import rl, sft
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.types import Prompt, Sample
@@ -122,7 +122,7 @@ def test_mergers_that_no_image_would_teach_are_a_mistake(load, tmp_path, layout)
 
 
 def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
-    encode = encoder_of(tiny_student_dir)
+    encode = load_prompt_encoder(tiny_student_dir)
     assert encode.length(Prompt("fine", (1, 2), "")) == 2
     with pytest.raises(ValueError, match="row 3: 0 images but 1 image-pad tokens in its text"):
         encode.length(Prompt("row 3", (1, TOKEN_ID[IMAGE]), ""))
@@ -132,7 +132,7 @@ def test_a_checkpoint_without_an_image_processor_is_a_mistake(tiny_student_dir, 
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(tiny_student_dir / name)
     with pytest.raises(ValueError, match=r"has no image processor: copy preprocessor_config\.json"):
-        encoder_of(tmp_path)
+        load_prompt_encoder(tmp_path)
 
 
 def test_images_count_in_prompt_max_tokens(configured, layout):
@@ -174,7 +174,7 @@ def test_scores_are_those_of_the_teachers_own_prompts(samples, world, tiny_qwen3
     encode = TeacherPromptEncoder(tiny_qwen3_vl_dir, problems, PROMPT)
     numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode, patches_per_pass=24, offload=offload)
     teacher = Teacher(tiny_qwen3_vl_dir, layout, **numbers)
-    batch = pack(teacher.drop_unscorable(samples), max_tokens=60, encode=encoder_of(world.student))
+    batch = pack(teacher.drop_unscorable(samples), max_tokens=60, encode=load_prompt_encoder(world.student))
     assert len(batch.micro_batches) > 1 and sum(len(micro.sample_B) for micro in batch.micro_batches) == 7
     for micro in teacher.score(batch).micro_batches:
         for sequence, place in enumerate(micro.sample_B):
@@ -188,9 +188,9 @@ def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_
     problems, samples = samples
     encode, degraded = (TeacherPromptEncoder(tiny_qwen3_vl_dir, problems, PROMPT, change) for change in (None, degrade))
     numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode)
-    batch = pack(samples, max_tokens=60, encode=encoder_of(world.student))
+    batch = pack(samples, max_tokens=60, encode=load_prompt_encoder(world.student))
     plain = Teacher(tiny_qwen3_vl_dir, layout, **numbers).score(batch)
-    visual = VisualTeacher(tiny_qwen3_vl_dir, layout, degraded=degraded, **numbers).score(batch)
+    visual = VisualAdvantageTeacher(tiny_qwen3_vl_dir, layout, degraded=degraded, **numbers).score(batch)
     expected = {place: torch.ones(len(sample.response_ids)) for place, sample in enumerate(samples)}
     for pair in ((0, 1), (4, 5)):  # siblings that answer an image
         readings = [
@@ -210,7 +210,9 @@ def test_visual_reliance_is_the_difference_of_two_readings(samples, world, layou
     """By transformers, over the tokens of responses to images; which of them have a gradient does not matter."""
     _, samples = samples
     student, prompts = world.student, [sample.prompt for sample in samples]
-    reliance = ImageSensitivity(prompts, encoder_of(student), encoder_of(student, degrade), every=3, max_tokens=60)
+    reliance = ImageSensitivity(
+        prompts, load_prompt_encoder(student), load_prompt_encoder(student, degrade), every=3, max_tokens=60
+    )
     trainer, job = make_trainer(student, layout), Job(layout, torch.float32, NoLog())
     assert reliance.measure(1, samples, trainer, job) == reliance.measure(2, samples[2:4], trainer, job) == {}
     found = reliance.measure(2, samples, trainer, job)

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 from support.steps import OPTIMIZER, relative
 from vold.config.schema import VisionConfig
-from vold.data.packing import Encoded, TextEncoder, pack
+from vold.data.packing import EncodedPrompt, TextPromptEncoder, pack
 from vold.models.architecture import Architecture
-from vold.models.images import grids_of
+from vold.models.images import image_grids
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
 from vold.run.job import Job
 from vold.run.timers import Phases
-from vold.teacher import Teacher, VisualTeacher
+from vold.teacher import Teacher, VisualAdvantageTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.metrics import SUMS
@@ -39,7 +39,7 @@ def reference(family: str):
     return tiny.FAMILIES[family](tied=False, num_hidden_layers=4)
 
 
-class Pictures(TextEncoder):
+class Pictures(TextPromptEncoder):
     """Encodes prompts whose image files are only names; GRIDS has their sizes."""
 
     def __init__(self, arch: Architecture):
@@ -53,10 +53,10 @@ class Pictures(TextEncoder):
             found.append(Picture(f"{prompt.id}{number}", torch.randn(patches, 96, generator=generator), grid))
         return tuple(found)
 
-    def __call__(self, prompt: Prompt) -> Encoded:
+    def __call__(self, prompt: Prompt) -> EncodedPrompt:
         pictures = self.pictures(prompt)
-        ids = expand_image_tokens(prompt.token_ids, grids_of(pictures), self.arch)
-        return Encoded(ids, mrope_positions(torch.tensor(ids), grids_of(pictures), self.arch), pictures)
+        ids = expand_image_tokens(prompt.token_ids, image_grids(pictures), self.arch)
+        return EncodedPrompt(ids, mrope_positions(torch.tensor(ids), image_grids(pictures), self.arch), pictures)
 
     def length(self, prompt: Prompt) -> int:
         return len(self(prompt).prompt_ids)
@@ -123,7 +123,7 @@ def check(trainer: Trainer, family: str) -> None:
 class OtherPrompts(Pictures):
     """A teacher's own rendering: an id more in front."""
 
-    def __call__(self, prompt: Prompt) -> Encoded:
+    def __call__(self, prompt: Prompt) -> EncodedPrompt:
         return super().__call__(replace(prompt, token_ids=(3, *prompt.token_ids)))
 
 
@@ -151,7 +151,7 @@ class Blurred(Pictures):
 def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[float]]:
     """Sample place -> VA-OPD's weights of its tokens, from whichever replica has it."""
     encode, degraded = (kind(trainer.chunks[0].arch) for kind in (Pictures, Blurred))
-    teacher = VisualTeacher(
+    teacher = VisualAdvantageTeacher(
         student, layout, dtype=torch.float32, vocab_size=IDS, encode=encode, degraded=degraded, patches_per_pass=40
     )
     samples = [replace(sample, kl_weight=1.0) for sample in make_samples()]

@@ -95,7 +95,7 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     objective = build_objective(ObjectiveConfig(preset="vold", beta=0.5, **keys), LONGEST)
     assert objective.divergence.ratio_cap == 2
     objective = replace(objective, divergence=replace(objective.divergence, ratio_cap=1.02))
-    teacher = make_teacher(tiny_teacher_dir, layout, whole=True)
+    teacher = make_teacher(tiny_teacher_dir, layout, full_distributions=True)
     parts = minibatches(objective.assign_token_weights(make_groups(GROUPS), minibatches=2))
     batches = [teacher.score(batch_of(part, max_tokens=60)) for part in parts]
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
@@ -135,7 +135,7 @@ def test_what_a_step_did_not_read_is_no_metric_of_it(tiny_student_dir, tiny_teac
     objective = build_objective(ObjectiveConfig(preset="opd", divergence="reverse_kl"), LONGEST)
     batch = batch_of(objective.assign_token_weights(make_groups(GROUPS)), max_tokens=60)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
-    metrics = trainer.step(make_teacher(tiny_teacher_dir, layout, whole=True).score(batch)).metrics
+    metrics = trainer.step(make_teacher(tiny_teacher_dir, layout, full_distributions=True).score(batch)).metrics
     assert metrics["kl_teacher"] > 0.01 and metrics["gradient_tokens"] > 0
     assert not {"nll", "entropy", "clip_fraction_low", "clip_fraction_high"} & metrics.keys()
 

@@ -17,7 +17,7 @@ from vold.types import Batch, MicroBatch, PackedTokens, Picture, Prompt, Sample
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """A prompt as a model reads it: P image-pad ids expanded, positions [3, P]. A response's positions count on from
     the largest."""
 
@@ -26,10 +26,10 @@ class Encoded:
     pictures: tuple[Picture, ...] = ()
 
 
-class Encoder(Protocol):
+class PromptEncoder(Protocol):
     """How a model reads prompts."""
 
-    def __call__(self, prompt: Prompt) -> Encoded: ...
+    def __call__(self, prompt: Prompt) -> EncodedPrompt: ...
 
     def length(self, prompt: Prompt) -> int:
         """Its P, without reading a pixel. Raises ValueError for a prompt that the model cannot read."""
@@ -50,11 +50,11 @@ class Replicas:
     cost: Callable[[int, int], float] = _queries
 
 
-class TextEncoder:
+class TextPromptEncoder:
     """Text only: positions count up, the same in all three planes."""
 
-    def __call__(self, prompt: Prompt) -> Encoded:
-        return Encoded(prompt.token_ids, torch.arange(self.length(prompt)).expand(3, -1))
+    def __call__(self, prompt: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(prompt.token_ids, torch.arange(self.length(prompt)).expand(3, -1))
 
     def length(self, prompt: Prompt) -> int:
         if prompt.images:
@@ -62,7 +62,7 @@ class TextEncoder:
         return len(prompt.token_ids)
 
 
-encode_text = TextEncoder()
+encode_text = TextPromptEncoder()
 
 
 def pack(
@@ -70,7 +70,7 @@ def pack(
     *,
     max_tokens: int,
     replicas: Replicas = Replicas(),
-    encode: Encoder = encode_text,
+    encode: PromptEncoder = encode_text,
 ) -> Batch:
     """This replica's share of a step's samples in micro-batches of at most `max_tokens`, equally many on every replica.
 
@@ -87,7 +87,7 @@ def pack(
     return Batch(tuple(_micro_batch(units, encode) for units in shares[replicas.rank]))
 
 
-def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prompt], Encoded]) -> MicroBatch:
+def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
     """What another model reads to predict `rows_n` (ascending) of a micro-batch's targets: the same responses behind
     prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; the targets keep their order."""
     sequence_N, rows_n = micro.sequence_N.cpu(), rows_n.cpu()
@@ -121,7 +121,7 @@ Unit = list[Placed]
 """Siblings: they lie in one micro-batch and read their prompt once."""
 
 
-def _siblings(samples: Sequence[Sample], encode: Encoder) -> list[Unit]:
+def _siblings(samples: Sequence[Sample], encode: PromptEncoder) -> list[Unit]:
     """The samples that have a gradient, by prompt."""
     found: dict[Prompt, Unit] = {}
     for place, sample in enumerate(samples):
@@ -202,7 +202,7 @@ class _Sequence:
     first: bool
     place: int
     sample: Sample
-    prompt: Encoded
+    prompt: EncodedPrompt
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -221,7 +221,7 @@ class _Sequence:
         return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
 
 
-def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], Encoded]) -> MicroBatch:
+def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
     sequences = [
         _Sequence(number, placed is unit[0], placed.place, placed.sample, prompt)
         for number, (unit, prompt) in enumerate((unit, encode(unit[0].sample.prompt)) for unit in units)

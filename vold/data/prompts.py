@@ -22,7 +22,7 @@ def build_prompts(
     length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
 ) -> list[Prompt]:
     """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip") and named.
-    Raises ValueError where none is left. `length` counts a prompt's tokens: an Encoder's counts those of images too."""
+    Raises ValueError where none is left. `length` counts a prompt's tokens (PromptEncoder.length: of images too)."""
     built = [build_prompt(problem, tokenizer, config) for problem in problems]
     too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
     if not too_long:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vold.config.schema import EvalConfig, EvaluationConfig, PromptConfig
-from vold.data.packing import Encoder
+from vold.data.packing import PromptEncoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
 from vold.grading import Grader, extract_answer
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job, open_job
@@ -30,7 +30,7 @@ class Evaluator:
     config: EvaluationConfig
 
     @classmethod
-    def load(cls, config: EvaluationConfig, tokenizer, prompt: PromptConfig, encode: Encoder) -> Evaluator:
+    def load(cls, config: EvaluationConfig, tokenizer, prompt: PromptConfig, encode: PromptEncoder) -> Evaluator:
         """`encode`: how the model reads prompts; its image tokens count in prompt.max_tokens."""
         sets = {
             name: build_prompts(load_problems(data), tokenizer, prompt, data.on_error, encode.length)
@@ -127,7 +127,7 @@ def run(config: EvalConfig) -> None:
     if not config.evaluation.sets:
         raise ValueError("evaluation.sets is empty; name at least one set with its path and layout")
     job = open_job(config, "eval", total=len(config.evaluation.sets))
-    tokenizer, encode = load_tokenizer(config.checkpoint), encoder_of(config.checkpoint)
+    tokenizer, encode = load_tokenizer(config.checkpoint), load_prompt_encoder(config.checkpoint)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     job.log.expect(sum(len(job.share(prompts)) for prompts in evaluator.prompts.values()))
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)

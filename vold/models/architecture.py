@@ -21,7 +21,7 @@ SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
-class VisionFacts:
+class VisionArchitecture:
     """What the text side must know of the vision tower.
 
     merge_size  side of the square of patches merged into a token
@@ -63,7 +63,7 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     max_positions: int
-    vision: VisionFacts | None = None
+    vision: VisionArchitecture | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path) -> Architecture:
@@ -130,10 +130,10 @@ def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
     return rope
 
 
-def _vision_facts(config: PretrainedConfig) -> VisionFacts | None:
+def _vision_facts(config: PretrainedConfig) -> VisionArchitecture | None:
     if not hasattr(config, "vision_config"):
         return None
-    return VisionFacts(
+    return VisionArchitecture(
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         vision_start_token_id=config.vision_start_token_id,

@@ -11,21 +11,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from vold.data.packing import Encoded, Encoder, TextEncoder, encode_text
+from vold.data.packing import EncodedPrompt, PromptEncoder, TextPromptEncoder, encode_text
 from vold.data.pictures import read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.types import Picture, Prompt
 
-Change = Callable[[Image.Image], Image.Image]
+ImageTransform = Callable[[Image.Image], Image.Image]
 """Of an image, before a model sees it; its size stays."""
 
 
-class ImageReader:
+class ImageProcessor:
     """Reads files with the checkpoint's image processor, each image changed first where `change` says how, and expands
     image-pad ids to match."""
 
-    def __init__(self, checkpoint: Path, change: Change | None = None):
+    def __init__(self, checkpoint: Path, change: ImageTransform | None = None):
         self.arch, self._change = Architecture.from_pretrained(checkpoint), change
         try:
             self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
@@ -59,27 +59,27 @@ class ImageReader:
 
     def expand(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
         """One image-pad id -> one per merged patch. Raises ValueError when pads and pictures differ in number."""
-        return expand_image_tokens(token_ids, grids_of(pictures), self.arch)
+        return expand_image_tokens(token_ids, image_grids(pictures), self.arch)
 
 
-def grids_of(pictures: Sequence[Picture]) -> Tensor:
+def image_grids(pictures: Sequence[Picture]) -> Tensor:
     """int64 [images, 3], as transformers wants them."""
     return torch.tensor([picture.grid_thw for picture in pictures], dtype=torch.int64).view(-1, 3)
 
 
-class ImageEncoder(TextEncoder):
+class ImagePromptEncoder(TextPromptEncoder):
     """Prompts of text, of images, of both."""
 
-    def __init__(self, reader: ImageReader):
+    def __init__(self, reader: ImageProcessor):
         self._reader = reader
 
-    def __call__(self, prompt: Prompt) -> Encoded:
+    def __call__(self, prompt: Prompt) -> EncodedPrompt:
         if not prompt.images:
             return super().__call__(prompt)
         pictures = self._reader.read(prompt.images)
         prompt_ids = self._reader.expand(prompt.token_ids, pictures)
-        positions_3P = mrope_positions(torch.tensor(prompt_ids), grids_of(pictures), self._reader.arch)
-        return Encoded(prompt_ids, positions_3P, pictures)
+        positions_3P = mrope_positions(torch.tensor(prompt_ids), image_grids(pictures), self._reader.arch)
+        return EncodedPrompt(prompt_ids, positions_3P, pictures)
 
     def length(self, prompt: Prompt) -> int:
         pads = prompt.token_ids.count(self._reader.token_id)
@@ -88,11 +88,12 @@ class ImageEncoder(TextEncoder):
         return len(prompt.token_ids) + sum(self._reader.token_count(path) - 1 for path in prompt.images)
 
 
-def image_encoder(reader: ImageReader | None) -> Encoder:
+def prompt_encoder(reader: ImageProcessor | None) -> PromptEncoder:
     """How `pack` reads prompts that may hold images; text only without a reader."""
-    return encode_text if reader is None else ImageEncoder(reader)
+    return encode_text if reader is None else ImagePromptEncoder(reader)
 
 
-def encoder_of(checkpoint: Path, change: Change | None = None) -> Encoder:
-    """How the model in a checkpoint directory reads prompts."""
-    return image_encoder(ImageReader(checkpoint, change) if Architecture.from_pretrained(checkpoint).vision else None)
+def load_prompt_encoder(checkpoint: Path, transform: ImageTransform | None = None) -> PromptEncoder:
+    """The prompt encoder of the model in a checkpoint directory."""
+    has_vision = Architecture.from_pretrained(checkpoint).vision is not None
+    return prompt_encoder(ImageProcessor(checkpoint, transform) if has_vision else None)

@@ -100,7 +100,7 @@ def _vision_levels(model: LanguageModel, arch: Architecture) -> tuple[int, ...]:
     return (*([0] if model.pre_process else []), *layers)
 
 
-def open_tower(
+def open_vision_tower(
     chunks: Sequence[LanguageModel], checkpoint_dir: str | Path, dtype: torch.dtype, patches_per_pass: int | None = None
 ) -> FrozenVisionTower | None:
     """The tower beside these chunks, if one of them takes in what it sees."""

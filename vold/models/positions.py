@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from vold.models.architecture import Architecture, VisionFacts
+from vold.models.architecture import Architecture, VisionArchitecture
 
 INDEX_OF = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 
@@ -65,13 +65,13 @@ def image_token_counts(image_grid_thw: Tensor, arch: Architecture) -> list[int]:
     return (image_grid_thw.prod(-1) // _vision_facts(arch).merge_size ** 2).tolist()
 
 
-def _vision_facts(arch: Architecture) -> VisionFacts:
+def _vision_facts(arch: Architecture) -> VisionArchitecture:
     if arch.vision is None:
         raise ValueError(f"images were given to {arch.model_type}, which reads text only: use a vision checkpoint")
     return arch.vision
 
 
-def _check_runs(input_ids_T: Tensor, image_grid_thw: Tensor, facts: VisionFacts) -> None:
+def _check_runs(input_ids_T: Tensor, image_grid_thw: Tensor, facts: VisionArchitecture) -> None:
     """Each run of image-pad ids must be as long as its image; two images in one run would be indexed as one."""
     is_image = torch.nn.functional.pad((input_ids_T == facts.image_token_id).int(), (1, 1))
     edges = is_image.diff().nonzero()[:, 0]

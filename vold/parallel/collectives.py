@@ -35,7 +35,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-class SharedCount:
+class SharedCounter:
     """A number that any rank adds to and reads without waiting for another; the rendezvous store keeps it. All ranks
     make theirs before a collective, and add to it after."""
 
@@ -51,7 +51,7 @@ class SharedCount:
         return self._store.add(self._name, 0) - self._before
 
 
-def limit_waiting(seconds: float) -> None:
+def set_collective_timeout(seconds: float) -> None:
     """From here on a collective that takes longer fails. Before, ranks may be minutes apart: they are starting."""
     from megatron.core.parallel_state import update_pg_timeout
 

@@ -22,7 +22,7 @@ ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
-class LaunchFacts:
+class LaunchEnvironment:
     """What torchrun said; a world of one without it."""
 
     rank: int
@@ -31,7 +31,7 @@ class LaunchFacts:
     device: torch.device
 
     @classmethod
-    def from_environment(cls) -> LaunchFacts:
+    def from_environment(cls) -> LaunchEnvironment:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), local_rank, device)
@@ -93,7 +93,7 @@ def initialise(
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
     """
-    facts = LaunchFacts.from_environment()
+    facts = LaunchEnvironment.from_environment()
     _check_sizes(facts.world, tp, pp, vpp, sp)
     if tp > 1:  # Megatron asks for it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -116,6 +116,7 @@ def fake_layout(
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     _build_groups(tp, pp, vpp)
+    _seed_megatron(0)  # its layers look up generators by name
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
 
@@ -143,7 +144,7 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(facts: LaunchFacts) -> None:
+def _start_world(facts: LaunchEnvironment) -> None:
     if facts.device.type == "cuda":
         torch.cuda.set_device(facts.device)
     else:
@@ -187,10 +188,14 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
 
 def _seed(seed: int) -> None:
     """Python, torch and Megatron's named generators; the tp ranks of one replica differ only in the last."""
-    from megatron.core import tensor_parallel
-
     random.seed(seed)
     torch.manual_seed(seed)
+    _seed_megatron(seed)
+
+
+def _seed_megatron(seed: int) -> None:
+    from megatron.core import tensor_parallel
+
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -14,19 +14,20 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from vold.config.schema import RlConfig, SftConfig
-from vold.data.packing import Encoder
+from vold.data.packing import PromptEncoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.architecture import Architecture
-from vold.models.images import encoder_of
+from vold.models.flops import language_model_parameters
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine
 from vold.planning import row_preview as show_row
 from vold.planning.rank_shapes import RankShard, checked, show
-from vold.planning.stage_memory import Sizes, places, whole_parameters
+from vold.planning.stage_memory import Sizes, places
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
 from vold.train import rl, sft
@@ -127,7 +128,8 @@ def _tensors(
     """Adds to `found` what each rank would hold."""
     arch, found[role] = Architecture.from_pretrained(path), checked(path, role, config, processes)
     names = {name for rank in found[role] for name in rank.tensors}
-    return f"{path}: {arch.model_type}, {whole_parameters(arch):,} parameters in {len(names)} tensors, shapes as built"
+    parameters = language_model_parameters(arch)
+    return f"{path}: {arch.model_type}, {parameters:,} parameters in {len(names)} tensors, shapes as built"
 
 
 def _tokenizers(config: SftConfig | RlConfig) -> str:
@@ -152,7 +154,7 @@ def _run_dir(config: SftConfig | RlConfig) -> str:
 
 def _disk(config: SftConfig | RlConfig) -> str:
     """Checkpoints that are kept and the one being written, and the finished model."""
-    parameters = whole_parameters(Architecture.from_pretrained(config.student))
+    parameters = language_model_parameters(Architecture.from_pretrained(config.student))
     size = getattr(torch, config.dtype).itemsize
     each = parameters * (size + 8 + (4 if size < 4 else 0))
     kept = config.keep_checkpoints + 1 + (config.evaluation.best is not None)
@@ -201,11 +203,11 @@ class Rows:
         self._config = config
         self._found: Sequence[Prompt] | Sequence[Sample] = ()
         self._seen: list[Prompt] = []  # those with images
-        self._encode: Encoder | None = None
+        self._encode: PromptEncoder | None = None
 
     def check_training(self) -> str:
         config, skipped = self._config, []
-        tokenizer, self._encode = load_tokenizer(config.student), encoder_of(config.student)
+        tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
         if isinstance(config, SftConfig):
             samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
             self._found, what = samples, "traces"
@@ -224,7 +226,7 @@ class Rows:
 
     def check_evaluation(self) -> str:
         config, found = self._config, []
-        tokenizer, encode = load_tokenizer(config.student), encoder_of(config.student)
+        tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
         for name, data in config.evaluation.sets.items():
             skipped: list[str] = []
             problems = load_problems(data, skipped.append)
@@ -245,7 +247,7 @@ class Rows:
             yield show_row.as_the_model_reads(prompt, tokenizer, self._encode)
 
 
-def _counted(prompts: Sequence[Prompt], what: str, encode: Encoder) -> str:
+def _counted(prompts: Sequence[Prompt], what: str, encode: PromptEncoder) -> str:
     lengths = sorted(map(encode.length, prompts))
     seeing = sum(bool(prompt.images) for prompt in prompts)
     images = f", {seeing} with images" if seeing else ""

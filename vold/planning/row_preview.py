@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from vold.data.packing import Encoder
+from vold.data.packing import PromptEncoder
 from vold.report.browse import visible
 from vold.types import Prompt, Sample
 
@@ -18,7 +18,7 @@ READ, TRAINED, SPECIAL, IMAGE, NOTE = "dim", "green", "bold magenta", "bold cyan
 IDS_SHOWN, CHARACTERS_SHOWN = 10, 1200
 
 
-def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: Encoder) -> Group:
+def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: PromptEncoder) -> Group:
     """A prompt before a response is sampled, or a trace with the response that is learned."""
     prompt = row.prompt if isinstance(row, Sample) else row
     response = row.response_ids if isinstance(row, Sample) else ()

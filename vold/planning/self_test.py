@@ -23,7 +23,7 @@ def divergence_from_itself(config: SftConfig | RlConfig) -> tuple[int, float]:
     layout, dtype = initialise(seed=config.seed), getattr(torch, config.dtype)
     try:
         vocab_size = len(load_tokenizer(config.student))
-        teacher = Teacher(config.student, layout, dtype=dtype, vocab_size=vocab_size, whole=True)
+        teacher = Teacher(config.student, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
         student = load_student(config.student, layout, dtype)
         batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT + RESPONSE)))
 

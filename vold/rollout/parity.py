@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from vold.data.packing import Encoder, pack
+from vold.data.packing import PromptEncoder, pack
 from vold.rollout.sampler import Sampler
 from vold.types import Batch, Prompt, Sample
 
@@ -15,7 +15,7 @@ TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
 class ParityProbe:
     """Fixed (prompt, response) pairs scored by both sides. `limit`: allowed mean exp|difference|, e.g. 1.05."""
 
-    def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: Encoder, limit: float):
+    def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: PromptEncoder, limit: float):
         samples = [Sample(prompt, tuple(response), 1.0, 1.0, 0.0) for prompt, response in sequences]
         self._sequences, self._limit = samples, limit
         self._batch = pack(samples, max_tokens=1 << 30, encode=encode)

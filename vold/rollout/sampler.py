@@ -8,14 +8,14 @@ from typing import Protocol
 from torch import Tensor
 
 from vold.config.schema import SamplingConfig
-from vold.models.images import ImageReader
+from vold.models.images import ImageProcessor
 from vold.types import Prompt, Rollout
 
 
 class Sampler(Protocol):
     """One engine's copy of the policy. `images` reads pictures as the policy sees them; None for a text model."""
 
-    images: ImageReader | None
+    images: ImageProcessor | None
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """`responses` rollouts of each prompt, siblings adjacent, order kept. The same seed gives the same ids."""

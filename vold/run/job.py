@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from vold.config.schema import RunConfig
 from vold.models.flops import peak_flops
-from vold.parallel.collectives import limit_waiting, run_on_all_ranks
+from vold.parallel.collectives import run_on_all_ranks, set_collective_timeout
 from vold.parallel.launch import Layout, initialise
 from vold.run.run_dir import RunLog
 
@@ -56,7 +56,7 @@ class Job:
 def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
     """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
     layout = initialise(**config.parallel.model_dump(), seed=config.seed)
-    limit_waiting(config.timeout_seconds)
+    set_collective_timeout(config.timeout_seconds)
     peak = peak_flops(layout.device)
     peak = peak and peak * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)

@@ -38,7 +38,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt, build_prompts
 from vold.evaluation.evaluator import Evaluator, summarise
 from vold.grading import Grader
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.collectives import run_on_all_ranks
@@ -301,7 +301,7 @@ def _accuracy_of_student(config: SelfplayConfig, job: Job) -> tuple[dict[str, fl
     if not config.evaluation.sets:
         return {}, []
     evaluator = Evaluator.load(
-        config.evaluation, load_tokenizer(config.student), config.prompt, encoder_of(config.student)
+        config.evaluation, load_tokenizer(config.student), config.prompt, load_prompt_encoder(config.student)
     )
     sampler = open_sampler(config.solver.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:

@@ -3,7 +3,7 @@
 from vold.teacher.prompts import TeacherPromptEncoder
 from vold.teacher.scorer import NoTeacher, Teacher
 from vold.teacher.self_teacher import SelfTeacher
-from vold.teacher.vision import VisualTeacher
+from vold.teacher.vision import VisualAdvantageTeacher
 from vold.teacher.vllm import VllmTeacher
 
-__all__ = ["NoTeacher", "SelfTeacher", "Teacher", "TeacherPromptEncoder", "VisualTeacher", "VllmTeacher"]
+__all__ = ["NoTeacher", "SelfTeacher", "Teacher", "TeacherPromptEncoder", "VisualAdvantageTeacher", "VllmTeacher"]

@@ -1,4 +1,4 @@
-"""How a teacher that sees reads the student's prompts."""
+"""The student's prompts as a vision-language teacher reads them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from functools import cache
 from pathlib import Path
 
 from vold.config.schema import PromptConfig
-from vold.data.packing import Encoded
+from vold.data.packing import EncodedPrompt
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
-from vold.models.images import Change, encoder_of
+from vold.models.images import ImageTransform, load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.types import Prompt
 
 
 class TeacherPromptEncoder:
-    """An Encoder that renders the problem behind a prompt with the teacher's chat template and image processor;
-    `change`: see ImageReader."""
+    """A PromptEncoder that renders the problem behind a student's prompt with the teacher's chat template and image
+    processor.
 
-    def __init__(self, teacher: Path, problems: Iterable[Problem], config: PromptConfig, change: Change | None = None):
-        self._encode, self._tokenizer, self._config = encoder_of(teacher, change), load_tokenizer(teacher), config
-        self._problems = {problem.id: problem for problem in problems}
+    transform: applied to every image first (see ImageProcessor)
+    """
+
+    def __init__(
+        self,
+        teacher: Path,
+        problems: Iterable[Problem],
+        config: PromptConfig,
+        transform: ImageTransform | None = None,
+    ):
+        self._encode, self._tokenizer = load_prompt_encoder(teacher, transform), load_tokenizer(teacher)
+        self._config, self._problems = config, {problem.id: problem for problem in problems}
         self._token_ids = cache(self._render)
 
-    def __call__(self, prompt: Prompt) -> Encoded:
-        return self._encode(self._own(prompt))
+    def __call__(self, prompt: Prompt) -> EncodedPrompt:
+        return self._encode(self._teacher_prompt(prompt))
 
     def length(self, prompt: Prompt) -> int:
-        return self._encode.length(self._own(prompt))
+        return self._encode.length(self._teacher_prompt(prompt))
 
-    def _own(self, prompt: Prompt) -> Prompt:
+    def _teacher_prompt(self, prompt: Prompt) -> Prompt:
         return replace(prompt, token_ids=self._token_ids(prompt.id))
 
-    def _render(self, id: str) -> tuple[int, ...]:
+    def _render(self, id: str):
         return build_prompt(self._problems[id], self._tokenizer, self._config).token_ids

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vold.data.packing import Encoder, repack_for_teacher
+from vold.data.packing import PromptEncoder, repack_for_teacher
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_chunks, open_tower
+from vold.models.language_model import build_chunks, open_vision_tower
 from vold.models.weights import load_pretrained
 from vold.parallel.launch import Layout
 from vold.trainer.device import batch_to, micro_batch_to
@@ -30,7 +30,7 @@ from vold_kernels import linear_logprob
 class Teacher:
     """A teacher in the student's layout. `vocab_size`: ids both models really have; `encode`: how a teacher that sees
     reads a prompt, None where it reads the student's text; `patches_per_pass`: see FrozenVisionTower; `offload`: its
-    weights wait in CPU memory between calls; `whole`: it gives hidden states, of which a loss makes whole
+    weights wait in CPU memory between calls; `full_distributions`: it gives hidden states, of which a loss makes whole
     distributions. `metrics`: what it has to say of the last batch, on every rank."""
 
     def __init__(
@@ -41,10 +41,10 @@ class Teacher:
         dtype: torch.dtype,
         vocab_size: int,
         temperature: float = 1.0,
-        encode: Encoder | None = None,
+        encode: PromptEncoder | None = None,
         patches_per_pass: int | None = None,
         offload: bool = False,
-        whole: bool = False,
+        full_distributions: bool = False,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._encode = encode
@@ -53,8 +53,8 @@ class Teacher:
         for chunk in self._chunks:
             load_pretrained(chunk, checkpoint)
             chunk.requires_grad_(False).eval()
-        self._whole = whole
-        self._vision = open_tower(self._chunks, checkpoint, dtype, patches_per_pass) if encode else None
+        self._full_distributions = full_distributions
+        self._vision = open_vision_tower(self._chunks, checkpoint, dtype, patches_per_pass) if encode else None
         self._waiting = _host_copies(self._weights()) if offload else []
 
     def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -70,14 +70,14 @@ class Teacher:
 
     def _scored(self, batch: Batch) -> Batch:
         scored = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
-        found = self._read(batch, scored, self._encode, _hidden_states if self._whole else self._logprobs)
+        found = self._read(batch, scored, self._encode, _hidden_states if self._full_distributions else self._logprobs)
         if not self._layout.is_last_stage:
             return batch
-        head_UE = self._chunks[-1].head_weight().data if self._whole else None
+        head_UE = self._chunks[-1].head_weight().data if self._full_distributions else None
         return Batch(tuple(map(partial(_filled, head_UE=head_UE), batch.micro_batches, scored, found)))
 
     def _read(
-        self, batch: Batch, rows: Sequence[Tensor], encode: Encoder | None, read_out: Head[Tensor]
+        self, batch: Batch, rows: Sequence[Tensor], encode: PromptEncoder | None, read_out: Head[Tensor]
     ) -> list[Tensor | None]:
         """What `read_out` finds for these rows of each micro-batch's targets, None without rows; on the last stage."""
         encode = encode and cache(encode)

@@ -17,7 +17,7 @@ from vold.parallel.launch import Layout
 from vold.teacher.scorer import without_images
 from vold.trainer.device import batch_to
 from vold.trainer.pipeline import run_pipeline
-from vold.trainer.weight_average import MovingAverage
+from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, Hint, MicroBatch, Prompt, Sample
 from vold_kernels import linear_logprob
 
@@ -32,7 +32,7 @@ class SelfTeacher:
 
     def __init__(
         self,
-        average: MovingAverage,
+        average: WeightAverage,
         layout: Layout,
         condition: Condition,
         *,

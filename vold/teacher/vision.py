@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vold.data.packing import Encoder
+from vold.data.packing import PromptEncoder
 from vold.objectives.visual_advantage import concentration, rollout_weights, token_advantage, token_weights
 from vold.parallel.launch import Layout
 from vold.teacher.scorer import Teacher
@@ -31,7 +31,7 @@ class _Response:
     advantage_L: Tensor
 
 
-class VisualTeacher(Teacher):
+class VisualAdvantageTeacher(Teacher):
     """Multiplies the KL weight of token t of response i to an image by G w_i * L_i share_t (formulas: see
     vold.objectives.visual_advantage), which makes of weights 1 / (B L_i), objective.normaliser: sequences, those of
     VA-OPD. `degraded`: how the teacher reads a prompt whose images have lost their detail; only responses to images are
@@ -41,7 +41,7 @@ class VisualTeacher(Teacher):
     (of each replica's tokens).
     """
 
-    def __init__(self, checkpoint: Path, layout: Layout, *, degraded: Encoder, **settings):
+    def __init__(self, checkpoint: Path, layout: Layout, *, degraded: PromptEncoder, **settings):
         super().__init__(checkpoint, layout, **settings)
         self._degraded = degraded
 

@@ -223,7 +223,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def teacher_metrics(samples: Sequence[Sample], length: Callable[[Prompt], int]) -> dict[str, float]:
     """`teacher_saved`: share of a step's tokens, prompts included, that no teacher reads because their KL weight is 0;
     `teacher_failed`: responses that it was asked about and did not answer. `length`: of a prompt, images included (see
-    Encoder)."""
+    PromptEncoder)."""
     lengths = [length(sample.prompt) + len(sample.response_ids) for sample in samples]
     read = sum(tokens for tokens, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
     failed = sum(sample.kl_weight != 0.0 and sample.logp_teacher == () for sample in samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from vold.data.packing import Encoder, pack
+from vold.data.packing import PromptEncoder, pack
 from vold.run.job import Job
 from vold.trainer.trainer import Trainer
 from vold.types import Prompt, Sample
@@ -17,7 +17,9 @@ class ImageSensitivity:
     responses to images. The weights are those before the step's update, which drew the responses where rollouts do not
     lag. `every`: steps, 0 never. Raises ValueError where no prompt has an image."""
 
-    def __init__(self, prompts: Iterable[Prompt], sharp: Encoder, degraded: Encoder, *, every: int, max_tokens: int):
+    def __init__(
+        self, prompts: Iterable[Prompt], sharp: PromptEncoder, degraded: PromptEncoder, *, every: int, max_tokens: int
+    ):
         if every and not any(prompt.images for prompt in prompts):
             raise ValueError(
                 f"image_sensitivity_every = {every}, but no training prompt has an image; set image_sensitivity_every=0"

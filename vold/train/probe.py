@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vold.config.schema import SamplingConfig
 from vold.evaluation.evaluator import Evaluator
-from vold.models.images import image_encoder
+from vold.models.images import prompt_encoder
 from vold.rollout import ParityProbe, Sampler
 from vold.types import Prompt
 
@@ -18,4 +18,4 @@ def build_probe(prompt: Prompt, evaluator: Evaluator, sampler: Sampler, *, parit
     greedy = SamplingConfig(max_new_tokens=PROBE_TOKENS, temperature=0.0)
     rollouts = sampler.sample(chosen, greedy, responses=1, seed=0)
     sequences = [(rollout.prompt, rollout.response_ids) for rollout in rollouts]
-    return ParityProbe(sequences, image_encoder(sampler.images), parity_limit)
+    return ParityProbe(sequences, prompt_encoder(sampler.images), parity_limit)

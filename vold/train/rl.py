@@ -16,14 +16,14 @@ from vold.data.prompts import build_prompts, show_hint
 from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
 from vold.models.architecture import Architecture
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import Objective, build_objective, minibatches
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
-from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualTeacher, VllmTeacher
+from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualAdvantageTeacher, VllmTeacher
 from vold.train.groups import (
     RemoteTeacher,
     RewardFunction,
@@ -61,13 +61,13 @@ def run(
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
-    problems, encode = load_problems(config.data), encoder_of(config.student)
+    problems, encode = load_problems(config.data), load_prompt_encoder(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_vision(config.vision, prompts)
     reliance = ImageSensitivity(
         prompts,
         encode,
-        encoder_of(config.student, degrade),
+        load_prompt_encoder(config.student, degrade),
         every=config.image_sensitivity_every,
         max_tokens=config.microbatch_tokens,
     )
@@ -113,7 +113,7 @@ def run(
             seen = reliance.measure(step, weighed, trainer, job)
             shown = logged_sample_ids(drawn.groups, config.samples_per_step)
             with job.log.phase("train"):
-                report = trainer.step(*batches, shown=shown) if samples else trainer.skip(*NOTHING_LEFT)
+                report = trainer.step(*batches, logged_sample_ids=shown) if samples else trainer.skip(*NOTHING_LEFT)
             rollouts.wait_for_rollouts()
             with job.log.phase("sync"):
                 parity = training.sync_weights(sampler, probe)
@@ -191,7 +191,7 @@ def _teacher(
         dtype=job.dtype,
         patches_per_pass=config.vision.patches_per_pass,
         offload=config.teacher_offload,
-        whole=objective.divergence is not None,
+        full_distributions=objective.divergence is not None,
     )
     if not Architecture.from_pretrained(config.teacher).vision:
         _check_blind_teacher(config, job, objective, problems)
@@ -200,7 +200,7 @@ def _teacher(
     if not objective.visual_advantage:
         return Teacher(config.teacher, job.layout, **settings)
     degraded = TeacherPromptEncoder(config.teacher, problems, config.prompt, degrade)
-    return VisualTeacher(config.teacher, job.layout, degraded=degraded, **settings)
+    return VisualAdvantageTeacher(config.teacher, job.layout, degraded=degraded, **settings)
 
 
 def _check_blind_teacher(config: RlConfig, job: Job, objective: Objective, problems: Sequence[Problem]) -> None:

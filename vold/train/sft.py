@@ -8,7 +8,7 @@ from vold.data.packing import pack
 from vold.data.traces import load_samples
 from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
-from vold.models.images import encoder_of
+from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import likelihood
 from vold.rollout import TransformersSampler
@@ -26,7 +26,7 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     tokenizer = load_tokenizer(config.student)
     if config.pair_with is not None:
         check_pair(config.student, config.pair_with)
-    encode = encoder_of(config.student)
+    encode = load_prompt_encoder(config.student)
     samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
     check_vision(config.vision, (sample.prompt for sample in samples))
     trainer = Trainer(

@@ -17,7 +17,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import TraceShard
 from vold.models.tokenizer import load_tokenizer
-from vold.parallel.collectives import SharedCount, run_on_all_ranks
+from vold.parallel.collectives import SharedCounter, run_on_all_ranks
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job, open_job
 from vold.types import Prompt, Rollout
@@ -105,7 +105,9 @@ class _Progress:
         self._job = job
         self._done = run_on_all_ranks(lambda: sum(len(shard.answered()) for shard in shards))[0]
         self._shown = (self._done, 0)
-        self._prompts, self._tokens, self._ready = (SharedCount(f"traces/{n}") for n in ("prompts", "tokens", "ready"))
+        self._prompts, self._tokens, self._ready = (
+            SharedCounter(f"traces/{n}") for n in ("prompts", "tokens", "ready")
+        )
         job.log.expect(sum(len(shard.prompts) for shard in shards))
         job.log.rewind(self._done)
 

@@ -36,7 +36,7 @@ from vold.trainer.optimizer import (
     owned_range,
     state_fields,
 )
-from vold.trainer.weight_average import MovingAverage
+from vold.trainer.weight_average import WeightAverage
 
 OFFSETS = "DCP_SHARDING_INFO"
 
@@ -55,7 +55,7 @@ class Piece:
 
 @torch.no_grad()
 def snapshot(
-    chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, average: MovingAverage | None = None
+    chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, average: WeightAverage | None = None
 ) -> dict[str, Piece]:
     """The pieces this rank writes, copied to the CPU. All ranks call it: a distributed optimizer's shares of a tensor
     are brought together on one data-parallel rank, each rank in turn, so replicas share the work of writing."""
@@ -180,7 +180,7 @@ def load_weights(chunks: Sequence[LanguageModel], reader: PieceReader) -> None:
         parameter.copy_(_read(reader, "model", parameter, rule, chunk))
 
 
-def load_average(average: MovingAverage, reader: PieceReader) -> None:
+def load_average(average: WeightAverage, reader: PieceReader) -> None:
     """Fill this rank's part of the student's average."""
     for chunk, parameter, rule in _parameters(average.chunks):
         average.put(parameter, _read(reader, "average", parameter, rule, chunk))

@@ -23,7 +23,7 @@ from vold.config.schema import OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
 from vold.models.architecture import Architecture
 from vold.models.flops import segment_flops, training_flops
-from vold.models.language_model import LanguageModel, build_chunks, open_tower, unwrap
+from vold.models.language_model import LanguageModel, build_chunks, open_vision_tower, unwrap
 from vold.models.weights import export_weights, load_pretrained
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
@@ -32,7 +32,7 @@ from vold.trainer.device import batch_to
 from vold.trainer.metrics import mean_kl, micro_batch_stats, reduce_stats, token_logps
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.pipeline import Head, ResultT, run_pipeline
-from vold.trainer.weight_average import MovingAverage
+from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, MicroBatch, StepReport
 from vold_kernels import linear_kl, linear_logprob, linear_policy_loss
 
@@ -61,22 +61,22 @@ class Trainer:
         self._layout, self._objective, self._temperature = layout, objective, temperature
         self.vocab_size = vocab_size
         self._chunks = _wrap(load_student(student, layout, dtype, train_merger=vision.train_merger))
-        self._vision = open_tower(self.chunks, student, dtype, vision.patches_per_pass)
+        self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
-        self.average: MovingAverage | None = None
+        self.average: WeightAverage | None = None
         if objective.teaches_itself:
             average = load_student(student, layout, dtype, train_merger=vision.train_merger)
-            self.average = MovingAverage(average, objective.self_teaching.rate)
+            self.average = WeightAverage(average, objective.self_teaching.rate)
         self.phases = Phases()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, *minibatches: Batch, shown: Container[int] = ()) -> StepReport:
+    def step(self, *minibatches: Batch, logged_sample_ids: Container[int] = ()) -> StepReport:
         """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
         denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
-        `shown`: places of the samples whose tokens are reported one by one."""
+        `logged_sample_ids`: indices of the samples whose tokens are reported one by one."""
         batches = [batch_to(batch, self._layout.device) for batch in minibatches]
         if len(batches) > 1:
             with self.phases("old_logprobs"):
@@ -89,7 +89,7 @@ class Trainer:
                 grad_norms.append(self._update())
         if self.average is not None:
             self.average.follow(self.chunks)
-        report = self._report(batches, tallies, grad_norms, shown) if self._layout.is_last_stage else None
+        report = self._report(batches, tallies, grad_norms, logged_sample_ids) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def skip(self, reason: str, remedy: str) -> StepReport:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vold.models.language_model import LanguageModel
 
 
-class MovingAverage:
+class WeightAverage:
     """`chunks`, of the student's layout and weights, become its average: w += rate (student - w) after every step.
     Accumulated in fp32: in bf16 a twentieth of a step's change would round to nothing."""
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from vold.config.schema import SamplingConfig
 from vold.models.checkpoint_dir import reading
-from vold.models.images import ImageReader, grids_of
+from vold.models.images import ImageProcessor, image_grids
 from vold.parallel import cpu
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode
 from vold.rollout.vocabulary import Vocabulary
@@ -35,7 +35,7 @@ class TransformersSampler:
             model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True)
         model.get_decoder().config._attn_implementation = GROUPED_SDPA
         self._model = model.to(device).eval()
-        self.images = ImageReader(checkpoint) if sees else None
+        self.images = ImageProcessor(checkpoint) if sees else None
         self._device, self._version = device, 0
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
@@ -113,7 +113,7 @@ class TransformersSampler:
         if any(pictures):
             seen = [picture for row in pictures for picture in row]
             inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in seen]).to(self._model.dtype)
-            inputs["image_grid_thw"] = grids_of(seen)
+            inputs["image_grid_thw"] = image_grids(seen)
             inputs["mm_token_type_ids"] = (ids == self.images.token_id).long()
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 

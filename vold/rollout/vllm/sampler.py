@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vold.config.schema import SamplingConfig
 from vold.models.architecture import Architecture
-from vold.models.images import ImageReader
+from vold.models.images import ImageProcessor
 from vold.rollout.vllm.engines import Engines, Request
 from vold.rollout.vocabulary import Vocabulary
 from vold.types import Prompt, Rollout
@@ -26,7 +26,7 @@ class VllmSampler:
     def __init__(self, checkpoint: Path, engines: Engines):
         self._engines = engines
         self._vocabulary = Vocabulary.of(checkpoint)
-        self.images = ImageReader(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
+        self.images = ImageProcessor(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
         self._version = 0
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:

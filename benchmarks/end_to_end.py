@@ -136,7 +136,7 @@ def run_vold(job: Job, turn: Turn) -> None:
         drawn = draw(*args)
         rollouts = [rollout for group in drawn.groups.values() for rollout in group.rollouts]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        turn.saw([group.prompt.token_ids for group in drawn.groups.values()], tokens, len(rollouts))
+        turn.saw([group.prompt.token_ids.tolist() for group in drawn.groups.values()], tokens, len(rollouts))
         return replace(drawn, groups={place: even(group) for place, group in drawn.groups.items()})
 
     def even(group):
@@ -205,8 +205,8 @@ def _vold_prompts(job: Job):
     config = load_config(schema.RlConfig, CONFIG, job.overrides("unused"))
     tokenizer = load_tokenizer(config.student)
     prompts = build_prompts(load_problems(config.data), tokenizer, config.prompt, config.data.on_error)
-    prompts = [replace(prompt, text=tokenizer.decode(prompt.token_ids)) for prompt in prompts]
-    assert all(tokenizer(prompt.text)["input_ids"] == list(prompt.token_ids) for prompt in prompts)
+    prompts = [replace(prompt, text=tokenizer.decode(prompt.token_ids.tolist())) for prompt in prompts]
+    assert all(tokenizer(prompt.text)["input_ids"] == prompt.token_ids.tolist() for prompt in prompts)
     return config, tokenizer, prompts
 
 

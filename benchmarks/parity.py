@@ -221,8 +221,8 @@ def train_transformers(models: Path, out: Path) -> None:
 
 def _sequence_loss(learner: PreTrainedModel, scorer: PreTrainedModel, sample: Sample) -> Tensor:
     """VOLD Eq. 6 at ratio 1. float64 from the logits on keeps the reference's own rounding out."""
-    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
-    target_L = torch.tensor(sample.response_ids)
+    ids = torch.tensor([[*sample.prompt.token_ids.tolist(), *sample.response_ids.tolist()]])
+    target_L = torch.tensor(sample.response_ids.tolist())
     first = len(sample.prompt.token_ids) - 1
     logp_L, logp_teacher_L = (
         model(ids).logits[0, first:-1, :VOCAB].double().log_softmax(-1).gather(1, target_L[:, None])[:, 0]

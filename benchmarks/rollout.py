@@ -82,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = _prompts(options)
 
         def ours() -> Ids:
-            return [r.response_ids for r in sampler.sample(prompts, config, responses=options.responses, seed=0)]
+            return [
+                tuple(r.response_ids.tolist())
+                for r in sampler.sample(prompts, config, responses=options.responses, seed=0)
+            ]
 
         drawn = ours()  # also warms up
         runs = {OURS: ours, DIRECT: engine.direct()}

@@ -166,11 +166,11 @@ def random_samples(options: argparse.Namespace, replicas: int) -> list[Sample]:
     count = options.sequences * replicas
     prompt_length = length // 5
     weight = 1.0 / (count * (length - prompt_length))
-    ids = torch.randint(REAL_IDS, (count, length), generator=generator).tolist()
+    ids = torch.randint(REAL_IDS, (count, length), generator=generator).numpy()
     return [
         Sample(
-            prompt=Prompt(str(number), tuple(row[:prompt_length]), ""),
-            response_ids=tuple(row[prompt_length:]),
+            prompt=Prompt(str(number), row[:prompt_length], ""),
+            response_ids=row[prompt_length:],
             advantage=1.0 if number % 2 else -1.0,
             pg_weight=weight,
             kl_weight=0.0 if options.no_teacher else 0.1 * weight,

@@ -200,8 +200,8 @@ def test_trl_5224_ids_that_text_does_not_bring_back(tiny_student_dir):
     ids = (*tokenizer.convert_tokens_to_ids(["7", "*"]), unknown, tokenizer.convert_tokens_to_ids("6"), eos)
     prompt = build_prompt(Problem("p", "[7*6]"), tokenizer, PromptConfig(suffix=""))
     rollout = vocabulary.rollout(prompt, ids, [-0.1] * len(ids), version=0)
-    assert tuple(tokenizer(rollout.text, add_special_tokens=False)["input_ids"]) != rollout.response_ids[:-1]
-    assert rollout.response_ids == ids
+    assert tokenizer(rollout.text, add_special_tokens=False)["input_ids"] != rollout.response_ids[:-1].tolist()
+    assert tuple(rollout.response_ids) == ids
     sample = Sample(prompt, rollout.response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)
     (micro,) = pack(likelihood([sample]), max_tokens=64).micro_batches
     assert tuple(micro.target_N.tolist()) == ids
@@ -240,13 +240,13 @@ def test_trl_6718_the_engine_gets_one_pad_an_image(tiny_student_dir, tmp_path):
     tokenizer, encode = load_tokenizer(tiny_student_dir), load_prompt_encoder(tiny_student_dir)
     prompt = build_prompt(Problem("p", "[<image>]", images=(path,)), tokenizer, PromptConfig(suffix=""))
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    request = vllm_prompt(Request(prompt.token_ids, prompt.images, {}))
+    request = vllm_prompt(Request(prompt.token_ids.tolist(), prompt.images, {}))
     assert request["prompt_token_ids"].count(pad) == len(request["multi_modal_data"]["image"]) == 1
     encoded = encode(prompt)
     (picture,) = encoded.pictures
     frames, height, width = picture.grid_thw
     merged = frames * height * width // Architecture.from_pretrained(tiny_student_dir).vision.merge_size ** 2
-    assert encoded.prompt_ids.count(pad) == merged > 1
+    assert encoded.prompt_ids.tolist().count(pad) == merged > 1
 
 
 def test_trl_7039_every_end_of_the_generation_config_ends(tiny_student_dir):
@@ -257,9 +257,9 @@ def test_trl_7039_every_end_of_the_generation_config_ends(tiny_student_dir):
     prompt = build_prompt(Problem("p", "[7]"), vocabulary.tokenizer, PromptConfig(suffix=""))
     for end in (one, other):
         ended = both.rollout(prompt, (plain, end, plain, one), [-0.1] * 4, version=0)
-        assert (ended.response_ids, ended.finish_reason) == ((plain, end), "stop")
+        assert (tuple(ended.response_ids), ended.finish_reason) == ((plain, end), "stop")
     cut = both.rollout(prompt, (plain, plain), [-0.1] * 2, version=0)
-    assert (cut.response_ids, cut.finish_reason) == ((plain, plain), "length")
+    assert (tuple(cut.response_ids), cut.finish_reason) == ((plain, plain), "length")
 
 
 def test_deepseek_r1_30_vision_ids_that_think():

@@ -9,18 +9,76 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+TokenIds = npt.NDArray[np.int32]
+Logprobs = npt.NDArray[np.float32]
+"""Natural logarithms of probabilities."""
 
-@dataclass(frozen=True)
-class Prompt:
+_ARRAY_FIELDS = {
+    "token_ids": np.int32,
+    "response_ids": np.int32,
+    "logp_rollout": np.float32,
+    "logp_teacher": np.float32,
+}
+
+
+def read_only(values: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """`values` as an array that cannot be written to; a copy, unless it is such an array already."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        return values
+    array = np.array(values, dtype)
+    array.setflags(write=False)
+    return array
+
+
+class _ArrayRecord:
+    """A frozen dataclass (declared with eq=False) whose token ids and log-probabilities are read-only arrays.
+
+    The constructor takes them as any sequence of numbers. Records are compared and hashed by the values of all fields.
+    """
+
+    def __post_init__(self) -> None:
+        for name, dtype in _ARRAY_FIELDS.items():
+            if (values := vars(self).get(name)) is not None:
+                object.__setattr__(self, name, read_only(values, dtype))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _ArrayRecord.__post_init__(self)  # arrays arrive writable from another process
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(value.tobytes() if isinstance(value, np.ndarray) else value for value in vars(self).values())
+
+
+class _ScoredByTeacher:
+    """Names the three states of `logp_teacher`: None, empty, and one number per response token."""
+
+    logp_teacher: Logprobs | None
+
+    @property
+    def teacher_failed(self) -> bool:
+        """The teacher's log-probabilities were requested and did not come: `logp_teacher` is empty, not None."""
+        return self.logp_teacher is not None and not len(self.logp_teacher)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(_ArrayRecord):
     """A problem, rendered once. `token_ids` holds *one* image-pad id per image; whoever runs a model expands it.
     `choices`: the texts of options A, B, …, where gold is a letter; `category`: the data set's word for its kind."""
 
     id: str
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     text: str
     gold: str = ""
     images: tuple[Path, ...] = ()
@@ -28,21 +86,21 @@ class Prompt:
     category: str = ""
 
 
-@dataclass(frozen=True)
-class Rollout:
+@dataclass(frozen=True, eq=False)
+class Rollout(_ArrayRecord, _ScoredByTeacher):
     """One sampled response: ids as sampled (never re-tokenised), each with the sampler's log-probability (nats).
 
-    logp_teacher: the teacher's, where it was asked while other prompts were still being answered; None: it was not,
-    empty: it did not answer.
+    logp_teacher: the teacher's, requested while other prompts were still being answered; None: not requested; empty:
+    the request failed (`teacher_failed`).
     """
 
     prompt: Prompt
-    response_ids: tuple[int, ...]
-    logp_rollout: tuple[float, ...]
+    response_ids: TokenIds
+    logp_rollout: Logprobs
     finish_reason: Literal["stop", "length"]
     text: str
     version: int = 0  # how often the engine that sampled it had been given weights
-    logp_teacher: tuple[float, ...] | None = None
+    logp_teacher: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -77,18 +135,18 @@ class Hint:
     feedback: str | None = None
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, eq=False)
+class Sample(_ArrayRecord, _ScoredByTeacher):
     """One sequence to learn from. Both weights apply to each of its response tokens and already contain the
     normaliser, beta and every mask: loss = sum over tokens of pg_weight * L_pg + kl_weight * L_kl."""
 
     prompt: Prompt
-    response_ids: tuple[int, ...]
+    response_ids: TokenIds
     advantage: float
     pg_weight: float
     kl_weight: float
-    logp_rollout: tuple[float, ...] | None = None
-    logp_teacher: tuple[float, ...] | None = None  # see Rollout
+    logp_rollout: Logprobs | None = None
+    logp_teacher: Logprobs | None = None  # see Rollout
     minibatch: int = 0  # which update of the step learns from it
     hint: Hint | None = None
 

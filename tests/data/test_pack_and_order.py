@@ -51,7 +51,7 @@ def check_targets(micro, samples, sequence_n):
     ]
     for source, target, row in zip(micro.source_N.tolist(), micro.target_N.tolist(), sequence_n.tolist(), strict=True):
         sample = samples[micro.sample_B[row]]
-        before = [*sample.prompt.token_ids, *sample.response_ids[: sample.response_ids.index(target)]]
+        before = [*sample.prompt.token_ids, *sample.response_ids[: sample.response_ids.tolist().index(target)]]
         ids, positions = read_before(micro, source)
         assert ids == before and positions == [list(range(len(before)))] * 3
     tokens = micro.tokens

@@ -103,7 +103,8 @@ def test_sft_reads_them_as_they_are(shard):
     shard.finish()
     config = DataConfig(path=shard.directory, layout="traces")
     samples = load_samples(config, IDS, PromptConfig(), max_tokens=5)
-    assert [(sample.prompt, sample.response_ids) for sample in samples] == [(PROMPTS[0], (7, 8)), (PROMPTS[1], (9,))]
+    rows = [(sample.prompt, sample.response_ids.tolist()) for sample in samples]
+    assert rows == [(PROMPTS[0], [7, 8]), (PROMPTS[1], [9])]
     limited = load_samples(config.model_copy(update={"limit": 1}), IDS, PromptConfig(), max_tokens=6)
     assert len(limited) == 1
     replace(shard, number=4).add([answer(3, 1)])

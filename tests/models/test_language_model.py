@@ -106,7 +106,7 @@ def test_responses_that_share_a_prompt_equal_transformers_one_by_one(pair):
     assert micro.tokens.input_ids_T.numel() == sum(len(row.ids) + 3 + 0 + 8 + 3 for row in prompts.values())
     expected = []
     for sample in (samples[place] for place in micro.sample_B):
-        ids = torch.tensor([*sample.prompt.token_ids, *sample.response_ids])
+        ids = torch.tensor([*sample.prompt.token_ids.tolist(), *sample.response_ids.tolist()])
         whole = replace(prompts[sample.prompt.id], ids=ids).logits(reference)
         expected.append(whole[len(sample.prompt.token_ids) - 1 : -1])
     expected = torch.cat(expected)

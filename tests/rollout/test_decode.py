@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from support.steps import ids_of
 from vold.config.schema import SamplingConfig
 from vold.rollout import TransformersSampler
 from vold.rollout.transformers import decode
@@ -70,7 +71,7 @@ def test_recorded_logprobs_are_the_models(sampler, tmp_path):
     """Siblings share one reading of their prompt; the model reads each whole sequence alone."""
     rollouts = sampler.sample([*prompts(), with_image(tmp_path)], SAMPLED, responses=3, seed=1)
     assert [r.prompt.id for r in rollouts[:6]] == ["3"] * 3 + ["9"] * 3
-    assert len({r.response_ids for r in rollouts[:3]}) == 3
+    assert len({tuple(r.response_ids) for r in rollouts[:3]}) == 3
     for rollout in rollouts:
         expected = sampler.score(rollout.prompt, rollout.response_ids)
         torch.testing.assert_close(torch.tensor(rollout.logp_rollout), torch.tensor(expected), rtol=0, atol=2e-5)
@@ -79,7 +80,7 @@ def test_recorded_logprobs_are_the_models(sampler, tmp_path):
 def test_the_batch_size_of_a_call_changes_no_greedy_response(sampler):
     whole = sampler.sample(prompts(6), GREEDY, responses=2, seed=0)
     parts = sampler.sample(prompts(6), GREEDY.model_copy(update={"sequences_per_call": 5}), responses=2, seed=0)
-    assert [r.response_ids for r in whole] == [r.response_ids for r in parts]
+    assert ids_of(whole) == ids_of(parts)
 
 
 def test_finished_responses_leave_the_batch(sampler, monkeypatch):
@@ -102,7 +103,7 @@ def test_finished_responses_leave_the_batch(sampler, monkeypatch):
 def test_padded_and_banned_ids_are_never_drawn_and_the_seed_decides(sampler):
     config = SAMPLED.model_copy(update={"temperature": 5.0})
     first, again, other = (sampler.sample(prompts(), config, responses=8, seed=seed) for seed in (3, 3, 4))
-    assert [r.response_ids for r in first] == [r.response_ids for r in again] != [r.response_ids for r in other]
+    assert ids_of(first) == ids_of(again) != ids_of(other)
     drawn = {token for rollout in first for token in rollout.response_ids}
     assert max(drawn) < sampler._vocabulary.real and not drawn & set(sampler._vocabulary.banned)
 
@@ -111,16 +112,14 @@ def test_top_k_restricts_the_draw_but_not_the_logprob(sampler):
     config = SAMPLED.model_copy(update={"top_k": 1})
     greedy = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
     chosen = sampler.sample(prompts(), config, responses=1, seed=7)
-    assert [r.response_ids for r in chosen] == [r.response_ids for r in greedy]
+    assert ids_of(chosen) == ids_of(greedy)
     assert chosen[0].logp_rollout == pytest.approx(greedy[0].logp_rollout, abs=1e-5) and min(chosen[0].logp_rollout) < 0
 
 
 def test_the_cache_grows_beyond_its_room(monkeypatch, sampler):
     expected = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
     monkeypatch.setattr(decode.RoomyLayer, "ROOM", 2)
-    assert [r.response_ids for r in sampler.sample(prompts(), GREEDY, responses=1, seed=0)] == [
-        r.response_ids for r in expected
-    ]
+    assert ids_of(sampler.sample(prompts(), GREEDY, responses=1, seed=0)) == ids_of(expected)
 
 
 def test_what_is_answered_is_kept_back_and_the_others_draw_as_before(sampler):

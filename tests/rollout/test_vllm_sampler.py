@@ -45,7 +45,7 @@ def test_a_stream_yields_what_sample_draws_as_it_finishes(sampler):
     groups = list(sampler().stream(PROMPTS, SAMPLED, responses=3, seed=5))
     assert [group[0].prompt.id for group in groups] == ["p3", "p2", "p1", "p0"]
     assert [rollout for group in reversed(groups) for rollout in group] == whole
-    assert len({r.response_ids for r in whole}) == 12, "no two share their random numbers"
+    assert len({tuple(r.response_ids) for r in whole}) == 12, "no two share their random numbers"
 
 
 def test_a_greedy_group_is_whole_too(sampler):

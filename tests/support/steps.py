@@ -88,3 +88,8 @@ def with_advantages(samples: list[Sample], advantages: list[float]) -> list[Samp
     """The same samples with other advantages, their policy-gradient weight switched on."""
     weight = max(sample.pg_weight for sample in samples) or 1.0 / sum(len(s.response_ids) for s in samples)
     return [replace(s, advantage=a, pg_weight=weight) for s, a in zip(samples, advantages, strict=True)]
+
+
+def ids_of(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
+    """The response ids of each, as tuples that can be compared and put into a set."""
+    return [tuple(rollout.response_ids.tolist()) for rollout in rollouts]

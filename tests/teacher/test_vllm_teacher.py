@@ -15,7 +15,7 @@ ROLLOUTS = [
     Rollout(Prompt(f"p{first}", (first, 8, 9), ""), response, (-1.0,) * len(response), "stop", "")
     for first, response in [(11, (21, 22)), (12, (23,)), (13, (24, 25, 26))]
 ]
-SCORES = [(-0.21, -0.22), (-0.23,), (-0.24, -0.25, -0.26)]
+SCORES = [[-0.21, -0.22], [-0.23], [-0.24, -0.25, -0.26]]
 """The fake engine's: minus a hundredth of each id."""
 
 

@@ -237,10 +237,10 @@ def by_transformers(directory, sample, change=None) -> torch.Tensor:
         assert count == (6 if own else 7), "the student has 7"
         text = text.replace("<image>", IMAGE * count)
     prompt = tokenizer(f"{own}<user>{text}<asst>", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*prompt, *sample.response_ids]])
+    ids = torch.tensor([[*prompt, *sample.response_ids.tolist()]])
     images = {}
     if sample.prompt.images:
         images = {**seen, "mm_token_type_ids": (ids == TOKEN_ID[IMAGE]).int()}
     with torch.no_grad():
         logits = model(ids, **images).logits[0, len(prompt) - 1 : -1, :VOCAB_SIZE]
-    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids.tolist())[:, None])[:, 0]

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pytest import approx
@@ -55,8 +56,8 @@ class Pictures(TextPromptEncoder):
 
     def __call__(self, prompt: Prompt) -> EncodedPrompt:
         pictures = self.pictures(prompt)
-        ids = expand_image_tokens(prompt.token_ids, image_grids(pictures), self.arch)
-        return EncodedPrompt(ids, mrope_positions(torch.tensor(ids), image_grids(pictures), self.arch), pictures)
+        ids = expand_image_tokens(prompt.token_ids.tolist(), image_grids(pictures), self.arch)
+        return EncodedPrompt(np.array(ids), mrope_positions(torch.tensor(ids), image_grids(pictures), self.arch), pictures)
 
     def length(self, prompt: Prompt) -> int:
         return len(self(prompt).prompt_ids)
@@ -97,9 +98,9 @@ def expected_nll_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
     loss, nll = torch.zeros(()), 0.0
     for sample in make_samples():
         prompt = encode(sample.prompt)
-        ids = torch.tensor([*prompt.prompt_ids, *sample.response_ids])
+        ids = torch.tensor([*prompt.prompt_ids.tolist(), *sample.response_ids.tolist()])
         logits = tiny.Row(ids, None, prompt.pictures).logits(model)[len(prompt.prompt_ids) - 1 : -1, :IDS]
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids.tolist())[:, None])[:, 0]
         loss = loss - sample.pg_weight * sample.advantage * (logp - logp.detach()).exp().sum()
         nll -= float(logp.double().sum())
     loss.backward()

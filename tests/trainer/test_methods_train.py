@@ -36,7 +36,7 @@ NUMBERS = dict(lr=2e-2, clip_grad=1e9)  # far enough that ratios leave their bou
 def read(model, sample):
     """Log-prob of each response token, entropy of each distribution."""
     logp_TV = distribution(model, sample)
-    logp_T = logp_TV.gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    logp_T = logp_TV.gather(1, torch.tensor(sample.response_ids.tolist())[:, None])[:, 0]
     return logp_T, -(logp_TV.exp() * logp_TV).sum(-1)
 
 
@@ -142,7 +142,7 @@ def test_what_a_step_did_not_read_is_no_metric_of_it(tiny_student_dir, tiny_teac
 
 def distribution(model, sample):
     """Log-probs [T, V] at the response's tokens."""
-    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+    ids = torch.tensor([[*sample.prompt.token_ids.tolist(), *sample.response_ids.tolist()]])
     return model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE].log_softmax(-1)
 
 

@@ -65,7 +65,7 @@ def test_the_gradient_equals_the_formula_on_materialised_logits(preset, tiny_stu
     weights = [torch.exp(-read(model, s)[1].detach()) for s in shown]
     mean = torch.cat(weights).mean()
     for sample, conditioned, weight_T in zip(taught, shown, weights, strict=True):
-        assert conditioned.prompt.token_ids != sample.prompt.token_ids
+        assert conditioned.prompt.token_ids.tolist() != sample.prompt.token_ids.tolist()
         jsd_T = divergence(distribution(model, sample), distribution(model, conditioned).detach(), 5)
         (sample.kl_weight * (weight_T / mean if preset == "srpo" else 1.0) * jsd_T).sum().backward()
     policy = [s for s in samples if s.pg_weight]

@@ -102,9 +102,9 @@ def test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits(teach
 
 def _logp(model, sample) -> torch.Tensor:
     """Of each response token, from logits [T, V]."""
-    ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+    ids = torch.tensor([[*sample.prompt.token_ids.tolist(), *sample.response_ids.tolist()]])
     logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
-    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids.tolist())[:, None])[:, 0]
 
 
 def test_k2_identity(trainer, teacher):
@@ -197,7 +197,7 @@ def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     tokens = sum(len(s.response_ids) for s in samples)
     for sample in samples:
-        ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+        ids = torch.tensor([[*sample.prompt.token_ids.tolist(), *sample.response_ids.tolist()]])
         logits = model(ids).logits[0, len(sample.prompt.token_ids) - 1 : -1, :VOCAB_SIZE]
         (
             torch.nn.functional.cross_entropy(logits, ids[0, len(sample.prompt.token_ids) :], reduction="sum") / tokens

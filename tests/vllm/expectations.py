@@ -87,11 +87,11 @@ def _case(rollout: Rollout, scores: dict[str, list[float]]) -> dict:
     prompt = rollout.prompt
     return {
         "id": prompt.id,
-        "prompt_ids": prompt.token_ids,
+        "prompt_ids": prompt.token_ids.tolist(),
         "images": [str(path) for path in prompt.images],
-        "response_ids": rollout.response_ids,
+        "response_ids": rollout.response_ids.tolist(),
         "finish_reason": rollout.finish_reason,
-        "logp_student": rollout.logp_rollout,
+        "logp_student": rollout.logp_rollout.tolist(),
         "logp_teacher": scores.get(prompt.id),
     }
 

@@ -54,7 +54,7 @@ def test_a_teacher_behind_the_engines(engines, prompts, tiny_student_dir):  # no
     scores = teacher.submit(rollouts).result()
     for rollout, found in zip(rollouts, scores, strict=True):
         logp = (all_logits(expected, rollout) / 0.7).log_softmax(-1)
-        logp = logp.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        logp = logp.gather(1, torch.tensor(rollout.response_ids.tolist())[:, None])[:, 0]
         assert found == pytest.approx(logp.tolist(), rel=0, abs=1e-4)
     teacher.close()
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
+from support.steps import ids_of
 from vold.config.schema import EngineConfig, PromptConfig, SamplingConfig, VllmConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
@@ -80,7 +81,7 @@ def agree(pair, prompts) -> list[tuple[int, ...]]:
     for mine, yours in zip(ours, theirs, strict=True):
         assert replace(mine, logp_rollout=()) == replace(yours, logp_rollout=())
         assert mine.logp_rollout == pytest.approx(yours.logp_rollout, rel=0, abs=ATOL)
-    return [rollout.response_ids for rollout in ours]
+    return ids_of(ours)
 
 
 def test_weights_arrive_again_and_again(pair, prompts, tiny_student_dir):
@@ -117,7 +118,7 @@ def test_logprobs_are_those_of_the_sampling_temperature(pair, prompts, temperatu
     for rollout in vllm.sample(prompts, config, responses=2, seed=3):
         with torch.no_grad():
             logits = all_logits(transformers, rollout) / temperature
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(rollout.response_ids.tolist())[:, None])[:, 0]
         assert rollout.logp_rollout == pytest.approx(logp.tolist(), rel=0, abs=ATOL)
 
 
@@ -125,7 +126,7 @@ def all_logits(sampler: TransformersSampler, rollout) -> torch.Tensor:
     """[response tokens, real ids]"""
     from vold.rollout.transformers.sampler import _append
 
-    inputs = _append(sampler._inputs([rollout.prompt]), torch.tensor([rollout.response_ids]))
+    inputs = _append(sampler._inputs([rollout.prompt]), torch.tensor([rollout.response_ids.tolist()]))
     logits = sampler._model(**inputs, use_cache=False, logits_to_keep=len(rollout.response_ids) + 1).logits
     return logits[0, :-1, : sampler._vocabulary.real].float()
 
@@ -134,8 +135,8 @@ def test_siblings_and_prompts_draw_independently_and_again_the_same(pair, prompt
     config = SamplingConfig(max_new_tokens=16, temperature=1.0)
     vllm, _ = pair
     first, again, other = (vllm.sample([prompts[0]] * 3, config, responses=4, seed=seed) for seed in (7, 7, 8))
-    assert [r.response_ids for r in first] == [r.response_ids for r in again]
-    drawn = [r.response_ids for r in (*first, *other)]
+    assert ids_of(first) == ids_of(again)
+    drawn = ids_of([*first, *other])
     assert len(set(drawn)) == len(drawn), "no two of 24 share their random numbers"
 
 

@@ -10,10 +10,11 @@ from functools import cache
 from operator import itemgetter
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vold.types import Batch, MicroBatch, PackedTokens, Picture, Prompt, Sample
+from vold.types import Batch, MicroBatch, PackedTokens, Picture, Prompt, Sample, TokenIds
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class EncodedPrompt:
     """A prompt as a model reads it: P image-pad ids expanded, positions [3, P]. A response's positions count on from
     the largest."""
 
-    prompt_ids: Sequence[int]
+    prompt_ids: TokenIds
     position_ids_3P: Tensor
     pictures: tuple[Picture, ...] = ()
 
@@ -211,8 +212,9 @@ class _Sequence:
         return (prompt if self.first else 0) + own, prompt + own
 
     @property
-    def ids(self) -> list[int]:
-        return [*(self.prompt.prompt_ids if self.first else ()), *self.sample.response_ids[:-1]]
+    def ids(self) -> TokenIds:
+        response_ids = self.sample.response_ids[:-1]
+        return np.concatenate([self.prompt.prompt_ids, response_ids]) if self.first else response_ids
 
     @property
     def position_ids_3L(self) -> Tensor:
@@ -237,20 +239,19 @@ def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], EncodedPrompt
         for key_L, s in zip(keys, sequences, strict=True)
     ]
     rollout_logps = [s.logp_rollout for s in samples if s.logp_rollout is not None]
-    teacher_logps = [s.logp_teacher or (0.0,) * len(s.response_ids) for s in samples]
-    scored = any(s.logp_teacher for s in samples)
+    teacher_logps = [s.logp_teacher if _is_scored(s) else np.zeros(len(s.response_ids)) for s in samples]
     return MicroBatch(
         tokens=_tokens(sequences, keys),
         source_N=torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64),
-        target_N=torch.tensor([token for s in samples for token in s.response_ids], dtype=torch.int64),
+        target_N=_flat([s.response_ids for s in samples], torch.int64),
         sequence_N=torch.arange(len(samples)).repeat_interleave(counts),
         sample_B=tuple(sequence.place for sequence in sequences),
         samples_B=tuple(samples),
         advantage_N=_per_token([s.advantage for s in samples], counts),
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
-        logp_rollout_N=_flat(rollout_logps) if samples and len(rollout_logps) == len(samples) else None,
-        logp_teacher_N=_flat(teacher_logps) if scored else None,
+        logp_rollout_N=_flat(rollout_logps, torch.float32) if samples and len(rollout_logps) == len(samples) else None,
+        logp_teacher_N=_flat(teacher_logps, torch.float32) if any(map(_is_scored, samples)) else None,
     )
 
 
@@ -277,7 +278,7 @@ def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTok
     cu_seqlens, cu_seqlens_k = torch.tensor([(0, 0), *(shape for shape, _ in segments)]).cumsum(0).to(torch.int32).T
     prompts = [s.prompt for s in sequences if s.first]
     return PackedTokens(
-        input_ids_T=torch.tensor([token for s in sequences for token in s.ids]),
+        input_ids_T=_flat([s.ids for s in sequences], torch.int64),
         position_ids_3T=torch.cat([s.position_ids_3L for s in sequences], dim=1),
         cu_seqlens=cu_seqlens.contiguous(),
         cu_seqlens_k=cu_seqlens_k.contiguous(),
@@ -290,5 +291,9 @@ def _per_token(values: list[float], counts: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
 
 
-def _flat(rows: list[tuple[float, ...]]) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)
+def _is_scored(sample: Sample) -> bool:
+    return sample.logp_teacher is not None and not sample.teacher_failed
+
+
+def _flat(rows: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(np.concatenate(rows) if rows else (), dtype=dtype)

@@ -55,7 +55,7 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt(
         id=problem.id,
-        token_ids=tuple(token_ids),
+        token_ids=token_ids,
         text=problem.question,
         gold=problem.gold,
         images=problem.images,

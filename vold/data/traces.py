@@ -73,7 +73,7 @@ class TraceShard:
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """Durable when this returns. Raises ValueError when the file system refuses."""
-        answers = [[r.prompt.id, r.finish_reason, r.response_ids, r.text] for r in rollouts]
+        answers = [[r.prompt.id, r.finish_reason, r.response_ids.tolist(), r.text] for r in rollouts]
         line = json.dumps({"prompts": self._digest, "answers": answers}) + "\n"
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -108,7 +108,7 @@ class TraceShard:
                 counts[name] += more
             if fate == "kept":
                 counts["kept_tokens"] += len(ids)
-                row = (prompt.id, prompt.text, prompt.gold, list(prompt.token_ids), text, ids, finish_reason)
+                row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason)
                 rows.append(dict(zip(SCHEMA.names, row, strict=True)))
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
         partial = self.path.with_suffix(".partial")
@@ -156,7 +156,7 @@ class TraceShard:
     @cached_property
     def _digest(self) -> str:
         """Of what the teacher is asked."""
-        asked = [(prompt.id, prompt.token_ids) for prompt in self.prompts]
+        asked = [(prompt.id, prompt.token_ids.tolist()) for prompt in self.prompts]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _check_digest(self, found: str, where: Path) -> None:
@@ -206,7 +206,7 @@ class _Traces(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         (row,) = self._table.slice(self._kept[index].as_py(), 1).to_pylist()
-        prompt = Prompt(row["prompt_id"], tuple(row["prompt_ids"]), row["prompt"], row["gold"])
+        prompt = Prompt(row["prompt_id"], row["prompt_ids"], row["prompt"], row["gold"])
         return _sample(prompt, row["response_ids"])
 
 
@@ -251,4 +251,4 @@ def _from_text(trace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) 
 
 
 def _sample(prompt: Prompt, response_ids: Sequence[int]) -> Sample:
-    return Sample(prompt, tuple(response_ids), advantage=0.0, pg_weight=0.0, kl_weight=0.0)
+    return Sample(prompt, response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)

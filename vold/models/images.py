@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,7 +16,7 @@ from vold.data.packing import EncodedPrompt, PromptEncoder, TextPromptEncoder, e
 from vold.data.pictures import read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
-from vold.types import Picture, Prompt
+from vold.types import Picture, Prompt, TokenIds
 
 ImageTransform = Callable[[Image.Image], Image.Image]
 """Of an image, before a model sees it; its size stays."""
@@ -57,9 +58,9 @@ class ImageProcessor:
             width, height = image.size
         return self._processor.get_number_of_image_patches(height, width) // self.arch.vision.merge_size**2
 
-    def expand(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int, ...]:
+    def expand(self, token_ids: TokenIds, pictures: Sequence[Picture]) -> TokenIds:
         """One image-pad id -> one per merged patch. Raises ValueError when pads and pictures differ in number."""
-        return expand_image_tokens(token_ids, image_grids(pictures), self.arch)
+        return np.array(expand_image_tokens(token_ids.tolist(), image_grids(pictures), self.arch), np.int32)
 
 
 def image_grids(pictures: Sequence[Picture]) -> Tensor:
@@ -78,11 +79,12 @@ class ImagePromptEncoder(TextPromptEncoder):
             return super().__call__(prompt)
         pictures = self._reader.read(prompt.images)
         prompt_ids = self._reader.expand(prompt.token_ids, pictures)
-        positions_3P = mrope_positions(torch.tensor(prompt_ids), image_grids(pictures), self._reader.arch)
+        input_ids_P = torch.tensor(prompt_ids, dtype=torch.int64)
+        positions_3P = mrope_positions(input_ids_P, image_grids(pictures), self._reader.arch)
         return EncodedPrompt(prompt_ids, positions_3P, pictures)
 
     def length(self, prompt: Prompt) -> int:
-        pads = prompt.token_ids.count(self._reader.token_id)
+        pads = int((prompt.token_ids == self._reader.token_id).sum())
         if pads != len(prompt.images):
             raise ValueError(f"{prompt.id}: {len(prompt.images)} images but {pads} image-pad tokens in its text")
         return len(prompt.token_ids) + sum(self._reader.token_count(path) - 1 for path in prompt.images)

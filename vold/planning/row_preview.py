@@ -21,8 +21,8 @@ IDS_SHOWN, CHARACTERS_SHOWN = 10, 1200
 def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: PromptEncoder) -> Group:
     """A prompt before a response is sampled, or a trace with the response that is learned."""
     prompt = row.prompt if isinstance(row, Sample) else row
-    response = row.response_ids if isinstance(row, Sample) else ()
-    read = list(encode(prompt).prompt_ids)
+    response = row.response_ids.tolist() if isinstance(row, Sample) else []
+    read = encode(prompt).prompt_ids.tolist()
     head = Text.assemble(
         (prompt.id, "bold"),
         f"  {len(read)} tokens read" + (f", {len(response)} trained" if response else ""),

@@ -42,8 +42,8 @@ def divergence_from_itself(config: SftConfig | RlConfig) -> tuple[int, float]:
 
 def _samples(vocab_size: int) -> list[Sample]:
     """Any ids will do."""
-    ids = torch.arange(SEQUENCES * (PROMPT + RESPONSE)).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).tolist()
+    ids = torch.arange(SEQUENCES * (PROMPT + RESPONSE)).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).numpy()
     return [
-        Sample(Prompt(str(place), tuple(row[:PROMPT]), ""), tuple(row[PROMPT:]), 0.0, pg_weight=0.0, kl_weight=1.0)
+        Sample(Prompt(str(place), row[:PROMPT], ""), row[PROMPT:], 0.0, pg_weight=0.0, kl_weight=1.0)
         for place, row in enumerate(ids)
     ]

@@ -16,7 +16,7 @@ class ParityProbe:
     """Fixed (prompt, response) pairs scored by both sides. `limit`: allowed mean exp|difference|, e.g. 1.05."""
 
     def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: PromptEncoder, limit: float):
-        samples = [Sample(prompt, tuple(response), 1.0, 1.0, 0.0) for prompt, response in sequences]
+        samples = [Sample(prompt, response, 1.0, 1.0, 0.0) for prompt, response in sequences]
         self._sequences, self._limit = samples, limit
         self._batch = pack(samples, max_tokens=1 << 30, encode=encode)
 

@@ -44,8 +44,8 @@ class Vocabulary:
         length = stops[0] + 1 if stops else len(ids)
         return Rollout(
             prompt=prompt,
-            response_ids=tuple(ids[:length]),
-            logp_rollout=tuple(logps[:length]),
+            response_ids=ids[:length],
+            logp_rollout=logps[:length],
             finish_reason="stop" if stops else "length",
             text=self.tokenizer.decode(ids[: length - bool(stops)], skip_special_tokens=True),
             version=version,

@@ -13,7 +13,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.images import ImageTransform, load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
-from vold.types import Prompt
+from vold.types import Prompt, TokenIds
 
 
 class TeacherPromptEncoder:
@@ -43,5 +43,5 @@ class TeacherPromptEncoder:
     def _teacher_prompt(self, prompt: Prompt) -> Prompt:
         return replace(prompt, token_ids=self._token_ids(prompt.id))
 
-    def _render(self, id: str):
+    def _render(self, id: str) -> TokenIds:
         return build_prompt(self._problems[id], self._tokenizer, self._config).token_ids

@@ -19,7 +19,7 @@ from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, room_to
 from vold.rollout.vllm.remote import RemoteEngines
 from vold.types import Rollout
 
-Scores = list[tuple[float, ...] | None]
+Scores = list[list[float] | None]
 
 AT_ONCE = 8
 """Calls of `submit` that wait for engines of their own side by side."""
@@ -67,4 +67,4 @@ class VllmTeacher:
 
     def _score(self, requests: Sequence[Request]) -> Scores:
         answers = dict(self._engines.stream(requests))
-        return [tuple(answers[place].scored) if answers[place] else None for place in range(len(requests))]
+        return [answers[place].scored if answers[place] else None for place in range(len(requests))]

@@ -68,7 +68,7 @@ def _sampling_seed(seed: int, step: int, call: int, portion: int) -> int:
 class RemoteTeacher(Protocol):
     """A teacher in processes of its own, asked for a group as soon as it is graded."""
 
-    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[tuple[float, ...] | None]]:
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[list[Sequence[float] | None]]:
         """Log-probs (nats, at the rollouts' temperature) of each response's ids; None where the call failed."""
         ...
 
@@ -134,7 +134,7 @@ class RolloutWorker:
         goes."""
         started, finished, groups = time.perf_counter(), [], {}
         asked, tokens = sum(len(call.prompts) for call in calls), 0
-        scores: dict[int, Future[list[tuple[float, ...] | None]]] = {}
+        scores: dict[int, Future[list[Sequence[float] | None]]] = {}
         for place, rollouts in self._stream(calls, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
@@ -170,7 +170,7 @@ class RolloutWorker:
         wanted = self.objective.needs_teacher_logprobs(group)
         return [rollout for rollout, wants in zip(group.rollouts, wanted, strict=True) if wants]
 
-    def _with_scores(self, group: Group, found: Sequence[tuple[float, ...] | None]) -> Group:
+    def _with_scores(self, group: Group, found: Sequence[Sequence[float] | None]) -> Group:
         scored = iter(found)
         rollouts = [
             replace(rollout, logp_teacher=next(scored) or ()) if wants else rollout
@@ -196,7 +196,7 @@ def mask_unscored(samples: Sequence[Sample]) -> list[Sample]:
     """Without the samples' weights for which the teacher did not answer: they stay in their group's baseline and in
     the normaliser, and teach nothing."""
     return [
-        replace(sample, pg_weight=0.0, kl_weight=0.0) if sample.kl_weight and sample.logp_teacher == () else sample
+        replace(sample, pg_weight=0.0, kl_weight=0.0) if sample.kl_weight and sample.teacher_failed else sample
         for sample in samples
     ]
 
@@ -226,7 +226,7 @@ def teacher_metrics(samples: Sequence[Sample], length: Callable[[Prompt], int]) 
     PromptEncoder)."""
     lengths = [length(sample.prompt) + len(sample.response_ids) for sample in samples]
     read = sum(tokens for tokens, sample in zip(lengths, samples, strict=True) if sample.kl_weight)
-    failed = sum(sample.kl_weight != 0.0 and sample.logp_teacher == () for sample in samples)
+    failed = sum(sample.kl_weight != 0.0 and sample.teacher_failed for sample in samples)
     return {"teacher_saved": 1.0 - read / max(sum(lengths), 1), "teacher_failed": float(failed)}
 
 
@@ -261,7 +261,7 @@ def group_rows(
         row = answer_row(rollout, verdict)
         row |= {"reward": reward, "advantage": samples[place].advantage, "mean_kl": report.mean_kl.get(place)}
         if logps := report.tokens.get(place):
-            row["tokens"] = token_texts(tokenizer, rollout.response_ids)
+            row["tokens"] = token_texts(tokenizer, rollout.response_ids.tolist())
             row |= {name: [round(logp, 3) for logp in values] for name, values in logps.items()}
         rows.append(row)
     return rows

@@ -55,7 +55,7 @@ def _prompts(config: TracesConfig, job: Job) -> tuple[list[Prompt], dict[str, in
     usable = build_prompts(problems, load_tokenizer(config.teacher), config.prompt, config.data.on_error)
     first: dict[tuple, Prompt] = {}  # of those that read the same
     for prompt in usable:
-        first.setdefault((prompt.token_ids, prompt.images), prompt)
+        first.setdefault((prompt.token_ids.tobytes(), prompt.images), prompt)
     left_out = {
         "rows_skipped": len(skipped),
         "prompts_too_long": len(problems) - len(usable),

@@ -69,7 +69,7 @@ class TransformersSampler:
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
         """See Sampler. One sequence, no padding."""
         inputs = self._inputs([prompt])
-        response = torch.tensor([list(response_ids)], device=self._device)
+        response = torch.tensor(response_ids, dtype=torch.int64, device=self._device)[None]
         inputs = _append(inputs, response)
         logits = self._model(**inputs, use_cache=False, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
         logp = logits[:, : self._vocabulary.real].float().log_softmax(-1)
@@ -101,7 +101,7 @@ class TransformersSampler:
         """Left-padded ids and mask; with images also their pixels, grids and token types."""
         pictures = [self.images.read(prompt.images) if prompt.images else () for prompt in prompts]
         rows = [
-            self.images.expand(prompt.token_ids, seen) if seen else list(prompt.token_ids)
+            self.images.expand(prompt.token_ids, seen) if seen else prompt.token_ids
             for prompt, seen in zip(prompts, pictures, strict=True)
         ]
         ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)

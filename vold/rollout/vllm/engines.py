@@ -27,7 +27,7 @@ class Request:
     """`token_ids` with one image-pad id per image, which vLLM expands; `params`: fields of vLLM's SamplingParams;
     `scored`: how many of the last ids want a log-probability, see `scoring`."""
 
-    token_ids: Sequence[int]
+    token_ids: list[int]
     images: Sequence[Path]
     params: dict[str, Any]
     scored: int = 0
@@ -36,7 +36,8 @@ class Request:
     def scoring(cls, prompt: Prompt, response_ids: Sequence[int]) -> Request:
         """Asks for the log-probabilities of a response that is there already. vLLM draws at least one token more."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        return cls((*prompt.token_ids, *response_ids), prompt.images, params, scored=len(response_ids))
+        ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]
+        return cls(ids, prompt.images, params, scored=len(response_ids))
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _world_size() -> int:
 
 def vllm_prompt(request: Request) -> dict:
     """A request as `LLM.generate` takes it."""
-    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+    prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
     if request.images:
         prompt["multi_modal_data"] = {"image": [read_picture(path) for path in request.images]}
     return prompt

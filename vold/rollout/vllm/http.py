@@ -49,7 +49,7 @@ class Calls:
 
 def generate(url: str, request: Request, label: str, timeout: float, calls: Calls | None = None) -> Answer:
     """Raises EngineFailed for anything but a complete answer by the weights called `label`."""
-    body = {"token_ids": list(request.token_ids), "sampling_params": {**request.params, "detokenize": False}}
+    body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
     if request.images:
         body["content_parts"] = [{"type": "image_url", "url": _data_url(path)} for path in request.images]
     found = post(url, "/inference/v1/generate", body, timeout, calls)

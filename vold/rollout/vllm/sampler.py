@@ -80,8 +80,9 @@ class VllmSampler:
         }
         places = [place for place, prompt in enumerate(prompts) if prompt.id not in answered]
         requests = [
-            Request(prompts[place].token_ids, prompts[place].images, {**params, "seed": first + place * responses})
-            for place in places
+            Request(prompt.token_ids.tolist(), prompt.images, {**params, "seed": first + place * responses})
+            for place, prompt in enumerate(prompts)
+            if prompt.id not in answered
         ]
         version = self._version
         for number, answer in self._engines.stream(requests):

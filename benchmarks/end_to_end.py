@@ -128,7 +128,7 @@ def run_vold(job: Job, turn: Turn) -> None:
     class FixedLengthSampler(TransformersSampler):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._vocabulary = replace(self._vocabulary, stop=())
+            self._vocabulary = replace(self._vocabulary, stop_ids=())
 
     draw, write = RolloutWorker.draw, RunLog.write
 

@@ -190,7 +190,7 @@ def measure(step: Step, providers: list[str], device: torch.device, runs: int) -
             reset_peak(device)
             spent = seconds(lambda name=name: step.run(name), device)
             on_cpu = peak_bytes(device)  # on CUDA the phases have reset torch's counter, and kept the peak
-            phases = step.trainer.phases.read()
+            phases = step.trainer.phases.finish_step()
             if turn:
                 peak = phases["memory_gib_step"] * 2**30 if device.type == "cuda" else on_cpu
                 result["seconds"].append(spent)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "io", "seeding", "config", "parallel"},
+    {"types", "io", "jsonl", "seeding", "config", "parallel"},
     {"grading", "objectives"},
     {"data"},
     {"models", "report"},

@@ -20,8 +20,8 @@ from vold.models.architecture import Architecture
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_vocabularies, load_tokenizer
 from vold.objectives import likelihood
+from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.vllm.engines import Request, vllm_prompt
-from vold.rollout.vocabulary import Vocabulary
 from vold.types import Sample
 
 ROOT = Path(__file__).parents[1]
@@ -194,12 +194,12 @@ def test_it_has_its_tests(bug):
 
 def test_trl_5224_ids_that_text_does_not_bring_back(tiny_student_dir):
     """A response may spell its text as no tokenizer would; what is trained are its ids all the same."""
-    vocabulary = Vocabulary.of(tiny_student_dir)
+    vocabulary = SamplingVocabulary.from_checkpoint(tiny_student_dir)
     tokenizer = vocabulary.tokenizer
     unknown, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
     ids = (*tokenizer.convert_tokens_to_ids(["7", "*"]), unknown, tokenizer.convert_tokens_to_ids("6"), eos)
     prompt = build_prompt(Problem("p", "[7*6]"), tokenizer, PromptConfig(suffix=""))
-    rollout = vocabulary.rollout(prompt, ids, [-0.1] * len(ids), version=0)
+    rollout = vocabulary.make_rollout(prompt, ids, [-0.1] * len(ids), version=0)
     assert tokenizer(rollout.text, add_special_tokens=False)["input_ids"] != rollout.response_ids[:-1].tolist()
     assert tuple(rollout.response_ids) == ids
     sample = Sample(prompt, rollout.response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)
@@ -251,14 +251,14 @@ def test_trl_6718_the_engine_gets_one_pad_an_image(tiny_student_dir, tmp_path):
 
 def test_trl_7039_every_end_of_the_generation_config_ends(tiny_student_dir):
     """Qwen3 has two; the first that comes ends the response, and one that was cut off gets none."""
-    vocabulary = Vocabulary.of(tiny_student_dir)
-    one, other, plain = vocabulary.stop[0], 3, 9
-    both = Vocabulary(vocabulary.real, vocabulary.banned, (one, other), vocabulary.tokenizer)
+    vocabulary = SamplingVocabulary.from_checkpoint(tiny_student_dir)
+    one, other, plain = vocabulary.stop_ids[0], 3, 9
+    both = SamplingVocabulary(vocabulary.size, vocabulary.banned_ids, (one, other), vocabulary.tokenizer)
     prompt = build_prompt(Problem("p", "[7]"), vocabulary.tokenizer, PromptConfig(suffix=""))
     for end in (one, other):
-        ended = both.rollout(prompt, (plain, end, plain, one), [-0.1] * 4, version=0)
+        ended = both.make_rollout(prompt, (plain, end, plain, one), [-0.1] * 4, version=0)
         assert (tuple(ended.response_ids), ended.finish_reason) == ((plain, end), "stop")
-    cut = both.rollout(prompt, (plain, plain), [-0.1] * 2, version=0)
+    cut = both.make_rollout(prompt, (plain, plain), [-0.1] * 2, version=0)
     assert (tuple(cut.response_ids), cut.finish_reason) == ((plain, plain), "length")
 
 

@@ -83,7 +83,7 @@ def measured_training(config: RlConfig) -> float:
 
 
 class PeakBeforeUpdate:
-    """In the place of `Phases`."""
+    """In the place of `PhaseTimers`."""
 
     def __init__(self, live: LiveBytes):
         self.live, self.peak, self.name = live, 0, ""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vold.config.schema import VllmConfig
-from vold.rollout.vllm import remote as vllm_remote
+from vold.rollout.vllm import weight_files
 from vold.rollout.vllm.engines import Request
 from vold.rollout.vllm.remote import RemoteEngines
 
@@ -36,7 +36,7 @@ def main(checkpoint: str, weights_dir: str, *urls: str) -> None:
     made: list[str] = []
     remote.load_weights(weights(made), 1)
     answers = dict(remote.stream([Request((5, 6), (), {"n": 1, "logprobs": 0})] * 12))
-    vllm_remote._write_parts = no_room
+    weight_files.write_parts = no_room
     refused: list[str] = []
     try:
         remote.load_weights(weights(refused), 2)

@@ -48,13 +48,13 @@ def generated(sampler: TransformersSampler, prompt: Prompt, config: SamplingConf
     """The greedy response of transformers' own loop, one prompt at a time."""
     inputs = sampler._inputs([prompt])
     vocabulary = sampler._vocabulary
-    real = list(range(vocabulary.real, sampler._model.get_output_embeddings().weight.shape[0]))
+    real = list(range(vocabulary.size, sampler._model.get_output_embeddings().weight.shape[0]))
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
-        eos_token_id=list(vocabulary.stop),
+        eos_token_id=list(vocabulary.stop_ids),
         pad_token_id=0,
-        suppress_tokens=[*real, *vocabulary.banned],
+        suppress_tokens=[*real, *vocabulary.banned_ids],
     )
     out = sampler._model.generate(**inputs, generation_config=settings)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -93,7 +93,7 @@ def test_finished_responses_leave_the_batch(sampler, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(sampler._model, "forward", watched)
-    everything = replace(sampler._vocabulary, stop=tuple(range(sampler._vocabulary.real)))
+    everything = replace(sampler._vocabulary, stop_ids=tuple(range(sampler._vocabulary.size)))
     monkeypatch.setattr(sampler, "_vocabulary", everything)
     rollouts = sampler.sample(prompts(2), SAMPLED, responses=3, seed=0)
     assert all(len(r.response_ids) == 1 and r.finish_reason == "stop" for r in rollouts)
@@ -105,7 +105,7 @@ def test_padded_and_banned_ids_are_never_drawn_and_the_seed_decides(sampler):
     first, again, other = (sampler.sample(prompts(), config, responses=8, seed=seed) for seed in (3, 3, 4))
     assert ids_of(first) == ids_of(again) != ids_of(other)
     drawn = {token for rollout in first for token in rollout.response_ids}
-    assert max(drawn) < sampler._vocabulary.real and not drawn & set(sampler._vocabulary.banned)
+    assert max(drawn) < sampler._vocabulary.size and not drawn & set(sampler._vocabulary.banned_ids)
 
 
 def test_top_k_restricts_the_draw_but_not_the_logprob(sampler):
@@ -118,7 +118,7 @@ def test_top_k_restricts_the_draw_but_not_the_logprob(sampler):
 
 def test_the_cache_grows_beyond_its_room(monkeypatch, sampler):
     expected = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
-    monkeypatch.setattr(decode.RoomyLayer, "ROOM", 2)
+    monkeypatch.setattr(decode.PreallocatedLayer, "SPARE_TOKENS", 2)
     assert ids_of(sampler.sample(prompts(), GREEDY, responses=1, seed=0)) == ids_of(expected)
 
 

@@ -11,14 +11,19 @@ from safetensors.torch import load_file
 
 from support.fake_engine import FakeEngine
 from vold.config.schema import VllmConfig
-from vold.rollout.vllm import remote as vllm_remote
-from vold.rollout.vllm import weight_stream
+from vold.io import configure_logging
+from vold.rollout.vllm import weight_files, weight_stream
 from vold.rollout.vllm.engines import Request
-from vold.rollout.vllm.remote import RemoteEngines, goes_by_stream
+from vold.rollout.vllm.remote import RemoteEngines, syncs_by_stream
 
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.
 FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "nan", "restarted"]
+
+
+@pytest.fixture(autouse=True)
+def warnings_on_standard_error():
+    configure_logging()
 
 
 @pytest.fixture
@@ -119,7 +124,7 @@ def test_an_engine_started_again_is_found_before_the_next_weights(two, connect, 
     assert complete(remote)
     two[0].stop()
     two[0] = FakeEngine(two[0].port)  # with the weights of the checkpoint, and no name for them
-    remote._next_look = 0.0
+    remote._pool.next_check = 0.0
     assert complete(remote) and two[0].answered and two[0].version == two[1].version
     assert f"engine {two[0].url} answers and gets requests again" in capfd.readouterr().err
 
@@ -183,7 +188,7 @@ def test_an_engine_started_again_gets_its_weights_before_it_is_used(two, connect
 
 
 def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_remote, "PART_BYTES", 100)
+    monkeypatch.setattr(weight_files, "PART_BYTES", 100)
     remote = connect(two)
     weights = {f"w{i}": torch.full((10,), float(i)) for i in range(7)}
     for version in (1, 2):
@@ -206,11 +211,11 @@ def test_weights_are_written_in_parts_and_caches_emptied(two, connect, tmp_path,
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "draw"])
 def test_auto_is_a_stream_from_gpus_to_another_machine(monkeypatch, host):
     settings = VllmConfig(urls=("http://localhost:8006", f"http://{host}:8007"))
-    assert not goes_by_stream(settings)  # there is no GPU
-    assert goes_by_stream(settings.model_copy(update={"transport": "nccl"}))
+    assert not syncs_by_stream(settings)  # there is no GPU
+    assert syncs_by_stream(settings.model_copy(update={"transport": "nccl"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert goes_by_stream(settings) == (host == "draw")
-    assert not goes_by_stream(settings.model_copy(update={"transport": "files"}))
+    assert syncs_by_stream(settings) == (host == "draw")
+    assert not syncs_by_stream(settings.model_copy(update={"transport": "files"}))
 
 
 def test_all_engines_receive_one_stream(two, connect):
@@ -244,7 +249,7 @@ def test_an_engine_that_dies_in_the_stream_stops_the_run_in_one_line(two, connec
     two[0].fault = "dies"
     made = []
     weights = ((f"w{i}", made.append(i) or torch.ones(2)) for i in range(4))
-    with pytest.raises(ValueError, match=r"weights were not handed over .*vllm.transport = 'nccl'") as error:
+    with pytest.raises(ValueError, match=r"weights were not sent .*vllm.transport = 'nccl'") as error:
         remote.load_weights(weights, 1)
     assert "\n" not in str(error.value) and made == [0, 1, 2, 3], "other ranks go through all of it, so does this one"
 

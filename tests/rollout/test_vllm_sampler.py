@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vold.config.schema import SamplingConfig
-from vold.rollout.vllm.engines import Answer, Request, Response
+from vold.io import configure_logging
+from vold.rollout.vllm.engines import EngineOutput, Request, Response
 from vold.rollout.vllm.sampler import VllmSampler
 from vold.types import Prompt
 
@@ -23,7 +24,7 @@ class Backwards:
         for place in reversed(range(len(requests))):
             params = requests[place].params
             drawn = [[requests[place].token_ids[0], params.get("seed", 0) % 97 + n] for n in range(params.get("n", 1))]
-            yield place, None if place in self.lost else Answer([Response(ids, [-0.5] * 2) for ids in drawn], [])
+            yield place, None if place in self.lost else EngineOutput([Response(ids, [-0.5] * 2) for ids in drawn], [])
 
     def load_weights(self, named_weights, version: int) -> None:
         list(named_weights)
@@ -54,6 +55,7 @@ def test_a_greedy_group_is_whole_too(sampler):
 
 
 def test_a_lost_group_is_named_and_left_out(sampler, capfd):
+    configure_logging()
     groups = list(sampler(lost=(1,)).stream(PROMPTS, SAMPLED, responses=3, seed=5))
     assert [group[0].prompt.id for group in groups] == ["p3", "p2", "p0"] and all(len(group) == 3 for group in groups)
     assert capfd.readouterr().err.splitlines() == ["vold: prompt p1 is left out: its request failed"]

@@ -9,10 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from vold.config.schema import EvalConfig
+from vold.io import configure_logging
 from vold.run import loggers
 from vold.run.run_dir import RunLog, read_rows
 
 ROWS = [{"reward": 0.25, "nll": float("nan"), "note": None}, {"reward": 0.5}, {"reward": 0.75}]
+
+
+@pytest.fixture(autouse=True)
+def warnings_on_standard_error():
+    configure_logging()
 
 
 def config(tmp_path, *names, **more):
@@ -23,7 +29,7 @@ def write(config, rows=ROWS, first=1, resume=False):
     log = RunLog(config, "eval", writer=True, total=len(rows))
     log.open(resume=resume)
     for step, row in enumerate(rows, start=first):
-        log.write(step, row)
+        log.log_step(step, row)
     log.close()
     return read_rows(config.run_dir / "metrics.jsonl")
 
@@ -134,7 +140,7 @@ def test_other_ranks_and_runs_without_loggers_open_none(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "SINKS", {})  # any use of it is a KeyError, printed
     write(config(tmp_path))
     quiet = RunLog(config(tmp_path, "wandb"), "eval", writer=False, total=1)
-    quiet.write(1, {"reward": 1.0})
+    quiet.log_step(1, {"reward": 1.0})
     quiet.close()
 
 

@@ -21,7 +21,7 @@ from vold.models.images import load_prompt_encoder
 from vold.objectives.visual_advantage import degrade, token_advantage, weigh_siblings
 from vold.run.job import Job
 from vold.run.run_dir import read_rows
-from vold.run.timers import Phases
+from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher, TeacherPromptEncoder, VisualAdvantageTeacher
 from vold.train import rl, sft
 from vold.train.image_sensitivity import ImageSensitivity
@@ -223,7 +223,7 @@ def test_visual_reliance_is_the_difference_of_two_readings(samples, world, layou
 
 
 class NoLog:
-    phase = Phases()
+    phase = PhaseTimers()
 
 
 def by_transformers(directory, sample, change=None) -> torch.Tensor:

@@ -31,7 +31,7 @@ from vold.objectives import build_objective
 from vold.rollout import TransformersSampler
 from vold.run.run_dir import RunLog, read_rows
 from vold.run.step_profiler import StepProfiler
-from vold.run.timers import Phases
+from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher
 from vold.train import groups, rl
 from vold.train.groups import RankRollouts, RolloutWorker, VerdictReward
@@ -128,9 +128,9 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
     monkeypatch.setattr(Trainer, "step", training)
     monkeypatch.setattr(RolloutWorker, "draw", drawing)
     rl.run(load("rl", tmp_path, *SHORT, "rollout.lag=1"), profiler=Kept())
-    assert ("rollout", Phases.LANE) in lanes[0] and ("rollout_wait", Phases.LANE) in lanes[1]
+    assert ("rollout", PhaseTimers.MAIN_THREAD) in lanes[0] and ("rollout_wait", PhaseTimers.MAIN_THREAD) in lanes[1]
     assert all(("rollout", "rollout") in found for found in lanes[:2])
-    assert ("rollout", "rollout") not in lanes[2] and all(("train", Phases.LANE) in found for found in lanes)
+    assert ("rollout", "rollout") not in lanes[2] and all(("train", PhaseTimers.MAIN_THREAD) in found for found in lanes)
 
 
 def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monkeypatch):

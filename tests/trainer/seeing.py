@@ -22,7 +22,7 @@ from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise, shutdown
 from vold.run.job import Job
-from vold.run.timers import Phases
+from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher, VisualAdvantageTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.trainer.checkpoint import Checkpoints
@@ -172,7 +172,7 @@ def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[fl
 
 
 class NoLog:
-    phase = Phases()
+    phase = PhaseTimers()
 
 
 def image_sensitivity(trainer: Trainer, layout) -> dict[str, float]:

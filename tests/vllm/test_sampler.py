@@ -128,7 +128,7 @@ def all_logits(sampler: TransformersSampler, rollout) -> torch.Tensor:
 
     inputs = _append(sampler._inputs([rollout.prompt]), torch.tensor([rollout.response_ids.tolist()]))
     logits = sampler._model(**inputs, use_cache=False, logits_to_keep=len(rollout.response_ids) + 1).logits
-    return logits[0, :-1, : sampler._vocabulary.real].float()
+    return logits[0, :-1, : sampler._vocabulary.size].float()
 
 
 def test_siblings_and_prompts_draw_independently_and_again_the_same(pair, prompts):
@@ -167,6 +167,6 @@ def test_ids_without_a_token_and_image_pads_are_never_drawn(pair, prompts, tiny_
     rollouts = vllm.sample(prompts, SamplingConfig(max_new_tokens=64), responses=8, seed=0)
     vocabulary = transformers._vocabulary
     drawn = {token for rollout in rollouts for token in rollout.response_ids}
-    assert drawn == set(range(vocabulary.real)) - set(vocabulary.banned)
+    assert drawn == set(range(vocabulary.size)) - set(vocabulary.banned_ids)
     logps = [logp for rollout in rollouts for logp in rollout.logp_rollout]
-    assert logps == pytest.approx([-np.log(vocabulary.real)] * len(logps))
+    assert logps == pytest.approx([-np.log(vocabulary.size)] * len(logps))

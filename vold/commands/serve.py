@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
-from vold.rollout.vllm.engines import engine_options, room_to_score
+from vold.rollout.vllm.engines import engine_options, settings_for_scoring
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the addresses through which weights are renewed
@@ -51,4 +51,4 @@ def _sampled_model(config: RlConfig | EvalConfig | TracesConfig) -> tuple[Path, 
 def _teacher(config: RlConfig) -> tuple[Path, VllmConfig]:
     if config.teacher is None:
         raise ValueError("vold serve teacher: this config has no teacher; set teacher: PATH")
-    return config.teacher, room_to_score(config.teacher, config.teacher_vllm)
+    return config.teacher, settings_for_scoring(config.teacher, config.teacher_vllm)

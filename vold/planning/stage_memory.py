@@ -26,7 +26,7 @@ from vold.planning.meta_memory import (
     state_bytes,
     training_peak,
 )
-from vold.rollout.transformers.decode import RoomyLayer
+from vold.rollout.transformers.decode import PreallocatedLayer
 from vold_kernels.chunks import default_budget
 
 TEXT_LAYOUTS = ("orz", "orz-eval", "gsm8k", "traces", "prompt-response")  # whose rows never hold an image
@@ -269,7 +269,7 @@ def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[flo
             return 0.0, {"KV cache": 0.0}
         return (0.0, {"sampler": weights, "KV cache": cache}) if vllm.sleep else (weights + cache, {"KV cache": 0.0})
     rows = sampling.sequences_per_call
-    step = RoomyLayer.ROOM + 1  # tokens that the cache grows by
+    step = PreallocatedLayer.SPARE_TOKENS + 1  # tokens that the cache grows by
     length = config.prompt.max_tokens + -(-(sampling.max_new_tokens - 1) // step) * step
     token = rows * kv_bytes(arch, size)
     cache = token * length + token / arch.layers * (length - step)  # copied a layer at a time when it grows

@@ -245,7 +245,7 @@ _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
 # In the order of a step. page.css colours them --phase-0 … in this order.
 PHASES = (
-    *("rollout", "rollout_wait", "grade", "gather", "teacher", "reliance", "train", *TRAIN_PARTS),
+    *("rollout", "rollout_wait", "grade", "gather", "teacher", "image_sensitivity", "train", *TRAIN_PARTS),
     *("sync", "evaluate", "other"),
 )
 

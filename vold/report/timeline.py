@@ -10,7 +10,7 @@ from typing import Any
 from .health import phase_colours
 from .read import RunRecord, as_number
 
-STEP_LANE = "train"  # vold.run.timers.Phases.LANE: the thread that trains
+STEP_LANE = "train"  # vold.run.timers.PhaseTimers.MAIN_THREAD: the thread that trains
 NARROW = 0.004  # of the timeline: passages of one phase that are nearer to each other are drawn as one
 
 

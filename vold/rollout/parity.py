@@ -1,4 +1,4 @@
-"""After every weight hand-over: do sampler and trainer agree on fixed sequences, one of text and one with an image?"""
+"""The parity probe: after every weight sync, sampler and trainer must agree on a few fixed sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
 
 
 class ParityProbe:
-    """Fixed (prompt, response) pairs scored by both sides. `limit`: allowed mean exp|difference|, e.g. 1.05."""
+    """Fixed (prompt, response ids) pairs that sampler and trainer both score.
+
+    limit: the greatest allowed mean of exp|logp difference| over the tokens, e.g. 1.05.
+    """
 
     def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: PromptEncoder, limit: float):
         samples = [Sample(prompt, response, 1.0, 1.0, 0.0) for prompt, response in sequences]
@@ -21,12 +24,13 @@ class ParityProbe:
         self._batch = pack(samples, max_tokens=1 << 30, encode=encode)
 
     def check(self, sampler: Sampler, trainer_logprobs: TrainerLogprobs) -> dict[str, float]:
-        """`parity_error` = mean exp|logp sampler - logp trainer| over all tokens; ValueError beyond the limit."""
-        trained = trainer_logprobs(self._batch)
+        """`parity_error`, the mean of exp|logp sampler - logp trainer| over all tokens, and `parity_max`, the greatest
+        difference in nats. Raises ValueError where the error exceeds the limit."""
+        logp_trainer = trainer_logprobs(self._batch)
         gaps = [
             abs(a - b)
-            for place, sample in enumerate(self._sequences)
-            for a, b in zip(sampler.score(sample.prompt, sample.response_ids), trained[place], strict=True)
+            for index, sample in enumerate(self._sequences)
+            for a, b in zip(sampler.score(sample.prompt, sample.response_ids), logp_trainer[index], strict=True)
         ]
         error = sum(math.exp(min(gap, 50.0)) for gap in gaps) / len(gaps)
         if not error <= self._limit:

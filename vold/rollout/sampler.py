@@ -1,4 +1,4 @@
-"""What the trainer needs of a sampling engine. Token ids in, token ids out; text is for people only."""
+"""The interface between the trainer and a sampling engine: token ids in, token ids out. Text is for people only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from vold.types import Prompt, Rollout
 
 
 class Sampler(Protocol):
-    """One engine's copy of the policy. `images` reads pictures as the policy sees them; None for a text model."""
+    """One engine's copy of the policy.
+
+    images: reads pictures as the policy's processor does; None for a text model.
+    """
 
     images: ImageProcessor | None
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
-        """`responses` rollouts of each prompt, siblings adjacent, order kept. The same seed gives the same ids."""
+        """`responses` rollouts of each prompt, siblings adjacent, in the prompts' order. The same seed gives the same
+        ids."""
         ...
 
     def stream(
@@ -30,9 +34,12 @@ class Sampler(Protocol):
         seed: int,
         answered: Collection[str] = (),
     ) -> Iterator[list[Rollout]]:
-        """The same rollouts, the siblings of one prompt at a time, in the order they finish. A group is complete or
-        does not come: a prompt that never comes was lost, and the engine has named it. What is drawn does not depend
-        on the order. Prompts whose ids are `answered` do not come; the others draw as if they did."""
+        """The rollouts of `sample`, one prompt's siblings at a time, in the order they finish.
+
+        A group is complete or missing: a prompt whose requests failed never comes, and the engine logs its id. The
+        sampled ids do not depend on the order. Prompts whose ids are in `answered` are left out; the ids of the others
+        are the same as if they were not.
+        """
         ...
 
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
@@ -40,7 +47,9 @@ class Sampler(Protocol):
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Overwrite weights in place, by transformers' names; those left out (a frozen vision tower) stay. Every
-        rank calls it, also where only one holds an engine: the stream may be a collective. Rollouts drawn afterwards
-        carry a `version` one higher."""
+        """Overwrite weights in place, by transformers' names; weights that are left out (a frozen vision tower) stay.
+
+        Every rank calls it, also where only one holds an engine: the stream may be a collective. Rollouts sampled
+        afterwards carry a `version` one higher.
+        """
         ...

@@ -1,4 +1,4 @@
-"""What every stage opens first: layout, run directory, and a few sums over ranks."""
+"""The job that every stage opens first: parallel layout, run directory, and exchanges between ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vold.config.schema import RunConfig
+from vold.io import configure_logging
 from vold.models.flops import peak_flops
 from vold.parallel.collectives import run_on_all_ranks, set_collective_timeout
 from vold.parallel.launch import Layout, initialise
@@ -31,34 +32,38 @@ class Job:
         return dist.get_rank() == 0
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return dist.get_world_size()
 
-    def share(self, items: Sequence[ItemT]) -> list[ItemT]:
-        """What this rank samples and grades: every world-th item. Each rank has a sampler of its own, also where
-        several share a copy of the trained model, so none waits."""
-        return list(items[dist.get_rank() :: self.world])
+    def shard(self, items: Sequence[ItemT]) -> list[ItemT]:
+        """This rank's items to sample and grade: every world_size-th. Each rank has its own sampler, also where several
+        ranks share a copy of the trained model, so none is idle."""
+        return list(items[dist.get_rank() :: self.world_size])
 
-    def from_writer(self, value: ItemT) -> ItemT:
-        """The writing rank's `value` on every rank."""
+    def broadcast(self, value: ItemT) -> ItemT:
+        """Rank 0's `value` on every rank. All ranks call."""
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.layout.device)
         return box[0]
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """Every rank's small objects on every rank, interleaved so that `share` is undone."""
-        shares: list[list[Any]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(shares, items)
-        longest = max(map(len, shares))
-        return [share[row] for row in range(longest) for share in shares if row < len(share)]
+        """The items of all ranks on every rank, interleaved as before `shard`. They are pickled. All ranks call."""
+        shards: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(shards, items)
+        longest = max(map(len, shards))
+        return [shard[row] for row in range(longest) for shard in shards if row < len(shard)]
 
 
 def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) -> Job:
-    """Start the process groups and the run directory. Raises ValueError (on every rank) when they do not fit."""
+    """Start logging, the process groups and the run directory.
+
+    total: steps of the progress bar. Raises ValueError (on every rank) when the parallel sizes do not fit the number of
+    processes, or the run directory holds another run.
+    """
+    configure_logging()
     layout = initialise(**config.parallel.model_dump(), seed=config.seed)
     set_collective_timeout(config.timeout_seconds)
-    peak = peak_flops(layout.device)
-    peak = peak and peak * dist.get_world_size()
+    peak = (peak_flops(layout.device) or 0.0) * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
     run_on_all_ranks(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)

@@ -1,29 +1,27 @@
-"""Where a run's numbers go besides metrics.jsonl, by one key: `loggers: [tensorboard, wandb, trackio]`.
+"""Experiment trackers beside metrics.jsonl, by one key: `loggers: [tensorboard, wandb, trackio]`.
 
-None of them may cost a run anything: one that cannot start or fails later is named once on standard error and left out
-from then on. None needs a network: TensorBoard and trackio write files, wandb is offline (`wandb sync` uploads later)
-unless WANDB_API_KEY or WANDB_MODE says otherwise.
+No tracker can end a run: one that cannot start or fails later is named once in a warning and left out from then on.
+None needs a network: TensorBoard and trackio write files, wandb is offline (`wandb sync` uploads later) unless
+WANDB_API_KEY or WANDB_MODE says otherwise.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 import yaml
 
-from vold.config import dump_config
-from vold.config.schema import RunConfig
+from vold.io import log
 
 
 class Sink(Protocol):
-    """One opened logger."""
+    """One opened tracker."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -31,12 +29,15 @@ class Sink(Protocol):
 
 
 class Loggers:
-    """The sinks of `config.loggers`. Each is opened by the first step it gets, so a resumed run knows where it is."""
+    """The trackers of `names`. Each is opened by the first step it gets, so a resumed run continues at its step.
 
-    def __init__(self, config: RunConfig, verb: str):
+    settings: the run's whole config, which the trackers show.
+    """
+
+    def __init__(self, names: Sequence[str], run_dir: Path, settings: dict):
         self._open: dict[str, Sink] = {}
-        self._names = list(dict.fromkeys(config.loggers))
-        self._run_dir, self._settings = config.run_dir, yaml.safe_load(dump_config(config, verb))
+        self._names = list(dict.fromkeys(names))
+        self._run_dir, self._settings = run_dir, settings
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """The finite numbers of one finished step (1-based)."""
@@ -63,7 +64,7 @@ class Loggers:
             self._open.pop(name, None)
             fix = f"; pip install {name}" if isinstance(error, ImportError) else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"vold: logger {name} is left out ({reason}{fix}); metrics.jsonl has everything", file=sys.stderr)
+            log.warning(f"logger {name} is left out ({reason}{fix}); metrics.jsonl has everything")
 
 
 class _TensorBoard:

@@ -1,10 +1,15 @@
-"""A run directory: config.yaml, metrics.jsonl (one object a step), samples.jsonl, prompts.jsonl (one object for each
-prompt that was asked), timeline.jsonl (phases of the last few steps), and a progress line on a terminal."""
+"""The run directory and the progress line.
+
+config.yaml      the validated config
+metrics.jsonl    one object a step
+samples.jsonl    a few responses of each step
+prompts.jsonl    one object for each prompt that a step sampled, with its pass rate and rewards
+timeline.jsonl   the phases of the last few steps
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -17,10 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
+from vold.io import append_jsonl, write_atomically
+from vold.jsonl import read_jsonl
 from vold.run.loggers import Loggers
-from vold.run.timers import Phases
+from vold.run.timers import PhaseTimers
 
-# what shows that a run got somewhere
+# any of these shows that a run got past its start
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
 # keys that may differ between a run and its resumption
 FREE_KEYS = (
@@ -38,19 +45,23 @@ FREE_KEYS = (
     "teacher_vllm",
     "loggers",
 )
-TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few tell what a run is like
+TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few steps represent the run
 
 
 class RunLog:
-    """Rank 0 writes; other ranks hold the same object and do nothing."""
+    """Writes the run directory and the progress line on rank 0. Other ranks hold the same object, which writes nothing.
+
+    phase        timers of the step in progress: `with log.phase("train"):`
+    peak_flops   FLOP/s of all ranks together, which `mfu` refers to; unknown where None or 0
+    """
 
     def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int, peak_flops: float | None = None):
         self.path, self._writer = config.run_dir, writer
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
-        self._loggers = Loggers(config, verb)
+        self._loggers = Loggers(config.loggers, config.run_dir, yaml.safe_load(dump_config(config, verb)))
         self._progress = _progress(writer)
-        self._task = self._progress.add_task(verb, total=total, note="", live="")
-        self.phase = Phases()
+        self._task = self._progress.add_task(verb, total=total, note="", status="")
+        self.phase = PhaseTimers()
         self._step_started, self._cpu_started = time.perf_counter(), time.process_time()
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
 
@@ -59,36 +70,44 @@ class RunLog:
         if self._writer:
             check_run_dir(self._config, self._verb, resume)
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / "config.yaml", dump_config(self._config, self._verb))
+            write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
         self._progress.start()
 
-    def expect(self, total: int) -> None:
-        """How many steps there will be, where that is known only once the data are read."""
+    def set_total(self, total: int) -> None:
+        """Set the progress bar's total, where it is known only once the data are read."""
         self._progress.update(self._task, total=total)
 
     def advance(self) -> None:
-        """One more is done, where there are no steps to write."""
+        """Move the progress bar by one, where there are no steps to log."""
         self._progress.advance(self._task)
 
-    def rewind(self, step: int) -> dict[str, float]:
-        """Drop rows after `step`: they belong to updates that were never saved. Returns the metrics of `step`, on the
-        writer, where there are any."""
+    def show_status(self, status: str) -> None:
+        """Show what happens inside the step, behind the last step's numbers. Any thread may call."""
+        self._progress.update(self._task, status=status)
+
+    def drop_rows_after(self, step: int) -> dict[str, float]:
+        """Drop rows after `step`: they belong to updates that were never saved.
+
+        Returns the metrics of the last row kept, on rank 0; empty where there is none.
+        """
         if not self._writer:
             return {}
-        last: dict[str, float] = {}
+        last_metrics: dict[str, float] = {}
         for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl"):
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
-                _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
-                last = rows[-1] if rows and name == "metrics.jsonl" else last
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+                last_metrics = rows[-1] if rows and name == "metrics.jsonl" else last_metrics
         self._progress.update(self._task, completed=step)
-        return last
+        return last_metrics
 
-    def write(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
-        """Append one finished step (1-based) and move the progress line. Returns this rank's row: seconds and memory
-        are its own."""
-        phases = self.phase.read()
+    def log_step(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
+        """Append one finished step (1-based) and move the progress line.
+
+        Returns this rank's row; its seconds and memory are this rank's own.
+        """
+        phases = self.phase.finish_step()
         now, cpu = time.perf_counter(), time.process_time()
         seconds, self._step_started = now - self._step_started, now
         row = {"step": step, "seconds": seconds, **metrics, **phases, "peak_memory_gib": self.phase.peak_gib}
@@ -100,34 +119,33 @@ class RunLog:
         if self._peak_flops and "train_tflop" in metrics:
             row["mfu"] = metrics["train_tflop"] * 1e12 / row["seconds_train"] / self._peak_flops
         if self._writer:
-            _append(self.path / "metrics.jsonl", [row])
-            _append(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
+            append_jsonl(self.path / "metrics.jsonl", [row])
+            append_jsonl(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._loggers.log(step, row)
             self._timeline.append({"step": step, "seconds": seconds, "intervals": self.phase.intervals})
-            _replace(self.path / "timeline.jsonl", "".join(json.dumps(kept) + "\n" for kept in self._timeline))
+            write_atomically(self.path / "timeline.jsonl", "".join(json.dumps(row) + "\n" for row in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 
-    def metrics(self) -> list[dict]:
-        """Rows of metrics.jsonl, on rank 0."""
-        path = self.path / "metrics.jsonl"
-        return read_rows(path) if self._writer and path.exists() else []
-
-    def asked(self, step: int, prompts: Iterable[dict]) -> None:
-        """Append to prompts.jsonl what a step (1-based) asked."""
+    def log_prompts(self, step: int, prompts: Iterable[dict]) -> None:
+        """Append the prompts that a step (1-based) sampled to prompts.jsonl."""
         if self._writer:
-            _append(self.path / "prompts.jsonl", [{"step": step, **prompt} for prompt in prompts])
+            append_jsonl(self.path / "prompts.jsonl", [{"step": step, **prompt} for prompt in prompts])
+
+    def read_metrics(self) -> list[dict]:
+        """Rows of metrics.jsonl, on rank 0."""
+        return self._read("metrics.jsonl")
 
     def read_prompt_log(self) -> list[dict]:
         """Rows of prompts.jsonl, on rank 0."""
-        path = self.path / "prompts.jsonl"
+        return self._read("prompts.jsonl")
+
+    def _read(self, name: str) -> list[dict]:
+        path = self.path / name
         return read_rows(path) if self._writer and path.exists() else []
 
-    def live(self, note: str) -> None:
-        """What is going on inside the step, behind what the last one came to. Any thread may call."""
-        self._progress.update(self._task, live=note)
-
     def close(self) -> None:
+        """Stop the progress line and the loggers."""
         self._progress.stop()
         self._loggers.close()
 
@@ -155,50 +173,36 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
 
 
 def _bound_keys(tree: dict, section: str = "") -> dict:
-    """section.key -> value, without what may change."""
-    found = {}
+    """section.key -> value of every key that a resumed run must keep."""
+    bound = {}
     for name, value in tree.items():
         if (key := f"{section}{name}") in FREE_KEYS:
             continue
-        found |= _bound_keys(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
-    return found
+        bound |= _bound_keys(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return bound
 
 
 def read_config(saved: Path) -> dict:
-    """A run directory's config.yaml, as it is. Raises ValueError for one that holds no config."""
+    """A run directory's config.yaml, unvalidated. Raises ValueError for a file that holds no config."""
     try:
-        found = yaml.safe_load(saved.read_bytes())
+        tree = yaml.safe_load(saved.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        tree = None
+    if not isinstance(tree, dict):
         raise ValueError(f"{saved} is damaged; write the run's own config back, or start another run_dir")
-    return found
+    return tree
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a half-written last line (killed run) is left out. Raises ValueError for other damage."""
-    rows, lines = [], path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_row(line))
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            raise ValueError(f"{path} line {number} is damaged; mend it or delete the lines from there on") from None
-    return rows
-
-
-def _row(line: bytes) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
-        raise ValueError
-    return row
+    """Rows of a run's JSONL file; a half-written last line (killed run) is left out. Raises ValueError for other
+    damage."""
+    return read_jsonl(path, lambda row: isinstance(row.get("step", 0), int))
 
 
 def progress_note(row: dict[str, float]) -> str:
-    """reward, KL, tokens/s, the rollouts' tail, MFU, memory: those that the step has."""
-    shown = [
-        ("reward", "{:.3f}"),
+    """The step's reward, KL, tokens/s, rollout tail, MFU and memory on one line, as far as it logged them."""
+    formats = [
+        ("reward", "reward {:.3f}"),
         ("nll", "nll {:.4f}"),
         ("kl_teacher", "kl {:.3f}"),
         ("prompts_per_second", "{:.2f} prompts/s"),
@@ -207,8 +211,7 @@ def progress_note(row: dict[str, float]) -> str:
         ("mfu", "mfu {:.1%}"),
         ("peak_memory_gib", "{:.2f} GiB"),
     ]
-    parts = [("reward " + f if key == "reward" else f).format(row[key]) for key, f in shown if key in row]
-    return " · ".join(parts)
+    return " · ".join(text.format(row[key]) for key, text in formats if key in row)
 
 
 def _progress(writer: bool) -> Progress:
@@ -218,21 +221,8 @@ def _progress(writer: bool) -> Progress:
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
-        TextColumn("{task.fields[live]}"),
+        TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         disable=not (writer and sys.stderr.isatty()),
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()

@@ -1,4 +1,4 @@
-"""Watches a stage's steps for `vold profile`."""
+"""The record of a stage's steps that `vold profile` evaluates."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vold.run.timers import Interval
 
 
 class StepProfiler:
-    """Told after every step; keeps this rank's rows of metrics and its intervals, and moves torch's profiler along its
-    schedule."""
+    """Keeps this rank's metrics and intervals of every step, and moves torch's profiler along its schedule."""
 
     def __init__(self, tracer: torch.profiler.profile):
         self.rows: list[dict[str, float]] = []
-        self.intervals: list[Sequence[Interval]] = []  # of each row's step
+        self.intervals: list[Sequence[Interval]] = []  # one entry a step, parallel to rows
         self._tracer = tracer
 
     def step(self, row: dict[str, float], intervals: Sequence[Interval]) -> None:
+        """Record one finished step."""
         self.rows.append(row)
         self.intervals.append(intervals)
         self._tracer.step()

@@ -1,4 +1,4 @@
-"""Where a step's time and memory go, by named phases: seconds, memory, and ranges for profilers (NVTX on CUDA)."""
+"""Seconds and memory of a step by named phases, with ranges for profilers (NVTX on CUDA)."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ GIB = 2**30
 
 
 class Interval(NamedTuple):
-    """One passage of a phase, in seconds since the run's `Phases` was made."""
+    """One passage of a phase, in seconds since the run's `PhaseTimers` was made."""
 
     name: str
-    lane: str
+    thread: str
     start: float
     end: float
 
 
-class Phases:
-    """One rank's phases of the step in progress; `with phases(name)` may be nested and repeated.
+class PhaseTimers:
+    """One rank's timers of the step in progress; `with timers(name)` may be nested and repeated.
 
     On CUDA a phase lies between two events on the stream, which are read when the step is over: work is charged to the
     phase that launched it, and no phase waits for the device. Memory is the phase's peak of what torch has allocated;
-    on a CPU what is resident in the process when the phase ends.
+    on a CPU it is the process's resident memory when the phase ends.
 
-    `intervals`: every passage of the step that was read last, those of `beside` included, for a timeline.
+    intervals   every passage of the last finished step, those of other threads included, for a timeline
+    peak_gib    peak memory of the run so far, GiB
     """
 
-    LANE = "train"
+    MAIN_THREAD = "train"
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
         self._zero, self._host_zero = self._mark(), time.perf_counter()
-        self._lanes: list[ThreadTimers] = []
+        self._threads: list[ThreadTimers] = []
         self.intervals: list[Interval] = []
         self._spans: list[tuple[str, object, object]] = []
         self._without: dict[str, str] = {}
         self._open: list[str] = []
         self._memory: dict[str, float] = defaultdict(float)
-        self.peak_gib = 0.0  # of the run so far
+        self.peak_gib = 0.0
 
     @contextmanager
     def __call__(self, name: str, *, without: str = "") -> Iterator[None]:
-        """Adds what happens inside to phase `name`; `without`: less the seconds of this phase that ran inside it."""
+        """Charge what happens inside to phase `name`.
+
+        without: a phase whose seconds, where it runs inside this one, are subtracted.
+        """
         self._without |= {name: without} if without else {}
         self._note_memory()
         self._open.append(name)
@@ -62,31 +66,31 @@ class Phases:
             self._note_memory()
             self._open.pop()
 
-    def beside(self, lane: str) -> ThreadTimers:
-        """Phases of work in another thread: they take none of the step's seconds, and are there as intervals."""
-        self._lanes.append(ThreadTimers(lane, self._host_zero))
-        return self._lanes[-1]
+    def thread(self, name: str) -> ThreadTimers:
+        """Timers for work in another thread: it appears in `intervals` and takes none of the step's seconds."""
+        self._threads.append(ThreadTimers(name, self._host_zero))
+        return self._threads[-1]
 
-    def read(self) -> dict[str, float]:
+    def finish_step(self) -> dict[str, float]:
         """`seconds_<phase>` and `memory_gib_<phase>` of the step that ends here; the next one starts from nothing."""
         if self._cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
-        self.intervals = [interval for lane in self._lanes for interval in lane.take()]
+        self.intervals = [interval for thread in self._threads for interval in thread.take_finished()]
         for name, started, ended in self._spans:
             seconds[name] += self._between(started, ended)
             start, end = self._between(self._zero, started), self._between(self._zero, ended)
-            self.intervals.append(Interval(name, self.LANE, start, end))
+            self.intervals.append(Interval(name, self.MAIN_THREAD, start, end))
         for name, inner in self._without.items():
             if name in seconds:
                 seconds[name] -= seconds.get(inner, 0.0)
         self._note_memory()
         if not self._cuda:
             self.peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        found = {f"seconds_{name}": value for name, value in seconds.items()}
-        found |= {f"memory_gib_{name}": value for name, value in self._memory.items()}
+        metrics = {f"seconds_{name}": value for name, value in seconds.items()}
+        metrics |= {f"memory_gib_{name}": value for name, value in self._memory.items()}
         self._spans, self._memory = [], defaultdict(float)
-        return found
+        return metrics
 
     def _mark(self):
         if not self._cuda:
@@ -99,7 +103,7 @@ class Phases:
         return started.elapsed_time(ended) / 1000 if self._cuda else ended - started
 
     def _note_memory(self) -> None:
-        """What was used since the last note belongs to every open phase. Both readings are on the host, without
+        """Charge the memory used since the last note to every open phase. Both readings are on the host, without
         waiting for the device."""
         if self._cuda:
             used = torch.cuda.max_memory_allocated() / GIB
@@ -112,11 +116,11 @@ class Phases:
 
 
 class ThreadTimers:
-    """Phases of one thread beside the step. By the host's clock: what runs here waits for its tokens anyway."""
+    """Timers of one thread beside the step's. They use the host's clock: this work waits for its tokens anyway."""
 
     def __init__(self, name: str, zero: float) -> None:
         self._name, self._zero = name, zero
-        self._intervals: deque[Interval] = deque()  # filled by its own thread, emptied by the step's
+        self._finished: deque[Interval] = deque()  # filled by its own thread, emptied by the step's
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -125,12 +129,12 @@ class ThreadTimers:
             with torch.profiler.record_function(name), _nvtx(name, torch.cuda.is_available()):
                 yield
         finally:
-            self._intervals.append(Interval(name, self._name, started, time.perf_counter() - self._zero))
+            self._finished.append(Interval(name, self._name, started, time.perf_counter() - self._zero))
 
-    def take(self) -> Iterator[Interval]:
-        """What has ended since the last call."""
-        while self._intervals:
-            yield self._intervals.popleft()
+    def take_finished(self) -> Iterator[Interval]:
+        """Intervals that have ended since the last call."""
+        while self._finished:
+            yield self._finished.popleft()
 
 
 @contextmanager

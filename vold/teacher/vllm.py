@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
 from vold.models.architecture import Architecture
-from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, room_to_score
+from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, settings_for_scoring
 from vold.rollout.vllm.remote import RemoteEngines
 from vold.types import Rollout
 
@@ -41,7 +41,7 @@ class VllmTeacher:
             self._pool = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="teacher")
         else:
             dtype = dtype or AutoConfig.from_pretrained(checkpoint, local_files_only=True).dtype
-            settings = room_to_score(checkpoint, settings)
+            settings = settings_for_scoring(checkpoint, settings)
             self._engines = ColocatedEngine(checkpoint, settings, dtype=dtype, temperature=temperature)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:

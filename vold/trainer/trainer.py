@@ -27,7 +27,7 @@ from vold.models.language_model import LanguageModel, build_chunks, open_vision_
 from vold.models.weights import export_weights, load_pretrained
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
-from vold.run.timers import Phases
+from vold.run.timers import PhaseTimers
 from vold.trainer.device import batch_to
 from vold.trainer.metrics import mean_kl, micro_batch_stats, reduce_stats, token_logps
 from vold.trainer.optimizer import build_optimizer, build_schedule
@@ -69,7 +69,7 @@ class Trainer:
         if objective.teaches_itself:
             average = load_student(student, layout, dtype, train_merger=vision.train_merger)
             self.average = WeightAverage(average, objective.self_teaching.rate)
-        self.phases = Phases()
+        self.phases = PhaseTimers()
 
     # -- one step --------------------------------------------------------------------------------------------------
 

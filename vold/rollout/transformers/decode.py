@@ -1,8 +1,8 @@
 """Sampling from a transformers model, cheaper than its own `generate` where many responses share a prompt: the prompt
-is read once for all its responses, finished responses leave the batch, shared key heads are never repeated, and the
-log-probability of each drawn token is kept on the way.
+is prefilled once for all its responses, finished responses leave the batch, shared key heads are never repeated, and
+the log-probability of each sampled token is kept.
 
-R responses side by side, W prompt width (left-padded), S new tokens at most, V vocabulary.
+P prompts, R responses side by side, W prompt width (left-padded), S new tokens at most, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vold.config.schema import SamplingConfig
-from vold.rollout.vocabulary import Vocabulary
+from vold.rollout.sampling_vocabulary import SamplingVocabulary
 
 GROUPED_SDPA = "vold_grouped_sdpa"
-SWEEP_EVERY = 8  # steps between two looks for finished responses, each a wait for the device
+SWEEP_EVERY = 8  # decoding steps between removals of finished responses, each of which waits for the device
 
 
 @torch.inference_mode()
@@ -36,30 +36,32 @@ def decode(
     inputs: dict[str, Tensor],
     copies: Sequence[int],
     config: SamplingConfig,
-    allowed: Vocabulary,
+    vocabulary: SamplingVocabulary,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Draws `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) with the
-    random numbers of `generator`. Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the
-    sampling temperature, before top-p and top-k; what stands after a response's first stop token has no meaning.
+    """Sample `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) with the
+    random numbers of `generator`.
+
+    Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the sampling temperature, before
+    top-p and top-k. Entries after a response's first stop token have no meaning.
     """
     prompt_of_R = torch.arange(len(copies)).repeat_interleave(torch.tensor(copies)).to(inputs["input_ids"].device)
-    cache, logits_PV, next_position_P = _read_prompts(model, inputs)
+    cache, logits_PV, next_position_P = _prefill(model, inputs)
     cache.batch_select_indices(prompt_of_R)
     logits_RV, position_R = logits_PV[prompt_of_R], next_position_P[prompt_of_R]
-    seen_RW = inputs["attention_mask"][prompt_of_R].bool()
+    mask_RW = inputs["attention_mask"][prompt_of_R].bool()
 
     rows, steps = len(prompt_of_R), config.max_new_tokens
     ids_RS = torch.zeros(rows, steps, dtype=torch.int64, device=logits_RV.device)
     logp_RS = torch.zeros(rows, steps, dtype=torch.float32, device=logits_RV.device)
-    row_of_R = torch.arange(rows, device=logits_RV.device)  # which response each row of the batch still draws
-    stop = torch.tensor(allowed.stop, device=logits_RV.device)
+    row_of_R = torch.arange(rows, device=logits_RV.device)  # the response that each row of the batch samples
+    stop = torch.tensor(vocabulary.stop_ids, device=logits_RV.device)
     finished_R = torch.zeros(rows, dtype=torch.bool, device=logits_RV.device)
-    warp, ban_V = _warpers(config), _ban(allowed, logits_RV.device)
+    warp, ban_V = _warpers(config), _ban(vocabulary, logits_RV.device)
     for step in range(steps):
-        drawn_R, drawn_logp_R = _draw(logits_RV, config.temperature, warp, ban_V, generator)
-        ids_RS[row_of_R, step], logp_RS[row_of_R, step] = drawn_R, drawn_logp_R
-        finished_R |= torch.isin(drawn_R, stop)
+        next_R, next_logp_R = _sample(logits_RV, config.temperature, warp, ban_V, generator)
+        ids_RS[row_of_R, step], logp_RS[row_of_R, step] = next_R, next_logp_R
+        finished_R |= torch.isin(next_R, stop)
         if step + 1 == steps:
             break
         if step % SWEEP_EVERY == SWEEP_EVERY - 1:
@@ -68,12 +70,12 @@ def decode(
                 break
             if len(alive) < len(row_of_R):
                 cache.batch_select_indices(alive)
-                row_of_R, drawn_R, position_R, seen_RW = (x[alive] for x in (row_of_R, drawn_R, position_R, seen_RW))
+                row_of_R, next_R, position_R, mask_RW = (x[alive] for x in (row_of_R, next_R, position_R, mask_RW))
                 finished_R = finished_R[alive]
-        seen_RW = torch.nn.functional.pad(seen_RW, (0, 1), value=True)
+        mask_RW = torch.nn.functional.pad(mask_RW, (0, 1), value=True)
         out = model(
-            input_ids=drawn_R[:, None],
-            attention_mask=seen_RW[:, None, None, :],
+            input_ids=next_R[:, None],
+            attention_mask=mask_RW[:, None, None, :],
             position_ids=position_R[:, None],
             past_key_values=cache,
         )
@@ -81,11 +83,11 @@ def decode(
     return ids_RS, logp_RS
 
 
-def _read_prompts(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, Tensor, Tensor]:
+def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, Tensor, Tensor]:
     """(cache, logits [P, V] after each prompt, position [P] of the token that follows it)."""
-    cache, mask_PW = Cache(layer_class_to_replicate=RoomyLayer), inputs["attention_mask"]
+    cache, mask_PW = Cache(layer_class_to_replicate=PreallocatedLayer), inputs["attention_mask"]
     position_P = mask_PW.sum(-1)
-    if "pixel_values" in inputs:  # the model finds image positions itself, and says by how much they shift the text
+    if "pixel_values" in inputs:  # the model computes image positions itself, and by how much they shift the text
         out = model(**inputs, past_key_values=cache, logits_to_keep=1)
         position_P = position_P + model.base_model.rope_deltas.view(-1)
     else:
@@ -94,41 +96,41 @@ def _read_prompts(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Ca
     return cache, out.logits[:, -1], position_P
 
 
-def _ban(allowed: Vocabulary, device: torch.device) -> Tensor:
-    """[real ids], 0 where an id may be drawn."""
-    ban_V = torch.zeros(allowed.real)
-    ban_V[list(allowed.banned)] = -torch.inf
+def _ban(vocabulary: SamplingVocabulary, device: torch.device) -> Tensor:
+    """float32 [vocabulary.size]: 0 where an id may be sampled, -inf elsewhere."""
+    ban_V = torch.zeros(vocabulary.size)
+    ban_V[list(vocabulary.banned_ids)] = -torch.inf
     return ban_V.to(device)
 
 
-def _draw(
+def _sample(
     logits_RV: Tensor, temperature: float, warp: LogitsProcessorList, ban_V: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One token a row with its log-probability; the most probable one at temperature 0."""
+    """One token of each row with its log-probability (nats); the most probable token at temperature 0."""
     logits_RV = logits_RV[:, : len(ban_V)].float()
     logp_RV = (logits_RV / (temperature or 1.0)).log_softmax(-1)
     scores_RV = logp_RV + ban_V
     if temperature:
-        drawn_R = torch.multinomial(warp(None, scores_RV).exp(), 1, generator=generator)[:, 0]
+        next_R = torch.multinomial(warp(None, scores_RV).exp(), 1, generator=generator)[:, 0]
     else:
-        drawn_R = scores_RV.argmax(-1)
-    return drawn_R, logp_RV.gather(1, drawn_R[:, None])[:, 0]
+        next_R = scores_RV.argmax(-1)
+    return next_R, logp_RV.gather(1, next_R[:, None])[:, 0]
 
 
 def _warpers(config: SamplingConfig) -> LogitsProcessorList:
-    found = LogitsProcessorList()
+    warpers = LogitsProcessorList()
     if config.top_k:
-        found.append(TopKLogitsWarper(config.top_k))
+        warpers.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1.0:
-        found.append(TopPLogitsWarper(config.top_p))
-    return found
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
 
 
-class RoomyLayer(DynamicLayer):
-    """transformers' growing cache, but a token is written into room left for it: the parent copies all keys and values
-    for every new token."""
+class PreallocatedLayer(DynamicLayer):
+    """A growing cache with space for further tokens behind the present ones: its parent in transformers copies all keys
+    and values for every new token."""
 
-    ROOM = 64  # tokens
+    SPARE_TOKENS = 64
     _buffers: tuple[Tensor, Tensor] | None = None  # keys and values are the front of these
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,7 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states)  # the prompt
         length, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if self._buffers is None or self._buffers[0].shape[2] < total:
-            self._buffers = tuple(_with_room(kept, total + self.ROOM) for kept in (self.keys, self.values))
+            self._buffers = tuple(_enlarged(tensor, total + self.SPARE_TOKENS) for tensor in (self.keys, self.values))
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, length:total] = new
         self.keys, self.values = (buffer[:, :, :total] for buffer in self._buffers)
@@ -147,15 +149,16 @@ class RoomyLayer(DynamicLayer):
         self._buffers = None
 
 
-def _with_room(kept_BKLH: Tensor, length: int) -> Tensor:
-    buffer = kept_BKLH.new_empty(*kept_BKLH.shape[:2], length, kept_BKLH.shape[3])
-    buffer[:, :, : kept_BKLH.shape[2]] = kept_BKLH
+def _enlarged(cached_RKLH: Tensor, length: int) -> Tensor:
+    """A buffer of `length` tokens that begins with the cached ones; K key heads, L tokens, H head width."""
+    buffer = cached_RKLH.new_empty(*cached_RKLH.shape[:2], length, cached_RKLH.shape[3])
+    buffer[:, :, : cached_RKLH.shape[2]] = cached_RKLH
     return buffer
 
 
 def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """For one new token a row, the query heads that share a key head are queries of that head: transformers repeats
-    keys and values instead, which at this point of the loop costs more than attention itself."""
+    """SDPA that, for one new token a row, passes the query heads of a key head as queries of that head. transformers
+    repeats keys and values instead, which for a single token costs more than attention itself."""
     rows, heads, new, width = query.shape
     if new > 1 or heads == key.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -1,4 +1,4 @@
-"""The default engine: a transformers model, left-padded, on the rank's own device."""
+"""The default engine: a transformers model on the rank's own device, prompts left-padded."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from vold.config.schema import SamplingConfig
 from vold.models.checkpoint_dir import reading
 from vold.models.images import ImageProcessor, image_grids
 from vold.parallel import cpu
+from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode
-from vold.rollout.vocabulary import Vocabulary
 from vold.types import Prompt, Rollout
 
 
 class TransformersSampler:
-    """A transformers model on `device`; text and images in, sampled token ids with their log-probabilities out."""
+    """A transformers model on `device` (see Sampler); the checkpoint decides whether it takes images."""
 
     def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
-        self._vocabulary = Vocabulary.of(checkpoint)
+        self._vocabulary = SamplingVocabulary.from_checkpoint(checkpoint)
         with reading(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-            sees = hasattr(config, "vision_config")
-            auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            takes_images = hasattr(config, "vision_config")
+            auto = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
             model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True)
         model.get_decoder().config._attn_implementation = GROUPED_SDPA
         self._model = model.to(device).eval()
-        self.images = ImageProcessor(checkpoint) if sees else None
+        self.images = ImageProcessor(checkpoint) if takes_images else None
         self._device, self._version = device, 0
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
@@ -51,19 +51,21 @@ class TransformersSampler:
         seed: int,
         answered: Collection[str] = (),
     ) -> Iterator[list[Rollout]]:
-        """See Sampler; in prompt order, as batches of `config.sequences_per_call` responses are done. The random
-        numbers are its own: it may run in a thread beside the trainer. A batch draws from one generator, so what is
-        answered is drawn again, and kept back."""
+        """See Sampler; in prompt order, as batches of `config.sequences_per_call` responses are done.
+
+        It uses its own random generator, so that it may run in a thread beside the trainer. All batches share the
+        generator, so prompts in `answered` are sampled again and their rollouts dropped.
+        """
         repeated = (prompt for prompt in prompts for _ in range(responses))
         generator = torch.Generator(self._device).manual_seed(seed)
-        drawn: list[Rollout] = []
+        rollouts: list[Rollout] = []
         while chunk := list(islice(repeated, config.sequences_per_call)):
             with cpu.paused():
-                drawn += self._generate(chunk, config, generator)
-            while len(drawn) >= responses:
-                if drawn[0].prompt.id not in answered:
-                    yield drawn[:responses]
-                del drawn[:responses]
+                rollouts += self._generate(chunk, config, generator)
+            while len(rollouts) >= responses:
+                if rollouts[0].prompt.id not in answered:
+                    yield rollouts[:responses]
+                del rollouts[:responses]
 
     @torch.no_grad()
     def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
@@ -72,28 +74,28 @@ class TransformersSampler:
         response = torch.tensor(response_ids, dtype=torch.int64, device=self._device)[None]
         inputs = _append(inputs, response)
         logits = self._model(**inputs, use_cache=False, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
-        logp = logits[:, : self._vocabulary.real].float().log_softmax(-1)
+        logp = logits[:, : self._vocabulary.size].float().log_softmax(-1)
         return logp.gather(1, response[0, :, None])[:, 0].tolist()
 
     @torch.no_grad()
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """See Sampler. Frozen weights (the vision tower) are not in the stream and stay as loaded."""
-        own = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
         for name, tensor in named_weights:
-            if name not in own:
+            if name not in parameters:
                 raise ValueError(f"weight {name} is unknown to the sampler's model {type(self._model).__name__}")
-            own[name].copy_(tensor)
+            parameters[name].copy_(tensor)
         self._version += 1
 
     # -- one batch -------------------------------------------------------------------------------------------------
 
     def _generate(self, prompts: list[Prompt], config: SamplingConfig, generator: torch.Generator) -> list[Rollout]:
-        """One response for each; equal neighbours are siblings."""
+        """One response to each prompt. Neighbours that are the same object are siblings and share their prefill."""
         siblings = [list(group) for _, group in groupby(prompts, key=id)]
         inputs = self._inputs([group[0] for group in siblings])
         ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary, generator)
         return [
-            self._vocabulary.rollout(prompt, ids, logps, version=self._version)
+            self._vocabulary.make_rollout(prompt, ids, logps, version=self._version)
             for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)
         ]
 
@@ -101,8 +103,8 @@ class TransformersSampler:
         """Left-padded ids and mask; with images also their pixels, grids and token types."""
         pictures = [self.images.read(prompt.images) if prompt.images else () for prompt in prompts]
         rows = [
-            self.images.expand(prompt.token_ids, seen) if seen else prompt.token_ids
-            for prompt, seen in zip(prompts, pictures, strict=True)
+            self.images.expand(prompt.token_ids, images) if images else prompt.token_ids
+            for prompt, images in zip(prompts, pictures, strict=True)
         ]
         ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -111,9 +113,9 @@ class TransformersSampler:
             row_mask[-len(row) :] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
         if any(pictures):
-            seen = [picture for row in pictures for picture in row]
-            inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in seen]).to(self._model.dtype)
-            inputs["image_grid_thw"] = image_grids(seen)
+            flat = [picture for row in pictures for picture in row]
+            inputs["pixel_values"] = torch.cat([picture.pixel_values for picture in flat]).to(self._model.dtype)
+            inputs["image_grid_thw"] = image_grids(flat)
             inputs["mm_token_type_ids"] = (ids == self.images.token_id).long()
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 

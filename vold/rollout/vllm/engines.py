@@ -1,4 +1,4 @@
-"""Requests to vLLM and answers from it, and the engine inside the training process."""
+"""Requests to vLLM and its outputs, and the engine inside the training process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ WORKER = "vold.rollout.vllm.worker.PolicyWorker"
 
 @dataclass(frozen=True)
 class Request:
-    """`token_ids` with one image-pad id per image, which vLLM expands; `params`: fields of vLLM's SamplingParams;
-    `scored`: how many of the last ids want a log-probability, see `scoring`."""
+    """One prompt with everything that is sampled or scored for it.
+
+    token_ids  with one image-pad id per image, which vLLM expands
+    params     fields of vLLM's SamplingParams
+    scored     how many of the last ids get a log-probability, see `scoring`
+    """
 
     token_ids: list[int]
     images: Sequence[Path]
@@ -34,7 +38,7 @@ class Request:
 
     @classmethod
     def scoring(cls, prompt: Prompt, response_ids: Sequence[int]) -> Request:
-        """Asks for the log-probabilities of a response that is there already. vLLM draws at least one token more."""
+        """A request for the log-probabilities of a given response. vLLM samples at least one token more."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]
         return cls(ids, prompt.images, params, scored=len(response_ids))
@@ -49,8 +53,8 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """`scored`: log-probabilities (nats) of the request's last ids, at the engine's temperature."""
+class EngineOutput:
+    """The output for one request; `scored`: log-probabilities (nats) of its last ids, at the engine's temperature."""
 
     responses: list[Response]
     scored: list[float]
@@ -59,25 +63,25 @@ class Answer:
 class Engines(Protocol):
     """One engine or several with the same weights."""
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | None]]:
-        """(place, answer) of each request, in the order they finish. None: it failed too often, as was said on standard
-        error, while engines answered others. Closed before its end, what is under way is dropped."""
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, EngineOutput | None]]:
+        """(index, output) of each request, in the order they finish. None: it failed too often while engines answered
+        others; warnings name the reason. When the iterator is closed early, requests under way are cancelled."""
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See Sampler.load_weights; no cache holds anything of the old weights afterwards."""
+        """See Sampler.load_weights. Afterwards no cache depends on the old weights."""
         ...
 
 
 def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[str, Any]:
-    """vLLM's engine arguments, wherever the engine runs."""
+    """vLLM's engine arguments, the same inside this process and behind `vold serve`."""
     return {
         "model": str(checkpoint),
         "dtype": dtype,
         "max_model_len": settings.max_model_len,
         "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         "enforce_eager": settings.enforce_eager,
-        # vLLM 0.32 rewinds a seeded request's generator after each part of a prompt but the last: CPUs have no rewind.
+        # vLLM 0.32 rewinds a seeded request's generator after each part of a prompt but the last; CPUs cannot.
         "enable_chunked_prefill": None if torch.cuda.is_available() else False,
         "generation_config": "vllm",
         "limit_mm_per_prompt": {"video": 0},
@@ -85,9 +89,9 @@ def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[s
     }
 
 
-def room_to_score(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
-    """For a teacher: vLLM refuses a prompt that leaves no room for one token more, so a response of full length would
-    have no score."""
+def settings_for_scoring(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
+    """A teacher's settings, with max_model_len one token longer: vLLM refuses a prompt that leaves no space for a
+    sampled token, and a response of full length could not be scored."""
     limit = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config().max_position_embeddings
     if settings.max_model_len is None or settings.max_model_len >= limit:
         return settings
@@ -95,16 +99,16 @@ def room_to_score(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
 
 
 class ColocatedEngine:
-    """vLLM in this process, on the device the rank trains on. Weights are handed over as live tensors.
+    """vLLM in this process, on the device the rank trains on. Weights are synced as live tensors.
 
-    With `settings.sleep` it gives its GPU memory back after each call, weights to host memory, and takes it again when
-    it is needed. Not vLLM's level 2, which forgets the weights: a frozen vision tower never comes again.
+    With `settings.sleep` it frees its GPU memory after each call, moving weights to host memory, and takes it again
+    when needed. Not vLLM's level 2, which discards the weights: a frozen vision tower is never sent again.
     """
 
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, dtype: torch.dtype, temperature: float = 1.0):
         if settings.sleep and not torch.cuda.is_available():
             raise ValueError("vllm.sleep = true needs a GPU: vLLM cannot sleep on a CPU; leave it out")
-        _own_environment()
+        _set_environment()
         with cpu.paused(), torch.random.fork_rng():  # vLLM seeds torch
             try:
                 from vllm import LLM
@@ -112,7 +116,7 @@ class ColocatedEngine:
                 raise ValueError(f"engine = 'vllm' needs vLLM here: pip install 'vold[vllm]' ({error})") from None
             self._llm = LLM(
                 **engine_options(checkpoint, settings, str(dtype).removeprefix("torch.")),
-                # Several ranks: each has an engine of its own in the trainer's process group.
+                # Several ranks: each has its own engine in the trainer's process group.
                 distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
                 disable_log_stats=True,
                 enable_sleep_mode=settings.sleep,
@@ -121,32 +125,32 @@ class ColocatedEngine:
             self._llm.llm_engine.engine_core._finalizer.detach()
             self._llm.collective_rpc("prepare_policy", args=(len(load_tokenizer(checkpoint)), temperature))
         self._may_sleep = settings.sleep
-        self._asleep: list[str] = []  # vLLM's names of what is not on the GPU
+        self._asleep: list[str] = []  # vLLM's tags of memory that is not on the GPU
         self._sleep()
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | None]]:
-        """See Engines. Never None: what fails here fails the process."""
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, EngineOutput | None]]:
+        """See Engines. Never None: a failure here fails the process."""
         from vllm import SamplingParams
 
         self._wake("weights", "kv_cache")
         with cpu.paused():
             params = [SamplingParams(**request.params, detokenize=False) for request in requests]
             names = self._llm.enqueue([vllm_prompt(request) for request in requests], params, use_tqdm=False)
-        engine, waiting = self._llm.llm_engine, {_outer_name(name): place for place, name in enumerate(names)}
+        engine, waiting = self._llm.llm_engine, {_output_name(name): index for index, name in enumerate(names)}
         try:
             while waiting:
                 with cpu.paused():
                     finished = [output for output in engine.step() if output.finished]
                 for output in finished:
-                    place = waiting.pop(output.request_id)
-                    yield place, _answer(output, requests[place])
+                    index = waiting.pop(output.request_id)
+                    yield index, _engine_output(output, requests[index])
         finally:
             if waiting:
                 engine.abort_request(list(waiting))
             self._sleep()
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See Engines. Keys and values stay away until something is sampled with the new weights."""
+        """See Engines. The KV cache stays off the GPU until something is sampled with the new weights."""
         self._wake("weights")
         self._llm.collective_rpc("load_policy", args=(named_weights,))
         self._llm.reset_mm_cache()
@@ -162,19 +166,19 @@ class ColocatedEngine:
     def _wake(self, *needed: str) -> None:
         missing = [tag for tag in self._asleep if tag in needed]
         if missing:
-            torch.cuda.empty_cache()  # what the trainer has freed and torch still keeps
+            torch.cuda.empty_cache()  # memory that the trainer has freed and torch still caches
             self._llm.wake_up(tags=missing)
             self._asleep = [tag for tag in self._asleep if tag not in missing]
 
 
-def _own_environment() -> None:
-    """What vLLM reads from the environment, unless the person has chosen otherwise."""
+def _set_environment() -> None:
+    """Environment variables that vLLM reads; those that are a matter of taste stay as the user set them."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # live tensors cannot cross to another process
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # see PolicyWorker.prepare_policy
     for name, value in {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are not vLLM's to place
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM would bind the trainer's threads to cores
     }.items():
         os.environ.setdefault(name, value)
 
@@ -191,13 +195,13 @@ def vllm_prompt(request: Request) -> dict:
     return prompt
 
 
-def _outer_name(request_id: str) -> str:
-    """vLLM adds a random ending to the name a request was given, by which its output is called."""
+def _output_name(request_id: str) -> str:
+    """The name of a request's output: vLLM adds a random ending to the name of the request itself."""
     return request_id.rpartition("-")[0]
 
 
-def _answer(output, request: Request) -> Answer:
-    """From vLLM's RequestOutput: a dict of log-probs per token, that of the token itself among them."""
+def _engine_output(output, request: Request) -> EngineOutput:
+    """From vLLM's RequestOutput, which has a dict of log-probs per token that includes the token itself."""
     responses = [
         Response(
             list(choice.token_ids),
@@ -206,12 +210,12 @@ def _answer(output, request: Request) -> Answer:
         for choice in output.outputs
     ]
     steps = [{token: entry.logprob for token, entry in (step or {}).items()} for step in output.prompt_logprobs or []]
-    return Answer(responses, scored_logps(request, steps))
+    return EngineOutput(responses, scored_logps(request, steps))
 
 
 def scored_logps(request: Request, steps: Sequence[dict[int, float]]) -> list[float]:
-    """Of vLLM's {token id: log-prob} for each position of the prompt, images expanded: the request's last `scored`.
-    Raises ValueError when they are of other ids than were sent."""
+    """Log-probs of the request's last `scored` ids, from vLLM's {token id: log-prob} for each position of the prompt,
+    images expanded. Raises ValueError when they belong to other ids than were sent."""
     if not request.scored:
         return []
     scored = list(zip(request.token_ids[-request.scored :], steps[-request.scored :], strict=False))

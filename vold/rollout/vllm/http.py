@@ -1,4 +1,4 @@
-"""What is said to a `vold serve` engine over HTTP, and which of its answers count."""
+"""HTTP requests to a `vold serve` engine, and the checks that an answer must pass."""
 
 from __future__ import annotations
 
@@ -7,104 +7,107 @@ import io
 import json
 import math
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx2
 
 from vold.data.pictures import read_picture
-from vold.rollout.vllm.engines import Answer, Request, Response, scored_logps
+from vold.rollout.vllm.engines import EngineOutput, Request, Response, scored_logps
+
+# One connection a request: an engine that was started again meets no connection of its predecessor's.
+_client = httpx2.Client(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0), trust_env=False)
 
 
 class EngineFailed(Exception):
-    """One line: what an engine did instead of answering."""
+    """An engine did not give a complete and valid answer; the message is one line."""
 
 
-class Calls:
-    """Requests under way that whoever asked may no longer want."""
+class Cancellation:
+    """Ends requests under way by closing their connections: vLLM aborts the requests of a client that is gone."""
 
-    def __init__(self):
-        self.broken_off = False
-        self._open: set[HTTPConnection] = set()
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._sockets: list[socket.socket] = []
 
-    def break_off(self) -> None:
-        """Hang up: vLLM aborts what it does for a client that is gone."""
-        self.broken_off = True
-        for connection in list(self._open):
-            if connection.sock:
-                with suppress(OSError):  # answered in this moment
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+    def cancel(self) -> None:
+        """End all requests that were sent with this object, and every one that begins later."""
+        self.cancelled = True
+        for connected in list(self._sockets):
+            with suppress(OSError):  # answered in this moment
+                connected.shutdown(socket.SHUT_RDWR)
 
-    @contextmanager
-    def keep(self, connection: HTTPConnection) -> Iterator[None]:
-        self._open.add(connection)
-        try:
-            yield
-        finally:
-            self._open.discard(connection)
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Take note of a new connection (httpx2's `trace` extension)."""
+        if event == "connection.connect_tcp.complete":
+            self._sockets.append(info["return_value"].get_extra_info("socket"))
+            if self.cancelled:
+                self.cancel()
 
 
-def generate(url: str, request: Request, label: str, timeout: float, calls: Calls | None = None) -> Answer:
-    """Raises EngineFailed for anything but a complete answer by the weights called `label`."""
+def generate(
+    url: str, request: Request, label: str, timeout: float, cancellation: Cancellation | None = None
+) -> EngineOutput:
+    """The engine's output for one request. Raises EngineFailed for anything but a complete answer by the weights whose
+    version is called `label`."""
     body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
     if request.images:
         body["content_parts"] = [{"type": "image_url", "url": _data_url(path)} for path in request.images]
-    found = post(url, "/inference/v1/generate", body, timeout, calls)
+    answer = post(url, "/inference/v1/generate", body, timeout, cancellation)
     try:
-        answer = Answer(
-            [_response(choice, label) for choice in found["choices"]],
-            scored_logps(request, [_scores(step) for step in found["prompt_logprobs"] or []]),
+        output = EngineOutput(
+            [_response(choice, label) for choice in answer["choices"]],
+            scored_logps(request, [_scores(step) for step in answer["prompt_logprobs"] or []]),
         )
-        numbers = chain(answer.scored, *(response.logps for response in answer.responses))
+        numbers = chain(output.scored, *(response.logps for response in output.responses))
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a log-prob that is no number")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise EngineFailed(f"nonsense ({type(error).__name__}: {error})") from None
     expected = request.params.get("n", 1)
-    if len(answer.responses) != expected:
-        raise EngineFailed(f"{len(answer.responses)} responses where {expected} were asked for")
-    return answer
+    if len(output.responses) != expected:
+        raise EngineFailed(f"{len(output.responses)} responses where {expected} were asked for")
+    return output
 
 
 def call_workers(url: str, method: str, arguments: list, timeout: float) -> None:
-    """A method of PolicyWorker, in the engine's process."""
+    """Call a method of PolicyWorker in the engine's process."""
     post(url, "/collective_rpc", {"method": method, "args": arguments}, timeout)
 
 
-def post(url: str, path: str, body: dict[str, Any], timeout: float, calls: Calls | None = None) -> dict[str, Any]:
-    return _send("POST", url, path, json.dumps(body), timeout, calls or Calls())
+def post(
+    url: str, path: str, body: dict[str, Any], timeout: float, cancellation: Cancellation | None = None
+) -> dict[str, Any]:
+    """The JSON object that answers a POST. Raises EngineFailed for whatever else happens; ValueError where the request
+    is wrong, so that every engine would refuse it."""
+    return _send("POST", url, path, body, timeout, cancellation)
 
 
 def get(url: str, path: str, timeout: float = 10.0) -> dict[str, Any]:
-    return _send("GET", url, path, None, timeout, Calls())
+    """The JSON object that answers a GET; errors as in `post`."""
+    return _send("GET", url, path, None, timeout, None)
 
 
-def _send(method: str, url: str, path: str, body: str | None, timeout: float, calls: Calls) -> dict[str, Any]:
-    """The JSON object it answers. Raises EngineFailed for whatever else happens; ValueError when the question is wrong,
-    whoever is asked."""
-    where = urlsplit(url)
-    connection = (HTTPSConnection if where.scheme == "https" else HTTPConnection)(where.netloc, timeout=timeout)
+def _send(
+    method: str, url: str, path: str, body: dict | None, timeout: float, cancellation: Cancellation | None
+) -> dict[str, Any]:
+    extensions = {"trace": cancellation.trace} if cancellation else {}
     try:
-        with calls.keep(connection):
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            text = reply.read()
-    except (OSError, HTTPException) as error:  # refused, reset, timed out, half an answer
+        reply = _client.request(method, f"{url}{path}", json=body, timeout=timeout, extensions=extensions)
+    except httpx2.HTTPError as error:  # refused, reset, timed out, half an answer
         raise EngineFailed(str(error) or type(error).__name__) from None
-    finally:
-        connection.close()
-    if reply.status >= 400:
-        reason = f"HTTP {reply.status}: {_one_line(text)}"
-        if reply.status < 500:
+    if reply.status_code >= 400:
+        reason = f"HTTP {reply.status_code}: {_one_line(reply.content)}"
+        if reply.status_code < 500:
             raise ValueError(f"{url}{path}: {reason}; is it an engine of `vold serve`?")
         raise EngineFailed(reason)
     try:
-        answer = json.loads(text or b"{}")
+        answer = json.loads(reply.content or b"{}")
     except ValueError:
-        raise EngineFailed(f"an answer that is not JSON: {_one_line(text)}") from None
+        raise EngineFailed(f"an answer that is not JSON: {_one_line(reply.content)}") from None
     return answer if isinstance(answer, dict) else {"": answer}
 
 
@@ -113,7 +116,8 @@ def _one_line(text: bytes) -> str:
 
 
 def _data_url(path: Path) -> str:
-    """The pixels that the trainer sees, not the file: the server would read transparency and 16 bits in its own way."""
+    """The decoded image as a PNG, as the trainer reads it: the server would decode transparency and 16 bits
+    differently from the file."""
     png = io.BytesIO()
     read_picture(path).save(png, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

@@ -1,8 +1,8 @@
-"""Weights from the trainer's first rank to engines in other processes, a tensor at a time: over NCCL on GPUs, over gloo
-on CPUs. A process group of its own for each hand-over, so that engines may come and go in between.
+"""The weight sync from the trainer's first rank to engines in other processes, tensor by tensor: over NCCL on GPUs,
+over gloo on CPUs. Each sync has its own process group, so that engines may come and go in between.
 
-What a tensor is (name, dtype, shape) goes through the group's store, its numbers through a broadcast. Neither side ever
-holds a copy of the model. On a GPU this is not measured yet.
+A tensor's name, dtype and shape go through the group's store, its numbers through a broadcast. Neither side ever holds
+a second copy of the model. On a GPU this is not measured yet.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 SECONDS = 120.0
-"""Without progress for so long, a hand-over has failed: an engine died in it."""
+"""A weight sync without progress for so long has failed: an engine died in it."""
 
 
 def open_store(address: str, world: int) -> dist.TCPStore:
-    """Where the `world` members meet: at `address`, which is this machine, and the `port` that the store then has."""
+    """Open the rendezvous store of `world` members on this machine, at `address` and the port it then has."""
     return dist.TCPStore(address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
 
 
 def send(store: dist.TCPStore, world: int, named_weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Member 0's part. Raises ConnectionError when another is lost."""
+    """Broadcast the weights as member 0. Raises ConnectionError when another member is lost."""
     with _named_loss():
         group = _join(store, 0, world, device)
-    place = 0
-    for place, (name, tensor) in enumerate(named_weights, start=1):
+    number = 0
+    for number, (name, tensor) in enumerate(named_weights, start=1):
         sent = tensor.detach().to(device).contiguous()
-        store.set(str(place), json.dumps([name, str(sent.dtype).removeprefix("torch."), list(sent.shape)]))
+        store.set(str(number), json.dumps([name, str(sent.dtype).removeprefix("torch."), list(sent.shape)]))
         with _named_loss():
             group.broadcast(sent, 0).wait()
-    store.set(str(place + 1), "")
+    store.set(str(number + 1), "")
     with _named_loss():
         _leave(group, device)
 
 
 def receive(address: str, port: int, rank: int, world: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Another member's part: each weight in memory of its own."""
+    """Yield the weights that member 0 broadcasts, each in newly allocated memory."""
     store = dist.TCPStore(address, port, world, is_master=False, timeout=timedelta(seconds=SECONDS))
     group = _join(store, rank, world, device)
-    place = 1
-    while spec := store.get(str(place)):
+    number = 1
+    while spec := store.get(str(number)):
         name, dtype, shape = json.loads(spec)
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         group.broadcast(tensor, 0).wait()
         yield name, tensor
-        place += 1
+        number += 1
     _leave(group, device)
 
 
 def _join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> dist.distributed_c10d.Backend:
-    """Outside torch.distributed's global state: the trainer's own groups and the engine's know nothing of it."""
+    """A process group outside torch.distributed's global state, which the trainer's and the engine's groups use."""
     timeout = timedelta(seconds=SECONDS)
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
@@ -65,16 +65,17 @@ def _join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> 
 
 
 def _leave(group: dist.distributed_c10d.Backend, device: torch.device) -> None:
-    """Once all are through: the store goes with member 0. Not NCCL's barrier, which would guess the device."""
-    here = torch.zeros(1, device=device)
-    group.allreduce([here]).wait()
-    here.item()
+    """Wait until all members have received everything: the store ends with member 0. An all-reduce, because NCCL's
+    barrier would guess the device."""
+    token = torch.zeros(1, device=device)
+    group.allreduce([token]).wait()
+    token.item()
     group.shutdown()
 
 
 @contextmanager
 def _named_loss() -> Iterator[None]:
-    """torch raises plain RuntimeErrors, which a rank lost to the trainer's own groups would cause as well."""
+    """Re-raise torch's plain RuntimeErrors as ConnectionErrors: a lost rank of the trainer raises RuntimeErrors too."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""What vold adds to each vLLM worker, in-process or behind `vllm serve`: log-probs as the trainer means them, and
+"""The extension of each vLLM worker, in-process or behind `vllm serve`: log-probs by the trainer's definition, and
 weights that arrive by name. vLLM mixes `PolicyWorker` into its own worker (`worker_extension_cls`).
 
-vLLM's log-probs are those of the raw logits: at temperature 1, and with a share for head rows that no token has. Two
-torch hooks put that right where the numbers are made, so nothing has to be renormalised afterwards.
+vLLM's log-probs are those of the raw logits: at temperature 1, and with probability for head rows that no token has.
+Two torch hooks correct the logits before the log-probs are computed, so nothing has to be renormalised afterwards.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ GREEDY_BELOW = 1e-5
 
 
 class PolicyWorker:
-    """Called by name through `collective_rpc`; `self.model_runner` is vLLM's."""
+    """Methods that are called by name through `collective_rpc`; `self.model_runner` is vLLM's."""
 
     _prepared = False
 
     def prepare_policy(self, real_ids: int, temperature: float = 1.0) -> None:
-        """Before the first request: ids from `real_ids` on get no probability, and log-probs of sampled tokens are at
-        each request's own temperature, before top-p and top-k. `temperature` is that of all the engine's logits, for a
-        teacher: vLLM scores prompts at temperature 1, whatever a request says."""
+        """Install the hooks, before the first request: ids from `real_ids` on get no probability, and log-probs of
+        sampled tokens are at each request's own temperature, before top-p and top-k.
+
+        temperature: divides all the engine's logits, for a teacher: vLLM scores prompts at temperature 1, whatever
+        temperature a request has. Raises ValueError for a vLLM whose modules are not where the hooks need them.
+        """
         self._real_ids, self._temperature = real_ids, temperature
         if self._prepared:
             return
@@ -40,23 +43,23 @@ class PolicyWorker:
         if len(heads) != 1:
             raise ValueError(f"vLLM's {type(model).__name__} has {len(heads)} LogitsProcessor modules, not one")
         heads[0].register_forward_hook(lambda _head, _inputs, logits: self._policy_logits(logits))
-        sampler.register_forward_pre_hook(_at_its_temperature, with_kwargs=True)
+        sampler.register_forward_pre_hook(_apply_temperature, with_kwargs=True)
         self._prepared = True
 
     def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str) -> None:
-        """In place, layer by layer, by transformers' names: from a stream, or from the safetensors files of a
-        directory. What is left out (a frozen vision tower) stays as it is. Caches are the caller's to empty."""
+        """Overwrite weights in place, by transformers' names, from a stream or from the safetensors files of a
+        directory. Weights that are left out (a frozen vision tower) stay. The caller resets the caches."""
         if isinstance(named_weights, str):
             tied = self.model_runner.model_config.hf_text_config.tie_word_embeddings
             named_weights = _read_directory(Path(named_weights), tied)
         self.model_runner.reload_weights(weights_iterator=iter(named_weights))
 
     def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
-        """`load_policy` from what member 0 of the group sends, see vold.rollout.vllm.weight_stream."""
+        """Load the weights that member 0 of the group broadcasts, see vold.rollout.vllm.weight_stream."""
         self.load_policy(weight_stream.receive(address, port, rank, world, torch.device(self.device)))
 
     def _policy_logits(self, logits: Tensor | None) -> Tensor | None:
-        """None on tensor-parallel ranks that do not sample."""
+        """Corrected logits [rows, V]; None on tensor-parallel ranks that do not sample."""
         if logits is None:
             return None
         if self._temperature != 1.0:
@@ -65,19 +68,19 @@ class PolicyWorker:
         return logits
 
 
-def _at_its_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The sampler's logits divided by each row's temperature, and that temperature set to 1. [rows, V], [rows]."""
+def _apply_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Divide the sampler's logits [rows, V] by each row's temperature [rows], and set that temperature to 1."""
     logits, metadata = kwargs["logits"], kwargs["sampling_metadata"]
     if metadata.temperature is not None:
         greedy = metadata.temperature < GREEDY_BELOW
         logits = logits.float() / metadata.temperature.masked_fill(greedy, 1.0)[:, None]
-        kept = metadata.temperature.masked_fill(~greedy, 1.0)
-        kwargs = {**kwargs, "logits": logits, "sampling_metadata": replace(metadata, temperature=kept)}
+        remaining = metadata.temperature.masked_fill(~greedy, 1.0)
+        kwargs = {**kwargs, "logits": logits, "sampling_metadata": replace(metadata, temperature=remaining)}
     return args, kwargs
 
 
 def _read_directory(directory: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """vLLM wants a tied head by its own name too, or goes on with the old one."""
+    """Named weights of a directory; a tied head under its own name too, without which vLLM keeps the old head."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict

@@ -1,4 +1,4 @@
-"""What a checkpoint's model may draw, and how drawn ids become a Rollout: the same for every engine."""
+"""The tokens that may be sampled from a checkpoint's model, and how sampled ids become a Rollout, in every engine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from vold.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What may be drawn: ids below `real` that are not `banned`; one of `stop` ends a response."""
+class SamplingVocabulary:
+    """The sampler's token ids.
 
-    real: int
-    banned: tuple[int, ...]
-    stop: tuple[int, ...]
+    size        ids below it may be sampled: the tokenizer's; the model's head may have more rows
+    banned_ids  ids below `size` that are never sampled
+    stop_ids    each of them ends a response
+    """
+
+    size: int
+    banned_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Vocabulary:
-        """The tokenizer's ids without the image pad; stops are the generation config's list (Qwen3 has two), or the
+    def from_checkpoint(cls, checkpoint: Path) -> SamplingVocabulary:
+        """The tokenizer's ids without the image pad. Stop ids are the generation config's list (Qwen3 has two), or the
         tokenizer's end token."""
         tokenizer = load_tokenizer(checkpoint)
         with reading(checkpoint):
@@ -32,15 +37,15 @@ class Vocabulary:
             stop = _generation_config(checkpoint, config).eos_token_id
         stop = tokenizer.eos_token_id if stop is None else stop
         return cls(
-            real=len(tokenizer),
-            banned=(config.image_token_id,) if hasattr(config, "vision_config") else (),
-            stop=tuple(stop) if isinstance(stop, list | tuple) else (stop,),
+            size=len(tokenizer),
+            banned_ids=(config.image_token_id,) if hasattr(config, "vision_config") else (),
+            stop_ids=tuple(stop) if isinstance(stop, list | tuple) else (stop,),
             tokenizer=tokenizer,
         )
 
-    def rollout(self, prompt: Prompt, ids: Sequence[int], logps: Sequence[float], *, version: int) -> Rollout:
-        """The length is where the first stop token stands, never where padding seems to begin."""
-        stops = [place for place, token in enumerate(ids) if token in self.stop]
+    def make_rollout(self, prompt: Prompt, ids: Sequence[int], logps: Sequence[float], *, version: int) -> Rollout:
+        """The response up to and with its first stop token; what follows that is padding, whatever its ids are."""
+        stops = [index for index, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
         return Rollout(
             prompt=prompt,

@@ -1,4 +1,4 @@
-"""The engine that a config names."""
+"""The sampler of the engine that a config names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vold.rollout.vllm.sampler import VllmSampler
 
 
 def open_sampler(config: EngineConfig, checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> Sampler:
-    """A sampler with the checkpoint's weights. vLLM is imported only where it is asked for."""
+    """Open a sampler with the checkpoint's weights. vLLM is imported only where the config names it."""
     if config.engine == "transformers":
         return TransformersSampler(checkpoint, dtype=dtype, device=device)
     if config.vllm.urls:

@@ -11,8 +11,9 @@ import dry_run
 import pytest
 
 from vold.config import load_config, schema
+from vold.models.flops import language_model_parameters
 from vold.planning.plan import _by_cost, _knobs, changed, measured_rates, work
-from vold.planning.stage_memory import Sizes, whole_parameters
+from vold.planning.stage_memory import Sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
 
@@ -69,14 +70,14 @@ def sizes(checkpoints) -> Sizes:
 
 
 def test_parameters_are_those_of_the_published_models(sizes):
-    assert whole_parameters(sizes.student) == 3_085_938_688
-    assert whole_parameters(sizes.teacher) == 8_190_735_360
+    assert language_model_parameters(sizes.student) == 3_085_938_688
+    assert language_model_parameters(sizes.teacher) == 8_190_735_360
 
 
 def test_work_is_two_flop_a_parameter_and_token_and_divided_over_ranks(sizes):
     found, tokens = work(sizes), sizes.tokens_per_copy
     assert tokens == 64 * (2048 + 5 * 7168)
-    matmuls = 2 * whole_parameters(sizes.student) * tokens
+    matmuls = 2 * language_model_parameters(sizes.student) * tokens
     assert 1.0 < found["student_forward"].flop / matmuls < 1.35, "attention comes on top"
     halved = Sizes(changed(sizes.config, {"parallel.tp": 2}), 8)
     assert work(halved)["teacher"].flop == pytest.approx(found["teacher"].flop / 2)

@@ -1,5 +1,5 @@
-"""What computes a layer's norm, gated activation, rotation and attention: liger-kernel and flash-attn where they are
-installed and the tensors are on CUDA, plain torch otherwise. `layer_ops` is the one place that chooses.
+"""The functions behind a layer's norm, gated activation, rotary embedding and attention: liger-kernel and flash-attn
+where they are installed and the tensors are on CUDA, plain torch otherwise. `layer_ops` alone chooses.
 
 T packed tokens, S keys and values that attention reads (T, or more where responses share a prompt), A query heads,
 K key/value heads, H head width, F feed-forward width.
@@ -8,9 +8,10 @@ K key/value heads, H head width, F feed-forward width.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 
 import torch
@@ -18,14 +19,16 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vold.models.layer_shapes import meta_cpu_attention, meta_flash_attention, meta_rms_norm, meta_rope, meta_swiglu
+
 
 @dataclass(frozen=True)
 class LayerOps:
-    """One function for each piece.
+    """One function for each part of a layer.
 
     rms_norm(x [..., D], weight [D], eps) -> [..., D]
     swiglu(gate_up [..., 2F]) -> [..., F]
-    rope(q [T, 1, A, H], k [T, 1, K, H], cos [T, 1, 1, H], sin [T, 1, 1, H]) -> q, k turned
+    rope(q [T, 1, A, H], k [T, 1, K, H], cos [T, 1, 1, H], sin [T, 1, 1, H]) -> q, k rotated
     attention(q [T, A, H], k [S, K, H], v [S, K, H], packed, scale) -> [T, A, H], causal from the end of each segment
     """
 
@@ -40,12 +43,10 @@ class LayerOps:
 
 @cache
 def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
-    """The fastest this machine has for tensors of `dtype` on `device` ("cuda", "cpu"). On "meta": what
-    these make and keep, see vold.models.layer_shapes."""
+    """The fastest functions on this machine for tensors of `dtype` on `device` ("cuda", "cpu"). On "meta", stand-ins
+    for those of the device named by `simulate_device`."""
     if device == "meta":
-        from vold.models import layer_shapes
-
-        return layer_shapes.meta_layer_ops()
+        return _meta_layer_ops(_simulated_device)
     if device != "cuda":
         return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, sdpa_attention)
     attention = sdpa_attention  # the varlen kernels know half precision only
@@ -54,6 +55,28 @@ def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
     if _installed("liger_kernel"):
         return LayerOps(liger_rms_norm, liger_swiglu, liger_rope, attention)
     return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, attention)
+
+
+_simulated_device = "cuda"
+
+
+@contextmanager
+def simulate_device(device: str) -> Iterator[None]:
+    """Inside, tensors on meta stand for tensors on `device` ("cuda" with liger-kernel and flash-attn, or "cpu")."""
+    global _simulated_device
+    before, _simulated_device = _simulated_device, device
+    layer_ops.cache_clear()
+    try:
+        yield
+    finally:
+        _simulated_device = before
+        layer_ops.cache_clear()
+
+
+def _meta_layer_ops(device: str) -> LayerOps:
+    if device == "cuda":
+        return LayerOps(meta_rms_norm, meta_swiglu, meta_rope, meta_flash_attention)
+    return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, partial(sdpa_attention, attend=meta_cpu_attention))
 
 
 def _installed(package: str) -> bool:

@@ -1,43 +1,16 @@
-"""Stand-ins for a layer's kernels on the meta device: no numbers, but the tensors that the real ones make and keep for
-backward, so that running a step there tells its memory (vold.planning.meta_memory).
+"""Stand-ins for a layer's kernels on the meta device: no numbers, but the same tensors made and kept for backward, so
+that a step run there tells its memory (vold.planning.meta_memory).
 
-A GPU's are liger-kernel's and flash-attn's, as vold.models.layer_ops calls them. Of a CPU's only attention needs one:
-torch's other operators know their shapes. T packed tokens, A query heads, K key/value heads, H head width, F
-feed-forward width.
+On a GPU the layers call liger-kernel and flash-attn (see vold.models.layer_ops), and all four need a stand-in. On a CPU
+only attention does: torch knows the shapes of its other operators. T packed tokens, A query heads, K key/value heads,
+H head width, F feed-forward width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-
-from vold.models.layer_ops import LayerOps, layer_ops, sdpa_attention, torch_rms_norm, torch_rope, torch_swiglu
-
-_device = "cuda"
-
-
-@contextmanager
-def shapes_of(device: str) -> Iterator[None]:
-    """Inside, tensors on meta stand for those of `device` ("cuda" with liger-kernel and flash-attn, or "cpu")."""
-    global _device
-    before, _device = _device, device
-    layer_ops.cache_clear()
-    try:
-        yield
-    finally:
-        _device = before
-        layer_ops.cache_clear()
-
-
-def meta_layer_ops() -> LayerOps:
-    if _device == "cuda":
-        return LayerOps(_liger_rms_norm, _liger_swiglu, _liger_rope, _flash_attention)
-    return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, partial(sdpa_attention, attend=_cpu_attention))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -63,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rope(torch.autograd.Function):
-    """In place, on a copy of what is not contiguous."""
+    """Liger's rope works in place, on a copy of an input that is not contiguous."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +64,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _CpuAttention(torch.autograd.Function):
-    """aten's flash attention for CPUs: out and its gradients lie as [batch, T, heads, H]."""
+    """aten's flash attention for CPUs, whose output and gradients lie in memory as [batch, T, heads, H]."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,21 +83,21 @@ def _transposed_empty(x_BATH: Tensor) -> Tensor:
     return x_BATH.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_options) -> Tensor:
+def meta_cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_options) -> Tensor:
     return _CpuAttention.apply(q, k, v, mask)
 
 
-def _liger_rms_norm(x: Tensor, weight: Tensor, _eps: float) -> Tensor:
+def meta_rms_norm(x: Tensor, weight: Tensor, _eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight)
 
 
-def _liger_swiglu(gate_up: Tensor) -> Tensor:
+def meta_swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)
 
 
-def _liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def meta_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return _Rope.apply(q, k, cos, sin)
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, _packed: PackedSeqParams, _scale: float) -> Tensor:
+def meta_flash_attention(q: Tensor, k: Tensor, v: Tensor, _packed: PackedSeqParams, _scale: float) -> Tensor:
     return _FlashAttention.apply(q, k, v)

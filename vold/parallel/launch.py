@@ -116,6 +116,7 @@ def fake_layout(
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     _build_groups(tp, pp, vpp)
+    _seed_megatron(0)  # its layers look up generators by name
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
 
@@ -187,10 +188,14 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
 
 def _seed(seed: int) -> None:
     """Python, torch and Megatron's named generators; the tp ranks of one replica differ only in the last."""
-    from megatron.core import tensor_parallel
-
     random.seed(seed)
     torch.manual_seed(seed)
+    _seed_megatron(seed)
+
+
+def _seed_megatron(seed: int) -> None:
+    from megatron.core import tensor_parallel
+
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

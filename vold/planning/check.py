@@ -19,6 +19,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.architecture import Architecture
+from vold.models.flops import language_model_parameters
 from vold.models.images import encoder_of
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import build_objective
@@ -26,7 +27,7 @@ from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine
 from vold.planning import row_preview as show_row
 from vold.planning.rank_shapes import RankShard, checked, show
-from vold.planning.stage_memory import Sizes, places, whole_parameters
+from vold.planning.stage_memory import Sizes, places
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
 from vold.train import rl, sft
@@ -127,7 +128,8 @@ def _tensors(
     """Adds to `found` what each rank would hold."""
     arch, found[role] = Architecture.from_pretrained(path), checked(path, role, config, processes)
     names = {name for rank in found[role] for name in rank.tensors}
-    return f"{path}: {arch.model_type}, {whole_parameters(arch):,} parameters in {len(names)} tensors, shapes as built"
+    parameters = language_model_parameters(arch)
+    return f"{path}: {arch.model_type}, {parameters:,} parameters in {len(names)} tensors, shapes as built"
 
 
 def _tokenizers(config: SftConfig | RlConfig) -> str:
@@ -152,7 +154,7 @@ def _run_dir(config: SftConfig | RlConfig) -> str:
 
 def _disk(config: SftConfig | RlConfig) -> str:
     """Checkpoints that are kept and the one being written, and the finished model."""
-    parameters = whole_parameters(Architecture.from_pretrained(config.student))
+    parameters = language_model_parameters(Architecture.from_pretrained(config.student))
     size = getattr(torch, config.dtype).itemsize
     each = parameters * (size + 8 + (4 if size < 4 else 0))
     kept = config.keep_checkpoints + 1 + (config.evaluation.best is not None)

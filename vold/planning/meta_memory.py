@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vold.models.language_model import LanguageModel, hidden_states
-from vold.models.layer_shapes import shapes_of
+from vold.models.layer_ops import simulate_device
 from vold.parallel import cpu
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
@@ -66,11 +65,10 @@ class Passed:
 
 def pass_through(chunk: LanguageModel, tokens: PackedTokens, *, device: str, train: bool) -> Passed:
     """Runs a micro-batch through a chunk on the meta device, as it would go on `device` ("cuda", "cpu"). Boundaries of
-    the packing lie on the CPU, all other tensors on meta. `chunk`: of a layout that `pretend` made."""
-    model_parallel_cuda_manual_seed(0)  # Megatron asks for its named generators
+    the packing lie on the CPU, all other tensors on meta. `chunk`: of a layout that `fake_layout` made."""
     chunk.requires_grad_(train).train(train)
     gone = [p.register_post_accumulate_grad_hook(_into_main_grad) for p in chunk.parameters()] if train else []
-    with cpu.on_meta(), shapes_of(device), torch.set_grad_enabled(train), LiveBytes() as live:
+    with cpu.on_meta(), simulate_device(device), torch.set_grad_enabled(train), LiveBytes() as live:
         if not chunk.pre_process:
             chunk.set_input_tensor(_received(chunk, tokens, train))
         out = hidden_states(chunk, tokens)

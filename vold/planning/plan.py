@@ -19,9 +19,9 @@ from rich.text import Text
 
 from vold.config.schema import RlConfig, SftConfig, Strict
 from vold.models.architecture import Architecture
-from vold.models.flops import segment_flops
+from vold.models.flops import language_model_parameters, mlp_flops_share, segment_flops
 from vold.planning.gpu_specs import GPU_SPECS, GpuSpec
-from vold.planning.stage_memory import Sizes, StageMemory, Traces, kv_bytes, places, whole_parameters
+from vold.planning.stage_memory import Sizes, StageMemory, Traces, kv_bytes, places
 from vold.run.timers import GIB
 
 MARGIN = 0.1
@@ -235,17 +235,17 @@ def work(sizes: Sizes) -> dict[str, Work]:
         found["rollout"] = _drawing(sizes)
     tokens = float(sizes.prompts_per_copy * sizes.siblings * sizes.response * sizes.copies)
     if sizes.teacher is not None:
-        weights = float(sizes.itemsize * whole_parameters(sizes.teacher) * sizes.micro_batches / ranks_a_copy)
+        weights = float(sizes.itemsize * language_model_parameters(sizes.teacher) * sizes.micro_batches / ranks_a_copy)
         found["teacher"] = Work(_forward(sizes, sizes.teacher) / ranks_a_copy, weights, tokens)
     forward = _forward(sizes, student) / ranks_a_copy
-    weights = float(sizes.itemsize * whole_parameters(student) * sizes.micro_batches / ranks_a_copy)
+    weights = float(sizes.itemsize * language_model_parameters(student) * sizes.micro_batches / ranks_a_copy)
     found["student_forward"] = Work(forward, weights, tokens)
-    again = {"none": 0.0, "selective": _mlp_share(student), "full": 1.0}[config.parallel.recompute]
+    again = {"none": 0.0, "selective": mlp_flops_share(student), "full": 1.0}[config.parallel.recompute]
     # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch.
     found["student_backward"] = Work((2 + again) * forward, 6 * weights, tokens)
     sharing = sizes.copies if config.parallel.distributed_optimizer else 1
     # fp32 gradient, master and moments read; master, moments and the bf16 weight written
-    found["optimizer"] = Work(0.0, whole_parameters(student) / ranks_a_copy * 30 / sharing)
+    found["optimizer"] = Work(0.0, language_model_parameters(student) / ranks_a_copy * 30 / sharing)
     return found
 
 
@@ -264,16 +264,9 @@ def _drawing(sizes: Sizes) -> Work:
     responses = prompts * sizes.siblings
     calls = -(-responses // config.rollout.sequences_per_call) if config.rollout.engine == "transformers" else 1
     read = responses * sizes.response * (sizes.prompt + sizes.response / 2) * kv_bytes(arch, sizes.itemsize)
-    moved = calls * sizes.response * sizes.itemsize * whole_parameters(arch) + read
+    moved = calls * sizes.response * sizes.itemsize * language_model_parameters(arch) + read
     flop = _forward(sizes, arch) * prompts / sizes.prompts_per_copy
     return Work(flop, moved, float(config.prompts_per_step * sizes.siblings * sizes.response))
-
-
-def _mlp_share(arch: Architecture) -> float:
-    """Of a forward pass, what selective recomputation does again."""
-    attention = arch.heads * arch.head_dim
-    layer = arch.hidden * (2 * attention + 2 * arch.kv_heads * arch.head_dim) + 3 * arch.hidden * arch.ffn
-    return 3 * arch.hidden * arch.ffn * arch.layers / (layer * arch.layers + arch.vocab * arch.hidden)
 
 
 def measured_rates(run_dir: Path) -> dict[str, float]:

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from vold.config.schema import DataConfig, RlConfig, SamplingConfig, SftConfig
 from vold.models.architecture import Architecture
+from vold.models.flops import language_model_parameters
 from vold.models.language_model import LanguageModel, build_chunks
 from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
@@ -260,7 +261,7 @@ def _sampled(sizes: Sizes) -> list[tuple[str, SamplingConfig, int]]:
 def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[float, dict[str, float]]:
     """(what stays, what drawing adds). Every rank has a whole copy of the student."""
     config, arch, size = sizes.config, sizes.student, sizes.itemsize
-    weights = whole_parameters(arch) * size + sizes.tower_bytes
+    weights = language_model_parameters(arch) * size + sizes.tower_bytes
     if isinstance(config, RlConfig) and config.rollout.engine == "vllm":
         vllm = config.rollout.vllm
         cache = vllm.kv_cache_gib * 2**30
@@ -282,11 +283,3 @@ def _sampler(sizes: Sizes, sampling: SamplingConfig, siblings: int) -> tuple[flo
 def kv_bytes(arch: Architecture, itemsize: int) -> int:
     """Keys and values of one token."""
     return 2 * arch.layers * arch.kv_heads * arch.head_dim * itemsize
-
-
-def whole_parameters(arch: Architecture) -> int:
-    """Of the language model, undivided; a tied head counts once."""
-    attention, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    layer = arch.hidden * (2 * attention + 2 * keys) + 3 * arch.hidden * arch.ffn + 2 * arch.hidden
-    layer += arch.qkv_bias * (attention + 2 * keys) + arch.qk_norm * 2 * arch.head_dim
-    return arch.layers * layer + arch.hidden + (1 if arch.tied else 2) * arch.vocab * arch.hidden

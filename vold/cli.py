@@ -1,5 +1,7 @@
-"""Verbs only. A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback, with 1. A rank
-that died or hangs is named and ends the job with exit code 1; SIGTERM ends training after the step, saved, with 143.
+"""The `vold` command: its subcommands and exit codes.
+
+A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback, with 1. A rank that died or
+hangs is named, and ends the job with exit code 1. SIGTERM ends training after the step, saved, with 143.
 
 torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
 """
@@ -7,172 +9,220 @@ torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
 import time
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from vold.config import load_config, load_training_config, schema
+from vold.io import configure_logging, visible
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # the file system's, not a bug's
-USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside newer typers
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+FILE_SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # not bugs
+USAGE_ERROR = typer.BadParameter.__base__  # click's UsageError, or that of the click inside newer typers
+TRAINING_CONFIGS = {"sft": schema.SftConfig, "rl": schema.RlConfig}
 
-Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+TRAIN, MODELS, PREPARE, INSPECT = "Train", "Models", "Before a launch", "Runs and answers"  # groups in --help
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the stage; configs/ holds examples")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="optimizer.lr=1e-6 rollout.top_p=0.9, or YAML files laid over CONFIG")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="keys of the config to set: optimizer.lr=1e-6 rollout.top_p=0.9; or YAML files, laid over the first",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run_dir after its latest checkpoint")]
+Processes = Annotated[int, typer.Option(min=1, help="processes that the launch will have: nodes x GPUs per node")]
 
 
-@app.command()
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"vold {metadata.version('vold')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vold(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Train a vision-language model to reason from text alone.
+
+    On several GPUs: torchrun --nproc-per-node N -m vold rl CONFIG
+    """
+
+
+@app.command(rich_help_panel=TRAIN)
 def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 0: the teacher answers the prompts; writes its token ids."""
     _module("train.teacher_traces").run(load_config(schema.TracesConfig, config, overrides or ()), resume=resume)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 1: the student learns the teacher's traces."""
     _module("train.sft").run(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 2: GRPO and on-policy distillation on the student's own rollouts."""
     _module("train.rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Challenger and solver train each other: R-Zero, R-Diverse."""
     _module("selfplay.loop").run(load_config(schema.SelfplayConfig, config, overrides or ()), resume=resume)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=MODELS)
 def evaluate(
     config: Config,
     overrides: Overrides = None,
-    vlmevalkit: Annotated[bool, typer.Option("--vlmevalkit", help="the paper's ten benchmarks, by VLMEvalKit")] = False,
+    vlmevalkit: Annotated[
+        bool, typer.Option("--vlmevalkit", help="run the paper's ten benchmarks in VLMEvalKit")
+    ] = False,
 ) -> None:
     """Accuracy of a checkpoint directory on text and image problems."""
     stage = _module("evaluation.vlmevalkit" if vlmevalkit else "evaluation.evaluator")
     stage.run(load_config(schema.EvalConfig, config, overrides or ()))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def export(config: Config, overrides: Overrides = None) -> None:
-    """A run's checkpoint as a directory for transformers and vLLM."""
-    _module("commands.export").run(load_config(schema.ExportConfig, config, overrides or ()))
+    """Write a checkpoint of a run as a model directory that transformers and vLLM load."""
+    _module("commands.export").export_model(load_config(schema.ExportConfig, config, overrides or ()))
 
 
-@app.command("profile")
+@app.command("profile", rich_help_panel=PREPARE)
 def profile_steps(
     config: Config,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="timed steps; three more are run around them")] = 5,
-    beside: Annotated[list[Path] | None, typer.Option(help="a profiled run_dir, for the timeline's picture")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps; three untimed ones are added")] = 5,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="run_dir of an earlier profile, drawn in the same timeline figure")
+    ] = None,
 ) -> None:
-    """Where the time and memory of an rl or sft config's steps go; writes run_dir/profile."""
-    _module("commands.profile").run(load_training_config(config, overrides or ()), steps=steps, beside=beside or ())
+    """Measure time and memory by phase over a few steps of an rl or sft config. Writes to run_dir/profile."""
+    training_config = load_training_config(config, overrides or ())
+    _module("commands.profile").profile_steps(training_config, steps=steps, beside=beside or ())
 
 
-@app.command()
+@app.command(rich_help_panel=PREPARE)
 def check(
-    stage: Annotated[Literal["sft", "rl", "selfplay"], typer.Argument(help="the stage that CONFIG is for")],
+    stage: Annotated[Literal["sft", "rl", "selfplay"], typer.Argument(help="stage that CONFIG is for")],
     config: Config,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
+    processes: Processes = 1,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="load the student as its own teacher: KL must be exactly 0")
+        bool, typer.Option("--self-test", help="also load the student as its own teacher: their KL must be exactly 0")
     ] = False,
 ) -> None:
-    """What can go wrong, a line each with its fix: versions, layout, models, tokenizers, data, disk, memory. Shows rows
-    as the model reads them and what each rank would hold. Changes nothing; exit code 2 when a line fails."""
+    """Check a config before a launch, one line per check: versions, layout, models, tokenizers, data, disk, memory.
+
+    Also shows data rows as the model reads them and memory by rank. Needs no GPU; exit code 2 when a check fails.
+    """
     if stage == "selfplay":
         _module("selfplay.loop").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
         return
-    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
-    _module("planning.check").run(load_config(of, config, overrides or ()), processes, self_test=self_test)
+    training_config = load_config(TRAINING_CONFIGS[stage], config, overrides or ())
+    _module("planning.check").check_config(training_config, processes, self_test=self_test)
 
 
-@app.command()
+@app.command(rich_help_panel=PREPARE)
 def plan(
-    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="the stage that CONFIG is for")],
+    stage: Annotated[Literal["sft", "rl"], typer.Argument(help="stage that CONFIG is for")],
     config: Config,
     overrides: Overrides = None,
-    gpu: Annotated[Literal["a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="of every process")] = ...,
-    processes: Annotated[int, typer.Option(min=1, help="how many would be launched: nodes x GPUs")] = 1,
-    response_tokens: Annotated[int | None, typer.Option(min=1, help="of a mean response, for the time")] = None,
-    rates: Annotated[Path | None, typer.Option(help="run_dir of a run profiled on such a machine")] = None,
+    gpu: Annotated[
+        Literal["a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="GPU of every process")
+    ] = ...,
+    processes: Processes = 1,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="mean length of a response, for the time")] = None,
+    rates: Annotated[Path | None, typer.Option(help="run_dir of a profile on such GPUs, to estimate the time")] = None,
 ) -> None:
-    """Memory by rank and phase and a step's time, before anything is launched; exit code 2 when it does not fit."""
-    of = {"sft": schema.SftConfig, "rl": schema.RlConfig}[stage]
+    """Compute memory by phase and the least time of a step on GPUs that need not be there.
+
+    Reads the checkpoints' config.json alone. Exit code 2 when the step does not fit, with settings that do.
+    """
     options = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
-    _module("planning.plan").run(load_config(of, config, overrides or ()), **options)
+    _module("planning.plan").print_plan(load_config(TRAINING_CONFIGS[stage], config, overrides or ()), **options)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def serve(
-    what: Annotated[
+    stage: Annotated[
         Literal["rl", "eval", "traces", "teacher"],
-        typer.Argument(help="the model CONFIG's stage samples; or rl's teacher"),
+        typer.Argument(help="stage whose sampled model is served; teacher: the teacher of an rl config"),
     ],
     config: Config,
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="as in the config's vllm.urls or teacher_vllm.urls")] = 8000,
-    host: Annotated[str, typer.Option(help="whoever reaches it can replace the weights")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port, as in the config's vllm.urls or teacher_vllm.urls")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; anyone who reaches it can replace the weights")
+    ] = "127.0.0.1",
 ) -> None:
-    """One vLLM engine in a process of its own, for a config that names it in vllm.urls."""
-    of = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(what, schema.RlConfig)
-    teacher = what == "teacher"
-    _module("commands.serve").run(load_config(of, config, overrides or ()), host=host, port=port, teacher=teacher)
+    """Start one vLLM engine as a server, for a config that names it in vllm.urls."""
+    config_type = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(stage, schema.RlConfig)
+    options = {"host": host, "port": port, "teacher": stage == "teacher"}
+    _module("commands.serve").serve_engine(load_config(config_type, config, overrides or ()), **options)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def grade(
     file: Annotated[Path, typer.Argument(help='JSONL rows {"gold": ..., "response": ...}; - reads standard input')],
-    workers: Annotated[int, typer.Option(min=1, help="processes that compare what only algebra can")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="processes for answers that need symbolic algebra")] = 2,
 ) -> None:
-    """Verdict, extracted answer and deciding rule of every row: one JSON object a line on standard output."""
-    _module("commands.grade").run(file, workers=workers)
+    """Grade responses. Prints every row with verdict, extracted answer and deciding rule as one line of JSON."""
+    _module("commands.grade").grade_file(file, workers=workers)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or folders of them")],
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
 ) -> None:
-    """One self-contained HTML page over one or several runs."""
-    _module("commands.report").run(runs, out)
+    """Write one self-contained HTML page about one or several runs."""
+    _module("commands.report").write_report_page(runs, out)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def watch(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
-    """A live run in the terminal: metrics, phases, time left, warnings. q quits; off a terminal it prints once."""
-    _module("commands.watch").run(run)
+    """Follow a run in the terminal: metrics, phases, time left, warnings. q quits. Off a terminal it prints once."""
+    _module("commands.watch").watch_run(run)
 
 
-@app.command("prepare-student")
+@app.command("prepare-student", rich_help_panel=PREPARE)
 def prepare_student(
     student: Annotated[Path, typer.Argument(help="checkpoint directory of the student")],
     teacher: Annotated[Path, typer.Argument(help="checkpoint directory of the teacher")],
-    out: Annotated[Path, typer.Argument(help="new checkpoint directory")],
+    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
 ) -> None:
-    """Give the student the teacher's extra tokens (<think> ...) at the same ids."""
-    _module("commands.prepare").run(student, teacher, out)
+    """Add the teacher's extra tokens (<think> ...) to the student, at the same ids."""
+    _module("commands.prepare").prepare_student(student, teacher, out)
 
 
 def _module(name: str):
-    """Imported when asked for, so that --help is instant. Libraries' progress bars and advice about packages that are
-    absent by design (apex, TransformerEngine) would bury the one line a person looks for."""
+    """Import vold.NAME on first use, so that --help is instant, without the libraries' own messages: progress bars, and
+    advice about packages that are absent by design (apex, TransformerEngine)."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    # A CUDA build of torch on a machine with nvcc and no GPU warns that it has found CUDA_HOME.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -181,52 +231,62 @@ def _module(name: str):
 
 def main() -> None:
     """Console entry point."""
+    configure_logging()
     try:
         raise SystemExit(app(prog_name="vold", standalone_mode=False))
     except (ValueError, USAGE_ERROR, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in REFUSALS:
+        if isinstance(error, OSError) and error.errno not in FILE_SYSTEM_ERRORS:
             raise
-        print(f"vold{_speaker()}: {_mistake(error)}", file=sys.stderr)
+        _print_error(_error_line(error), _rank_after_others())
         raise SystemExit(2) from None
     except RuntimeError as error:
-        _name_lost_ranks(error)
+        _exit_if_rank_lost(error)
         raise
 
 
-def _mistake(error: Exception) -> str:
-    """In one line, with the fix."""
+def _print_error(message: str, rank: str = "") -> None:
+    """Print one line on standard error, whatever characters the message took from files or the command line."""
+    print(f"vold{rank}: {visible(message)}", file=sys.stderr, flush=True)
+
+
+def _error_line(error: Exception) -> str:
+    """A user's mistake with its fix."""
     if isinstance(error, OSError):
         return f"{error.filename or 'a file could not be written'}: {error.strerror}; make room, or choose another path"
     if not isinstance(error, USAGE_ERROR):
         return str(error)
-    asked = error.ctx.command_path if error.ctx else "vold"
-    return f"{error.format_message().rstrip('.') or 'a verb is missing'}; see {asked} --help"
+    command = error.ctx.command_path if error.ctx else "vold"
+    return f"{error.format_message().rstrip('.') or 'a verb is missing'}; see {command} --help"
 
 
-def _name_lost_ranks(error: RuntimeError) -> None:
-    """A collective failed because a rank died or hangs: say which, and end. Returns when that is not what happened."""
-    run_on_all_ranks = sys.modules.get("vold.parallel.collectives")
-    if run_on_all_ranks is None or not run_on_all_ranks.is_lost_peer(error):
-        return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end us first: it names the dead itself
-    if not (absent := run_on_all_ranks.unresponsive_ranks()):
-        return
-    names = ", ".join(map(str, absent))
-    print(
-        f"vold (rank {os.environ.get('RANK', '0')}): rank {names} died or hangs (no answer for "
-        "timeout_seconds); the job ends, --resume continues after its latest checkpoint. What failed here: "
-        + " ".join(str(error).split())[:200],
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)  # an orderly exit would wait for the broken process groups
+def _rank_after_others() -> str:
+    """Wait, on ranks above 0, and return " (rank N)"; "" on rank 0.
 
-
-def _speaker() -> str:
-    """Rank 0 speaks for all: torchrun ends the other ranks as soon as it exits. One that fails alone is heard, named,
-    a moment later."""
+    torchrun ends the other ranks as soon as rank 0 exits. A mistake that all ranks make is thus printed once, and one
+    that a single rank makes is printed with its number.
+    """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return ""
     time.sleep(3)
     return f" (rank {rank})"
+
+
+def _exit_if_rank_lost(error: RuntimeError) -> None:
+    """End the process with exit code 1 where a collective failed because a rank died or hangs, and name the rank.
+
+    Returns where the error has another cause.
+    """
+    collectives = sys.modules.get("vold.parallel.collectives")
+    if collectives is None or not collectives.is_lost_peer(error):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this process first: it names the dead rank itself
+    if not (unresponsive := collectives.unresponsive_ranks()):
+        return
+    names = ", ".join(map(str, unresponsive))
+    _print_error(
+        f"rank {names} died or hangs (no answer for timeout_seconds); the job ends, --resume continues after its "
+        f"latest checkpoint. What failed here: {' '.join(str(error).split())[:200]}",
+        f" (rank {os.environ.get('RANK', '0')})",
+    )
+    os._exit(1)  # an orderly exit would wait for the broken process groups

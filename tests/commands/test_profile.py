@@ -1,4 +1,4 @@
-"""`vold profile`: what it writes, and that it leaves a run directory alone."""
+"""`vold profile`: the files it writes; the run directory itself stays empty."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROW |= {"seconds_student_backward": 1.25, "seconds_optimizer": 0.25, "response_t
 ROW |= {"train_tflop": 3e-12, "peak_memory_gib": 2.0, "memory_gib_rollout": 1.5}
 
 
-def test_two_profiled_ranks_have_all_they_should(world, torchrun, tmp_path):
-    """Also: metrics hold the same numbers, no model is saved, the run directory itself stays empty."""
+def test_a_profile_of_two_ranks_is_complete(world, torchrun, tmp_path):
+    """Metrics hold the same numbers, no model is saved, and nothing is written outside run_dir/profile."""
     run_dir = tmp_path / "run"
     overrides = world.overrides("rl", run_dir)
     config = profile.Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "rl.yaml"
@@ -34,10 +34,12 @@ def test_two_profiled_ranks_have_all_they_should(world, torchrun, tmp_path):
     rows = list(csv.DictReader((folder / "phases.csv").open()))
     phases = ["rollout", "grade", "teacher", "student_forward", "student_backward", "optimizer", "sync"]
     for rank in "01":
-        mine = {row["phase"]: row for row in rows if row["rank"] == rank}
-        assert [name for name in mine if name in phases] == phases and {"other", "step"} <= mine.keys()
-        assert all(float(mine[name]["memory_gib"]) > 0 for name in phases)
-        assert 0 < float(mine["student_backward"]["mfu"]) < 1 and float(mine["rollout"]["tokens_per_second"]) > 0
+        rank_rows = {row["phase"]: row for row in rows if row["rank"] == rank}
+        assert [name for name in rank_rows if name in phases] == phases and {"other", "step"} <= rank_rows.keys()
+        assert all(float(rank_rows[name]["memory_gib"]) > 0 for name in phases)
+        assert (
+            0 < float(rank_rows["student_backward"]["mfu"]) < 1 and float(rank_rows["rollout"]["tokens_per_second"]) > 0
+        )
     metrics = read_rows(folder / "metrics.jsonl")
     assert len(metrics) == 1 + 2 + 2 and metrics[1]["seconds_student_backward"] > 0
     assert "layers: rms_norm torch" in done.stdout and "student_backward" in (folder / "phases.md").read_text()
@@ -58,12 +60,12 @@ def test_a_profile_is_not_overwritten(tmp_path, load):
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="holds a profile already"):
-        profile.run(config, steps=1)
+        profile.profile_steps(config, steps=1)
 
 
 def test_a_timeline_beside_a_run_that_was_not_profiled(tmp_path, load):
     with pytest.raises(ValueError, match=r"--beside .*other: no .*timeline.csv; profile that run first"):
-        profile.run(load("rl", tmp_path), steps=1, beside=[tmp_path / "other"])
+        profile.profile_steps(load("rl", tmp_path), steps=1, beside=[tmp_path / "other"])
 
 
 def test_idle_shares_by_hand():

@@ -1,4 +1,4 @@
-"""The commands that the pages show: where they stand, and their words.
+"""The commands that the pages show: page, line and arguments.
 
 A ```bash block holds commands and nothing else, one a line (a backslash joins lines, `#` begins a comment). A span of
 inline code that begins with a program of `PROGRAMS` is a command too; with a verb and nothing behind it, a mention.
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# In the order in which they are read: what one page makes, a later one may look at.
+# Reading order: a page may use what an earlier one makes.
 ORDER = ("README", "install", "quickstart", "recipe", "your-own-data", "scale-out", "speed")
 PROGRAMS = ("vold", "python", "torchrun", "make", "pip")
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
-# What the pages leave to the reader, and the stand-in's.
+# What the pages leave to the reader -> its value in the directory of conftest.py.
 PLACEHOLDERS = {
     "FILE": "answers.jsonl",
     "FILE.jsonl": "answers.jsonl",
@@ -42,7 +42,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Command:
-    """`words` have the reader's placeholders filled in and no environment variables in front."""
+    """words: program and arguments, with placeholders filled in and without leading environment variables."""
 
     where: str
     text: str
@@ -50,12 +50,12 @@ class Command:
 
     @property
     def launcher(self) -> tuple[str, ...] | None:
-        """torchrun's own words, where it starts the command."""
+        """torchrun's own arguments, where it starts the command."""
         return self.words[1 : self.words.index("-m")] if self.words[0] == "torchrun" else None
 
     @property
     def vold(self) -> tuple[str, ...] | None:
-        """Verb and arguments, where the command is one of vold's."""
+        """Verb and arguments of a `vold` command; None of another program's."""
         if self.words[0] == "vold":
             return self.words[1:]
         if self.words[0] in ("torchrun", "python") and "vold" in self.words:
@@ -64,26 +64,26 @@ class Command:
 
 
 def pages() -> list[Path]:
-    docs = sorted((ROOT / "docs").glob("*.md"), key=lambda path: (_place(path.stem), path.stem))
+    docs = sorted((ROOT / "docs").glob("*.md"), key=lambda path: (_reading_order(path.stem), path.stem))
     return [ROOT / "README.md", *docs, ROOT / "kernels" / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
-def _place(stem: str) -> int:
+def _reading_order(stem: str) -> int:
     return ORDER.index(stem) if stem in ORDER else len(ORDER)
 
 
 def commands() -> list[Command]:
     """Each distinct command once, in the order of the pages."""
-    found: dict[tuple[str, ...], Command] = {}
+    distinct: dict[tuple[str, ...], Command] = {}
     for page in pages():
         for line, text in _lines(page.read_text()):
             command = Command(f"{page.relative_to(ROOT)}:{line}", text, _words(text))
-            found.setdefault(command.words, command)
-    return list(found.values())
+            distinct.setdefault(command.words, command)
+    return list(distinct.values())
 
 
 def untagged(page: Path) -> list[str]:
-    """Lines of other blocks that look like commands: those no test would see."""
+    """Lines of other blocks that look like commands, which no test would run."""
     blocks = [body for kind, body in _FENCE.findall(page.read_text()) if kind != "bash"]
     return [line for body in blocks for line in body.splitlines() if re.match(rf"({'|'.join(PROGRAMS)}) [a-z-]", line)]
 
@@ -120,15 +120,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 def fenced(page: str, kind: str) -> str:
     """The first block of that kind on a page of docs/."""
-    return next(body for found, body in _FENCE.findall((ROOT / "docs" / f"{page}.md").read_text()) if found == kind)
+    return next(
+        body for language, body in _FENCE.findall((ROOT / "docs" / f"{page}.md").read_text()) if language == kind
+    )
 
 
-def program(name: str, place: Path, *arguments: object) -> str:
-    """Standard output of a program of this folder that was run in `place`."""
+def program(name: str, directory: Path, *arguments: object) -> str:
+    """Run a program of this folder in `directory`. Returns its standard output."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "docs" / name, *map(str, arguments)],
-        cwd=place,
+        cwd=directory,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""A directory as a reader of the pages has it: configs/, checkpoints/, data/, the demo's runs/; all of it tiny."""
+"""A directory as the pages assume it: configs/, checkpoints/, data/ and the demo's runs/, with tiny models and data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from commands import ROOT, fenced
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_vl_dir) -> Path:
+def reader_dir(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_vl_dir) -> Path:
     from vold.miniature.data import DataSizes, write_data
 
-    place = tmp_path_factory.mktemp("reader")
-    (place / "configs").symlink_to(ROOT / "configs")
-    miniature = place / "runs" / "miniature" / "seed0"
+    directory = tmp_path_factory.mktemp("reader")
+    (directory / "configs").symlink_to(ROOT / "configs")
+    miniature = directory / "runs" / "miniature" / "seed0"
     checkpoints = {
         "checkpoints/Qwen2.5-VL-3B-Instruct": tiny_student_dir,
         "checkpoints/Qwen3-8B": tiny_teacher_dir,
@@ -28,28 +28,28 @@ def place(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_vl_di
         "runs/demo/sft/model": tiny_student_dir,
         "runs/selfplay/start/model": tiny_student_dir,
     }
-    for name, directory in checkpoints.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).symlink_to(directory)
+    for name, checkpoint in checkpoints.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).symlink_to(checkpoint)
     write_data(miniature / "data", 0, DataSizes(train=8, traces_prompts=16, traces_other=1, val=2, test=2))
-    _public_data(miniature / "data", place / "data")
-    (place / "answers.jsonl").write_text('{"gold": "42", "response": "\\\\boxed{42}"}\n')
-    return place
+    _public_data(miniature / "data", directory / "data")
+    (directory / "answers.jsonl").write_text('{"gold": "42", "response": "\\\\boxed{42}"}\n')
+    return directory
 
 
 def _public_data(world: Path, data: Path) -> None:
-    """The files that configs/qwen2.5-vl-3b names, in their own layouts; and the rows that a page shows."""
+    """Write the files that configs/qwen2.5-vl-3b names, in their own layouts, and the rows that a page shows."""
     data.mkdir()
     shutil.copy(world / "train.json", data / "orz_math_57k_collected.json")
-    asked = [row[0]["value"] for row in json.loads((world / "traces_prompts.json").read_text())]
-    messages = [{"messages": [{"role": "user", "content": question}]} for question in asked]
+    questions = [row[0]["value"] for row in json.loads((world / "traces_prompts.json").read_text())]
+    messages = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     parquet.write_table(pa.Table.from_pylist(messages), data / "mixture-of-thoughts.parquet")
     shutil.copytree(world / "images", data / "geometry3k" / "images")
     for name in ("train", "test"):
         shutil.copy(world / "val_image.jsonl", data / "geometry3k" / f"{name}.jsonl")
     rows = [json.loads(line) for line in (world / "test_image.jsonl").read_text().splitlines()]
-    held = [row | {"images": [{"bytes": (world / row["images"][0]).read_bytes(), "path": None}]} for row in rows]
-    parquet.write_table(pa.Table.from_pylist(held), data / "geometry3k" / "test.parquet")
+    with_bytes = [row | {"images": [{"bytes": (world / row["images"][0]).read_bytes(), "path": None}]} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(with_bytes), data / "geometry3k" / "test.parquet")
     mine = data / "mine"
     (mine / "images").mkdir(parents=True)
     (mine / "problems.jsonl").write_text(fenced("your-own-data", "json"))

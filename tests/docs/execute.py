@@ -1,7 +1,7 @@
-"""Runs the pages' commands one after the other in a stand-in of what a reader has: `execute.py WORDS.json`.
+"""Runs the pages' commands one after the other in the directory of conftest.py: `execute.py ARGUMENTS.json`.
 
-A program of its own, because `vold check` replaces the process groups. Each command has the words of the page, and
-behind them the sizes of the stand-in. Prints a JSON list of [exit code, standard output, standard error].
+A program of its own, because `vold check` replaces the process groups. Each command has the arguments of the page, then
+overrides that make it small. Prints a JSON list of [exit code, standard output, standard error].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 from vold import cli
 
@@ -28,32 +28,32 @@ SIZES = {
     "profile": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1"],
     "eval": [*RUN, *EVALUATION, "grader_workers=1"],
 }
-STAGES = ("traces", "sft", "rl", "evaluate")
-WRITES = {name: lambda config: config.run_dir for name in STAGES}
-WRITES |= {"profile": lambda config: config.run_dir / "profile", "export": lambda config: config.out}
-# A run of one step has no fiftieth, and only one config keeps its best.
+STAGES = ("train.teacher_traces", "train.sft", "train.rl", "evaluation.evaluator")
+OUTPUTS = {name: lambda config: config.run_dir for name in STAGES}  # module -> directory that it writes
+OUTPUTS |= {"commands.profile": lambda config: config.run_dir / "profile", "commands.export": lambda config: config.out}
+# A run of one step has no step 50, and only one config keeps its best checkpoint.
 EXPORTED = {"step=50": "step=1", "step=best": "run=runs/qwen2.5-vl-3b/geometry3k"}
 
 
 def main(file: str) -> None:
-    imported = cli._stage
-    cli._stage = lambda name: _from_scratch(name, imported(name))
-    found = [run([*words, *_sizes(words)]) for words in json.loads(Path(file).read_text())]
-    json.dump(found, sys.stdout)
+    import_module = cli._module
+    cli._module = lambda name: FreshOutputs(name, import_module(name))
+    outcomes = [run([*arguments, *_sizes(arguments)]) for arguments in json.loads(Path(file).read_text())]
+    json.dump(outcomes, sys.stdout)
 
 
-def _sizes(words: list[str]) -> list[str]:
-    if "--help" in words:
+def _sizes(arguments: list[str]) -> list[str]:
+    if "--help" in arguments:
         return []
-    if words[0] in ("check", "plan"):  # of a run that is not there yet
-        return [*SIZES[words[1]], "run_dir=runs/ahead"] if words[1] in SIZES else []
-    return SIZES.get(words[0], [EXPORTED[word] for word in words if word in EXPORTED])
+    if arguments[0] in ("check", "plan"):  # of a run that is not there yet
+        return [*SIZES[arguments[1]], "run_dir=runs/ahead"] if arguments[1] in SIZES else []
+    return SIZES.get(arguments[0], [EXPORTED[word] for word in arguments if word in EXPORTED])
 
 
-def run(words: list[str]) -> tuple[int, str, str]:
-    """`vold WORDS`: exit code, standard output, standard error."""
+def run(arguments: list[str]) -> tuple[int, str, str]:
+    """`vold ARGUMENTS`: exit code, standard output, standard error."""
     out, error = io.StringIO(), io.StringIO()
-    sys.argv = ["vold", *words]
+    sys.argv = ["vold", *arguments]
     with redirect_stdout(out), redirect_stderr(error):
         try:
             cli.main()
@@ -63,15 +63,21 @@ def run(words: list[str]) -> tuple[int, str, str]:
             return 1, out.getvalue(), error.getvalue() + traceback.format_exc()
 
 
-def _from_scratch(name: str, stage) -> SimpleNamespace:
-    """The pages show the same run_dir more than once; a reader has one run in it."""
+class FreshOutputs:
+    """A module of vold whose functions first remove what an earlier command of the pages wrote in the same place."""
 
-    def run(*arguments, **options):
-        if name in WRITES and not options.get("resume"):
-            shutil.rmtree(WRITES[name](arguments[0]), ignore_errors=True)
-        return stage.run(*arguments, **options)
+    def __init__(self, name: str, module: ModuleType):
+        self._output_of, self._module = OUTPUTS.get(name), module
 
-    return SimpleNamespace(**vars(stage) | {"run": run})
+    def __getattr__(self, name: str):
+        function = getattr(self._module, name)
+
+        def call(*arguments, **options):
+            if self._output_of is not None and not options.get("resume"):
+                shutil.rmtree(self._output_of(arguments[0]), ignore_errors=True)
+            return function(*arguments, **options)
+
+        return call
 
 
 if __name__ == "__main__":

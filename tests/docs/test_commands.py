@@ -1,5 +1,5 @@
-"""Every command that the pages show is executed: for real on a tiny stand-in, or, where it needs a cluster, a GPU,
-vLLM or a network, up to that point: launcher, options, config and values are read and accepted with exactly its words.
+"""Every command that the pages show is executed: for real with tiny models and data, or, where it needs a cluster, a GPU,
+vLLM or a network, up to that point: its launcher, options, config and values are parsed and accepted as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from commands import ROOT, Command, commands, pages, program, untagged
@@ -23,21 +23,21 @@ COMMANDS = commands()
 
 
 def only_read(command: Command) -> str:
-    """Why a command is not run here; "" where it is."""
-    words, text = command.vold, command.text
-    if words is None:
+    """The reason why a command is parsed but not run here; "" where it is run."""
+    verb_arguments, text = command.vold, command.text
+    if verb_arguments is None:
         return {"make": "make -n", "pip": "network"}.get(command.words[0], "a measurement")
-    if words[0] == "serve" or "vllm" in text:
+    if verb_arguments[0] == "serve" or "vllm" in text:
         return "vLLM"
     if "--nnodes" in text:
         return "several machines"
-    if words[0] == "selfplay" and len(words) > 1:
+    if verb_arguments[0] == "selfplay" and len(verb_arguments) > 1:
         return "an untrained model's answers never agree: tests/selfplay/test_selfplay.py"
     return ""
 
 
 def arguments(command: Command) -> list[str]:
-    """What vold gets; a verb that is only mentioned is asked for its help."""
+    """Arguments of `vold`; a verb that the page only mentions is run with --help."""
     words = list(command.vold)
     return [*words, "--help"] if len(words) == 1 and not words[0].startswith("-") else words
 
@@ -50,19 +50,19 @@ RUN = [command for command in COMMANDS if not only_read(command)]
 
 
 @pytest.fixture(scope="session")
-def outcome(place) -> dict[Command, list]:
+def outcome(reader_dir) -> dict[Command, list]:
     """Exit code, output and errors of each command that is run, in the order of the pages."""
-    file = place / "words.json"
+    file = reader_dir / "arguments.json"
     file.write_text(json.dumps([arguments(command) for command in RUN]))
-    found = json.loads(program("execute.py", place, file).splitlines()[-1])
-    return dict(zip(RUN, found, strict=True))
+    outcomes = json.loads(program("execute.py", reader_dir, file).splitlines()[-1])
+    return dict(zip(RUN, outcomes, strict=True))
 
 
 @pytest.mark.parametrize("command", RUN, ids=name)
 def test_runs(outcome, command):
-    code, said, error = outcome[command]
+    code, output, error = outcome[command]
     if code:
-        pytest.fail(f"exit code {code}: {said}{error}", pytrace=False)
+        pytest.fail(f"exit code {code}: {output}{error}", pytrace=False)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=name)
@@ -82,9 +82,8 @@ def test_is_accepted(monkeypatch, command):
 
 
 def accept_vold(monkeypatch, command: Command) -> None:
-    """The command line and the config, as far as the stage itself."""
-    nothing = {name: lambda *_, **__: None for name in ("run", "check")}
-    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(**nothing))
+    """Parse the command line and the config; call nothing."""
+    monkeypatch.setattr(cli, "_module", lambda name: Mock())
     monkeypatch.setattr(sys, "argv", ["vold", *arguments(command)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -92,7 +91,7 @@ def accept_vold(monkeypatch, command: Command) -> None:
 
 
 def accept_pip(words: tuple[str, ...]) -> None:
-    """By pip's own parser (which `--help` stops behind them); constraints, pins and extras that are named exist."""
+    """Parse with pip's own parser, which `--help` ends; constraints, pins and extras that are named exist."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *words, "--help"]
     subprocess.run(pip, check=True, capture_output=True, timeout=60)
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}

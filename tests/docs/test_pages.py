@@ -1,4 +1,4 @@
-"""Links lead somewhere, every page is in the index, and the exit codes are those of the table."""
+"""Links have targets, every page is in the index, and the exit codes are those of the table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-ENDS = {
+OUTCOMES = {
     0: None,
     1: AssertionError("a bug"),
     2: ValueError("steps = 0: use a value > 0"),
@@ -48,14 +48,14 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("code", ENDS)
+@pytest.mark.parametrize("code", OUTCOMES)
 def test_exit_codes(monkeypatch, capsys, code):
     def run(*_, **__):
         if code:
-            raise ENDS[code]
+            raise OUTCOMES[code]
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=run))
+    monkeypatch.setattr(cli, "_module", lambda name: SimpleNamespace(watch_run=run))
     monkeypatch.setattr(cli.sys, "argv", ["vold", "watch", "runs/x"])
     if code == 1:  # the interpreter prints the traceback and ends with 1
         with pytest.raises(AssertionError):
@@ -69,13 +69,13 @@ def test_exit_codes(monkeypatch, capsys, code):
 
 def test_the_table_of_exit_codes_has_these():
     table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
-    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(ENDS)
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(OUTCOMES)
 
 
-def test_without_a_verb_it_shows_them(monkeypatch, capsys):
+def test_without_a_verb_it_lists_them(monkeypatch, capsys):
     monkeypatch.setattr(cli.sys, "argv", ["vold"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    said = capsys.readouterr()
-    assert end.value.code == 2 and "prepare-student" in said.out
-    assert said.err == "vold: a verb is missing; see vold --help\n"
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and "prepare-student" in printed.out
+    assert printed.err == "vold: a verb is missing; see vold --help\n"

@@ -1,4 +1,4 @@
-"""Body of test_check.py: every rank of the shipped 3B configs on 8 and on 32 GPUs, and of harder layouts, without one.
+"""Body of test_check.py: every rank's tensors for the shipped 3B configs on 8 and 32 GPUs and for harder layouts.
 
 A program of its own, because it replaces the process groups. Prints `ok`.
 """
@@ -15,7 +15,8 @@ from vold.config import load_config, schema
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
-from vold.planning.rank_shapes import bytes_of_student, every_rank
+from vold.planning.meta_memory import training_state_bytes
+from vold.planning.rank_shapes import rank_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
 LAYOUTS = [
@@ -71,32 +72,35 @@ def main() -> None:
     }
     for parameters, (config, model_type) in models.items():
         with torch.device("meta"):
-            whole = model_type(config).state_dict()
-        shapes = {short_name(name): tuple(t.shape) for name, t in whole.items() if "visual" not in name}
+            state_dict = model_type(config).state_dict()
+        shapes = {short_name(name): tuple(t.shape) for name, t in state_dict.items() if "visual" not in name}
         if config.tie_word_embeddings:
             shapes.pop("lm_head.weight")
         for parallel, processes in [(shipped[0], 8), (shipped[1], 32), *((ParallelConfig(**x), 8) for x in LAYOUTS)]:
-            check(every_rank(Architecture.from_config(config), parallel, processes), shapes, parameters)
-    [first, *_] = every_rank(Architecture.from_config(student()), shipped[1], 8)
+            check_shards(rank_shards(Architecture.from_config(config), parallel, processes), shapes, parameters)
+    [first, *_] = rank_shards(Architecture.from_config(student()), shipped[1], 8)
     # 2 bytes of weights and 4 of gradients a parameter; 12 of masters and moments on 8 ranks together
-    assert sum(bytes_of_student(first, "bfloat16").values()) == (6 + 12 / 8) * 3_085_938_688
-    seeing = every_rank(Architecture.from_config(student()), ParallelConfig(pp=2), 2, train_merger=True)
-    mergers = [sum(name.startswith("visual.merger.") for name in rank.tensors) for rank in seeing]
+    assert (
+        sum(training_state_bytes(first.parameters, first.layout, torch.bfloat16).values())
+        == (6 + 12 / 8) * 3_085_938_688
+    )
+    with_images = rank_shards(Architecture.from_config(student()), ParallelConfig(pp=2), 2, train_merger=True)
+    mergers = [sum(name.startswith("visual.merger.") for name in rank.tensors) for rank in with_images]
     assert mergers == [5, 0], "norm, two weights, two biases, where the embedding is"
     with pytest.raises(ValueError, match="tp=4 does not divide kv_heads=2 of this model: choose a tp that does"):
-        every_rank(Architecture.from_config(student()), ParallelConfig(tp=4), 8)
+        rank_shards(Architecture.from_config(student()), ParallelConfig(tp=4), 8)
     print("ok")
 
 
-def check(ranks, shapes: dict[str, tuple[int, ...]], parameters: int) -> None:
+def check_shards(shards, shapes: dict[str, tuple[int, ...]], parameters: int) -> None:
     """Every copy of the model holds each tensor of the checkpoint once: a share on each tp rank, or all of it."""
-    for dp_rank in range(ranks[0].layout.dp):
-        copy = [rank for rank in ranks if rank.layout.dp_rank == dp_rank]
+    for dp_rank in range(shards[0].layout.dp):
+        replica = [shard for shard in shards if shard.layout.dp_rank == dp_rank]
         total = 0
-        for tp_rank in range(ranks[0].layout.tp):
-            stages = [rank.tensors for rank in copy if rank.layout.tp_rank == tp_rank]
-            held = {name: shape for tensors in stages for name, (shape, _) in tensors.items()}
-            assert held == shapes and sum(map(len, stages)) == len(shapes)
+        for tp_rank in range(shards[0].layout.tp):
+            stages = [shard.tensors for shard in replica if shard.layout.tp_rank == tp_rank]
+            built = {name: shape for tensors in stages for name, (shape, _) in tensors.items()}
+            assert built == shapes and sum(map(len, stages)) == len(shapes)
             total += sum(here for tensors in stages for shape, here in tensors.values() if len(shape) > 1)
             total += sum(here for tensors in stages for name, (_, here) in tensors.items() if name.endswith(".bias"))
         norms = sum(shape[0] for name, shape in shapes.items() if len(shape) == 1 and not name.endswith(".bias"))

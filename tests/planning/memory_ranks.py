@@ -1,4 +1,4 @@
-"""Body of test_memory.py: training steps with every tensor counted, beside what the plan said of them.
+"""Body of test_memory.py: measured memory of training steps, every live tensor counted, beside the planned memory.
 
 Prints a row for each rank of each case: case, rank, measured MiB, planned MiB. A program of its own, because planning
 replaces the process groups.
@@ -19,7 +19,8 @@ from vold.data.packing import pack
 from vold.miniature.tokenizer import make_tokenizer
 from vold.parallel.launch import initialise, shutdown
 from vold.planning.meta_memory import LiveBytes
-from vold.planning.stage_memory import Sizes, places
+from vold.planning.stage_memory import stage_memories
+from vold.planning.step_sizes import StepSizes
 from vold.rollout.transformers.sampler import TransformersSampler
 from vold.trainer.trainer import Trainer
 from vold.types import Prompt, Sample
@@ -65,9 +66,9 @@ def measured_training(config: RlConfig) -> float:
     layout = initialise(**config.parallel.model_dump(), seed=0)
     ids, logps = tuple(range(RESPONSE)), (0.0,) * RESPONSE
     samples = [
-        Sample(Prompt(str(number), tuple(range(PROMPT)), ""), ids, (-1.0) ** place, 1e-3, 0.0, logp_rollout=logps)
+        Sample(Prompt(str(number), tuple(range(PROMPT)), ""), ids, (-1.0) ** sibling, 1e-3, 0.0, logp_rollout=logps)
         for number in range(PROMPTS)
-        for place in range(SIBLINGS)
+        for sibling in range(SIBLINGS)
     ]
     with LiveBytes() as live:
         dtype = getattr(torch, config.dtype)
@@ -83,7 +84,7 @@ def measured_training(config: RlConfig) -> float:
 
 
 class PeakBeforeUpdate:
-    """In the place of `PhaseTimers`."""
+    """Stands in for PhaseTimers: records the peak when the optimizer phase begins."""
 
     def __init__(self, live: LiveBytes):
         self.live, self.peak, self.name = live, 0, ""
@@ -101,9 +102,9 @@ class PeakBeforeUpdate:
 
 
 def planned_training(config: RlConfig, stage: int, world: int) -> float:
-    place = places(Sizes(config, world), "cpu")[stage]
-    state = sum(place.resident[name] for name in ("weights", "gradients", "optimizer"))
-    return state + sum(place.phases["train"].values())
+    memory = stage_memories(StepSizes(config, world), "cpu")[stage]
+    state = sum(memory.resident[name] for name in ("weights", "gradients", "optimizer"))
+    return state + sum(memory.phases["train"].values())
 
 
 def measured_drawing(config: RlConfig) -> float:
@@ -128,14 +129,14 @@ def main(folder: Path) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     student = save_student(folder / f"student{rank}", SHAPE["vocab_size"])
     configs = {name: config_of(case, student) for name, case in CASES[world].items()}
-    found = {name: measured_training(config) for name, config in configs.items()}
+    measured = {name: measured_training(config) for name, config in configs.items()}
     shutdown()
     for name, config in configs.items():
         training = planned_training(config, rank * config.parallel.pp // world, world)
-        print(f"{name},{rank},{found[name] / MIB:.2f},{training / MIB:.2f}", flush=True)
+        print(f"{name},{rank},{measured[name] / MIB:.2f},{training / MIB:.2f}", flush=True)
     if world == 1:  # one row of the head is padding, which is never drawn, and the stop token: all go to the end
         config = config_of({}, save_student(folder / "sampled", len(make_tokenizer()) + 1))
-        drawing = sum(places(Sizes(config, 1), "cpu")[0].phases["rollout"].values())
+        drawing = sum(stage_memories(StepSizes(config, 1), "cpu")[0].phases["rollout"].values())
         print(f"rollout,{rank},{measured_drawing(config) / MIB:.2f},{drawing / MIB:.2f}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""`vold check`'s lines: what it finds wrong, in a line each, and rows shown as the model reads them."""
+"""`vold check`: one line for each problem, and rows shown as the model reads them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from rich.console import Console
 
 from vold.config import load_config, schema
 from vold.data.packing import encode_text
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
-from vold.planning import check, machine
-from vold.planning.row_preview import as_the_model_reads
+from vold.planning import machine
+from vold.planning.row_preview import row_preview
 from vold.types import Prompt, Sample
 
 
-def checked(torchrun, world, run_dir: Path, stage: str, *arguments: str):
+def run_check(torchrun, world, run_dir: Path, stage: str, *arguments: str):
     return torchrun(
         1,
         "-m",
@@ -32,7 +34,7 @@ def checked(torchrun, world, run_dir: Path, stage: str, *arguments: str):
 
 
 def test_a_sound_config_is_all_ticks_and_the_student_teaches_itself_nothing(torchrun, world, tmp_path):
-    run = checked(torchrun, world, tmp_path / "run", "rl", "--self-test")
+    run = run_check(torchrun, world, tmp_path / "run", "rl", "--self-test")
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line[2:].split()[0]: line for line in run.stdout.splitlines() if line[:2] in ("✓ ", "✗ ", "· ")}
     assert list(lines) == [
@@ -49,7 +51,7 @@ def test_a_sound_config_is_all_ticks_and_the_student_teaches_itself_nothing(torc
 def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_path):
     (tmp_path / "rows.json").write_text('[[{"from": "human", "value": "1+1"}]]')
     mistakes = [f"data.path={tmp_path / 'rows.json'}", "microbatch_tokens=10", "keep_checkpoints=100000000"]
-    run = checked(torchrun, world, tmp_path / "run", "rl", *mistakes)
+    run = run_check(torchrun, world, tmp_path / "run", "rl", *mistakes)
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
     failed = [line for line in run.stdout.splitlines() if line.startswith("✗")]
     assert [line.split()[1] for line in failed] == ["method", "data", "disk"]
@@ -60,14 +62,14 @@ def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_
 
 
 def test_sft_traces_are_shown_with_what_is_trained(torchrun, world, tmp_path):
-    run = checked(torchrun, world, tmp_path / "run", "sft")
+    run = run_check(torchrun, world, tmp_path / "run", "sft")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "12 traces" in run.stdout and "mask 0 × " in run.stdout and "sampled from here" not in run.stdout
 
 
 def rendered(row, tokenizer, encode) -> str:
     console = Console(record=True, width=200, force_terminal=True, color_system="standard", file=io.StringIO())
-    console.print(as_the_model_reads(row, tokenizer, encode))
+    console.print(row_preview(row, tokenizer, encode))
     return console.export_text(styles=True)
 
 
@@ -87,8 +89,8 @@ def test_a_row_is_shown_with_ids_masks_and_special_tokens_in_colour(tiny_teacher
 def test_an_image_is_shown_as_its_number_of_tokens(world, tiny_student_dir):
     config = load_config(schema.RlConfig, Path("vold/miniature/configs/rl.yaml"), world.overrides("rl", Path("unused")))
     encode, tokenizer = load_prompt_encoder(tiny_student_dir), load_tokenizer(tiny_student_dir)
-    problems = check.load_problems(config.evaluation.sets["image"])
-    prompt = check.build_prompts(problems, tokenizer, config.prompt)[0]
+    problems = load_problems(config.evaluation.sets["image"])
+    prompt = build_prompts(problems, tokenizer, config.prompt)[0]
     count = encode.length(prompt) - len(prompt.token_ids) + 1
     pad = tokenizer.convert_ids_to_tokens(encode._reader.token_id)
     shown = rendered(prompt, tokenizer, encode)
@@ -96,20 +98,20 @@ def test_an_image_is_shown_as_its_number_of_tokens(world, tiny_student_dir):
 
 
 def test_versions_that_do_not_fit_are_named_with_the_command_that_mends_them(monkeypatch, load, tmp_path):
-    config, real = load("rl", tmp_path / "run", "rollout.engine=vllm"), importlib.metadata.version
-    found = {"transformers": "4.40.0", "vllm": None}
+    config, installed_version = load("rl", tmp_path / "run", "rollout.engine=vllm"), importlib.metadata.version
+    faked = {"transformers": "4.40.0", "vllm": None}
 
     def version(name: str) -> str:
-        if name in found and found[name] is None:
+        if name in faked and faked[name] is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return found.get(name) or real(name)
+        return faked.get(name) or installed_version(name)
 
     monkeypatch.setattr(machine.metadata, "version", version)
     with pytest.raises(ValueError) as error:
-        machine.versions(config)
-    said = str(error.value)
-    assert "transformers 4.40.0 is not" in said and "pip install 'transformers" in said
-    assert "rollout.engine = 'vllm' and vLLM is not installed: pip install 'vold[vllm]'" in said
-    found["transformers"] = None
+        machine.check_versions(config)
+    message = str(error.value)
+    assert "transformers 4.40.0 is not" in message and "pip install 'transformers" in message
+    assert "rollout.engine = 'vllm' and vLLM is not installed: pip install 'vold[vllm]'" in message
+    faked["transformers"] = None
     with pytest.raises(ValueError, match="transformers is not installed"):
-        machine.versions(config)
+        machine.check_versions(config)

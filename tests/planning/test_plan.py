@@ -1,4 +1,4 @@
-"""`vold plan`: the shipped 3B configs on real cards, from config.json alone; refusals, proposals, bounds of time."""
+"""`vold plan`: the shipped 3B configs on published GPUs, from config.json alone; refusals, proposals, time bounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 
 from vold.config import load_config, schema
 from vold.models.flops import language_model_parameters
-from vold.planning.plan import _by_cost, _knobs, changed, measured_rates, work
-from vold.planning.stage_memory import Sizes
+from vold.planning.step_sizes import StepSizes
+from vold.planning.step_time import phase_work, read_measured_rates
+from vold.planning.tunable_settings import levels_by_cost, tunable_settings, with_overrides
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
 
@@ -58,15 +59,15 @@ def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(checkpoi
     )
 
 
-def test_a_layout_that_is_none_is_one_line(checkpoints):
+def test_an_impossible_layout_is_one_line(checkpoints):
     run = plan("vold.yaml", *checkpoints, "parallel.tp=3", "--gpu", "h200", "--processes", "4")
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "tp=3 x pp=1 = 3 does not divide the world of 4 processes" in run.stderr
 
 
 @pytest.fixture
-def sizes(checkpoints) -> Sizes:
-    return Sizes(load_config(schema.RlConfig, CONFIGS / "vold.yaml", checkpoints), 4)
+def sizes(checkpoints) -> StepSizes:
+    return StepSizes(load_config(schema.RlConfig, CONFIGS / "vold.yaml", checkpoints), 4)
 
 
 def test_parameters_are_those_of_the_published_models(sizes):
@@ -75,32 +76,34 @@ def test_parameters_are_those_of_the_published_models(sizes):
 
 
 def test_work_is_two_flop_a_parameter_and_token_and_divided_over_ranks(sizes):
-    found, tokens = work(sizes), sizes.tokens_per_copy
+    work, tokens = phase_work(sizes), sizes.tokens_per_replica
     assert tokens == 64 * (2048 + 5 * 7168)
     matmuls = 2 * language_model_parameters(sizes.student) * tokens
-    assert 1.0 < found["student_forward"].flop / matmuls < 1.35, "attention comes on top"
-    halved = Sizes(changed(sizes.config, {"parallel.tp": 2}), 8)
-    assert work(halved)["teacher"].flop == pytest.approx(found["teacher"].flop / 2)
-    recomputed = Sizes(changed(sizes.config, {"parallel.recompute": "full"}), 4)
-    assert work(recomputed)["student_backward"].flop == pytest.approx(3 * found["student_forward"].flop)
-    shorter = Sizes(sizes.config, 4, response_tokens=1024)
-    assert work(shorter)["rollout"].moved < found["rollout"].moved / 6
+    assert 1.0 < work["student_forward"].flop / matmuls < 1.35, "attention comes on top"
+    halved = StepSizes(with_overrides(sizes.config, {"parallel.tp": 2}), 8)
+    assert phase_work(halved)["teacher"].flop == pytest.approx(work["teacher"].flop / 2)
+    recomputed = StepSizes(with_overrides(sizes.config, {"parallel.recompute": "full"}), 4)
+    assert phase_work(recomputed)["student_backward"].flop == pytest.approx(3 * work["student_forward"].flop)
+    shorter = StepSizes(sizes.config, 4, mean_response_tokens=1024)
+    assert phase_work(shorter)["rollout"].moved < work["rollout"].moved / 6
 
 
 def test_settings_are_tried_from_the_cheapest_on(sizes):
-    knobs = _knobs(sizes)
-    costs = [sum(k.cost * level for k, level in zip(knobs, levels, strict=True)) for levels in _by_cost(knobs)]
+    settings = tunable_settings(sizes)
+    costs = [
+        sum(setting.cost * level for setting, level in zip(settings, levels, strict=True))
+        for levels in levels_by_cost(settings)
+    ]
     assert costs == sorted(costs) and costs[0] == 0 and len(costs) > 100
-    assert (
-        changed(sizes.config, {"evaluation.sampling.sequences_per_call": 8}).evaluation.sampling.sequences_per_call == 8
-    )
+    changed = with_overrides(sizes.config, {"evaluation.sampling.sequences_per_call": 8})
+    assert changed.evaluation.sampling.sequences_per_call == 8
 
 
-def test_rates_come_from_a_profiles_table(tmp_path):
+def test_rates_are_read_from_a_profiles_table(tmp_path):
     (tmp_path / "profile").mkdir()
     header = "rank,phase,seconds,share,tokens_per_second,mfu,memory_gib\n"
     rows = "0,rollout,2,.5,1000,,1\n0,optimizer,1,.1,,,1\n1,rollout,2,.5,1000,,1\n"
     (tmp_path / "profile" / "phases.csv").write_text(header + rows)
-    assert measured_rates(tmp_path) == {"rollout": 500.0}, "of one of the two processes"
+    assert read_measured_rates(tmp_path) == {"rollout": 500.0}, "of one of the two processes"
     with pytest.raises(ValueError, match="run `vold profile` on this machine first"):
-        measured_rates(tmp_path / "elsewhere")
+        read_measured_rates(tmp_path / "elsewhere")

@@ -84,10 +84,10 @@ def test_sparklines():
 
 
 def test_off_a_terminal_it_prints_once(tmp_path, capsys):
-    watch.run(write(tmp_path / "vold"))
+    watch.watch_run(write(tmp_path / "vold"))
     assert "step 44 of 60" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no run directory \(no config\.yaml\); give"):
-        watch.run(tmp_path)
+        watch.watch_run(tmp_path)
 
 
 def _in_the_foreground():

@@ -82,7 +82,7 @@ def test_mergers_are_trained_handed_over_saved_and_exported(configured, world, t
     config = configured("merger", "objective.preset=grpo", "objective.beta=0.0", "vision.train_merger=true", "seed=1")
     rl.run(config)
     assert all(row["parity_max"] < 1e-4 for row in metrics(config))
-    export.run(ExportConfig(run=config.run_dir, out=tmp_path / "exported"))
+    export.export_model(ExportConfig(run=config.run_dir, out=tmp_path / "exported"))
     before, after, again = (
         load_file(path / "model.safetensors")
         for path in (world.student, config.run_dir / "model", tmp_path / "exported")

@@ -87,7 +87,7 @@ def teacher(tmp_path_factory) -> Path:
 def prepared(student, teacher) -> Path:
     """The fix that the pair check proposes."""
     out = student.parent / "prepared"
-    prepare.run(student, teacher, out)
+    prepare.prepare_student(student, teacher, out)
     return out
 
 

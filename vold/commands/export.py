@@ -1,4 +1,4 @@
-"""`vold export`: a run's checkpoint as a directory that from_pretrained and vLLM load at once."""
+"""`vold export`: a checkpoint of a run as a directory that from_pretrained and vLLM load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vold.config.schema import ExportConfig
+from vold.io import log
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
@@ -15,16 +16,19 @@ from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.trainer import load_student
 
 
-def run(config: ExportConfig) -> None:
-    """Writes config.out; tokenizer, processor, chat template and frozen tensors come from the run's own student."""
-    saved = config.run / "config.yaml"
-    if not saved.is_file():
+def export_model(config: ExportConfig) -> None:
+    """Write config.out. Tokenizer, processor, chat template and frozen tensors come from the run's own student.
+
+    Raises ValueError where config.run holds no sft or rl run, or not the checkpoint that config.step names.
+    """
+    config_path = config.run / "config.yaml"
+    if not config_path.is_file():
         raise ValueError(f"run = {config.run} holds no config.yaml; give the run_dir of an sft or rl run")
-    settings = read_config(saved)
+    settings = read_config(config_path)
     if settings.get("verb") not in ("sft", "rl"):
         raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
     if missing := {"student", "dtype"} - settings.keys():
-        raise ValueError(f"{saved} has no {min(missing)}; write the run's own config back")
+        raise ValueError(f"{config_path} has no {min(missing)}; write the run's own config back")
     layout = initialise(seed=0)
     checkpoints = Checkpoints(config.run, layout)
     step = checkpoints.best_step() if config.step == "best" else config.step or checkpoints.latest_step()
@@ -38,4 +42,4 @@ def run(config: ExportConfig) -> None:
     chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
     checkpoints.load_weights(chunks, step)
     export_checkpoint(student, config.out, export_weights(chunks))
-    print(f"{config.out}: step {step} of {config.run}")
+    log.info(f"{config.out}: step {step} of {config.run}")

@@ -1,4 +1,4 @@
-"""`vold grade`: the grader's verdict on each row of any JSONL file, and the rule that decided it."""
+"""`vold grade`: the grader's verdict on each row of a JSONL file, and the rule that decided it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from pathlib import Path
 
 from vold.grading import Grader
 
-_CHUNK = 1 << 16  # bytes read at once; the rows that end in them are graded together
+CHUNK_BYTES = 1 << 16  # read at once; rows that end in a chunk are graded together
 
 
-def run(file: Path, *, workers: int) -> None:
-    """Print the rows of `file` ("-": standard input) with verdict, extracted, rule and seconds, in their order.
+def grade_file(file: Path, *, workers: int) -> None:
+    """Print the rows of `file` ("-": standard input) with verdict, extracted, rule and seconds added, in order.
 
     A row holds "gold" (text or a number) and "response"; a "finish_reason" of "length", as in a run's samples.jsonl,
-    marks a truncated response. Memory is a chunk's, and a pipe is answered as it speaks. A row that is none raises
-    ValueError with its line number once the rows before it are out; a gold that cannot be used makes its row broken.
+    marks a truncated response. The file is graded chunk by chunk, and rows of a pipe as they arrive. A malformed row
+    raises ValueError with its line number once the rows before it are printed; a gold answer that cannot be used gives
+    the verdict "broken".
     """
     try:
         with _open(file) as stream, Grader(workers=workers) as grader:
-            for rows, mistake in _portions(stream, "standard input" if str(file) == "-" else str(file)):
-                _print(rows, grader)
-                if mistake:
-                    raise ValueError(mistake)
-    except BrokenPipeError:  # the reader has seen enough, as in `vold grade FILE | head`
+            for rows, problem in _row_chunks(stream, "standard input" if str(file) == "-" else str(file)):
+                _print_verdicts(rows, grader)
+                if problem:
+                    raise ValueError(problem)
+    except BrokenPipeError:  # the reader has closed the pipe, as in `vold grade FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -40,41 +41,42 @@ def _open(file: Path) -> RawIOBase:
         raise ValueError(f"{file} cannot be read ({error.strerror}); give a JSONL file, or - for a pipe") from None
 
 
-def _print(rows: list[dict], grader: Grader) -> None:
+def _print_verdicts(rows: list[dict], grader: Grader) -> None:
     items = [(row["response"], str(row["gold"]), row.get("finish_reason") == "length") for row in rows]
     for row, verdict in zip(rows, grader.grade(items), strict=True):
-        found = {"verdict": verdict.outcome, "extracted": verdict.extracted, "rule": verdict.rule}
-        print(json.dumps(row | found | {"seconds": round(verdict.seconds, 6)}))
+        result = {"verdict": verdict.outcome, "extracted": verdict.extracted, "rule": verdict.rule}
+        sys.stdout.write(json.dumps(row | result | {"seconds": round(verdict.seconds, 6)}) + "\n")
     sys.stdout.flush()
 
 
-def _portions(stream: RawIOBase, name: str) -> Iterator[tuple[list[dict], str]]:
-    """(rows, "") for each chunk; the last time perhaps with what is wrong with the row that follows them."""
+def _row_chunks(stream: RawIOBase, name: str) -> Iterator[tuple[list[dict], str]]:
+    """(rows, "") for each chunk. At a malformed row: the rows before it and an error line; then the iterator ends."""
     number = 0
-    for lines in _lines(stream):
+    for lines in _line_chunks(stream):
         rows: list[dict] = []
         for line in lines:
             number += 1
             try:
                 if line.strip():
-                    rows.append(_row(line))
+                    rows.append(_parse_row(line))
             except (ValueError, RecursionError) as error:
                 yield rows, f"{name}:{number}: {error}"
                 return
         yield rows, ""
 
 
-def _lines(stream: RawIOBase) -> Iterator[list[bytes]]:
-    rest = bytearray()
-    while chunk := stream.read(_CHUNK):
-        rest += chunk
+def _line_chunks(stream: RawIOBase) -> Iterator[list[bytes]]:
+    """The complete lines of each chunk, without newlines; at the end the last line."""
+    incomplete = bytearray()
+    while chunk := stream.read(CHUNK_BYTES):
+        incomplete += chunk
         if b"\n" in chunk:
-            *lines, rest = rest.split(b"\n")
+            *lines, incomplete = incomplete.split(b"\n")
             yield lines
-    yield [rest]
+    yield [incomplete]
 
 
-def _row(line: bytes) -> dict:
+def _parse_row(line: bytes) -> dict:
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -85,6 +87,6 @@ def _row(line: bytes) -> dict:
         raise ValueError(f'a row is an object {{"gold": ..., "response": ...}}, found {type(row).__name__}')
     for key, kinds in (("gold", str | int | float), ("response", str)):
         if not isinstance(row.get(key), kinds) or isinstance(row[key], bool):
-            found = f"is {type(row[key]).__name__}" if key in row else "is missing"
-            raise ValueError(f'"{key}" {found}; it must be text' + (" or a number" if key == "gold" else ""))
+            problem = f"is {type(row[key]).__name__}" if key in row else "is missing"
+            raise ValueError(f'"{key}" {problem}; it must be text' + (" or a number" if key == "gold" else ""))
     return row

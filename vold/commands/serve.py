@@ -1,4 +1,4 @@
-"""`vold serve`: one vLLM engine in a process of its own, as a config that names it in `vllm.urls` needs it."""
+"""`vold serve`: one vLLM engine in a process of its own, for a config that names it in `vllm.urls`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
 from vold.rollout.vllm.engines import engine_options, settings_for_scoring
 
 ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "1",  # the addresses through which weights are renewed
+    "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that weight sync uses
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # see vold.rollout.vllm.worker
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 
-def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, teacher: bool = False) -> None:
-    """Becomes vLLM's API server; does not return. With the model that the stage samples, or with an rl config's
-    `teacher`. Whoever reaches the port can replace the weights: keep it on loopback, or inside the cluster's private
-    network."""
+def serve_engine(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, teacher: bool = False) -> None:
+    """Replace this process by vLLM's API server; does not return.
+
+    It serves the model that the config's stage samples, or with `teacher` an rl config's teacher. Anyone who reaches
+    the port can replace the weights: keep it on loopback, or inside the cluster's private network. Raises ValueError
+    where vLLM is not installed or there is no teacher.
+    """
     checkpoint, settings = _teacher(config) if teacher else _sampled_model(config)
     command = server_command(checkpoint, settings, dtype=config.dtype, host=host, port=port)
     if find_spec("vllm") is None:
@@ -30,7 +33,7 @@ def run(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, t
 
 
 def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, host: str, port: int) -> list[str]:
-    """`vllm serve` by its module: a rebuild of vLLM under another name has no such command."""
+    """Arguments that start vLLM's server by its module: builds of vLLM under another name have no `vllm` program."""
     options = {**engine_options(checkpoint, settings, dtype), "host": host, "port": port, "enable_scale_out": True}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-log-stats"]
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""`vold watch RUN`: a live run in the terminal, read from its files alone; from any machine that sees them."""
+"""`vold watch`: a live run in the terminal, read from the files of its run directory alone."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from rich.live import Live
 from vold.report.read import MetricsTail, RunRecord, columns, read_config
 from vold.report.watch import is_finished, view
 
-INTERVAL = 1.0  # seconds between two looks
+INTERVAL = 1.0  # seconds between two reads
 
 
-def run(path: Path) -> None:
-    """Until the run is finished, or q or ctrl-c; once, where the output is not a terminal. Raises ValueError when
-    `path` is no run directory."""
+def watch_run(path: Path) -> None:
+    """Show the run until it is finished or q or ctrl-c is pressed; once, where the output is not a terminal.
+
+    Raises ValueError when `path` is no run directory.
+    """
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path} is no run directory (no config.yaml); give the run_dir of a run that was started")
     run, console = LiveRun(path), Console()
     if console.is_terminal:
         try:
             with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
-                while not is_finished(run.look()) and pressed(INTERVAL) != "q":
+                while not is_finished(run.refresh()) and pressed(INTERVAL) != "q":
                     live.update(view(run.record, silent=run.silent), refresh=True)
         except KeyboardInterrupt:
             pass
-    console.print(view(run.look(), silent=run.silent))  # what was seen last stays on the screen
+    console.print(view(run.refresh(), silent=run.silent))  # the last view stays on the screen
 
 
 class LiveRun:
-    """`record`: the run as it was on file at the last look; `silent`: seconds since its last step then."""
+    """A run that is still written to. record: its state at the last refresh; silent: seconds since its last step."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._tail, self._seen = path, MetricsTail(path / "metrics.jsonl"), (0.0, 0)
+        self._path, self._tail, self._version = path, MetricsTail(path / "metrics.jsonl"), (0.0, 0)
         self.record, self.silent = RunRecord(path.resolve().name, path), 0.0
         self._read()
 
-    def look(self) -> RunRecord:
+    def refresh(self) -> RunRecord:
+        """Read what has been written since the last call."""
         written = self._tail.poll() or 0.0
-        if (seen := (written, len(self._tail.rows))) != self._seen:
-            self._seen = seen
+        if (version := (written, len(self._tail.rows))) != self._version:
+            self._version = version
             self._read()
         self.silent = max(0.0, time.time() - written) if written else 0.0
         return self.record
@@ -58,7 +61,7 @@ class LiveRun:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits so many seconds for a key, and gives it, or "". The terminal is as before at the end."""
+    """Yield a function that waits up to so many seconds for a key and returns it, or "". Restores the terminal."""
     if not sys.stdin.isatty():
         yield lambda seconds: time.sleep(seconds) or ""
         return

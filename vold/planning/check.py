@@ -1,108 +1,113 @@
-"""`vold check`: what can be known to be wrong before a launch: config, layout, models, tokenizers, data, disk, memory,
-versions. A line each, with the fix; two rows as the model will read them; bytes by rank. Changes nothing."""
+"""`vold check`: one line for everything that can be known to be wrong before a launch, with its fix; then rows of the
+data as the model reads them, and memory by rank. Nothing is changed on disk."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich.console import Console, Group
+from rich.console import Console
 from rich.text import Text
 
-from vold.config.schema import RlConfig, SftConfig
-from vold.data.packing import PromptEncoder
-from vold.data.problems import load_problems
-from vold.data.prompts import build_prompts
-from vold.data.traces import load_samples
+from vold.config.schema import ParallelConfig, RlConfig, SftConfig
+from vold.io import visible
 from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
-from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine
-from vold.planning import row_preview as show_row
-from vold.planning.rank_shapes import RankShard, checked, show
-from vold.planning.stage_memory import Sizes, places
+from vold.planning.data_check import DataCheck
+from vold.planning.memory_table import fullest, rank_table
+from vold.planning.rank_shapes import check_tensors, rank_shards
+from vold.planning.stage_memory import StageMemory, stage_memories
+from vold.planning.step_sizes import StepSizes
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
 from vold.train import rl, sft
-from vold.train.training_run import check_vision
-from vold.types import Prompt, Sample
 
-SHOWN = 2  # rows
-Test = Callable[[], str | tuple[None, str]]
-"""What was found; None with what cannot be told here. ValueError: what is wrong, with the fix."""
+
+class Undecided(str):
+    """The text of a check that cannot be decided on this machine."""
+
+
+Check = Callable[[], str]
+"""Returns a summary, an Undecided one included. Raises ValueError with the problem and its fix."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One thing that was looked at. ok: None where it cannot be told on this machine."""
+class CheckResult:
+    """One printed line. ok: None where the check is undecided."""
 
     name: str
     ok: bool | None
     text: str
 
 
-def run(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False) -> None:
-    """Print every line. Raises ValueError when one failed, after all were looked at. `self_test`: load the student
-    twice and see that it is no nat away from itself."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
-    console, rows, found = Console(), Rows(config), {}
+def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: bool = False) -> None:
+    """Run every check and print its line. `self_test`: load the student as its own teacher and compare the two.
+
+    Raises ValueError when a check failed, after all have run.
+    """
+    machine.hide_gpus()
+    console, data, stages = Console(), DataCheck(config), []
     teacher = getattr(config, "teacher", None)
-    tests: dict[str, Test | None] = {
-        "versions": lambda: machine.versions(config),
-        "method": lambda: _method(config),
-        "layout": lambda: _layout(config, processes),
-        "student": lambda: _tensors("student", config.student, config, processes, found),
-        "teacher": (lambda: _tensors("teacher", teacher, config, processes, found)) if teacher else None,
-        "tokenizers": lambda: _tokenizers(config),
-        "data": rows.check_training,
-        "evaluation": rows.check_evaluation if config.evaluation.sets else None,
-        "run_dir": lambda: _run_dir(config),
-        "disk": lambda: _disk(config),
-        "memory": lambda: _memory(config, processes),
+    checks: dict[str, Check | None] = {
+        "versions": lambda: machine.check_versions(config),
+        "method": lambda: _check_method(config),
+        "layout": lambda: _check_layout(config.parallel, processes),
+        "student": lambda: _check_model("student", config, processes),
+        "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
+        "tokenizers": lambda: _check_tokenizers(config),
+        "data": data.check_training,
+        "evaluation": data.check_evaluation if config.evaluation.sets else None,
+        "run_dir": lambda: _check_run_dir(config),
+        "disk": lambda: _check_disk(config),
+        "memory": lambda: _check_memory(StepSizes(config, processes), stages),
         "self-test": (lambda: _self_test(config)) if self_test else None,
     }
-    lines = [_looked_at(name, test, console) for name, test in tests.items() if test]
-    for row in rows.shown():
+    results = [_run_check(name, check, console) for name, check in checks.items() if check]
+    for row in data.previews():
         console.print(row)
     console.print("")
-    failed = {line.name: line.text for line in lines if line.ok is False}
-    if not {"student", "teacher"} & failed.keys():
-        show(found, config, processes)
+    failed = {result.name: result.text for result in results if result.ok is False}
+    if stages and not {"student", "teacher"} & failed.keys():
+        console.print(rank_table(stages, StepSizes(config, processes)))
     if failed:
         names, first = ", ".join(failed), next(iter(failed.values()))
-        raise ValueError(f"{len(failed)} of {len(lines)} checks failed ({names}): {first}")
+        raise ValueError(f"{len(failed)} of {len(results)} checks failed ({names}): {first}")
 
 
-def _looked_at(name: str, test: Test, console: Console) -> Line:
-    """Its line, printed."""
+def print_rank_memory(config: SftConfig | RlConfig, processes: int) -> None:
+    """Print memory by rank. Raises ValueError where the layout fits neither the processes nor the models, or where a
+    checkpoint's tensors differ from its config.json."""
+    machine.hide_gpus()
+    for role in ("student", "teacher"):
+        if getattr(config, role, None):
+            _check_model(role, config, processes)
+    sizes = StepSizes(config, processes)
+    Console().print(rank_table(stage_memories(sizes, "cpu"), sizes))
+
+
+def _run_check(name: str, check: Check, console: Console) -> CheckResult:
+    """Run one check and print its line."""
     try:
-        found = test()
-        line = Line(name, True, found) if isinstance(found, str) else Line(name, *found)
+        text = check()
+        result = CheckResult(name, None if isinstance(text, Undecided) else True, visible(text))
     except ValueError as error:
-        line = Line(name, False, str(error))
-    mark, style = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "yellow")}[line.ok]
-    shown = ((f"{mark} ", style), (f"{name:<11} ", "bold"), (line.text, "" if line.ok else style))
-    console.print(Text.assemble(*shown), soft_wrap=True)
-    return line
+        result = CheckResult(name, False, visible(str(error)))
+    mark, style = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("·", "yellow")}[result.ok]
+    parts = ((f"{mark} ", style), (f"{name:<11} ", "bold"), (result.text, "" if result.ok else style))
+    console.print(Text.assemble(*parts), soft_wrap=True)
+    return result
 
 
-# The lines ------------------------------------------------------------------------------------------------------------
+# Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _teacher_of(config: SftConfig | RlConfig) -> Path | None:
-    """The teacher whose tokenizer the student must share."""
-    return config.pair_with if isinstance(config, SftConfig) else config.teacher
-
-
-def _method(config: SftConfig | RlConfig) -> str:
+def _check_method(config: SftConfig | RlConfig) -> str:
     if isinstance(config, SftConfig):
         sft.check_config(config)
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
@@ -116,35 +121,36 @@ def _method(config: SftConfig | RlConfig) -> str:
     )
 
 
-def _layout(config: SftConfig | RlConfig, processes: int) -> str:
-    layout = fake_layout(0, processes, **config.parallel.model_dump())
+def _check_layout(parallel: ParallelConfig, processes: int) -> str:
+    layout = fake_layout(0, processes, **parallel.model_dump())
     shutdown()
     return f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
 
 
-def _tensors(
-    role: str, path: Path, config: SftConfig | RlConfig, processes: int, found: dict[str, list[RankShard]]
-) -> str:
-    """Adds to `found` what each rank would hold."""
-    arch, found[role] = Architecture.from_pretrained(path), checked(path, role, config, processes)
-    names = {name for rank in found[role] for name in rank.tensors}
+def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str:
+    """Compare the tensors that the ranks would build with those in the checkpoint of the `student` or `teacher`."""
+    path: Path = getattr(config, role)
+    arch = Architecture.from_pretrained(path)
+    train_merger = role == "student" and config.vision.train_merger
+    tensors = check_tensors(rank_shards(arch, config.parallel, processes, train_merger=train_merger), path)
     parameters = language_model_parameters(arch)
-    return f"{path}: {arch.model_type}, {parameters:,} parameters in {len(names)} tensors, shapes as built"
+    return f"{path}: {arch.model_type}, {parameters:,} parameters in {tensors} tensors, shapes as built"
 
 
-def _tokenizers(config: SftConfig | RlConfig) -> str:
-    teacher = _teacher_of(config)
+def _check_tokenizers(config: SftConfig | RlConfig) -> str:
+    """Compare the student's tokenizer with the teacher's, or with the student's own head where there is no teacher."""
+    teacher = config.pair_with if isinstance(config, SftConfig) else config.teacher
     if teacher is not None:
-        found = check_pair(config.student, teacher)
-        rows = f"heads of {found.student_head_rows} and {found.teacher_head_rows} rows"
-        return f"{found.shared_vocab_size} ids mean the same to student and teacher; {rows}"
+        pair = check_pair(config.student, teacher)
+        heads = f"heads of {pair.student_head_rows} and {pair.teacher_head_rows} rows"
+        return f"{pair.shared_vocab_size} ids mean the same to student and teacher; {heads}"
     ids, rows = len(load_tokenizer(config.student)), Architecture.from_pretrained(config.student).vocab
     if ids > rows:
         raise ValueError(f"{ids} token ids do not fit the {rows} head rows of {config.student}: enlarge its head first")
     return f"{ids} ids, a head of {rows} rows"
 
 
-def _run_dir(config: SftConfig | RlConfig) -> str:
+def _check_run_dir(config: SftConfig | RlConfig) -> str:
     verb = "rl" if isinstance(config, RlConfig) else "sft"
     if not (config.run_dir / "config.yaml").is_file():
         return f"{config.run_dir} is free"
@@ -152,107 +158,48 @@ def _run_dir(config: SftConfig | RlConfig) -> str:
     return f"{config.run_dir} holds this run; it goes on with --resume"
 
 
-def _disk(config: SftConfig | RlConfig) -> str:
-    """Checkpoints that are kept and the one being written, and the finished model."""
-    parameters = language_model_parameters(Architecture.from_pretrained(config.student))
-    size = getattr(torch, config.dtype).itemsize
-    each = parameters * (size + 8 + (4 if size < 4 else 0))
+def _check_disk(config: SftConfig | RlConfig) -> str:
+    """Compare free disk space with the checkpoints that are kept, the one being written, and the exported model."""
+    sizes = StepSizes(config, processes=1)
+    parameters, itemsize = language_model_parameters(sizes.student), sizes.dtype.itemsize
+    checkpoint = parameters * (itemsize + 8 + (4 if itemsize < 4 else 0))  # weights, Adam's moments, fp32 masters
     kept = config.keep_checkpoints + 1 + (config.evaluation.best is not None)
-    needed, free = kept * each + parameters * size, machine.free_disk(config.run_dir)
+    needed, free = kept * checkpoint + parameters * itemsize, machine.free_disk(config.run_dir)
     line = (
-        f"{kept} checkpoints of {each / GIB:.2f} GiB and the model need {needed / GIB:.2f}, {free / GIB:.2f} GiB free"
+        f"{kept} checkpoints of {checkpoint / GIB:.2f} GiB and the model need {needed / GIB:.2f}, "
+        f"{free / GIB:.2f} GiB free"
     )
     if needed > free:
         raise ValueError(f"{line} at {config.run_dir}; make room, or lower keep_checkpoints")
     return line
 
 
-def _memory(config: SftConfig | RlConfig, processes: int) -> str | tuple[None, str]:
-    """Against the least free GPU of this machine, or its own memory where no more processes are asked than cores."""
-    cards = machine.free_gpu_memory()
-    peak = max(place.peak for place in places(Sizes(config, processes), "cuda" if cards else "cpu"))
+def _check_memory(sizes: StepSizes, stages: list[StageMemory]) -> str:
+    """Compare the planned peak with the GPU that has least memory free, or with this machine's memory where it has no
+    GPU and a core for each process. Adds each pipeline stage's memory to `stages`."""
+    gpus = machine.free_gpu_memory()
+    stages += stage_memories(sizes, "cuda" if gpus else "cpu")
+    peak, processes = fullest(stages).peak, sizes.processes
     line = f"{peak / GIB:.2f} GiB a process at the longest responses"
-    if cards:
-        if peak > min(cards):
-            raise ValueError(f"{line}, a GPU here has {min(cards) / GIB:.2f} free; `vold plan` says what would fit")
-        return f"{line}, {min(cards) / GIB:.2f} GiB free on a GPU here"
+    if gpus:
+        if peak > min(gpus):
+            raise ValueError(f"{line}, a GPU here has {min(gpus) / GIB:.2f} free; `vold plan` says what would fit")
+        return f"{line}, {min(gpus) / GIB:.2f} GiB free on a GPU here"
     free = machine.free_memory()
     if processes > (os.cpu_count() or 1):
-        return None, f"{line}; no GPU here to compare with: see `vold plan`"
+        return Undecided(f"{line}; no GPU here to compare with: see `vold plan`")
     if peak * processes > free:
         raise ValueError(f"{line}, {processes} of them and {free / GIB:.2f} GiB free here (no GPU); see `vold plan`")
     return f"{line}, {free / GIB:.2f} GiB free here (no GPU)"
 
 
 def _self_test(config: SftConfig | RlConfig) -> str:
-    from vold.planning.self_test import divergence_from_itself
+    from vold.planning.self_test import self_divergence
 
-    tokens, worst = divergence_from_itself(config)
+    tokens, worst = self_divergence(config.student, config.dtype, config.seed)
     if worst != 0.0:
         raise ValueError(
             f"the student as its own teacher is up to {worst:.3g} nats away from itself on {tokens} tokens: the two "
             "ways of reading disagree; report it with the versions above"
         )
     return f"the student as its own teacher: KL exactly 0 on each of {tokens} tokens"
-
-
-class Rows:
-    """Training and evaluation rows, as the stage would load them."""
-
-    def __init__(self, config: SftConfig | RlConfig):
-        self._config = config
-        self._found: Sequence[Prompt] | Sequence[Sample] = ()
-        self._seen: list[Prompt] = []  # those with images
-        self._encode: PromptEncoder | None = None
-
-    def check_training(self) -> str:
-        config, skipped = self._config, []
-        tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
-        if isinstance(config, SftConfig):
-            samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
-            self._found, what = samples, "traces"
-            prompts = [samples[place].prompt for place in range(len(samples))]
-        else:
-            problems = load_problems(config.data, skipped.append)
-            options = (config.prompt, config.data.on_error, self._encode.length)
-            self._found = prompts = build_prompts(problems, tokenizer, *options)
-            what = "problems"
-            skipped += ["too long"] * (len(problems) - len(prompts))
-        if not prompts:
-            raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
-        check_vision(config.vision, prompts)
-        self._seen += [prompt for prompt in prompts[SHOWN:] if prompt.images][:1]
-        return f"{config.data.path}: {_counted(prompts, what, self._encode)}" + _left_out(skipped)
-
-    def check_evaluation(self) -> str:
-        config, found = self._config, []
-        tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
-        for name, data in config.evaluation.sets.items():
-            skipped: list[str] = []
-            problems = load_problems(data, skipped.append)
-            prompts = build_prompts(problems, tokenizer, config.prompt, data.on_error, encode.length)
-            skipped += ["too long"] * (len(problems) - len(prompts))
-            self._seen += [prompt for prompt in prompts if prompt.images]
-            found.append(f"{name}: {_counted(prompts, 'problems', encode)}" + _left_out(skipped))
-        return "; ".join(found)
-
-    def shown(self) -> Iterator[Group]:
-        """The first training rows, and the first with an image, of an evaluation set if need be."""
-        if self._encode is None:
-            return
-        tokenizer = load_tokenizer(self._config.student)
-        for place in range(min(SHOWN, len(self._found))):
-            yield show_row.as_the_model_reads(self._found[place], tokenizer, self._encode)
-        for prompt in self._seen[:1]:
-            yield show_row.as_the_model_reads(prompt, tokenizer, self._encode)
-
-
-def _counted(prompts: Sequence[Prompt], what: str, encode: PromptEncoder) -> str:
-    lengths = sorted(map(encode.length, prompts))
-    seeing = sum(bool(prompt.images) for prompt in prompts)
-    images = f", {seeing} with images" if seeing else ""
-    return f"{len(prompts)} {what}{images}; prompts of {lengths[0]} to {lengths[-1]} tokens"
-
-
-def _left_out(skipped: Sequence[str]) -> str:
-    return f"; {len(skipped)} rows left out, the first: {skipped[0]}" if skipped else ""

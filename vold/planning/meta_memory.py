@@ -1,7 +1,9 @@
-"""What a step needs of a rank's memory, before there is a rank: parameters are counted, and forward and backward are
-run on the meta device, where tensors have shapes and no memory, with every tensor that is alive on the books.
+"""Memory of a training step on one rank, counted without a GPU.
 
-T packed tokens, D hidden width, N tokens with a loss, U head rows of a rank.
+Parameters are counted from their shapes. Activations are counted over a forward and backward pass on the meta device,
+where tensors have shapes and no memory.
+
+T packed tokens, D hidden width, N tokens with a loss, U head rows of a rank, K packed keys.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from vold_kernels.rows_torch import BLOCK
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, bytes of tensors that were made and are alive: `now`, and the most there have been, `peak`. On any
-    device, meta included; what an operator allocates for itself and frees again is not seen."""
+    """Counts the bytes of tensors created inside the block that are alive: `now`, and their maximum, `peak`.
+
+    On any device, meta included. What an operator allocates and frees within one call is not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,10 +39,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self._counted:  # else a view, or written in place
+            if key not in inputs and key not in self._counted:  # else a view, or written in place
                 self._counted.add(key)
                 self.now += size
                 weakref.finalize(storage, self._free, key, size)
@@ -55,40 +59,43 @@ def _storages(tree) -> list[torch.UntypedStorage]:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """Bytes of one micro-batch through one chunk: `kept` between forward and backward, `peak` over both passes (over
-    the forward pass alone where nothing is trained)."""
+class MicroBatchBytes:
+    """Bytes that one micro-batch adds in one model chunk: `kept` between forward and backward, `peak` over both passes
+    (over the forward pass alone where nothing is trained)."""
 
     kept: int
     peak: int
 
 
-def pass_through(chunk: LanguageModel, tokens: PackedTokens, *, device: str, train: bool) -> Passed:
-    """Runs a micro-batch through a chunk on the meta device, as it would go on `device` ("cuda", "cpu"). Boundaries of
-    the packing lie on the CPU, all other tensors on meta. `chunk`: of a layout that `fake_layout` made."""
+def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, train: bool) -> MicroBatchBytes:
+    """Run a micro-batch through a chunk on the meta device, with the kernels of `device` ("cuda" or "cpu").
+
+    chunk: built on meta in a layout of fake_layout. tokens: on meta too, but for the boundaries of the packing. train:
+    run the backward pass as well.
+    """
     chunk.requires_grad_(train).train(train)
-    gone = [p.register_post_accumulate_grad_hook(_into_main_grad) for p in chunk.parameters()] if train else []
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in chunk.parameters()] if train else []
     with cpu.on_meta(), simulate_device(device), torch.set_grad_enabled(train), LiveBytes() as live:
         if not chunk.pre_process:
-            chunk.set_input_tensor(_received(chunk, tokens, train))
+            chunk.set_input_tensor(_stage_input(chunk, tokens, train))
         out = hidden_states(chunk, tokens)
         kept = live.now
         if train:
             out.backward(torch.empty_like(out))
         del out
         chunk.set_input_tensor(None)
-    for hook in gone:
+    for hook in hooks:
         hook.remove()
-    return Passed(kept, live.peak)
+    return MicroBatchBytes(kept, live.peak)
 
 
-def _into_main_grad(parameter: Tensor) -> None:
-    """What Megatron's data-parallel wrapper does with a gradient once it has added it to the buffer."""
+def _drop_gradient(parameter: Tensor) -> None:
+    """Free a gradient, as Megatron's data-parallel wrapper does once it is added to the gradient buffer."""
     parameter.grad = None
 
 
-def _received(chunk: LanguageModel, tokens: PackedTokens, train: bool) -> Tensor:
-    """What the stage before sends: [T, 1, D], its share under sequence parallelism."""
+def _stage_input(chunk: LanguageModel, tokens: PackedTokens, train: bool) -> Tensor:
+    """The previous pipeline stage's output: [T, 1, D], or the rank's share of T under sequence parallelism."""
     length = tokens.input_ids_T.numel()
     if chunk.layout.sp:
         length = -(-length // chunk.layout.tp)
@@ -97,16 +104,16 @@ def _received(chunk: LanguageModel, tokens: PackedTokens, train: bool) -> Tensor
 
 
 def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> tuple[PackedTokens, int]:
-    """A full micro-batch of T tokens, and its N: prompts, each read once for its responses, the last cut off where the
-    micro-batch ends. See PackedTokens."""
-    shapes, left, siblings, losses = [], tokens, 0, 0
+    """(a full micro-batch on the meta device, its N) of T = `tokens`: prompts of `prompt` tokens, each packed once for
+    its `responses` of `response` tokens, the last one cut off where the micro-batch ends. See PackedTokens."""
+    shapes, left, packed_responses, losses = [], tokens, 0, 0
     while left > 0:
-        own = max(response - 1, 1)  # a response's last token is not read
-        before = 0 if siblings % responses else prompt
-        queries = min(before + own, left)
-        shapes.append((queries, queries if before else prompt + queries))
-        losses += max(queries - before + 1, 0)  # the prompt's last state predicts its first token
-        left, siblings = left - queries, siblings + 1
+        response_queries = max(response - 1, 1)  # a response's last token is not an input
+        prompt_queries = 0 if packed_responses % responses else prompt
+        queries = min(prompt_queries + response_queries, left)
+        shapes.append((queries, queries if prompt_queries else prompt + queries))
+        losses += max(queries - prompt_queries + 1, 0)  # the prompt's last state predicts the first response token
+        left, packed_responses = left - queries, packed_responses + 1
     queries, keys = torch.tensor([(0, 0), *shapes]).cumsum(0).to(torch.int32).T
     rows = torch.zeros(1, dtype=torch.int64, device="meta")
     shared = int(keys[-1]) > tokens
@@ -122,8 +129,10 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
 
 @dataclass(frozen=True)
 class TrainingPeak:
-    """Bytes at the peak of a step's forward and backward passes on one rank. `activations`: kept for backward, of all
-    micro-batches that the schedule has in flight; `working`: what comes on top of them at the worst moment."""
+    """Bytes at the peak of a step's forward and backward passes on one rank.
+
+    activations: kept for backward, of all micro-batches in flight. working: added on top at the worst moment.
+    """
 
     activations: int
     working: int
@@ -138,21 +147,24 @@ def training_peak(
     device: str,
     two_heads: bool = False,
 ) -> TrainingPeak:
-    """Of this rank's chunks, on the meta device. `losses`: N; `two_heads`: a full-vocabulary divergence (linear_kl)."""
-    passed = [pass_through(chunk, tokens, device=device, train=True) for chunk in chunks]
+    """Run a micro-batch through each of this rank's chunks, then add the loss.
+
+    losses: N. two_heads: the loss compares the student's and the teacher's distributions (linear_kl).
+    """
+    passes = [run_micro_batch(chunk, tokens, device=device, train=True) for chunk in chunks]
     layout, last = chunks[0].layout, chunks[-1]
-    mean = sum(one.kept for one in passed) // len(passed)
+    mean = sum(measured.kept for measured in passes) // len(passes)
     others = (_in_flight(layout, micro_batches) - 1) * mean
-    moments = [(others + one.kept, one.peak - one.kept) for one in passed]
+    moments = [(others + measured.kept, measured.peak - measured.kept) for measured in passes]
     if last.post_process:
         rows = last.head_weight().shape[0]
         head = head_bytes(losses, rows, last.arch.hidden, last.config.params_dtype, device, two_heads=two_heads)
-        moments.append((others + passed[-1].kept, head))
+        moments.append((others + passes[-1].kept, head))
     return TrainingPeak(*max(moments, key=sum))
 
 
 def _in_flight(layout: Layout, micro_batches: int) -> int:
-    """Forward passes of a chunk whose backward has not begun, at most: Megatron's warm-up and one more."""
+    """Most chunk passes whose backward has not begun: Megatron's warm-up and one more."""
     if layout.vpp is None:
         return min(layout.pp - layout.pp_rank, micro_batches)
     warm_up = 2 * (layout.pp - layout.pp_rank - 1) + (layout.vpp - 1) * layout.pp
@@ -160,30 +172,38 @@ def _in_flight(layout: Layout, micro_batches: int) -> int:
 
 
 def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: str, *, two_heads: bool = False) -> int:
-    """What linear_policy_loss (or linear_kl, of two heads) holds while it runs: a chunk of fp32 logits, the N hidden
-    states, their fp32 gradients. dW goes into the gradient buffer."""
+    """Bytes that linear_policy_loss (linear_kl, of two heads) holds while it runs: a chunk of fp32 logits, the N hidden
+    states, their fp32 gradients. The head's gradient goes into the gradient buffer."""
     heads = 2 if two_heads else 1
     chunk = default_budget(torch.device(device)).resident_tokens(heads * rows, 4, losses)
     total = 4 * chunk * heads * rows + losses * hidden * (dtype.itemsize + 4) + chunk * hidden * dtype.itemsize
-    if device == "cpu":  # the walk through tiles in cache: one more tile, and half a dozen [C, D]
+    if device == "cpu":  # tiles sized for the cache: one more tile, and six tensors of [chunk, D]
         total += 4 * chunk * (min(rows, BLOCK) + 6 * hidden)
     return total
 
 
-def state_bytes(parameters: int, largest: int, layout: Layout, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Weights, fp32 gradients, fp32 masters (of a bfloat16 model) and Adam's moments, the last two divided over the
-    data-parallel ranks by a distributed optimizer; and what AdamW makes while it runs: torch takes the square root of
-    all second moments at once on a GPU, of one parameter after another on a CPU. `largest`: elements of one."""
+def training_state_bytes(parameters: int, layout: Layout, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of a rank's weights, fp32 gradients, and optimizer: fp32 masters (of a bfloat16 model) and Adam's moments,
+    divided over the data-parallel ranks by a distributed optimizer."""
     masters = 4 if dtype.itemsize < 4 else 0
-    sharing = layout.dp if layout.distributed_optimizer else 1
     return {
         "weights": parameters * dtype.itemsize,
         "gradients": parameters * 4,
-        "optimizer": parameters * (masters + 8) / sharing,
-        "update": 4 * parameters / sharing if device == "cuda" else 2 * 4 * largest,
+        "optimizer": parameters * (masters + 8) / _optimizer_ranks(layout),
     }
 
 
+def update_bytes(parameters: int, largest_parameter: int, layout: Layout, device: str) -> float:
+    """Bytes that AdamW adds while it runs: torch takes the square root of all second moments at once on a GPU, of one
+    parameter after another on a CPU."""
+    return 4 * parameters / _optimizer_ranks(layout) if device == "cuda" else 2 * 4 * largest_parameter
+
+
+def _optimizer_ranks(layout: Layout) -> int:
+    """Ranks that one copy of the optimizer's state is divided over."""
+    return layout.dp if layout.distributed_optimizer else 1
+
+
 def average_bytes(parameters: int, dtype: torch.dtype) -> int:
-    """A self-teacher: the student's average in its dtype, and in fp32 where that is narrower, to accumulate in."""
+    """Bytes of a self-teacher: the student's average in its dtype, and the fp32 accumulator of a narrower dtype."""
     return parameters * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))

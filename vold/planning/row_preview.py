@@ -1,5 +1,5 @@
-"""A training row in the terminal as the model reads it: its ids as text, special tokens in colour, an image as its
-number of tokens, and which tokens are trained."""
+"""A data row in the terminal as the model reads it: token ids as text, special tokens in colour, an image as its number
+of tokens, and which tokens are trained."""
 
 from __future__ import annotations
 
@@ -11,52 +11,55 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from vold.data.packing import PromptEncoder
-from vold.report.browse import visible
+from vold.io import visible
 from vold.types import Prompt, Sample
 
 READ, TRAINED, SPECIAL, IMAGE, NOTE = "dim", "green", "bold magenta", "bold cyan", "italic yellow"
-IDS_SHOWN, CHARACTERS_SHOWN = 10, 1200
+MAX_IDS, MAX_CHARACTERS = 10, 1200
 
 
-def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: PromptEncoder) -> Group:
-    """A prompt before a response is sampled, or a trace with the response that is learned."""
+def row_preview(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: PromptEncoder) -> Group:
+    """A prompt, before a response is sampled, or a trace with the response that is trained on."""
     prompt = row.prompt if isinstance(row, Sample) else row
-    response = row.response_ids.tolist() if isinstance(row, Sample) else []
-    read = encode(prompt).prompt_ids.tolist()
+    response = row.response_ids if isinstance(row, Sample) else ()
+    prompt_ids = list(encode(prompt).prompt_ids)
     head = Text.assemble(
         (prompt.id, "bold"),
-        f"  {len(read)} tokens read" + (f", {len(response)} trained" if response else ""),
+        f"  {len(prompt_ids)} tokens read" + (f", {len(response)} trained" if response else ""),
         f", gold {visible(prompt.gold)!r}" if prompt.gold else "",
         *(f"\n  image {path}" for path in prompt.images),
     )
-    body = Text.assemble(*_pieces(read, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
-    ids = Text.assemble(("ids  ", "bold"), (_ids(read), READ), "  │  ", (_ids(response) or "sampled", TRAINED))
-    mask = Text.assemble(("mask ", "bold"), (f"0 × {len(read)}", READ), "  │  ", (f"1 × {len(response)}", TRAINED))
+    body = Text.assemble(*_pieces(prompt_ids, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
+    ids = Text.assemble(
+        ("ids  ", "bold"), (_id_line(prompt_ids), READ), "  │  ", (_id_line(response) or "sampled", TRAINED)
+    )
+    mask = Text.assemble(
+        ("mask ", "bold"), (f"0 × {len(prompt_ids)}", READ), "  │  ", (f"1 × {len(response)}", TRAINED)
+    )
     if response:
         return Group(Text(""), head, body, ids, mask)
     return Group(Text(""), head, body.append(" ▌a response is sampled from here", NOTE), ids)
 
 
 def _pieces(ids: Sequence[int], style: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Text and style: ordinary tokens are decoded together, as a character may be made of several."""
+    """(text, style) of each run of tokens. Ordinary tokens are decoded together: several may make up one character."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for marked, run in groupby(ids, key=lambda token: token if token in special else None):
-        run = list(run)
-        if marked is None:
-            yield _shortened(visible(tokenizer.decode(run))), style
-        elif len(run) > 1:  # an image's tokens
-            yield f"{visible(tokenizer.convert_ids_to_tokens(marked))} × {len(run)}", IMAGE
-        else:
-            yield visible(tokenizer.convert_ids_to_tokens(marked)), SPECIAL
+    for special_id, group in groupby(ids, key=lambda token: token if token in special else None):
+        run = list(group)
+        if special_id is None:
+            yield _shortened(visible(tokenizer.decode(run), multiline=True)), style
+            continue
+        text = visible(tokenizer.convert_ids_to_tokens(special_id), multiline=True)
+        yield (f"{text} × {len(run)}", IMAGE) if len(run) > 1 else (text, SPECIAL)  # a run is an image's tokens
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= CHARACTERS_SHOWN:
+    if len(text) <= MAX_CHARACTERS:
         return text
-    half = CHARACTERS_SHOWN // 2
-    return f"{text[:half]} […{len(text) - CHARACTERS_SHOWN} characters…] {text[-half:]}"
+    half = MAX_CHARACTERS // 2
+    return f"{text[:half]} […{len(text) - MAX_CHARACTERS} characters…] {text[-half:]}"
 
 
-def _ids(ids: Sequence[int]) -> str:
-    shown = " ".join(map(str, ids[:IDS_SHOWN]))
-    return f"{shown} … {ids[-1]}" if len(ids) > IDS_SHOWN else shown
+def _id_line(ids: Sequence[int]) -> str:
+    first = " ".join(map(str, ids[:MAX_IDS]))
+    return f"{first} … {ids[-1]}" if len(ids) > MAX_IDS else first

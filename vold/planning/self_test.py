@@ -1,10 +1,11 @@
-"""The student as its own teacher: whatever distillation would pull it towards must be itself."""
+"""Divergence of the student from itself as a teacher: exactly zero, or trainer and teacher compute differently."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from vold.config.schema import RlConfig, SftConfig
 from vold.data.packing import pack
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.launch import initialise, shutdown
@@ -14,24 +15,24 @@ from vold.trainer.trainer import load_student
 from vold.types import MicroBatch, Prompt, Sample
 from vold_kernels import linear_kl
 
-PROMPT, RESPONSE, SEQUENCES = 5, 12, 2  # tokens, tokens, sequences
+PROMPT_TOKENS, RESPONSE_TOKENS, SEQUENCES = 5, 12, 2
 
 
-def divergence_from_itself(config: SftConfig | RlConfig) -> tuple[int, float]:
-    """(tokens, the largest KL(S‖T) of one, nats), in this process: the student is loaded twice, once as the trainer
-    does and once as a teacher, and reads a tiny batch both ways."""
-    layout, dtype = initialise(seed=config.seed), getattr(torch, config.dtype)
+def self_divergence(checkpoint: Path, dtype_name: str, seed: int) -> tuple[int, float]:
+    """(tokens, largest KL(student || teacher) of a token in nats) of a tiny batch, in this process: the checkpoint is
+    loaded once as the trainer loads it and once as a teacher."""
+    layout, dtype = initialise(seed=seed), getattr(torch, dtype_name)
     try:
-        vocab_size = len(load_tokenizer(config.student))
-        teacher = Teacher(config.student, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
-        student = load_student(config.student, layout, dtype)
-        batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT + RESPONSE)))
+        vocab_size = len(load_tokenizer(checkpoint))
+        teacher = Teacher(checkpoint, layout, dtype=dtype, vocab_size=vocab_size, whole=True)
+        student = load_student(checkpoint, layout, dtype)
+        batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT_TOKENS + RESPONSE_TOKENS)))
 
         def compare(micro: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = (hidden_TD[micro.source_N], student[-1].head_weight())
-            others = (micro.hidden_teacher_nE, micro.head_teacher_UE)
-            found = linear_kl(*rows, *others, weight_N=micro.kl_weight_N, vocab_size=vocab_size)
-            return hidden_TD, found.kl_N
+            student_rows = (hidden_TD[micro.source_N], student[-1].head_weight())
+            teacher_rows = (micro.hidden_teacher_nE, micro.head_teacher_UE)
+            terms = linear_kl(*student_rows, *teacher_rows, weight_N=micro.kl_weight_N, vocab_size=vocab_size)
+            return hidden_TD, terms.kl_N
 
         with torch.no_grad():
             kl_N = torch.cat(run_pipeline(student, batch.micro_batches, layout, compare, forward_only=True))
@@ -41,9 +42,16 @@ def divergence_from_itself(config: SftConfig | RlConfig) -> tuple[int, float]:
 
 
 def _samples(vocab_size: int) -> list[Sample]:
-    """Any ids will do."""
-    ids = torch.arange(SEQUENCES * (PROMPT + RESPONSE)).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).numpy()
+    """Sequences of arbitrary token ids."""
+    length = PROMPT_TOKENS + RESPONSE_TOKENS
+    ids = torch.arange(SEQUENCES * length).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).tolist()
     return [
-        Sample(Prompt(str(place), row[:PROMPT], ""), row[PROMPT:], 0.0, pg_weight=0.0, kl_weight=1.0)
-        for place, row in enumerate(ids)
+        Sample(
+            Prompt(str(number), tuple(row[:PROMPT_TOKENS]), ""),
+            tuple(row[PROMPT_TOKENS:]),
+            0.0,
+            pg_weight=0.0,
+            kl_weight=1.0,
+        )
+        for number, row in enumerate(ids)
     ]

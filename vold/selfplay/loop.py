@@ -42,7 +42,7 @@ from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.collectives import run_on_all_ranks
-from vold.planning import rank_shapes as held
+from vold.planning.check import print_rank_memory
 from vold.report import SelfplayRecord, diversity_figure
 from vold.rollout import open_sampler
 from vold.run.job import Job, open_job
@@ -106,7 +106,7 @@ def check(config: SelfplayConfig, processes: int) -> None:
     data, first = DataConfig(path=config.run_dir / "solver.json", layout="orz"), Iteration.of(config, 1)
     for player, phase in (("challenger", config.challenger), ("solver", config.solver)):
         print(f"{player}, which trains while the other does not:")
-        held.show_models(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes)
+        print_rank_memory(_rl_config(config, phase, first, player, data, TRAIN_SOLVER), processes)
 
 
 def _check_objectives(config: SelfplayConfig) -> None:

@@ -1,0 +1,83 @@
+"""Training and evaluation rows as the stage would load them: counted for `vold check`, some of them shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group
+
+from vold.config.schema import RlConfig, SftConfig
+from vold.data.packing import PromptEncoder
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
+from vold.data.traces import load_samples
+from vold.models.images import load_prompt_encoder
+from vold.models.tokenizer import load_tokenizer
+from vold.planning.row_preview import row_preview
+from vold.train.training_run import check_vision
+from vold.types import Prompt, Sample
+
+PREVIEWS = 2  # training rows that are shown
+
+
+class DataCheck:
+    """Loads a config's data; the methods raise ValueError as the stage itself would."""
+
+    def __init__(self, config: SftConfig | RlConfig):
+        self._config = config
+        self._training: Sequence[Prompt] | Sequence[Sample] = ()
+        self._with_images: list[Prompt] = []
+        self._encode: PromptEncoder | None = None
+
+    def check_training(self) -> str:
+        """Load the training data. Returns how many rows there are, how long, and how many are left out."""
+        config, skipped = self._config, []
+        tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+        if isinstance(config, SftConfig):
+            samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
+            self._training, kind = samples, "traces"
+            prompts = [samples[index].prompt for index in range(len(samples))]
+        else:
+            problems = load_problems(config.data, skipped.append)
+            options = (config.prompt, config.data.on_error, self._encode.length)
+            self._training = prompts = build_prompts(problems, tokenizer, *options)
+            kind = "problems"
+            skipped += ["too long"] * (len(problems) - len(prompts))
+        if not prompts:
+            raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
+        check_vision(config.vision, prompts)
+        self._with_images += [prompt for prompt in prompts[PREVIEWS:] if prompt.images][:1]
+        return f"{config.data.path}: {_summary(prompts, kind, self._encode)}" + _left_out(skipped)
+
+    def check_evaluation(self) -> str:
+        """Load every evaluation set. Returns the same summary of each."""
+        config, summaries = self._config, []
+        tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+        for name, data in config.evaluation.sets.items():
+            skipped: list[str] = []
+            problems = load_problems(data, skipped.append)
+            prompts = build_prompts(problems, tokenizer, config.prompt, data.on_error, encode.length)
+            skipped += ["too long"] * (len(problems) - len(prompts))
+            self._with_images += [prompt for prompt in prompts if prompt.images]
+            summaries.append(f"{name}: {_summary(prompts, 'problems', encode)}" + _left_out(skipped))
+        return "; ".join(summaries)
+
+    def previews(self) -> Iterator[Group]:
+        """The first training rows, and the first row with an image, from an evaluation set if training has none."""
+        if self._encode is None:
+            return
+        tokenizer = load_tokenizer(self._config.student)
+        rows = [self._training[index] for index in range(min(PREVIEWS, len(self._training)))]
+        for row in (*rows, *self._with_images[:1]):
+            yield row_preview(row, tokenizer, self._encode)
+
+
+def _summary(prompts: Sequence[Prompt], kind: str, encode: PromptEncoder) -> str:
+    lengths = sorted(map(encode.length, prompts))
+    with_images = sum(bool(prompt.images) for prompt in prompts)
+    images = f", {with_images} with images" if with_images else ""
+    return f"{len(prompts)} {kind}{images}; prompts of {lengths[0]} to {lengths[-1]} tokens"
+
+
+def _left_out(skipped: Sequence[str]) -> str:
+    return f"; {len(skipped)} rows left out, the first: {skipped[0]}" if skipped else ""

@@ -17,9 +17,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
-from vold.report import lanes
-from vold.report import profile as report
-from vold.report.lanes import Span
+from vold.report import phase_table, timeline
+from vold.report.timeline import Interval
 from vold.run.step_profiler import StepProfiler
 from vold.train import rl, sft
 
@@ -49,8 +48,8 @@ def run(config: RlConfig | SftConfig, *, steps: int, beside: Sequence[Path] = ()
     dist.all_gather_object(ranks, timed)
     if dist.get_rank() == 0:
         _write(folder, ranks, *_facts(config))
-        spans = [Span(*found) for step in profiler.intervals[UNTIMED_AT_START:][:steps] for found in step]
-        _write_timeline(folder, others | {str(config.run_dir): spans})
+        intervals = [Interval(*i) for step in profiler.intervals[UNTIMED_AT_START:][:steps] for i in step]
+        _write_timeline(folder, others | {str(config.run_dir): intervals})
 
 
 def _torch_profiler(folder: Path, total: int) -> profile:
@@ -91,32 +90,32 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) 
     return 2 * size**3 / min(seconds)
 
 
-def _timeline_of(run_dir: Path) -> list[Span]:
+def _timeline_of(run_dir: Path) -> list[Interval]:
     path = run_dir / "profile" / "timeline.csv"
     if not path.exists():
         raise ValueError(f"--beside {run_dir}: no {path}; profile that run first")
-    return lanes.from_csv(path.read_text())
+    return timeline.from_csv(path.read_text())
 
 
-def _write_timeline(folder: Path, runs: dict[str, list[Span]]) -> None:
+def _write_timeline(folder: Path, runs: dict[str, list[Interval]]) -> None:
     """The last of `runs` is the one at hand."""
     *_, own = runs.values()
-    (folder / "timeline.csv").write_text(lanes.as_csv(own))
+    (folder / "timeline.csv").write_text(timeline.to_csv(own))
     for fmt in ("png", "svg"):
-        (folder / f"timeline.{fmt}").write_bytes(lanes.figure(runs, fmt=fmt))
-    for name, spans in runs.items():
-        idle = ", ".join(f"{row} {share:.0%}" for row, share in lanes.idle_shares(spans).items())
+        (folder / f"timeline.{fmt}").write_bytes(timeline.workers_figure(runs, fmt=fmt))
+    for name, intervals in runs.items():
+        idle = ", ".join(f"{worker} {share:.0%}" for worker, share in timeline.idle_shares(intervals).items())
         Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
 
 
 def _write(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:
-    rows = report.phase_rows(ranks, peak)
-    (folder / "phases.md").write_text(report.markdown(rows, notes))
-    (folder / "phases.csv").write_text(report.as_csv(rows))
+    rows = phase_table.phase_rows(ranks, peak)
+    (folder / "phases.md").write_text(phase_table.to_markdown(rows, notes))
+    (folder / "phases.csv").write_text(phase_table.to_csv(rows))
     for fmt in ("png", "svg"):
-        (folder / f"phases.{fmt}").write_bytes(report.figure(ranks, fmt=fmt))
+        (folder / f"phases.{fmt}").write_bytes(phase_table.phase_figure(ranks, fmt=fmt))
     console = Console()
     for line in notes:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(report.rich_table(rows))
+    console.print(phase_table.to_rich(rows))
     console.print(str(folder), highlight=False, soft_wrap=True)

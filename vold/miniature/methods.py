@@ -20,11 +20,11 @@ from vold.config import load_config, schema
 from vold.evaluation import evaluator as evaluate
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.reproduce import SEEDS, start_phases
 from vold.objectives import PRESETS, build_objective
-from vold.report import methods_figure
-from vold.report.tables import SeedCell, cell, markdown
+from vold.report.tables import Mean, markdown
 from vold.run.run_dir import read_rows
 from vold.selfplay.loop import release
 from vold.train import rl
@@ -207,7 +207,7 @@ def _accuracies(out: Path, name: str) -> dict[str, float]:
 
 
 def kind_of(method: str) -> str:
-    """Who teaches: one of vold.report.methods.KINDS."""
+    """Who teaches: one of vold.miniature.methods_figure.KINDS."""
     objective = build_objective(_config_of(method).objective, longest=1)
     return "teacher" if objective.needs_teacher else "its own average" if objective.teaches_itself else "no teacher"
 
@@ -234,7 +234,7 @@ def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
     body = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
-        accuracies = [SeedCell(tuple(row[name] for row in own)) for name in ("text", "image")]
+        accuracies = [Mean(tuple(row[name] for row in own)) for name in ("text", "image")]
         costs, rate = ["–"] * 3, "–"
         if "rate" in own[0]:
             cpu, share, tokens = (
@@ -242,7 +242,7 @@ def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
             )
             costs = [f"{cpu:.2f}", *([f"{tokens:.0f}", f"{100 * share:.0f}"] if tokens else ["–", "–"])]
             rate = _rate(arm, own[0]["rate"])
-        body.append([arm, rate, str(len(own)), *(cell(c.mean, c.stderr) for c in accuracies), *costs])
+        body.append([arm, rate, str(len(own)), *map(str, accuracies), *costs])
     body += [[arm, "failed", "0", *["–"] * 5] for arm in failed]
     header = [
         "accuracy, %",

@@ -10,7 +10,6 @@ validation problems with the first seed, whose run is that one.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from vold.miniature.measure import Checkpoint, load_image_items
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.pretrain import make_seeing_teacher
 from vold.report import curves, read_run, seeds_table
-from vold.report.tables import cell, markdown
+from vold.report.tables import Mean, markdown
 from vold.run.run_dir import read_rows
 
 SEEDS = (0, 1, 2)
@@ -209,7 +208,6 @@ def _write(places: _Places, rows: list[dict], rates: dict[str, str], facts: dict
 
 def _difference(rows: Sequence[dict], new: str, old: str, problems: str) -> list[str]:
     """Points of accuracy, mean ± standard error of the seeds' own differences."""
-    of = {(row["arm"], row["seed"]): row[problems] for row in rows}
-    found = [of[new, seed] - of[old, seed] for arm, seed in of if arm == new]
-    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
-    return [f"{new} - {old} on {problems}", cell(statistics.fmean(found), error)]
+    accuracy = {(row["arm"], row["seed"]): row[problems] for row in rows}
+    differences = [accuracy[new, seed] - accuracy[old, seed] for arm, seed in accuracy if arm == new]
+    return [f"{new} - {old} on {problems}", str(Mean(tuple(differences)))]

@@ -26,12 +26,12 @@ from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.tokenizer import CLOSE, OPEN
 from vold.models.tokenizer import load_tokenizer
-from vold.report import SelfplayRecord, diversity_figure
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.challenger import open_embedder
 from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.embedders import Embedder
+from vold.selfplay.figures import SelfplayRecord, diversity_figure
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
 SEEDS = (0, 1, 2)

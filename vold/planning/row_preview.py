@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from vold.data.packing import Encoder
-from vold.report.browse import visible
+from vold.io import visible
 from vold.types import Prompt, Sample
 
 READ, TRAINED, SPECIAL, IMAGE, NOTE = "dim", "green", "bold magenta", "bold cyan", "italic yellow"
@@ -26,7 +26,7 @@ def as_the_model_reads(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase,
     head = Text.assemble(
         (prompt.id, "bold"),
         f"  {len(read)} tokens read" + (f", {len(response)} trained" if response else ""),
-        f", gold {visible(prompt.gold)!r}" if prompt.gold else "",
+        f", gold {visible(prompt.gold, multiline=True)!r}" if prompt.gold else "",
         *(f"\n  image {path}" for path in prompt.images),
     )
     body = Text.assemble(*_pieces(read, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
@@ -43,7 +43,7 @@ def _pieces(ids: Sequence[int], style: str, tokenizer: PreTrainedTokenizerBase) 
     for marked, run in groupby(ids, key=lambda token: token if token in special else None):
         run = list(run)
         if marked is None:
-            yield _shortened(visible(tokenizer.decode(run))), style
+            yield _shortened(visible(tokenizer.decode(run), multiline=True)), style
         elif len(run) > 1:  # an image's tokens
             yield f"{visible(tokenizer.convert_ids_to_tokens(marked))} × {len(run)}", IMAGE
         else:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vold.io import configure_logging
 from vold.miniature.data import DataSizes, write_data
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.pretrain import BASE_PHASES, TEACHER_PHASE, make_base, make_teacher
@@ -15,8 +16,9 @@ SIZES = DataSizes(train=300, traces_prompts=100, traces_other=60, val=40, test=5
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def one_thread_and_a_log():
     torch.set_num_threads(1)
+    configure_logging()
 
 
 @pytest.fixture(scope="session")

@@ -83,10 +83,10 @@ def test_a_finished_phase_is_kept_and_a_failed_one_says_why(tmp_path, capsys):
     done = Phase("eval", "eval.yaml", tmp_path / "done")
     done.run_dir.mkdir()
     (done.run_dir / "evaluation.json").write_text("{}")
-    assert run_phases([done], side_by_side=2) == {}
+    assert run_phases([done], parallel=2) == {}
     broken = Phase("eval", "eval.yaml", tmp_path / "broken", ("checkpoint=/nowhere",))
     with pytest.raises(RuntimeError, match=r"(?s)broken failed .*vold: "):
-        run_phases([broken], side_by_side=1)
+        run_phases([broken], parallel=1)
 
 
 def test_the_demo_report_holds_every_model_and_set(tmp_path):

@@ -114,6 +114,7 @@ def step_figure(timeline: StepTimeline, *, fmt: Format = "svg") -> bytes:
     labels = [visible(f"{thread} thread") if thread else "" for thread, _ in timeline.rows]
     axis.set_yticks(range(len(labels)), labels)
     axis.xaxis.set_major_formatter("{x:g} s")
+    axis.tick_params(labelsize=8)
     return figure_bytes(figure, fmt)
 
 

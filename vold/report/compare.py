@@ -56,8 +56,14 @@ def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys([*keys, *sets]))
 
 
-def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(config key, its value in each run) of the keys on which runs differ; "–" where a run lacks the key."""
+def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """(verb, names of its runs, [(config key, its value in each run)]) for verbs whose runs differ in some keys."""
+    groups = by_verb(run for run in runs if run.config)
+    tables = [(verb, [run.name for run in same], _differing_keys(same)) for verb, same in groups.items()]
+    return [table for table in tables if table[2]]
+
+
+def _differing_keys(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     configs = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = [

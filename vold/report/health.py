@@ -27,17 +27,17 @@ def phases(run: RunRecord) -> list[Phase]:
         if key.startswith("seconds_") and (name := key.removeprefix("seconds_")) not in TRAIN_PARTS
     }
     totals = {name: seconds for name, seconds in totals.items() if seconds > 0}
-    whole = sum(value for _, value in run.finite("seconds"))
-    other = whole - sum(totals.values())
-    return as_phases(totals | ({"other" if totals else "step": other} if other > 0.005 * whole else {}))
+    run_seconds = sum(value for _, value in run.finite("seconds"))
+    other = run_seconds - sum(totals.values())
+    return as_phases(totals | ({"other" if totals else "step": other} if other > 0.005 * run_seconds else {}))
 
 
 def as_phases(seconds: Mapping[str, float]) -> list[Phase]:
     """{name: seconds} as phases with their share of the sum, the known ones in the order of a step."""
     order = [name for name in PHASES if name in seconds] + [name for name in seconds if name not in PHASES]
     kept = {name: value for name in order if math.isfinite(value := as_number(seconds[name])) and value > 0}
-    whole, colours = sum(kept.values()), phase_colours(list(kept))
-    return [Phase(name, value, value / whole, colours[name]) for name, value in kept.items()]
+    total, colours = sum(kept.values()), phase_colours(list(kept))
+    return [Phase(name, value, value / total, colours[name]) for name, value in kept.items()]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,6 @@ _FUNCTIONS = (
     *(health.phases, health.summarise, health.keys_not_finite, timeline.step_timeline, timeline.step_figure),
     *(plots.accuracy_bars, plots.seeds_errorbars, style.metric, style.colours, compare_with_published),
 )
-
-
-@dataclass(frozen=True)
-class CurveGroup:
-    """Curves of the runs of one verb: for each panel what a screen reader says, and the figure."""
-
-    title: str
-    panels: list[tuple[str, Markup]]
 
 
 def write_report(
@@ -86,7 +78,7 @@ def write_report(
         sample_lists=samples.sample_lists(records),
         list_size=samples.PER_LIST,
         shades=SHADES,
-        config_differences=_config_differences(records),
+        config_differences=compare.config_differences(records),
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,21 +140,12 @@ def _report_json(runs: Sequence[Path]) -> dict[str, Any] | None:
     return next((report for report in reports if report and isinstance(report.get("accuracy"), dict)), None)
 
 
-def _curves(records: Sequence[RunRecord]) -> list[CurveGroup]:
+def _curves(records: Sequence[RunRecord]) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """(title, [(text for screen readers, figure)]) for the runs of each verb."""
     groups = []
     for verb, runs in compare.by_verb(records).items():
         names = ", ".join(run.name for run in runs)
         keys = [key for key in compare.curve_keys(runs) if any(run.finite(key) for run in runs)]
         panels = [(f"{style.metric(key).label} by step: {names}", inline_svg(plots.curve(runs, key))) for key in keys]
-        if panels:
-            groups.append(CurveGroup(_VERBS.get(verb, verb), panels))
-    return groups
-
-
-def _config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """(verb, names of its runs, rows) for each verb whose runs differ in their config."""
-    groups = compare.by_verb(record for record in records if record.config)
-    differences = [
-        (verb, [run.name for run in runs], compare.config_differences(runs)) for verb, runs in groups.items()
-    ]
-    return [difference for difference in differences if difference[2]]
+        groups.append((_VERBS.get(verb, verb), panels))
+    return [group for group in groups if group[1]]

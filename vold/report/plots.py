@@ -27,17 +27,17 @@ MARKS = 60  # more evaluations than these are a line with a band, not points wit
 @report_style
 def curves(runs: Sequence[RunRecord], keys: Sequence[str] = CURVES["rl"], *, fmt: Format = "svg") -> bytes:
     """Small multiples: one panel per key that any run logged, every run in its colour, three panels a row."""
-    keys = [key for key in keys if any(run.finite(key) for run in runs)]
-    if not keys:
-        raise ValueError(f"curves: none of the runs {[run.name for run in runs]} logged any of the keys asked for")
-    across = 2 if len(keys) == 4 else min(3, len(keys))
-    down = math.ceil(len(keys) / across)
+    logged = [key for key in keys if any(run.finite(key) for run in runs)]
+    if not logged:
+        raise ValueError(f"curves: none of the runs {[run.name for run in runs]} logged any of {', '.join(keys)}")
+    across = 2 if len(logged) == 4 else min(3, len(logged))
+    down = math.ceil(len(logged) / across)
     figure = new_figure(3.7 * across, 2.5 * down)
     figure.get_layout_engine().set(hspace=0.08, wspace=0.05)
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    for axis, key in zip(axes, keys, strict=False):
+    for axis, key in zip(axes, logged, strict=False):
         _draw_panel(axis, runs, key)
-    for axis in axes[len(keys) :]:
+    for axis in axes[len(logged) :]:
         axis.set_axis_off()
     return figure_bytes(figure, fmt)
 

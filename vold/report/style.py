@@ -23,6 +23,7 @@ PHASES = {
     "gather": "#8a5a2c",
     "teacher": "#d0a54a",
     "image_sensitivity": "#3f8fa3",
+    "old_logprobs": "#a3a24e",
     "train": "#6f8fb8",
     "student_forward": "#9db8d9",
     "student_backward": "#4f78ad",
@@ -31,7 +32,7 @@ PHASES = {
     "evaluate": "#4f8d76",
     "other": "#b9b3a6",
 }
-TRAIN_PARTS = ("student_forward", "student_backward", "optimizer")
+TRAIN_PARTS = ("old_logprobs", "student_forward", "student_backward", "optimizer")
 
 
 @dataclass(frozen=True)

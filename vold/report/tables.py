@@ -112,16 +112,13 @@ def as_table(report: Mapping[str, Any] | AccuracyTable) -> AccuracyTable:
 
 def table_of_runs(runs: Sequence[RunRecord]) -> AccuracyTable:
     """Build the table from the evaluation.json files of the runs."""
-    accuracy: dict[str, dict[str, float]] = {}
-    stderr: dict[str, dict[str, float]] = {}
-    n: dict[str, int] = {}
-    for run in runs:
-        for name, result in run.evaluation_section("sets").items():
-            accuracy.setdefault(arm_of(run.name), {})[name] = as_number(result.get("accuracy"))
-            stderr.setdefault(arm_of(run.name), {})[name] = as_number(result.get("stderr"))
-            if math.isfinite(count := as_number(result.get("n"))):
-                n[name] = int(count)
-    return AccuracyTable(accuracy, stderr, n)
+    models = {arm_of(run.name): sets for run in runs if (sets := run.evaluation_section("sets"))}
+    accuracy, stderr = (
+        {model: {name: as_number(result.get(key)) for name, result in sets.items()} for model, sets in models.items()}
+        for key in ("accuracy", "stderr")
+    )
+    counts = {name: as_number(result.get("n")) for sets in models.values() for name, result in sets.items()}
+    return AccuracyTable(accuracy, stderr, {name: int(n) for name, n in counts.items() if math.isfinite(n)})
 
 
 def problem_kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:

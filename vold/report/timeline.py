@@ -19,6 +19,7 @@ from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours
 
 STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
 NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
+CHARACTERS = 125  # that fit into the width of the step's figure
 SAMPLING = ("rollout", "grade")
 NOT_WORK = ("rollout_wait", "gather", *TRAIN_PARTS)  # waiting, and parts of what is drawn as a whole
 
@@ -128,7 +129,7 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], *, seconds: float, labelled: boo
             if labelled:
                 bar.set(gid=f"tooltip {name} {format_duration(length)}", facecolor=(colour, 0.5), edgecolor=colour)
                 bar.set_linewidth(0.8)
-                if length > 0.07 * seconds:
+                if CHARACTERS * length > (len(name) + 1) * seconds:
                     axis.text(interval.start + 0.005 * seconds, y, name, va="center", fontsize=8, clip_on=True)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, seconds)

@@ -33,10 +33,13 @@ def test_two_profiled_ranks_have_all_they_should(world, torchrun, tmp_path):
     rows = list(csv.DictReader((folder / "phases.csv").open()))
     phases = ["rollout", "grade", "teacher", "student_forward", "student_backward", "optimizer", "sync"]
     for rank in "01":
-        mine = {row["phase"]: row for row in rows if row["rank"] == rank}
-        assert [name for name in mine if name in phases] == phases and {"other", "step"} <= mine.keys()
-        assert all(float(mine[name]["memory_gib"]) > 0 for name in phases)
-        assert 0 < float(mine["student_backward"]["mfu"]) < 1 and float(mine["rollout"]["tokens_per_second"]) > 0
+        phase_rows = {row["phase"]: row for row in rows if row["rank"] == rank}
+        assert [name for name in phase_rows if name in phases] == phases and {"other", "step"} <= phase_rows.keys()
+        assert all(float(phase_rows[name]["memory_gib"]) > 0 for name in phases)
+        assert (
+            0 < float(phase_rows["student_backward"]["mfu"]) < 1
+            and float(phase_rows["rollout"]["tokens_per_second"]) > 0
+        )
     metrics = read_rows(folder / "metrics.jsonl")
     assert len(metrics) == 1 + 2 + 2 and metrics[1]["seconds_student_backward"] > 0
     assert "layers: rms_norm torch" in done.stdout and "student_backward" in (folder / "phases.md").read_text()

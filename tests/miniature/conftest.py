@@ -23,8 +23,8 @@ def one_thread_and_a_log():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> MiniatureWorld:
-    found = MiniatureWorld.at(tmp_path_factory.mktemp("miniature"))
-    make_teacher(found.teacher, 3, replace(TEACHER_PHASE, steps=3, text_rows=6))
-    make_base(found.base, 3, tuple(replace(phase, steps=2, text_rows=5, image_rows=4) for phase in BASE_PHASES))
-    write_data(found.data, 3, SIZES)
-    return found
+    world = MiniatureWorld.at(tmp_path_factory.mktemp("miniature"))
+    make_teacher(world.teacher, 3, replace(TEACHER_PHASE, steps=3, text_rows=6))
+    make_base(world.base, 3, tuple(replace(phase, steps=2, text_rows=5, image_rows=4) for phase in BASE_PHASES))
+    write_data(world.data, 3, SIZES)
+    return world

@@ -90,11 +90,11 @@ def test_a_finished_phase_is_kept_and_a_failed_one_says_why(tmp_path, capsys):
 
 
 def test_the_demo_report_holds_every_model_and_set(tmp_path):
-    for place, name in enumerate(demo.MODELS):
+    for index, name in enumerate(demo.MODELS):
         run_dir = tmp_path / f"eval_{name}"
         run_dir.mkdir()
         (run_dir / "config.yaml").write_text("verb: eval\n")
-        numbers = {"accuracy": 0.1 * place, "stderr": 0.02, "n": 400}
+        numbers = {"accuracy": 0.1 * index, "stderr": 0.02, "n": 400}
         (run_dir / "evaluation.json").write_text(json.dumps({"sets": {"text": numbers, "image": numbers}}))
     for name in ("sft", "grpo", "vold"):
         (tmp_path / name).mkdir()

@@ -34,7 +34,7 @@ def test_every_arm_trains_on_one_split_and_is_watched_on_another(arm):
     config = loaded(second_act._phase(PATHS, arm, "1e-4", 2))
     assert (config.steps, config.seed, config.optimizer.lr) == (second_act.STEPS, 2, 1e-4)
     assert config.data.path.name == f"train_{arm.problems}.jsonl"
-    assert [found.path.name for found in config.evaluation.sets.values()] == [f"val_{arm.problems}.jsonl"]
+    assert [data.path.name for data in config.evaluation.sets.values()] == [f"val_{arm.problems}.jsonl"]
 
 
 def test_the_distilling_arms_differ_in_their_weights_alone():
@@ -73,12 +73,12 @@ def test_the_vision_teacher_goes_on_from_the_base_with_its_vision_tower(world, t
 @pytest.fixture
 def made_up(tmp_path, monkeypatch) -> list[Phase]:
     """Instead of training: 3e-4 is best on validation problems, everything else is a number by name and seed."""
-    asked: list[Phase] = []
+    phases_run: list[Phase] = []
     best = {"1e-4": 0.3, "3e-4": 0.5, "1e-3": 0.4}
 
     def run_phases(phases, *, parallel):
         for phase in phases:
-            asked.append(phase)
+            phases_run.append(phase)
             phase.run_dir.mkdir(parents=True, exist_ok=True)
             seed = int("".join(part[4:] for part in phase.run_dir.parts if part in ("seed1", "seed2", "seed3")) or 0)
             if phase.verb == "eval":
@@ -88,8 +88,8 @@ def made_up(tmp_path, monkeypatch) -> list[Phase]:
                 }
                 (phase.run_dir / "evaluation.json").write_text(json.dumps({"sets": numbers}))
             elif "second-act" in phase.run_dir.parts:
-                found = best[phase.run_dir.parent.name.removeprefix("lr-")]
-                rows = [{"step": step, "accuracy_image": found, "accuracy_small": found} for step in (1, 2)]
+                accuracy = best[phase.run_dir.parent.name.removeprefix("lr-")]
+                rows = [{"step": step, "accuracy_image": accuracy, "accuracy_small": accuracy} for step in (1, 2)]
                 (phase.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(second_act, "run_phases", run_phases)
@@ -98,7 +98,7 @@ def made_up(tmp_path, monkeypatch) -> list[Phase]:
     monkeypatch.setattr(second_act, "make_vision_teacher", lambda out, base, seed: out)
     monkeypatch.setattr(second_act, "_teacher_accuracy", lambda paths: {"image": 1.0, "small": 0.9})
     second_act.run(tmp_path, seeds=(1, 2, 3))
-    return asked
+    return phases_run
 
 
 def test_rates_are_tried_with_the_first_seed_and_the_best_is_used_by_the_others(made_up, tmp_path):

@@ -210,8 +210,8 @@ def test_an_evaluation_of_several_answers_by_kind_and_beside_the_paper(tmp_path)
         right = i % 3 == 0
         row = {"set": "image", "prompt_id": str(i), "verdict": "correct" if right else "wrong", "gold": "4"}
         samples.append(row | {"extracted": str(i), "images": [str(tmp_path / f"{i}.png")], "prompt": "how many?"})
-    found = {"sets": {"image": numbers}, "benchmarks": {"rule": {"MMStar": {"score": 51.25}}}}
-    run = write_run(tmp_path / "eval", config={"verb": "eval"}, samples=samples, evaluation=found)
+    evaluation = {"sets": {"image": numbers}, "benchmarks": {"rule": {"MMStar": {"score": 51.25}}}}
+    run = write_run(tmp_path / "eval", config={"verb": "eval"}, samples=samples, evaluation=evaluation)
     html = write_report([run], tmp_path / "report.html", title="evaluation").read_text()
     assert "50.0 ± 2.0" in html and "60.0 ± 5.0" in html and "9 · 8.5 · 20" in html
     assert "&lt;b&gt;count&lt;/b&gt;" in html and "25.0 ± 1.0" in html and "perception" in html
@@ -228,18 +228,18 @@ def test_an_evaluation_of_several_answers_by_kind_and_beside_the_paper(tmp_path)
 
 def test_phases_and_what_none_of_them_claims():
     metrics = {"step": [0.0, 1.0], "seconds": [3.0, 3.0], "seconds_train": [1.5, 1.5], "seconds_rollout": [1.0, 1.0]}
-    found = phases(RunRecord("a", path=None, metrics=metrics))
-    assert [(phase.name, phase.seconds) for phase in found] == [("rollout", 2.0), ("train", 3.0), ("other", 1.0)]
-    assert sum(phase.share for phase in found) == pytest.approx(1)
+    times = phases(RunRecord("a", path=None, metrics=metrics))
+    assert [(phase.name, phase.seconds) for phase in times] == [("rollout", 2.0), ("train", 3.0), ("other", 1.0)]
+    assert sum(phase.share for phase in times) == pytest.approx(1)
 
 
 def test_a_summary_counts_steps_beyond_the_limit():
     metrics = {"truncated": [0.0, 0.2, 0.1], "effective_sample_size": [0.4, 0.9, 0.8]}
     record = RunRecord("a", path=None, metrics={"step": [0.0, 1.0, 2.0], **metrics})
-    found = summarise(record, "truncated")
-    assert (found.median, found.worst, found.last, found.beyond, found.steps) == (0.1, 0.2, 0.1, 1, 3)
-    found = summarise(record, "effective_sample_size")
-    assert (found.median, found.worst, found.beyond) == (0.8, 0.4, 1), "below is the wrong side"
+    summary = summarise(record, "truncated")
+    assert (summary.median, summary.worst, summary.last, summary.beyond, summary.steps) == (0.1, 0.2, 0.1, 1, 3)
+    summary = summarise(record, "effective_sample_size")
+    assert (summary.median, summary.worst, summary.beyond) == (0.8, 0.4, 1), "below is the wrong side"
     assert len(health_warnings(record, last=9)) == 2
     assert "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in health_warnings(record, last=9)[0]
     assert len(health_warnings(record, last=2)) == 1

@@ -43,9 +43,9 @@ def test_curves_say_when_there_is_nothing_to_draw(records):
 
 
 def test_a_run_of_one_step_and_a_run_with_gaps():
-    one = RunRecord("one", path=None, metrics={"step": [0.0], "reward": [0.5]})
+    single = RunRecord("single", path=None, metrics={"step": [0.0], "reward": [0.5]})
     gaps = RunRecord("gaps", path=None, metrics={"step": [0.0, 1.0, 2.0], "reward": [0.1, math.nan, 0.3]})
-    assert b"one" in curve([one, gaps], "reward")
+    assert b"single" in curve([single, gaps], "reward")
 
 
 def test_names_are_text_never_mathematics():

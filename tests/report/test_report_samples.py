@@ -19,19 +19,19 @@ def test_a_token_s_shade_is_its_gap():
         "logp": [-1.0, -0.1, -5.0, 0.0, 0.0],
         "logp_teacher": [-1.05, -3.2, -0.9, -0.6, None],
     }
-    found = tokens_of(row)
-    assert found.scored and [token.shade for token in found.head] == ["", "u4", "d4", "u2", ""]
-    assert [token.text for token in found.widest] == ["c", "b", "d"] and found.left_out == 0
-    assert found.widest[1].gap == pytest.approx(3.1)
+    tokens = tokens_of(row)
+    assert tokens.scored and [token.shade for token in tokens.head] == ["", "u4", "d4", "u2", ""]
+    assert [token.text for token in tokens.widest] == ["c", "b", "d"] and tokens.left_out == 0
+    assert tokens.widest[1].gap == pytest.approx(3.1)
 
 
 def test_of_a_long_response_both_ends_are_shown_and_the_widest_gap_of_all():
     n = 3 * ENDS
     teacher = [0.0] * n
     teacher[ENDS + 5] = -4.0
-    found = tokens_of({"tokens": [str(i) for i in range(n)], "logp": [0.0] * n, "logp_teacher": teacher})
-    assert (len(found.head), found.left_out, len(found.tail)) == (ENDS, ENDS, ENDS)
-    assert found.tail[-1].text == str(n - 1) and [token.text for token in found.widest] == [str(ENDS + 5)]
+    tokens = tokens_of({"tokens": [str(i) for i in range(n)], "logp": [0.0] * n, "logp_teacher": teacher})
+    assert (len(tokens.head), tokens.left_out, len(tokens.tail)) == (ENDS, ENDS, ENDS)
+    assert tokens.tail[-1].text == str(n - 1) and [token.text for token in tokens.widest] == [str(ENDS + 5)]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_rows_without_tokens_have_none(row):
 
 
 def test_a_response_the_teacher_was_not_asked_about_has_no_colour():
-    found = tokens_of({"tokens": ["a"], "logp": [-9.0]})
-    assert not found.scored and found.head[0].shade == "" and found.widest == []
+    tokens = tokens_of({"tokens": ["a"], "logp": [-9.0]})
+    assert not tokens.scored and tokens.head[0].shade == "" and tokens.widest == []
 
 
 def test_samples_are_of_steps_all_along_the_run_newest_first():
@@ -84,9 +84,9 @@ def run(name, reward, **more):
 def test_compared_runs_end_with_a_standard_error_and_only_a_clear_lead_is_bold():
     gap = [math.nan, 0.5] * 10
     wobble = [0.0] * 18 + [0.415, 0.385]
-    one = run("vold", wobble, accuracy_text=gap, stderr_text=[0.04] * 20, entropy=[0.5] * 20)
-    two = run("grpo", [x - 0.05 for x in wobble], accuracy_text=[math.nan, 0.45] * 10, stderr_text=[0.04] * 20)
-    [table] = compare([one, two])
+    vold = run("vold", wobble, accuracy_text=gap, stderr_text=[0.04] * 20, entropy=[0.5] * 20)
+    grpo = run("grpo", [x - 0.05 for x in wobble], accuracy_text=[math.nan, 0.45] * 10, stderr_text=[0.04] * 20)
+    [table] = compare([vold, grpo])
     rows = {described.label: cells for described, cells in table.rows}
     assert [cell.text for cell in rows["Reward"]] == ["0.400 ± 0.015", "0.350 ± 0.015"]
     assert [cell.steps for cell in rows["Reward"]] == ["last 2 steps"] * 2

@@ -42,12 +42,9 @@ def curves(runs: Sequence[RunRecord], keys: Sequence[str] = CURVES["rl"], *, fmt
     return figure_bytes(figure, fmt)
 
 
-@report_style
 def curve(runs: Sequence[RunRecord], key: str, *, fmt: Format = "svg") -> bytes:
     """One panel of `curves`."""
-    figure = new_figure(3.7, 2.5)
-    _draw_panel(figure.subplots(), runs, key)
-    return figure_bytes(figure, fmt)
+    return curves(runs, [key], fmt=fmt)
 
 
 @report_style
@@ -142,18 +139,12 @@ def trend(run: RunRecord, key: str) -> Trend:
     half = max(1, len(y) // 24)
     level = y[logged].mean() if logged.any() else 0.0  # sums of what is left lose no digits
     deviations = np.where(logged, y - level, 0.0)
-    n, total, squares = (_window_sums(values, half) for values in (logged.astype(float), deviations, deviations**2))
+    window = np.ones(2 * half + 1)  # fewer neighbours at the ends
+    n, total, squares = (np.convolve(v, window)[half:-half] for v in (logged, deviations, deviations**2))
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / n
         stderr = np.sqrt(np.maximum(squares - total * mean, 0.0) / (n - 1) / n)
     return Trend(np.asarray(run.steps), np.where(logged, level + mean, np.nan), np.where(logged, stderr, np.nan))
-
-
-def _window_sums(values: np.ndarray, half: int) -> np.ndarray:
-    """Sums of each value and its `half` neighbours on either side; fewer at the ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    return sums[np.minimum(index + half + 1, len(values))] - sums[np.maximum(index - half, 0)]
 
 
 def trend_of_seeds(runs: Sequence[RunRecord], key: str) -> Trend:

@@ -117,8 +117,9 @@ def table_of_runs(runs: Sequence[RunRecord]) -> AccuracyTable:
         {model: {name: as_number(result.get(key)) for name, result in sets.items()} for model, sets in models.items()}
         for key in ("accuracy", "stderr")
     )
-    counts = {name: as_number(result.get("n")) for sets in models.values() for name, result in sets.items()}
-    return AccuracyTable(accuracy, stderr, {name: int(n) for name, n in counts.items() if math.isfinite(n)})
+    results = [item for sets in models.values() for item in sets.items()]
+    n = {name: int(count) for name, result in results if math.isfinite(count := as_number(result.get("n")))}
+    return AccuracyTable(accuracy, stderr, n)
 
 
 def problem_kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:

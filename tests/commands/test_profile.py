@@ -11,9 +11,8 @@ import pytest
 from vold.commands import profile
 from vold.config import load_training_config
 from vold.config.schema import RlConfig, SftConfig
-from vold.report import lanes
-from vold.report import profile as report
-from vold.report.lanes import Span
+from vold.report import phase_table, timeline
+from vold.report.timeline import Interval
 from vold.run.run_dir import read_rows
 
 ROW = {"step": 1, "seconds": 4.0, "seconds_rollout": 1.0, "seconds_train": 2.5, "seconds_student_forward": 1.0}
@@ -48,10 +47,10 @@ def test_a_profile_of_two_ranks_is_complete(world, torchrun, tmp_path):
         names = {event.get("name") for event in trace["traceEvents"]}
         assert {"rollout", "student_forward", "student_backward", "optimizer"} <= names
     assert (folder / "phases.png").stat().st_size > 5000 and (folder / "phases.svg").stat().st_size > 5000
-    spans = lanes.from_csv((folder / "timeline.csv").read_text())
+    spans = timeline.from_csv((folder / "timeline.csv").read_text())
     assert {"rollout", "grade", "teacher", "train", "sync"} <= {span.name for span in spans}
     assert (folder / "timeline.png").stat().st_size > 5000
-    idle = lanes.idle_shares(spans)
+    idle = timeline.idle_shares(spans)
     assert f"idle in {run_dir}: sampler {idle['sampler']:.0%}, trainer {idle['trainer']:.0%}" in done.stdout
 
 
@@ -69,14 +68,22 @@ def test_a_timeline_beside_a_run_that_was_not_profiled(tmp_path, load):
 
 
 def test_idle_shares_by_hand():
-    strict = [Span("rollout", "train", 0, 4), Span("grade", "train", 4, 5), Span("train", "train", 5, 9)]
-    strict += [Span("student_forward", "train", 5, 7), Span("gather", "train", 9, 10)]
-    assert lanes.idle_shares(strict) == pytest.approx({"sampler": 0.5, "trainer": 0.6})
-    ahead = [Span("rollout", "rollout", 0, 6), Span("grade", "rollout", 5, 8), Span("teacher", "rollout", 8, 9)]
-    ahead += [Span("train", "train", 0, 4), Span("rollout_wait", "train", 4, 9), Span("sync", "train", 9, 10)]
-    assert lanes.idle_shares(ahead) == pytest.approx({"sampler": 0.2, "trainer": 0.5})
-    assert lanes.from_csv(lanes.as_csv(ahead)) == ahead
-    assert lanes.figure({"lag 0": strict, "lag 1": ahead}, fmt="png")[:4] == b"\x89PNG"
+    strict = [Interval("rollout", "train", 0, 4), Interval("grade", "train", 4, 5), Interval("train", "train", 5, 9)]
+    strict += [Interval("student_forward", "train", 5, 7), Interval("gather", "train", 9, 10)]
+    assert timeline.idle_shares(strict) == pytest.approx({"sampler": 0.5, "trainer": 0.6})
+    ahead = [
+        Interval("rollout", "rollout", 0, 6),
+        Interval("grade", "rollout", 5, 8),
+        Interval("teacher", "rollout", 8, 9),
+    ]
+    ahead += [
+        Interval("train", "train", 0, 4),
+        Interval("rollout_wait", "train", 4, 9),
+        Interval("sync", "train", 9, 10),
+    ]
+    assert timeline.idle_shares(ahead) == pytest.approx({"sampler": 0.2, "trainer": 0.5})
+    assert timeline.from_csv(timeline.to_csv(ahead)) == ahead
+    assert timeline.workers_figure({"lag 0": strict, "lag 1": ahead}, fmt="png")[:4] == b"\x89PNG"
 
 
 def test_the_config_says_which_stage_it_is(world, tmp_path):
@@ -86,15 +93,15 @@ def test_the_config_says_which_stage_it_is(world, tmp_path):
 
 
 def test_phases_of_a_step_add_up_to_it():
-    parts = report.split(ROW)
+    parts = phase_table.split_step(ROW)
     assert list(parts) == ["rollout", "student_forward", "student_backward", "optimizer", "other"]
     assert sum(parts.values()) == ROW["seconds"] and parts["other"] == 0.5
 
 
 def test_table_by_hand():
-    rows = {row.phase: row for row in report.phase_rows([[ROW]], peak_flops=2.0)}
+    rows = {row.phase: row for row in phase_table.phase_rows([[ROW]], peak_flops=2.0)}
     assert rows["rollout"].tokens_per_second == 100 and rows["rollout"].mfu is None
     assert rows["student_forward"].mfu == 1.0 / (1.0 * 2.0) and rows["student_backward"].mfu == 2.0 / (1.25 * 2.0)
     assert rows["step"].mfu == 3.0 / (4.0 * 2.0) and rows["step"].memory_gib == 2.0
     assert rows["student_backward"].share == 1.25 / 4 and rows["student_backward"].tokens_per_second == 40
-    assert report.phase_rows([[ROW]], peak_flops=None)[-1].mfu is None
+    assert phase_table.phase_rows([[ROW]], peak_flops=None)[-1].mfu is None

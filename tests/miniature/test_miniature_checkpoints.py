@@ -51,8 +51,8 @@ def test_a_saved_model_computes_the_same_after_loading(tmp_path, image):
     rng = np.random.default_rng(1)
     batch = collate([base_example(rng, GUESS_LAST, image=image) for _ in range(3)], TOKENIZER, rng)
     with torch.no_grad():
-        expected, found = model(**batch).logits, Checkpoint(tmp_path / "base").model(**batch).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        expected, loaded = model(**batch).logits, Checkpoint(tmp_path / "base").model(**batch).logits
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-6)
 
 
 def test_supervised_tokens_are_the_response():
@@ -70,8 +70,8 @@ def test_image_rows_have_seven_tokens_at_their_own_columns():
     rng = np.random.default_rng(3)
     batch = collate([base_example(rng, GUESS_LAST, image=True) for _ in range(6)], TOKENIZER, rng)
     model = models.new_model(models.base_config(), seed=0)
-    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    positions_3BT, _ = model.model.get_rope_index(**{key: batch[key] for key in wanted})
+    keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    positions_3BT, _ = model.model.get_rope_index(**{key: batch[key] for key in keys})
     for row, ids in enumerate(batch["input_ids"]):
         (columns,) = torch.where(ids == TOKEN_ID[IMAGE])
         start = int(columns[0])
@@ -123,8 +123,8 @@ def test_the_seed_decides_the_weights(world, tmp_path):
     phase = replace(TEACHER_PHASE, steps=3, text_rows=6)
     expected = Checkpoint(world.teacher).model.state_dict()
     for seed, equal in ((3, True), (4, False)):
-        found = Checkpoint(make_teacher(tmp_path / str(seed), seed, phase)).model.state_dict()
-        assert all(torch.equal(found[name], expected[name]) for name in expected) is equal
+        weights = Checkpoint(make_teacher(tmp_path / str(seed), seed, phase)).model.state_dict()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected) is equal
 
 
 @pytest.mark.parametrize("function", [make_teacher, make_base])
@@ -149,9 +149,16 @@ def test_answers_do_not_depend_on_the_neighbours_in_a_batch(world):
 
 
 def test_measure_reads_every_file(world):
-    found = measure_world(world)
-    assert set(found) == {"teacher_text", "base_text", "base_image", "base_text_read", "base_image_read", "base_facts"}
-    assert max(found.values()) < 0.4  # nobody has learnt anything in three steps
+    accuracies = measure_world(world)
+    assert set(accuracies) == {
+        "teacher_text",
+        "base_text",
+        "base_image",
+        "base_text_read",
+        "base_image_read",
+        "base_facts",
+    }
+    assert max(accuracies.values()) < 0.4  # nobody has learnt anything in three steps
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_text_files_have_the_orz_layout(world, name, split):
 @pytest.mark.parametrize(("split", "count"), [("val", 40), ("test", 50)])
 def test_image_files_have_the_geometry_layout(world, split, count):
     rows = read_jsonl(world.image(split))
-    shown = json.loads((world.data / "expressions.json").read_text())
+    expressions = json.loads((world.data / "expressions.json").read_text())
     assert len(rows) == count
     for row in rows:
         assert set(row) == {"problem", "answer", "images"}
@@ -49,8 +49,8 @@ def test_image_files_have_the_geometry_layout(world, split, count):
         (name,) = row["images"]
         with Image.open(world.data / name) as picture:
             assert (picture.mode, picture.size) == ("RGB", (196, 28))
-        assert split_of(shown[name]) == split
-        assert row["answer"] == solve(shown[name]).answer
+        assert split_of(expressions[name]) == split
+        assert row["answer"] == solve(expressions[name]).answer
     pictures = {(world.data / name).read_bytes() for row in rows for name in row["images"]}
     assert len(pictures) == count
 
@@ -89,12 +89,12 @@ def test_pixels_are_those_that_were_rendered(world):
 
 def test_the_second_act_has_problems_in_pictures_of_their_own_splits(tmp_path):
     data = write_pictures(tmp_path / "pictures", 3, DataSizes(train=30, val=10, test=12))
-    shown = json.loads((data / "expressions.json").read_text())
+    expressions = json.loads((data / "expressions.json").read_text())
     for name, split in PICTURE_FILES.items():
         rows = read_jsonl(data / name)
         assert len(rows) == {"train": 30, "val": 10, "test": 12}[split]
         for row in rows:
             (picture,) = row["images"]
-            assert split_of(shown[picture]) == split
-            assert row["answer"] == solve(shown[picture]).answer
+            assert split_of(expressions[picture]) == split
+            assert row["answer"] == solve(expressions[picture]).answer
             assert (data / picture).is_file()

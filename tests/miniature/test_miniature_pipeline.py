@@ -10,7 +10,9 @@ import pytest
 from vold.config import load_config, schema
 from vold.miniature import demo, methods, reproduce
 from vold.miniature.make import MiniatureWorld
+from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
+from vold.report.style import PALETTE
 
 SCHEMAS = {
     "traces": schema.TracesConfig,
@@ -81,18 +83,18 @@ def test_a_finished_phase_is_kept_and_a_failed_one_says_why(tmp_path, capsys):
     done = Phase("eval", "eval.yaml", tmp_path / "done")
     done.run_dir.mkdir()
     (done.run_dir / "evaluation.json").write_text("{}")
-    assert run_phases([done], side_by_side=2) == {}
+    assert run_phases([done], parallel=2) == {}
     broken = Phase("eval", "eval.yaml", tmp_path / "broken", ("checkpoint=/nowhere",))
     with pytest.raises(RuntimeError, match=r"(?s)broken failed .*vold: "):
-        run_phases([broken], side_by_side=1)
+        run_phases([broken], parallel=1)
 
 
 def test_the_demo_report_holds_every_model_and_set(tmp_path):
-    for place, name in enumerate(demo.MODELS):
+    for index, name in enumerate(demo.MODELS):
         run_dir = tmp_path / f"eval_{name}"
         run_dir.mkdir()
         (run_dir / "config.yaml").write_text("verb: eval\n")
-        numbers = {"accuracy": 0.1 * place, "stderr": 0.02, "n": 400}
+        numbers = {"accuracy": 0.1 * index, "stderr": 0.02, "n": 400}
         (run_dir / "evaluation.json").write_text(json.dumps({"sets": {"text": numbers, "image": numbers}}))
     for name in ("sft", "grpo", "vold"):
         (tmp_path / name).mkdir()
@@ -105,3 +107,14 @@ def test_the_demo_report_holds_every_model_and_set(tmp_path):
     assert "VOLD" in (tmp_path / "report.html").read_text()
     again = demo.demo_report(tmp_path, {"grpo": 0.1}, 1.0)
     assert again["seconds"] == {"grpo": 100.0}, "a kept phase keeps the seconds it took"
+
+
+def test_methods_are_lines_in_the_order_given_and_one_that_was_not_trained_has_no_cost():
+    costs = {"cpu_seconds": 2.0, "teacher_share": 0.25}
+    rows = [{"arm": "vold", "kind": "teacher", "text": 0.6 + s / 10, "image": 0.5, **costs} for s in (0, 1)]
+    rows.append({"arm": "sft", "kind": "start", "text": 0.4, "image": 0.3})
+    drawn = methods_figure(rows).decode()
+    assert drawn.index(">VOLD<") < drawn.index(">SFT<") and ">its own average<" not in drawn
+    assert drawn.count(f"fill: {PALETTE[0]}") == 1, "a bar for the one that was trained"
+    with pytest.raises(ValueError, match="methods_figure: no row"):
+        methods_figure([])

@@ -59,8 +59,8 @@ def test_chat_template_of_an_image_has_one_pad():
 
 def test_a_whole_conversation_is_prompt_plus_response():
     user, assistant = {"role": "user", "content": "[5]<solve>"}, {"role": "assistant", "content": RESPONSE}
-    whole = TOKENIZER.apply_chat_template([user, assistant], tokenize=False)
-    assert whole == render([user]) + RESPONSE + tk.EOS
+    conversation = TOKENIZER.apply_chat_template([user, assistant], tokenize=False)
+    assert conversation == render([user]) + RESPONSE + tk.EOS
 
 
 def test_unknown_roles_are_refused():

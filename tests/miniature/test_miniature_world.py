@@ -35,10 +35,10 @@ def test_every_line_of_a_trace_has_the_same_value():
         assert [len(line) for line in lines] == [world.SYMBOLS] * world.DIGITS
         assert lines[0] == problem.expression
         for k, line in enumerate(lines):
-            rest = line.lstrip(".")
-            assert len(rest) == world.SYMBOLS - 2 * k
-            assert value(rest) == int(boxed) == int(problem.answer)
-            assert rest[1:] == problem.expression[2 * k + 1 :]
+            expression = line.lstrip(".")
+            assert len(expression) == world.SYMBOLS - 2 * k
+            assert value(expression) == int(boxed) == int(problem.answer)
+            assert expression[1:] == problem.expression[2 * k + 1 :]
 
 
 def test_the_other_style_chains_right_steps():
@@ -54,9 +54,13 @@ def test_the_other_style_chains_right_steps():
 
 
 def test_splits_are_disjoint_and_multipliers_invertible():
-    found = {split: {p.expression for p in problems(800, split)} for split in ("train", "val", "test")}
-    assert not found["train"] & found["val"] and not found["train"] & found["test"] and not found["val"] & found["test"]
-    everything = set().union(*found.values())
+    expressions = {split: {p.expression for p in problems(800, split)} for split in ("train", "val", "test")}
+    assert (
+        not expressions["train"] & expressions["val"]
+        and not expressions["train"] & expressions["test"]
+        and not expressions["val"] & expressions["test"]
+    )
+    everything = set().union(*expressions.values())
     assert set("".join(everything)) == set("0123456789+-*")
     assert {m for expression in everything for m in re.findall(r"\*(\d)", expression)} == {"3", "7", "9"}
     answers = np.bincount([value(expression) for expression in everything], minlength=10) / len(everything)

@@ -64,10 +64,10 @@ class Page:
         self._wait(lambda message: message.get("method") == "Page.loadEventFired")
 
     def js(self, expression: str) -> Any:
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        if "exceptionDetails" in found:
-            raise AssertionError(f"{expression}: {found['exceptionDetails']}")
-        return found["result"].get("value")
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in result:
+            raise AssertionError(f"{expression}: {result['exceptionDetails']}")
+        return result["result"].get("value")
 
     def press(self, key: str, *, shift: bool = False) -> None:
         event = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": 8 if shift else 0}
@@ -85,8 +85,8 @@ class Page:
             )
             x, y, width, height = box
             clip = {"clip": {"x": max(x - 16, 0), "y": y - 12, "width": width + 32, "height": height + 24, "scale": 1}}
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=bool(selector), **clip)
-        return base64.b64decode(found["data"])
+        result = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=bool(selector), **clip)
+        return base64.b64decode(result["data"])
 
     def close(self) -> None:
         self._process.terminate()
@@ -103,16 +103,16 @@ class Page:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
-        answer = self._wait(lambda found: found.get("id") == message["id"])
+        answer = self._wait(lambda received: received.get("id") == message["id"])
         if "error" in answer:
             raise AssertionError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def _wait(self, wanted) -> dict[str, Any]:
-        for place, message in enumerate(self._events):
-            if wanted(message):
-                return self._events.pop(place)
-        while not wanted(message := self._receive()):
+    def _wait(self, matches) -> dict[str, Any]:
+        for index, message in enumerate(self._events):
+            if matches(message):
+                return self._events.pop(index)
+        while not matches(message := self._receive()):
             self._events.append(message)
         return message
 

@@ -150,14 +150,14 @@ def timeline(steps: int = 3) -> list[dict]:
     rows = []
     for i in range(steps):
         zero, last = 100 + 3 * i, i == steps - 1
-        found = [
+        phases = [
             ("rollout", 0, 0.9),
             ("train", 1.2, 2.3),
             ("student_backward", 1.2, 2.2),
             ("student_forward", 1.2, 1.6),
         ]
-        found += [("evaluate", 2.3, 2.9)] if last else []
-        intervals = [[name, "train", zero + start, zero + end] for name, start, end in found]
+        phases += [("evaluate", 2.3, 2.9)] if last else []
+        intervals = [[name, "train", zero + start, zero + end] for name, start, end in phases]
         intervals += [["grade", "ahead", zero + 0.001 * j, zero + 0.001 * j + 0.0008] for j in range(500)]
         rows.append({"step": 43 + i, "seconds": 3.0, "intervals": intervals})
     return rows
@@ -167,9 +167,9 @@ def evaluation_samples(rng: random.Random, truth, accuracy: dict[str, float]) ->
     """Exactly round(accuracy × n) right ones per set, which ones is chance."""
     rows = []
     for name in ("text", "image"):
-        mine = [item for item in truth if item[0] == name]
-        right = set(rng.sample(range(len(mine)), round(accuracy[name] * len(mine))))
-        for _, i, (text, gold) in mine:
+        problems = [item for item in truth if item[0] == name]
+        right = set(rng.sample(range(len(problems)), round(accuracy[name] * len(problems))))
+        for _, i, (text, gold) in problems:
             rows.append(
                 {
                     "set": name,
@@ -186,8 +186,8 @@ def evaluation_samples(rng: random.Random, truth, accuracy: dict[str, float]) ->
 def evaluation(samples: list[dict]) -> dict:
     sets = {}
     for name in dict.fromkeys(row["set"] for row in samples):
-        mine = [row for row in samples if row["set"] == name]
-        p, n = sum(row["verdict"] == "correct" for row in mine) / len(mine), len(mine)
+        rows = [row for row in samples if row["set"] == name]
+        p, n = sum(row["verdict"] == "correct" for row in rows) / len(rows), len(rows)
         sets[name] = {
             "accuracy": p,
             "stderr": math.sqrt(p * (1 - p) / n),

@@ -64,12 +64,12 @@ def test_arrow_keys_go_from_sample_to_sample(page):
     page.js("document.querySelectorAll('details.wide').forEach(e => { e.open = e.id === 'vold' })")
     box = "document.querySelector('#vold .browser')"
     panes = f"[...{box}.querySelectorAll('.panes > *')]"
-    shown = f"{panes}.flatMap((e, i) => getComputedStyle(e).display === 'none' ? [] : [i])"
-    assert page.js(shown) == [0]
+    visible_panes = f"{panes}.flatMap((e, i) => getComputedStyle(e).display === 'none' ? [] : [i])"
+    assert page.js(visible_panes) == [0]
     page.js(f"{box}.querySelector('.pick input').focus()")
-    for key, place in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1)):
+    for key, index in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1)):
         page.press(key)
-        assert page.js(shown) == [place]
+        assert page.js(visible_panes) == [index]
     page.js(f"{box}.querySelector('[value=wrong]').focus()")
     page.press(" ")
     page.js(f"{box}.querySelector('.pick .is-wrong input').focus()")

@@ -12,10 +12,10 @@ from made_up_runs import HOSTILE, REPORT, rl_metrics, rl_samples, write_demo, wr
 from PIL import Image
 
 from vold.report import write_report
-from vold.report.browse import galleries, problems, thumbnail, visible
-from vold.report.health import alarms, amount, duration, limit_text, number, phases, vital
+from vold.report.health import health_warnings, phases, summarise
 from vold.report.read import RunRecord, read_runs
-from vold.report.style import METRICS, metric
+from vold.report.samples import excerpt, failed_image_problems, shared_problems, thumbnail
+from vold.report.style import METRICS, format_duration, format_number, metric
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -139,9 +139,9 @@ def test_hostile_text_everywhere_is_shown_not_run(tmp_path):
 
 
 def test_invisible_characters_become_visible():
-    assert visible("a\u202eb\x00c\n\td") == "a⟨202E⟩b⟨0000⟩c\n\td"
-    assert visible(None) == "" and visible(3) == "3"
-    assert "characters left out" in visible("x" * 10_000) and len(visible("x" * 10_000)) < 5000
+    assert excerpt("a\u202eb\x00c\n\td") == "a⟨202E⟩b⟨0000⟩c\n\td"
+    assert excerpt(None) == "" and excerpt(3) == "3"
+    assert "characters left out" in excerpt("x" * 10_000) and len(excerpt("x" * 10_000)) < 5000
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -180,12 +180,14 @@ def test_seeds_section(tmp_path, demo):
 
 
 def test_problems_are_counted_by_pattern_not_picked(demo):
-    found = problems([record for record in read_runs([demo]) if record.evaluation])
+    problems = shared_problems([record for record in read_runs([demo]) if record.evaluation])
     for name in ("image", "text"):
-        counts = [problem.count for problem in found if problem.set == name]
-        assert counts == sorted(counts, reverse=True) and sum(counts) <= 400 == found[0].of
+        counts = [problem.count for problem in problems if problem.set == name]
+        assert counts == sorted(counts, reverse=True) and sum(counts) <= 400 == problems[0].total
     assert all(
-        card.right == ok for problem in found for card, (_, ok) in zip(problem.cards, problem.marks, strict=True)
+        sample.correct == ok
+        for problem in problems
+        for sample, (_, ok) in zip(problem.samples, problem.marks, strict=True)
     )
 
 
@@ -208,59 +210,60 @@ def test_an_evaluation_of_several_answers_by_kind_and_beside_the_paper(tmp_path)
         right = i % 3 == 0
         row = {"set": "image", "prompt_id": str(i), "verdict": "correct" if right else "wrong", "gold": "4"}
         samples.append(row | {"extracted": str(i), "images": [str(tmp_path / f"{i}.png")], "prompt": "how many?"})
-    found = {"sets": {"image": numbers}, "benchmarks": {"rule": {"MMStar": {"score": 51.25}}}}
-    run = write_run(tmp_path / "eval", config={"verb": "eval"}, samples=samples, evaluation=found)
+    evaluation = {"sets": {"image": numbers}, "benchmarks": {"rule": {"MMStar": {"score": 51.25}}}}
+    run = write_run(tmp_path / "eval", config={"verb": "eval"}, samples=samples, evaluation=evaluation)
     html = write_report([run], tmp_path / "report.html", title="evaluation").read_text()
     assert "50.0 ± 2.0" in html and "60.0 ± 5.0" in html and "9 · 8.5 · 20" in html
     assert "&lt;b&gt;count&lt;/b&gt;" in html and "25.0 ± 1.0" in html and "perception" in html
     assert "51.2" in html and "paper: VOLD" in html and "55.2" in html and "this run, by rule" in html
     assert "this run, by a model" not in html
-    (gallery,) = galleries(read_runs([run]))
-    assert gallery.count == 20 and len(gallery.failures) == 20
-    assert all(f.picture.uri.startswith("data:image/jpeg;base64,") for f in gallery.failures)
-    assert all(max(f.picture.width, f.picture.height) == 160 for f in gallery.failures)
-    assert gallery.failures[0].said == "1" and gallery.failures[0].where == "image"
-    assert html.count(gallery.failures[0].picture.uri) == 1
+    (failures,) = failed_image_problems(read_runs([run]))
+    assert failures.n_wrong == 20 and len(failures.samples) == 20
+    pictures = [sample.pictures[0] for sample in failures.samples]
+    assert all(picture.uri.startswith("data:image/jpeg;base64,") for picture in pictures)
+    assert all(max(picture.width, picture.height) == 160 for picture in pictures)
+    assert failures.samples[0].extracted == "1" and failures.samples[0].origin == "image set"
+    assert html.count(pictures[0].uri) == 1
 
 
 def test_phases_and_what_none_of_them_claims():
     metrics = {"step": [0.0, 1.0], "seconds": [3.0, 3.0], "seconds_train": [1.5, 1.5], "seconds_rollout": [1.0, 1.0]}
-    found = phases(RunRecord("a", path=None, metrics=metrics))
-    assert [(phase.name, phase.seconds) for phase in found] == [("rollout", 2.0), ("train", 3.0), ("other", 1.0)]
-    assert sum(phase.share for phase in found) == pytest.approx(1)
+    times = phases(RunRecord("a", path=None, metrics=metrics))
+    assert [(phase.name, phase.seconds) for phase in times] == [("rollout", 2.0), ("train", 3.0), ("other", 1.0)]
+    assert sum(phase.share for phase in times) == pytest.approx(1)
 
 
-def test_vital_counts_steps_over_the_limit():
+def test_a_summary_counts_steps_beyond_the_limit():
     metrics = {"truncated": [0.0, 0.2, 0.1], "effective_sample_size": [0.4, 0.9, 0.8]}
     record = RunRecord("a", path=None, metrics={"step": [0.0, 1.0, 2.0], **metrics})
-    found = vital(record, "truncated")
-    assert (found.median, found.worst, found.last, found.over, found.steps) == (0.1, 0.2, 0.1, 1, 3)
-    found = vital(record, "effective_sample_size")
-    assert (found.median, found.worst, found.over) == (0.8, 0.4, 1), "below is the wrong side"
-    assert len(alarms(record, last=9)) == 2
-    assert "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in alarms(record, last=9)[0]
-    assert len(alarms(record, last=2)) == 1
-    assert vital(record, "entropy") is None
+    summary = summarise(record, "truncated")
+    assert (summary.median, summary.worst, summary.last, summary.beyond, summary.steps) == (0.1, 0.2, 0.1, 1, 3)
+    summary = summarise(record, "effective_sample_size")
+    assert (summary.median, summary.worst, summary.beyond) == (0.8, 0.4, 1), "below is the wrong side"
+    assert len(health_warnings(record, last=9)) == 2
+    assert "40 %, healthy ≥ 50 %, on 1 of the last 3 steps" in health_warnings(record, last=9)[0]
+    assert len(health_warnings(record, last=2)) == 1
+    assert summarise(record, "entropy") is None
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (1.5, "1.5"), (0.000012, "1.2e-5"), (12345.6, "12,346"), (float("nan"), "–")]
 )
-def test_number(value, text):
-    assert number(value) == text
+def test_format_number(value, text):
+    assert format_number(value) == text
 
 
 def test_the_documented_limits_are_the_ones_that_flag():
     documented = (Path(__file__).parents[2] / "docs/report.md").read_text(encoding="utf-8")
     table = [line for line in documented.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
     rows = [
-        f"| {shown.label} | `{key}` | {limit_text(shown)} | {shown.meaning} | {shown.remedy} |"
-        for key, shown in METRICS.items()
-        if shown.has_limit
+        f"| {described.label} | `{key}` | {described.limit} | {described.meaning} | {described.advice} |"
+        for key, described in METRICS.items()
+        if described.has_limit
     ]
-    assert table == rows and all(shown.remedy for shown in METRICS.values() if shown.has_limit)
+    assert table == rows and all(described.advice for described in METRICS.values() if described.has_limit)
 
 
-def test_amount_and_duration():
-    assert amount(0.0838, metric("truncated")) == "8.4 %" and amount(0.0838, metric("entropy")) == "0.0838"
-    assert [duration(s) for s in (7.25, 250, 7500)] == ["7.2 s", "4 min 10 s", "2 h 5 min"]
+def test_values_and_durations():
+    assert metric("truncated").format(0.0838) == "8.4 %" and metric("entropy").format(0.0838) == "0.0838"
+    assert [format_duration(s) for s in (7.25, 250, 7500)] == ["7.2 s", "4 min 10 s", "2 h 5 min"]

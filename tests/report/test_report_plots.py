@@ -10,8 +10,9 @@ import pytest
 from made_up_runs import REPORT, write_demo
 from PIL import Image
 
-from vold.report import RunRecord, accuracy_bars, curve, curves, methods_figure, read_runs, seeds_errorbars
-from vold.report.plots import POINTS, _spread, extremes, trend, trend_of_seeds
+from vold.report import RunRecord, accuracy_bars, curve, curves, read_runs, seeds_errorbars
+from vold.report.drawing import spread_labels
+from vold.report.plots import POINTS, extremes, trend, trend_of_seeds
 from vold.report.style import PALETTE, colours
 
 
@@ -42,9 +43,9 @@ def test_curves_say_when_there_is_nothing_to_draw(records):
 
 
 def test_a_run_of_one_step_and_a_run_with_gaps():
-    one = RunRecord("one", path=None, metrics={"step": [0.0], "reward": [0.5]})
+    single = RunRecord("single", path=None, metrics={"step": [0.0], "reward": [0.5]})
     gaps = RunRecord("gaps", path=None, metrics={"step": [0.0, 1.0, 2.0], "reward": [0.1, math.nan, 0.3]})
-    assert b"one" in curve([one, gaps], "reward")
+    assert b"single" in curve([single, gaps], "reward")
 
 
 def test_names_are_text_never_mathematics():
@@ -101,7 +102,7 @@ def test_a_long_run_is_drawn_with_few_points_and_its_spikes():
 
 
 def test_labels_are_pushed_apart_and_stay_inside():
-    placed = _spread([0.99, 0.98, 0.2, 0.97], gap=0.1)
+    placed = spread_labels([0.99, 0.98, 0.2, 0.97], gap=0.1)
     ordered = sorted(placed)
     assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(ordered))
     assert ordered[0] == 0.2 and ordered[-1] == 0.97
@@ -120,14 +121,3 @@ def test_seeds_plot():
     assert "GRPO" in text and "VOLD" in text and "image, % correct" in text
     with pytest.raises(ValueError, match="no accuracy"):
         seeds_errorbars([])
-
-
-def test_methods_are_lines_in_the_order_given_and_one_that_was_not_trained_has_no_cost():
-    costs = {"cpu_seconds": 2.0, "teacher_share": 0.25}
-    rows = [{"arm": "vold", "kind": "teacher", "text": 0.6 + s / 10, "image": 0.5, **costs} for s in (0, 1)]
-    rows.append({"arm": "sft", "kind": "start", "text": 0.4, "image": 0.3})
-    drawn = methods_figure(rows).decode()
-    assert drawn.index(">VOLD<") < drawn.index(">SFT<") and ">its own average<" not in drawn
-    assert drawn.count(f"fill: {PALETTE[0]}") == 1, "a bar for the one that was trained"
-    with pytest.raises(ValueError, match="methods_figure: no row"):
-        methods_figure([])

@@ -119,3 +119,10 @@ def test_a_growing_file_is_followed_through_a_resumption(tmp_path):
 
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_an_older_run_is_read_under_the_present_names():
+    table = columns([{"step": 1, "clip_low": 0.1, "clip_high": 0.2, "teacher_blind": 3, "visual_reliance": 0.5}])
+    assert table.keys() == {
+        *("step", "clip_fraction_low", "clip_fraction_high", "teacher_skipped_images", "image_sensitivity")
+    }

@@ -1,15 +1,13 @@
 """Tables: exact text, and the rule for what counts as better."""
 
-import io
 import math
 
 import pytest
 from made_up_runs import ACCURACY, REPORT
-from rich.console import Console
 
-from vold.report import AccuracyTable, accuracy_rich, accuracy_table, as_table, read_run, seeds_table
+from vold.report import AccuracyTable, accuracy_table, as_table, read_run, seeds_table
+from vold.report.summary_text import lead_sentences, limitations, paired_differences, stage_differences
 from vold.report.tables import Difference, seed_cells
-from vold.report.words import caveats, headline, paired_differences, steps
 
 SEEDS = [
     {"seed": seed, "arm": arm, "text": text + 0.01 * seed, "image": image}
@@ -41,13 +39,12 @@ def test_seeds_table_text():
 def test_seeds_from_whole_reports_and_a_single_seed_has_no_error():
     cells = seed_cells([REPORT])
     assert list(cells) == ["base", "sft", "grpo", "vold"]
-    assert cells["vold"]["image"].mean == 0.5375 and math.isnan(cells["vold"]["image"].stderr)
+    assert cells["vold"]["image"].value == 0.5375 and math.isnan(cells["vold"]["image"].stderr)
 
 
-def test_rich_table_prints_the_same_numbers_and_does_not_read_markup():
-    out = io.StringIO()
-    Console(file=out, width=80).print(accuracy_rich({"accuracy": {"[red]x[/red]": {"text": 0.5}}, "n": {"text": 100}}))
-    assert "[red]x[/red]" in out.getvalue() and "50.0 ± 5.0" in out.getvalue()
+def test_a_report_without_errors_has_binomial_ones_and_a_name_is_not_read_as_markup():
+    text = accuracy_table({"accuracy": {"[red]x[/red]": {"text": 0.5}}, "n": {"text": 100}})
+    assert "[red]x[/red]" in text and "50.0 ± 5.0" in text
 
 
 @pytest.mark.parametrize(("lead", "bold"), [(0.0501, True), (0.0499, False)])
@@ -64,7 +61,7 @@ def test_best_must_beat_every_other_model_not_only_the_runner_up():
     stderr = {"a": {"t": 0.01}, "b": {"t": 0.01}, "c": {"t": 0.2}}
     table = AccuracyTable(accuracy, stderr)
     assert table.best("t") is None
-    assert "not over every other model" in headline(table)[0]
+    assert "not over every other model" in lead_sentences(table)[0]
 
 
 def test_missing_values_are_dashes_and_without_errors_nothing_is_best():
@@ -81,20 +78,24 @@ def test_an_unfinished_report_still_makes_a_table():
     assert table.models == ["base"] and table.sets == ["text"]
 
 
-def test_headline_says_clear_only_when_it_is():
-    clear, close = headline(as_table(REPORT)), headline(as_table({**REPORT, "n": {}, "accuracy": _closer()}))
+def test_a_lead_is_called_clear_only_when_it_is():
+    clear, close = (
+        lead_sentences(as_table(REPORT)),
+        lead_sentences(as_table({**REPORT, "n": {}, "accuracy": _closer()})),
+    )
     assert clear[0] == (
         "VOLD solves 53.8 % of the image problems, GRPO 44.8 %: a clear lead of 9.0 ± 3.5 points over the next best."
     )
     assert "do not separate them" in close[0] and "clear" not in close[0]
 
 
-def test_headline_does_not_favour_vold():
+def test_lead_sentences_do_not_favour_vold():
     worse = {**ACCURACY, "vold": {"text": 0.3, "image": 0.2}}
-    assert headline(as_table({**REPORT, "accuracy": worse}))[0].startswith("GRPO solves 44.8 %")
-    words = {(s.new, s.old): s.differences["image"].word for s in steps(as_table({**REPORT, "accuracy": worse}))}
-    assert words["vold", "grpo"] == "clear loss" and words["grpo", "sft"] == "no clear difference"
-    assert words["vold", "sft"] == "clear loss"
+    assert lead_sentences(as_table({**REPORT, "accuracy": worse}))[0].startswith("GRPO solves 44.8 %")
+    differences = stage_differences(as_table({**REPORT, "accuracy": worse}))
+    verdicts = {models: difference["image"].verdict for models, difference in differences.items()}
+    assert verdicts["vold", "grpo"] == "clear loss" and verdicts["grpo", "sft"] == "no clear difference"
+    assert verdicts["vold", "sft"] == "clear loss"
 
 
 def test_paired_differences_from_samples(tmp_path):
@@ -104,7 +105,7 @@ def test_paired_differences_from_samples(tmp_path):
     gap = paired_differences(table, runs)["vold", "sft", "text"]
     deviation = math.sqrt(sum((d - 3 / 8) ** 2 for d in (0, 1, 0, 0, 1, 0, 0, 1)) / 7)
     assert gap == Difference(3 / 8, pytest.approx(deviation / math.sqrt(8)), paired=True)
-    assert any("paired" in line for line in caveats(AccuracyTable(table.accuracy, pairs={("a", "b", "t"): gap})))
+    assert any("paired" in line for line in limitations(AccuracyTable(table.accuracy, pairs={("a", "b", "t"): gap})))
 
 
 def test_no_pairing_when_samples_do_not_reproduce_the_accuracy(tmp_path):

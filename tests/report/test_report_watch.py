@@ -23,7 +23,7 @@ from vold.report import read_run
 from vold.report.watch import is_finished, sparkline, view
 
 
-def shown(run, **more):
+def rendered(run, **more):
     out = io.StringIO()
     Console(file=out, width=90).print(view(run, **more))
     return out.getvalue()
@@ -37,7 +37,7 @@ def write(path, steps=45, planned=60):
 
 def test_a_live_run_shows_where_it_is_and_when_it_will_end(tmp_path):
     run = read_run(write(tmp_path / "vold"))
-    text = shown(run, silent=3.0)
+    text = rendered(run, silent=3.0)
     assert "step 44 of 60" in text and "2.6 s a step" in text and "41.6 s left" in text and "last 3.0 s ago" in text
     for word in ("Reward", "Teacher KL", "Image accuracy", "Throughput", "rollout", "no warning in the last 20 steps"):
         assert word in text
@@ -50,23 +50,23 @@ def test_limits_and_silence_are_warned_of(tmp_path):
     rows[-2] |= {"truncated": 0.4, "grad_norm": float("nan")}
     rows[3] |= {"broken": 7.0}  # long ago
     write_run(path, metrics=rows)
-    text = " ".join(shown(read_run(path), silent=3600.0).split())
+    text = " ".join(rendered(read_run(path), silent=3600.0).split())
     assert "Truncated: 40 %, healthy ≤ 10 %, on 1 of the last 20 steps. Look at: rollout.max_new_tokens" in text
     assert "Gradient norm: not finite" in text and "Broken" not in text
     assert "No step for 1 h 0 min; the slowest of the last 20 took 2.6 s" in text
 
 
 def test_before_the_first_step_and_after_the_last(tmp_path):
-    assert "waiting for the first step" in shown(
+    assert "waiting for the first step" in rendered(
         read_run(write_run(tmp_path / "new", config={"verb": "rl", "steps": 3}))
     )
     run = read_run(write(tmp_path / "old", steps=45, planned=44))
-    assert is_finished(run) and "finished" in shown(run, silent=1e6) and "No step" not in shown(run, silent=1e6)
+    assert is_finished(run) and "finished" in rendered(run, silent=1e6) and "No step" not in rendered(run, silent=1e6)
 
 
 def test_hostile_names_are_shown_not_obeyed(tmp_path):
     row = {"step": 1, "reward": 0.5, "accuracy_[/x]\x1b[2J": 0.5, "seconds": 1.0, "seconds_[red]\x1b[2J": 1.0}
-    text = shown(read_run(write_run(tmp_path / "[b]x", config={"verb": "[/]\x1b[2J"}, metrics=[row])))
+    text = rendered(read_run(write_run(tmp_path / "[b]x", config={"verb": "[/]\x1b[2J"}, metrics=[row])))
     assert (
         "\x1b" not in text
         and "[/]⟨001B⟩[2J" in text
@@ -103,16 +103,16 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
         ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        own = {"start_new_session": True, "preexec_fn": _in_the_foreground}
-        self.process = subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **ends, **own)
+        session = {"start_new_session": True, "preexec_fn": _in_the_foreground}
+        self.process = subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **ends, **session)
         self.before = termios.tcgetattr(theirs)
         self._ours, self._theirs, self.text = ours, theirs, ""
 
-    def until(self, wanted, patience=180.0):
+    def until(self, text, patience=180.0):
         end = time.monotonic() + patience
-        while wanted not in self.text:
+        while text not in self.text:
             ready, _, _ = select.select([self._ours], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"{wanted!r} did not come: {self.text[-2000:]!r}"
+            assert ready, f"{text!r} did not come: {self.text[-2000:]!r}"
             self.text += os.read(self._ours, 1 << 16).decode(errors="replace")
 
     def type(self, keys):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vold.report import SelfplayRecord, diversity_figure
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.diversity import diversity, map_of
+from vold.selfplay.figures import SelfplayRecord, diversity_figure
 
 X, Y, Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 

@@ -18,9 +18,8 @@ from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
 from vold.io import write_atomically
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
-from vold.report import lanes
-from vold.report import profile as report
-from vold.report.lanes import Span
+from vold.report import phase_table, timeline
+from vold.report.timeline import Interval
 from vold.run.step_profiler import StepProfiler
 from vold.train import rl, sft
 
@@ -51,9 +50,9 @@ def profile_steps(config: RlConfig | SftConfig, *, steps: int, beside: Sequence[
     dist.all_gather_object(ranks, timed)
     if dist.get_rank() == 0:
         _write_phases(folder, ranks, *_conditions(config))
-        timed_intervals = profiler.intervals[UNTIMED_AT_START:][:steps]
-        spans = [Span(*interval) for intervals in timed_intervals for interval in intervals]
-        _write_timeline(folder, timelines | {str(config.run_dir): spans})
+        timed_steps = profiler.intervals[UNTIMED_AT_START:][:steps]
+        intervals = [Interval(*interval) for step in timed_steps for interval in step]
+        _write_timeline(folder, timelines | {str(config.run_dir): intervals})
 
 
 def _torch_profiler(folder: Path, total_steps: int) -> profile:
@@ -94,32 +93,32 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) 
     return 2 * size**3 / min(seconds)
 
 
-def _read_timeline(run_dir: Path) -> list[Span]:
+def _read_timeline(run_dir: Path) -> list[Interval]:
     path = run_dir / "profile" / "timeline.csv"
     if not path.exists():
         raise ValueError(f"--beside {run_dir}: no {path}; profile that run first")
-    return lanes.from_csv(path.read_text())
+    return timeline.from_csv(path.read_text())
 
 
-def _write_timeline(folder: Path, runs: dict[str, list[Span]]) -> None:
+def _write_timeline(folder: Path, runs: dict[str, list[Interval]]) -> None:
     """Write the last of `runs` as CSV and all of them as a figure."""
-    *_, spans = runs.values()
-    write_atomically(folder / "timeline.csv", lanes.as_csv(spans))
+    *_, intervals = runs.values()
+    write_atomically(folder / "timeline.csv", timeline.to_csv(intervals))
     for fmt in ("png", "svg"):
-        write_atomically(folder / f"timeline.{fmt}", lanes.figure(runs, fmt=fmt))
-    for name, spans in runs.items():
-        idle = ", ".join(f"{row} {share:.0%}" for row, share in lanes.idle_shares(spans).items())
+        write_atomically(folder / f"timeline.{fmt}", timeline.workers_figure(runs, fmt=fmt))
+    for name, intervals in runs.items():
+        idle = ", ".join(f"{row} {share:.0%}" for row, share in timeline.idle_shares(intervals).items())
         Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
 
 
 def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:
-    rows = report.phase_rows(ranks, peak)
-    write_atomically(folder / "phases.md", report.markdown(rows, notes))
-    write_atomically(folder / "phases.csv", report.as_csv(rows))
+    rows = phase_table.phase_rows(ranks, peak)
+    write_atomically(folder / "phases.md", phase_table.to_markdown(rows, notes))
+    write_atomically(folder / "phases.csv", phase_table.to_csv(rows))
     for fmt in ("png", "svg"):
-        write_atomically(folder / f"phases.{fmt}", report.figure(ranks, fmt=fmt))
+        write_atomically(folder / f"phases.{fmt}", phase_table.phase_figure(ranks, fmt=fmt))
     console = Console()
     for line in notes:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(report.rich_table(rows))
+    console.print(phase_table.to_rich(rows))
     console.print(str(folder), highlight=False, soft_wrap=True)

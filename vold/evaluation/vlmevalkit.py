@@ -22,7 +22,7 @@ from statistics import fmean
 
 from vold.config import dump_config
 from vold.config.schema import EvalConfig
-from vold.report.published import beside_published
+from vold.report.published import compare_with_published
 from vold.report.tables import markdown
 
 MODEL = "vold"  # what the kit calls the checkpoint, in the names of its files
@@ -108,7 +108,7 @@ def run(config: EvalConfig) -> None:
         print(f"no results below {folder.parent} yet")
         return
     _write(config, benchmarks)
-    print(markdown(*beside_published(benchmarks)))
+    print(markdown(*compare_with_published(benchmarks)))
 
 
 def _write_config(asked: dict, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""A tiny world with the shape of the real one: text and image problems, a text teacher, a base student that sees."""
+"""A tiny world with the shape of the real one: a text teacher, a vision-language base, problems in text and images."""

@@ -1,20 +1,36 @@
 """`python -m vold.miniature demo | reproduce | methods | second-act | selfplay`."""
 
+import argparse
+import importlib
 import sys
 import warnings
 
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 
+COMMANDS = {
+    "demo": "the two-stage pipeline once: base, SFT, GRPO and VOLD, evaluated on text and on images",
+    "reproduce": "three seeds of GRPO, VOLD, VOLD without mask and the misaligned start",
+    "methods": "every method of configs/methods at equal rollouts, three seeds",
+    "second-act": "RL on image problems after VOLD on text, three seeds",
+    "selfplay": "R-Zero beside R-Diverse for five iterations, three seeds",
+}
+
 
 def main(arguments: list[str]) -> int:
-    from vold.miniature import demo, methods, reproduce, second_act, selfplay
+    """Run one command; what is finished below runs/ is kept. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vold.miniature",
+        description="VOLD on a tiny world, on a CPU. Writes below runs/ here; finished parts are kept.",
+        epilog="\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    command = parser.parse_args(arguments).command
+    from vold.io import configure_logging
 
-    verbs = {"demo": demo, "reproduce": reproduce, "methods": methods, "second-act": second_act, "selfplay": selfplay}
-    if len(arguments) != 1 or arguments[0] not in verbs:
-        print(f"usage: python -m vold.miniature {' | '.join(verbs)}", file=sys.stderr)
-        return 2
+    configure_logging()
     try:
-        verbs[arguments[0]].run()
+        importlib.import_module(f"vold.miniature.{command.replace('-', '_')}").run()
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vold.miniature import world
-from vold.miniature.files import finished_directory
+from vold.miniature.files import atomic_directory
 from vold.miniature.world import Problem, Split
 
 TEXT_FILES: dict[str, Split] = {
@@ -27,10 +27,10 @@ PICTURE_FILES: dict[str, Split] = {
     "val_small.jsonl": "val",
     "test_small.jsonl": "test",
 }
-"""Of the second act: `image` as in IMAGE_FILES, `small` with one operand of each picture drawn small."""
+"""Files of the second act: `image` as in IMAGE_FILES, `small` with one operand of each picture drawn small."""
 OTHER_STYLE_FILE = "traces_other.jsonl"
 EXPRESSIONS_FILE = "expressions.json"
-"""What each picture shows, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
+"""The expression in each picture, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class DataSizes:
 
 
 def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path:
-    """All files of `TEXT_FILES`, `IMAGE_FILES`, `OTHER_STYLE_FILE`, `EXPRESSIONS_FILE` and `images/*.png`.
+    """Write all files of `TEXT_FILES`, `IMAGE_FILES`, `OTHER_STYLE_FILE`, `EXPRESSIONS_FILE` and `images/*.png`.
 
     An existing `out_dir` is kept. Each file has its own random stream, so changing one size leaves the others alone.
     """
     if out_dir.exists():
         return out_dir
-    with finished_directory(out_dir) as unfinished:
+    with atomic_directory(out_dir) as unfinished:
         (unfinished / "images").mkdir()
         for stream, (name, split) in enumerate(TEXT_FILES.items()):
             rng = np.random.default_rng([seed, stream])
             rows = [_orz_row(world.sample_problem(rng, split), rng) for _ in range(_size(sizes, name))]
             (unfinished / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-        shown: dict[str, str] = {}
+        expressions: dict[str, str] = {}
         for stream, (name, split) in enumerate(IMAGE_FILES.items(), start=10):
             rng = np.random.default_rng([seed, stream])
             problems = [world.sample_problem(rng, split) for _ in range(_size(sizes, name))]
             rows = _image_rows(unfinished, problems, rng, name=split)
             _write_jsonl(unfinished / name, rows)
-            shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
-        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
+            expressions |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(expressions, indent=0) + "\n")
         rng = np.random.default_rng([seed, 20])
         rows = [_other_row(world.sample_problem(rng), rng) for _ in range(sizes.traces_other)]
         _write_jsonl(unfinished / OTHER_STYLE_FILE, rows)
@@ -72,20 +72,20 @@ def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path
 
 
 def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=1536)) -> Path:
-    """All files of `PICTURE_FILES` and their pictures, Geometry3K layout; an existing `out_dir` is kept."""
+    """Write all files of `PICTURE_FILES` and their pictures, Geometry3K layout; an existing `out_dir` is kept."""
     if out_dir.exists():
         return out_dir
-    with finished_directory(out_dir) as unfinished:
+    with atomic_directory(out_dir) as unfinished:
         (unfinished / "images").mkdir()
-        shown: dict[str, str] = {}
+        expressions: dict[str, str] = {}
         for stream, (name, split) in enumerate(PICTURE_FILES.items(), start=40):
             rng = np.random.default_rng([seed, stream])
             problems = [world.sample_problem(rng, split) for _ in range(getattr(sizes, split))]
             small = world.sample_detail(len(problems), rng) if name.endswith("_small.jsonl") else ()
             rows = _image_rows(unfinished, problems, rng, name=name.removesuffix(".jsonl"), small=small)
             _write_jsonl(unfinished / name, rows)
-            shown |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
-        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(shown, indent=0) + "\n")
+            expressions |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(expressions, indent=0) + "\n")
     return out_dir
 
 
@@ -106,7 +106,7 @@ def _other_row(problem: Problem, rng: np.random.Generator) -> dict:
 def _image_rows(
     out_dir: Path, problems: list[Problem], rng: np.random.Generator, *, name: str, small: Sequence[int] = ()
 ) -> list[dict]:
-    """Writes the pictures (RGB PNG) and returns the rows that name them, relative to the data directory."""
+    """Write the pictures (RGB PNG); return the rows that name them, relative to the data directory."""
     grey_BHW = world.render([problem.expression for problem in problems], rng, small)
     rows = []
     for number, (problem, grey_HW) in enumerate(zip(problems, grey_BHW, strict=True), start=1):

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from vold.io import log, write_atomically
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
 from vold.report import accuracy_table, write_report
@@ -17,18 +18,18 @@ MODELS = ("base", "sft", "grpo", "vold")
 SFT_STEPS, RL_STEPS = 100, 60  # as in vold/miniature/configs
 
 
-def run(root: Path = Path("runs"), *, side_by_side: int = 2) -> None:
-    """Teacher and base, traces, SFT, GRPO and VOLD from the same SFT checkpoint, evaluation of all four."""
+def run(root: Path = Path("runs"), *, parallel: int = 2) -> None:
+    """Make teacher and base, traces, SFT, GRPO and VOLD from the same SFT checkpoint; evaluate all four models."""
     out, world_dir = root / "demo", root / "miniature" / "seed0"
     started = time.perf_counter()
-    print("vold in miniature: text-only training, evaluated on text and on images", flush=True)
+    log.info("vold in miniature: text-only training, evaluated on text and on images")
     world = make_world(world_dir, seed=0)
     seconds = {"teacher_and_base": time.perf_counter() - started}
     for group in phases(out, world):
-        seconds |= run_phases(group, side_by_side=side_by_side)
+        seconds |= run_phases(group, parallel=parallel)
     report = demo_report(out, seconds, time.perf_counter() - started)
-    print("\n" + accuracy_table(report["accuracy"], report["stderr"]))
-    print(f"\n{out / 'report.json'}\n{out / 'report.html'}")
+    log.info("\n" + accuracy_table(report["accuracy"], report["stderr"]))
+    log.info(f"\n{out / 'report.json'}\n{out / 'report.html'}")
 
 
 def phases(out: Path, world: MiniatureWorld) -> list[list[Phase]]:
@@ -78,40 +79,41 @@ def eval_phase(out: Path, world: MiniatureWorld, name: str, checkpoint: Path) ->
 
 
 def read_evaluation(out: Path, name: str) -> dict[str, dict[str, float]]:
-    """Set name -> accuracy, stderr, n ..., of one evaluated model."""
+    """set -> {"accuracy", "stderr", "n", ...} of one evaluated model."""
     return json.loads((out / f"eval_{name}" / "evaluation.json").read_text())["sets"]
 
 
 def demo_report(out: Path, seconds: dict[str, float], wall_seconds: float) -> dict:
-    """Writes report.json and report.html; seconds of phases that were kept are those of the report before."""
-    found = {name: read_evaluation(out, name) for name in MODELS}
-    previous = out / "report.json"
-    before = json.loads(previous.read_text())["seconds"] if previous.exists() else {}
+    """Write report.json and report.html; a phase that was kept has its seconds from the report before."""
+    evaluations = {name: read_evaluation(out, name) for name in MODELS}
+    path = out / "report.json"
+    before = json.loads(path.read_text())["seconds"] if path.exists() else {}
     started_here = {name: value for name, value in seconds.items() if name not in before or value > 1.0}
     report = {
-        "accuracy": {model: {name: s["accuracy"] for name, s in sets.items()} for model, sets in found.items()},
-        "stderr": {model: {name: s["stderr"] for name, s in sets.items()} for model, sets in found.items()},
-        "n": {name: s["n"] for name, s in found["base"].items()},
+        "accuracy": {model: {name: s["accuracy"] for name, s in sets.items()} for model, sets in evaluations.items()},
+        "stderr": {model: {name: s["stderr"] for name, s in sets.items()} for model, sets in evaluations.items()},
+        "n": {name: s["n"] for name, s in evaluations["base"].items()},
         "seconds": before | started_here,
         "wall_seconds": wall_seconds,
         "versions": versions(),
         "commit": commit(),
     }
-    previous.write_text(json.dumps(report, indent=1) + "\n")
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
     runs = [out / name for name in ("sft", "grpo", "vold", *(f"eval_{name}" for name in MODELS))]
     write_report(runs, out / "report.html", title="VOLD in miniature", accuracy=report, facts=report)
     return report
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
     packages = ("torch", "triton", "transformers", "megatron-core")
     return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def commit() -> str:
-    """The checked-out commit, with a mark when files differ from it; empty outside a git checkout."""
+    """The checked-out commit of vold, with a mark when files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()

@@ -19,8 +19,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Text in segments, each supervised or not; `pictured` is the expression in its image, if it has one, and `small`
-    the cell of its detail, if it has one."""
+    """Text in segments, each supervised or not.
+
+    pictured   the expression in its image, if it has one
+    small      the cell of the image whose digit is drawn small, if there is one
+    """
 
     segments: tuple[tuple[str, bool], ...]
     pictured: str | None = None
@@ -38,8 +41,8 @@ def teacher_example(rng: np.random.Generator) -> Example:
     return chat_example(world.text_question(problem, rng), world.trace(problem))
 
 
-def seeing_teacher_example(rng: np.random.Generator) -> Example:
-    """A problem in a picture, half of them with an operand drawn small, and its full trace."""
+def vision_teacher_example(rng: np.random.Generator) -> Example:
+    """A problem in a picture, in half of them with an operand drawn small, and its full trace."""
     problem = world.sample_problem(rng)
     (small,) = world.sample_detail(1, rng) if rng.random() < 0.5 else (None,)
     example = chat_example(world.image_question(rng), world.trace(problem), problem.expression)
@@ -63,10 +66,12 @@ def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:
 
 @dataclass(frozen=True)
 class BaseMixture:
-    """What the base is shown: shares of single facts (text only) and, of the rest, of lines written twice.
+    """Shares of the base's training examples.
 
-    The remainder writes the line once and boxes a guess: the true answer, which it cannot compute and so spreads
-    its bets, or, with `guess_last_operand`, something that it can read but that is no reasoning.
+    facts                of single facts, text only
+    twice                of the other examples: of lines written twice
+    guess_last_operand   the remaining ones write the line once and box a guess: the last operand, which needs no
+                         reasoning, or else the true answer, which the base cannot compute, so that its guess is spread
     """
 
     facts: float
@@ -75,7 +80,7 @@ class BaseMixture:
 
 
 def base_example(rng: np.random.Generator, mixture: BaseMixture, *, image: bool) -> Example:
-    """Reads the problem from text or image, then writes it twice or guesses."""
+    """An example that copies the problem from text or image, then writes it twice or guesses."""
     if not image and rng.random() < mixture.facts:
         return facts_example(rng)
     problem = world.sample_problem(rng)
@@ -91,7 +96,7 @@ def base_example(rng: np.random.Generator, mixture: BaseMixture, *, image: bool)
 def collate(
     examples: list[Example], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """A model's keyword arguments: input_ids, attention_mask and labels int64 [B, T], padded on the right.
+    """Collate to a model's keyword arguments: input_ids, attention_mask and labels int64 [B, T], padded on the right.
 
     With images also pixel_values float32 [4 M, 1176], image_grid_thw [B, 3] and mm_token_type_ids [B, T], without
     which Qwen2.5-VL silently gives image tokens one-dimensional positions. Either all examples have one or none.

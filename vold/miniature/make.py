@@ -10,6 +10,7 @@ from pathlib import Path
 
 import transformers
 
+from vold.io import configure_logging
 from vold.miniature.data import OTHER_STYLE_FILE, DataSizes, write_data
 from vold.miniature.pretrain import make_base, make_teacher
 
@@ -18,7 +19,7 @@ _WORKER = "import sys; from vold.miniature.make import run_worker; run_worker(*s
 
 @dataclass(frozen=True)
 class MiniatureWorld:
-    """Where everything lies: two checkpoint directories and one directory of data files."""
+    """Paths of the world: two checkpoint directories and one directory of data files."""
 
     teacher: Path
     base: Path
@@ -56,14 +57,14 @@ class MiniatureWorld:
 def make_world(root: Path, seed: int, sizes: DataSizes = DataSizes()) -> MiniatureWorld:
     """Make what is missing under `root`: about 8 minutes on two idle cores, one process for each checkpoint.
 
-    What exists is kept as it is. Raises RuntimeError when a checkpoint could not be made; its reason is on stderr.
+    Existing parts are kept. Raises RuntimeError when a checkpoint could not be made; its reason is on stderr.
     """
     world = MiniatureWorld.at(Path(root))
-    missing = {what: path for what, path in (("teacher", world.teacher), ("base", world.base)) if not path.exists()}
-    workers = {what: _start_worker(what, path, seed) for what, path in missing.items()}
+    checkpoints = {"teacher": world.teacher, "base": world.base}
+    workers = {name: _start_worker(name, path, seed) for name, path in checkpoints.items() if not path.exists()}
     try:
         write_data(world.data, seed, sizes)
-        failed = [what for what, worker in workers.items() if worker.wait() != 0]
+        failed = [name for name, worker in workers.items() if worker.wait() != 0]
     finally:
         for worker in workers.values():
             worker.kill()
@@ -72,15 +73,16 @@ def make_world(root: Path, seed: int, sizes: DataSizes = DataSizes()) -> Miniatu
     return world
 
 
-def _start_worker(what: str, out_dir: Path, seed: int) -> subprocess.Popen:
+def _start_worker(name: str, out_dir: Path, seed: int) -> subprocess.Popen:
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", _WORKER, what, str(out_dir), str(seed)], env=environment)
+    return subprocess.Popen([sys.executable, "-c", _WORKER, name, str(out_dir), str(seed)], env=environment)
 
 
-def run_worker(what: str, out_dir: str, seed: str) -> None:
+def run_worker(name: str, out_dir: str, seed: str) -> None:
     """Body of a worker process: make the `teacher` or the `base`."""
+    configure_logging()
     transformers.utils.logging.disable_progress_bar()
-    make = {"teacher": make_teacher, "base": make_base}[what]
+    make = {"teacher": make_teacher, "base": make_base}[name]
     make(Path(out_dir), int(seed))

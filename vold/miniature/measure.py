@@ -1,5 +1,5 @@
-"""What a checkpoint directory can do on a data directory, by transformers alone: `generate`, saved tokenizer, saved
-image processor, saved picture files. The miniature's own check, and a second opinion on vold's evaluation."""
+"""Accuracies of a checkpoint directory, measured by transformers alone: `generate`, saved tokenizer, saved image
+processor, saved picture files. A check of the miniature that is independent of vold's evaluation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class Item:
-    """One question; `messages` as for `apply_chat_template`, `image` the picture it shows."""
+    """One question: `messages` as for `apply_chat_template`, `image` the file of its picture."""
 
     messages: list[dict]
     answer: str
@@ -69,17 +69,17 @@ class Checkpoint:
     """A directory loaded with the Auto classes: model, tokenizer and, for a student, image processor."""
 
     def __init__(self, directory: Path):
-        sees = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
-        auto_model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        has_vision = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
+        auto_model = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         self.model = auto_model.from_pretrained(directory).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.image_processor = AutoImageProcessor.from_pretrained(directory) if sees else None
+        self.image_processor = AutoImageProcessor.from_pretrained(directory) if has_vision else None
 
     def measure(self, items: list[Item], batch: int = 100) -> Measured:
-        """Greedy responses to all items (all with pictures or none) and the share that is right."""
+        """Greedy responses to all items (all with pictures or none) and the share that is correct."""
         responses = [text for k in range(0, len(items), batch) for text in self.respond(items[k : k + batch])]
-        right = [boxed(text) == item.answer for text, item in zip(responses, items, strict=True)]
-        return Measured(responses, sum(right) / len(right))
+        correct = [boxed(text) == item.answer for text, item in zip(responses, items, strict=True)]
+        return Measured(responses, sum(correct) / len(correct))
 
     @torch.no_grad()
     def respond(self, items: list[Item]) -> list[str]:
@@ -107,10 +107,10 @@ class Checkpoint:
 
 
 def boxed(response: str) -> str | None:
-    """What the response's last closed box holds, or None."""
-    _, found, rest = response.rpartition(BOXED)
-    inside, closed, _ = rest.partition(END_BOXED)
-    return inside if found and closed else None
+    """The content of the response's last closed box, or None."""
+    _, opened, tail = response.rpartition(BOXED)
+    content, closed, _ = tail.partition(END_BOXED)
+    return content if opened and closed else None
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def facts_accuracy(checkpoint: Checkpoint, examples: int = 100) -> float:
 
 
 def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]:
-    """Accuracies of both checkpoints, seconds of work. Wanted: teacher ≥ .99, both `read` ≥ .95, base at chance (.1).
+    """Measure both checkpoints in seconds of work. Targets: teacher ≥ .99, both `read` ≥ .95, base at chance (.1).
 
     `read` is the share of problems whose expression the base writes down without a mistake before it guesses. `facts`
     are single steps: a base that reads but does not know them (.1) passes every other check and SFT stalls on it.
@@ -134,14 +134,14 @@ def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]
     teacher = Checkpoint(world.teacher).measure(text)
     base = Checkpoint(world.base)
     base_text, base_image = base.measure(text), base.measure(image)
-    shown = json.loads((world.data / EXPRESSIONS_FILE).read_text())
+    expressions = json.loads((world.data / EXPRESSIONS_FILE).read_text())
     return {
         "teacher_text": teacher.accuracy,
         "base_text": base_text.accuracy,
         "base_image": base_image.accuracy,
         "base_text_read": _read_share(base_text, [_written(item.messages[0]["content"]) for item in text]),
         "base_facts": facts_accuracy(base),
-        "base_image_read": _read_share(base_image, [shown[f"images/{item.image.name}"] for item in image]),
+        "base_image_read": _read_share(base_image, [expressions[f"images/{item.image.name}"] for item in image]),
     }
 
 

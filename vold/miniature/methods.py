@@ -1,9 +1,9 @@
 """`make reproduce`, second half: every method of configs/methods in the miniature, at equal rollouts.
 
-Each method starts from the same SFT students as GRPO and VOLD there, sees as many prompts and responses, and has a
-learning-rate sweep of its own: at the first seed, judged on validation problems, text and images alike; the run that
-won *is* that seed's run, and the other seeds take its rate. Only these are asked the test problems. A method that fails
-or diverges is a row that says so.
+Each method starts from the same SFT students as GRPO and VOLD there, trains on as many prompts and responses, and has a
+learning-rate sweep of its own: at the first seed, judged on validation problems, text and images alike; the best run is
+that seed's run, and the other seeds take its rate. Only these runs are evaluated on the test problems. A method that
+fails or diverges is a row marked as failed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 
 from vold.config import load_config, schema
 from vold.evaluation import evaluator as evaluate
+from vold.io import configure_logging, log, write_atomically
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.reproduce import SEEDS, start_phases
 from vold.objectives import PRESETS, build_objective
-from vold.report import methods_figure
-from vold.report.tables import SeedCell, cell, markdown
+from vold.report.tables import Mean, markdown
 from vold.run.run_dir import read_rows
 from vold.selfplay.loop import release
 from vold.train import rl
@@ -32,8 +33,8 @@ from vold.train import rl
 STEPS = 30
 START = "sft"
 METHODS = CONFIGS / "methods"
-NOT_HERE = ("va-opd", "x-reasoner-sft")  # a teacher that sees; a first stage
-RATES = {1: (1e-4, 3e-4, 6e-4), 4: (3e-5, 1e-4, 3e-4), 16: (1e-5, 3e-5, 1e-4)}  # by updates a step
+EXCLUDED = ("va-opd", "x-reasoner-sft")  # needs a vision-language teacher; is a first stage
+RATES = {1: (1e-4, 3e-4, 6e-4), 4: (3e-5, 1e-4, 3e-4), 16: (1e-5, 3e-5, 1e-4)}  # by updates per step
 STARTS = {"x-reasoner": "misaligned-sft"}  # traces in another style than the teacher's
 # The config's beta, .3, is VOLD's in the miniature. KDRL's falls at the rate published, to a fifth in 80 steps.
 _KDRL = ("objective.beta_end=0.06", "objective.beta_step=0.003")
@@ -52,9 +53,9 @@ _WORKER = "import sys; from vold.miniature.methods import run_method; run_method
 
 
 def methods() -> list[str]:
-    """Those that a text-only teacher, or none, can train; in the order of the presets, and then others."""
-    found = [path.stem for path in sorted(METHODS.glob("*.yaml")) if path.stem not in NOT_HERE]
-    return [name for name in PRESETS if name in found] + [name for name in found if name not in PRESETS]
+    """Names of the methods that need a text-only teacher or none, in the order of the presets, then others."""
+    names = [path.stem for path in sorted(METHODS.glob("*.yaml")) if path.stem not in EXCLUDED]
+    return [name for name in PRESETS if name in names] + [name for name in names if name not in PRESETS]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Arm:
         return _folder(root, self.method) / f"seed{seed}" / f"lr-{self.rate:g}"
 
     def phase(self, root: Path, world: MiniatureWorld, seed: int) -> Phase:
-        """Its training at a seed."""
+        """The training run at a seed."""
         overrides = (
             *rl_paths(world),
             str(METHODS / f"{self.method}.yaml"),
@@ -83,13 +84,13 @@ class Arm:
 
 
 def sweep(method: str) -> list[Arm]:
-    """A method's arms."""
+    """The arms of a method's learning-rate sweep."""
     return [Arm(method, rate) for rate in RATES[_config_of(method).minibatches]]
 
 
 @dataclass(frozen=True)
 class MethodPhase(Phase):
-    """All of one method, in one process: its runs are short, and starting a process is not."""
+    """All runs of one method in one process: starting one takes longer than a run."""
 
     @property
     def finished(self) -> bool:
@@ -99,17 +100,17 @@ class MethodPhase(Phase):
         return [sys.executable, "-c", _WORKER, self.run_dir.name, *self.overrides]
 
 
-def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes report.json, table.md and methods.png below runs/methods; what is finished is kept."""
+def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Run all methods; write report.json, table.md and methods.png below runs/methods. Finished methods are kept."""
     started = time.perf_counter()
     world, starts = make_world(root / "miniature" / "seed0", seed=0), root / "reproduce"
-    run_phases(phases(starts, world)[0], side_by_side=1)
-    run_phases([p for s in seeds for p in start_phases(starts, _starts(root, s), world, s)], side_by_side=side_by_side)
+    run_phases(phases(starts, world)[0], parallel=1)
+    run_phases([p for s in seeds for p in start_phases(starts, _starts(root, s), world, s)], parallel=parallel)
     evals = [eval_phase(_starts(root, seed), world, START, _starts(root, seed) / START / "model") for seed in seeds]
-    run_phases(evals, side_by_side=side_by_side)
+    run_phases(evals, parallel=parallel)
     arguments = (str(root), *map(str, seeds))
-    each = [MethodPhase("rl", "", _folder(root, method), arguments) for method in methods()]
-    run_phases(each, side_by_side=side_by_side, keep_going=True)
+    method_phases = [MethodPhase("rl", "", _folder(root, method), arguments) for method in methods()]
+    run_phases(method_phases, parallel=parallel, keep_going=True)
     report(root, seeds, time.perf_counter() - started)
 
 
@@ -126,33 +127,34 @@ def _starts(root: Path, seed: int) -> Path:
 
 def run_method(method: str, root: str, *seeds: str) -> None:
     """Body of a worker process: the sweep at the first seed, the other seeds at its rate, the test problems."""
+    configure_logging()
     folder, world = Path(root), MiniatureWorld.at(Path(root) / "miniature" / "seed0")
     first, *others = map(int, seeds)
-    tried = {}
+    scores = {}
     for arm in sweep(method):
-        if trained := _train(arm.phase(folder, world, first)):
-            tried[arm] = validation(trained)
+        if run_dir := _train(arm.phase(folder, world, first)):
+            scores[arm] = validation(run_dir)
         release()
     rows = []
-    if tried:
-        best = max(tried, key=tried.get)  # the lower rate of equals
+    if scores:
+        best = max(scores, key=scores.get)  # the lower rate of equals
         for seed in (first, *others):
-            if trained := _train(best.phase(folder, world, seed)):
-                rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(trained, world)})
+            if run_dir := _train(best.phase(folder, world, seed)):
+                rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(run_dir, world)})
             release()
-    sweeps = [{"rate": arm.rate, "validation": tried.get(arm)} for arm in sweep(method)]
-    (_folder(folder, method) / RESULT).write_text(json.dumps({"rows": rows, "sweep": sweeps}, indent=1) + "\n")
+    sweeps = [{"rate": arm.rate, "validation": scores.get(arm)} for arm in sweep(method)]
+    write_atomically(_folder(folder, method) / RESULT, json.dumps({"rows": rows, "sweep": sweeps}, indent=1) + "\n")
 
 
 def _train(phase: Phase) -> Path | None:
-    """The run directory; None where the run failed: the method has then diverged, and its log says how."""
+    """Train and return the run directory; None where training failed, as a method that diverges does (see its log)."""
     if not phase.finished:
         overrides = [*phase.overrides, f"run_dir={phase.run_dir}"]
         config = load_config(schema.RlConfig, CONFIGS / phase.config, overrides)
         try:
             rl.run(config, resume=(phase.run_dir / "config.yaml").exists())
         except (RuntimeError, ValueError) as error:
-            print(f"{phase.run_dir}: {error}", flush=True)
+            log.info(f"{phase.run_dir}: {error}")
             return None
     return phase.run_dir
 
@@ -175,26 +177,26 @@ def validation(run_dir: Path) -> float:
 
 
 def report(root: Path, seeds: Sequence[int], seconds: float) -> None:
-    """Of the methods that are finished."""
+    """Write the report of the finished methods."""
     results = {name: _result(root, name) for name in methods()}
     rows = [{"arm": START, "kind": "start", "seed": s, **_accuracies(_starts(root, s), START)} for s in seeds]
-    for name, found in results.items():
+    for name, result in results.items():
         rows += [
             row | {"kind": kind_of(name)} | cost(Arm(name, row["rate"]).run_dir(root, row["seed"]))
-            for row in found["rows"]
+            for row in result["rows"]
         ]
     arms = dict.fromkeys(row["arm"] for row in rows)
-    reached = {arm: statistics.fmean(row["text"] + row["image"] for row in rows if row["arm"] == arm) for arm in arms}
-    rows.sort(key=lambda row: -reached[row["arm"]])
-    failed = [name for name, found in results.items() if not found["rows"]]
-    facts = {"rows": rows, "failed": failed, "sweeps": {name: found["sweep"] for name, found in results.items()}}
+    accuracy = {arm: statistics.fmean(row["text"] + row["image"] for row in rows if row["arm"] == arm) for arm in arms}
+    rows.sort(key=lambda row: -accuracy[row["arm"]])
+    failed = [name for name, result in results.items() if not result["rows"]]
+    facts = {"rows": rows, "failed": failed, "sweeps": {name: result["sweep"] for name, result in results.items()}}
     facts |= {"steps": STEPS, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
     out = root / "methods"
-    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_atomically(out / "report.json", json.dumps(facts, indent=1) + "\n")
     (out / "methods.png").write_bytes(methods_figure(rows, fmt="png"))
     table = methods_table(rows, failed)
-    (out / "table.md").write_text(table + "\n")
-    print(f"\n{table}\n\n{out / 'methods.png'}", flush=True)
+    write_atomically(out / "table.md", table + "\n")
+    log.info(f"\n{table}\n\n{out / 'methods.png'}")
 
 
 def _result(root: Path, method: str) -> dict:
@@ -207,7 +209,7 @@ def _accuracies(out: Path, name: str) -> dict[str, float]:
 
 
 def kind_of(method: str) -> str:
-    """Who teaches: one of vold.report.methods.KINDS."""
+    """The method's teacher, as one of methods_figure.KINDS."""
     objective = build_objective(_config_of(method).objective, longest=1)
     return "teacher" if objective.needs_teacher else "its own average" if objective.teaches_itself else "no teacher"
 
@@ -219,8 +221,8 @@ def _config_of(method: str) -> schema.RlConfig:
 
 
 def cost(run_dir: Path) -> dict[str, float]:
-    """Of a step: CPU seconds (other work can slow these too) and the share that is the teacher's, medians;
-    and the mean of the response tokens that the teacher scores for the loss. The last step evaluates too: left out."""
+    """Cost of a step: CPU seconds (other work can slow these too) and the teacher's share of them, medians, and the
+    mean number of response tokens that the teacher scores. Leaves out the last step, which evaluates too."""
     rows = read_rows(run_dir / "metrics.jsonl")[:-1]
     return {
         "cpu_seconds": statistics.median(row["cpu_seconds"] for row in rows),
@@ -233,16 +235,17 @@ def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
     """Markdown: mean ± standard error over seeds, and what a step costs. A rate at the edge of its sweep has a *."""
     body = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm]
-        accuracies = [SeedCell(tuple(row[name] for row in own)) for name in ("text", "image")]
+        seeds = [row for row in rows if row["arm"] == arm]
+        accuracies = [Mean(tuple(row[name] for row in seeds)) for name in ("text", "image")]
         costs, rate = ["–"] * 3, "–"
-        if "rate" in own[0]:
+        if "rate" in seeds[0]:
             cpu, share, tokens = (
-                statistics.fmean(row[key] for row in own) for key in ("cpu_seconds", "teacher_share", "teacher_tokens")
+                statistics.fmean(row[key] for row in seeds)
+                for key in ("cpu_seconds", "teacher_share", "teacher_tokens")
             )
             costs = [f"{cpu:.2f}", *([f"{tokens:.0f}", f"{100 * share:.0f}"] if tokens else ["–", "–"])]
-            rate = _rate(arm, own[0]["rate"])
-        body.append([arm, rate, str(len(own)), *(cell(c.mean, c.stderr) for c in accuracies), *costs])
+            rate = _rate(arm, seeds[0]["rate"])
+        body.append([arm, rate, str(len(seeds)), *map(str, accuracies), *costs])
     body += [[arm, "failed", "0", *["–"] * 5] for arm in failed]
     header = [
         "accuracy, %",
@@ -258,5 +261,5 @@ def methods_table(rows: Sequence[dict], failed: Sequence[str]) -> str:
 
 
 def _rate(method: str, rate: float) -> str:
-    tried = [arm.rate for arm in sweep(method)]
-    return f"{rate:g}" + ("*" if rate in (min(tried), max(tried)) else "")
+    rates = [arm.rate for arm in sweep(method)]
+    return f"{rate:g}" + ("*" if rate in (min(rates), max(rates)) else "")

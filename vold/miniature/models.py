@@ -20,7 +20,7 @@ from vold.miniature.tokenizer import CLOSE, EOS, IMAGE, MODEL_VOCAB_SIZE, OPEN, 
 
 HIDDEN, HEADS, VISION_HIDDEN, VISION_DEPTH = 128, 4, 64, 2
 ROPE_THETA = 100.0
-"""Small, because contexts are short; with 1e6 the columns of a one-row image can hardly be told apart."""
+"""Small, because contexts are short; with 1e6 the columns of a one-row image are hardly distinguishable."""
 MROPE_SECTION = (2, 2, 12)
 ENDINGS = {"pad_token_id": TOKEN_ID[PAD], "eos_token_id": TOKEN_ID[EOS], "bos_token_id": None}
 
@@ -41,13 +41,13 @@ def _text_settings() -> dict:
 
 
 def teacher_config() -> Qwen3Config:
-    """450 thousand parameters."""
+    """Config of the text teacher, 450 thousand parameters."""
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
     return Qwen3Config(**_text_settings(), head_dim=HIDDEN // HEADS, rope_parameters=rope)
 
 
 def base_config() -> Qwen2_5_VLConfig:
-    """710 thousand parameters, 257 thousand of them in the vision tower (full attention in every block)."""
+    """Config of the base student, 710 thousand parameters, 257 thousand of them in the vision tower."""
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": list(MROPE_SECTION)}
     vision = {
         "depth": VISION_DEPTH,
@@ -85,7 +85,7 @@ def new_model(config: Qwen3Config | Qwen2_5_VLConfig, seed: int) -> PreTrainedMo
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """Qwen's own, without torchvision; 28 × 196 images keep their size and give 7 merged tokens."""
+    """Qwen's image processor without torchvision; 28 × 196 images keep their size and give 7 merged tokens."""
     return Qwen2VLImageProcessorPil(
         min_pixels=world.CELL * world.CELL,
         max_pixels=world.CELL * world.CELL * 64,
@@ -95,7 +95,7 @@ def make_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def save_checkpoint(model: PreTrainedModel, directory: Path) -> None:
-    """Weights, config, generation config, tokenizer with chat template and, for the student, the image processor."""
+    """Save weights, config, generation config, tokenizer with chat template and the student's image processor."""
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     if hasattr(model.config, "vision_config"):

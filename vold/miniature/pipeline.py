@@ -1,6 +1,6 @@
-"""Runs vold's own verbs as separate processes, a few side by side, with one progress line each.
+"""vold's verbs as separate processes, a few in parallel, with one progress line each.
 
-A phase that has finished before is kept; one that was interrupted goes on from its last checkpoint.
+A phase that has finished before is kept; one that was interrupted resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Phase:
         ]
 
 
-def run_phases(phases: Sequence[Phase], *, side_by_side: int, keep_going: bool = False) -> dict[str, float]:
-    """Run what is not finished, `side_by_side` at a time, in order. Returns seconds per run directory name.
+def run_phases(phases: Sequence[Phase], *, parallel: int, keep_going: bool = False) -> dict[str, float]:
+    """Run the unfinished phases, `parallel` at a time, in order. Returns seconds per run directory name.
 
     Raises RuntimeError with the last lines of the log of a phase that failed, and stops the others; with keep_going it
-    prints them and runs the others: `finished` tells which were done.
+    prints them and runs the others; `finished` tells them apart.
     """
     waiting = [phase for phase in phases if not phase.finished]
     running: dict[subprocess.Popen, tuple[Phase, TaskID, float]] = {}
@@ -64,7 +64,7 @@ def run_phases(phases: Sequence[Phase], *, side_by_side: int, keep_going: bool =
     with _progress() as progress:
         try:
             while waiting or running:
-                while waiting and len(running) < side_by_side:
+                while waiting and len(running) < parallel:
                     phase = waiting.pop(0)
                     task = progress.add_task(phase.run_dir.name, total=phase.steps or None, note="")
                     running[_start(phase)] = (phase, task, time.perf_counter())

@@ -1,6 +1,6 @@
-"""Makes the two checkpoints with a plain transformers loop: they stand for public checkpoints, vold trains neither.
+"""A plain transformers loop that makes the checkpoints; they stand for public ones, and vold trains neither.
 
-Everything after them (traces, SFT, RL, evaluation) runs on vold's own stages.
+Everything after them (traces, SFT, RL, evaluation) runs on vold's stages.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
+from vold.io import log
 from vold.miniature import models
-from vold.miniature.examples import BaseMixture, base_example, collate, seeing_teacher_example, teacher_example
-from vold.miniature.files import finished_directory
+from vold.miniature.examples import BaseMixture, base_example, collate, teacher_example, vision_teacher_example
+from vold.miniature.files import atomic_directory
 from vold.miniature.tokenizer import make_tokenizer
 
 LOG_FILE = "pretraining.jsonl"
@@ -28,7 +29,7 @@ REPORT_EVERY = 20
 
 
 @dataclass(frozen=True)
-class Phase:
+class PretrainPhase:
     """AdamW (betas .9, .95; weight decay .01; clip 1), linear warm-up, cosine down to a tenth of `lr`."""
 
     steps: int
@@ -39,38 +40,38 @@ class Phase:
     mixture: BaseMixture | None = None
 
 
-TEACHER_PHASE = Phase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
-SEEING_TEACHER_PHASE = Phase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
+TEACHER_PHASE = PretrainPhase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
+VISION_TEACHER_PHASE = PretrainPhase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
 BASE_PHASES = (
-    Phase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
-    Phase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
-    Phase(360, 64, 32, 2e-3, 10, BaseMixture(facts=0.75, twice=0.3, guess_last_operand=True)),
+    PretrainPhase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
+    PretrainPhase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
+    PretrainPhase(360, 64, 32, 2e-3, 10, BaseMixture(facts=0.75, twice=0.3, guess_last_operand=True)),
 )
-"""Learn to read; read better and stop guessing the truth; learn the single facts, without which SFT stalls."""
+"""Learn to read; read better and stop guessing the answer; learn the single facts, without which SFT stalls."""
 
 
-def make_teacher(out_dir: Path, seed: int, phase: Phase = TEACHER_PHASE) -> Path:
+def make_teacher(out_dir: Path, seed: int, phase: PretrainPhase = TEACHER_PHASE) -> Path:
     """Train and save the text teacher: it solves nearly every text problem, with a trace.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """
     tokenizer = make_tokenizer()
 
-    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+    def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
         batch = collate([teacher_example(rng) for _ in range(phase.text_rows)], tokenizer, rng)
         return {"text": model(**batch, use_cache=False).loss}
 
     return _make(out_dir, models.new_model(models.teacher_config(), seed), (phase,), losses, seed=seed + 1)
 
 
-def make_base(out_dir: Path, seed: int, phases: tuple[Phase, ...] = BASE_PHASES) -> Path:
+def make_base(out_dir: Path, seed: int, phases: tuple[PretrainPhase, ...] = BASE_PHASES) -> Path:
     """Train and save the base student: it reads text and images alike and guesses the answer.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """
     tokenizer = make_tokenizer()
 
-    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
+    def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
         text = [base_example(rng, phase.mixture, image=False) for _ in range(phase.text_rows)]
         image = [base_example(rng, phase.mixture, image=True) for _ in range(phase.image_rows)]
         batches = {"text": collate(text, tokenizer, rng), "image": collate(image, tokenizer, rng)}
@@ -79,28 +80,28 @@ def make_base(out_dir: Path, seed: int, phases: tuple[Phase, ...] = BASE_PHASES)
     return _make(out_dir, models.new_model(models.base_config(), seed + 50), phases, losses, seed=seed + 2)
 
 
-def make_seeing_teacher(out_dir: Path, base: Path, seed: int, phase: Phase = SEEING_TEACHER_PHASE) -> Path:
-    """Go on from the base, vision tower included, on traces of problems in pictures, and save: it sees and reasons.
+def make_vision_teacher(out_dir: Path, base: Path, seed: int, phase: PretrainPhase = VISION_TEACHER_PHASE) -> Path:
+    """Train the base further, vision tower included, on traces of problems in pictures: a vision-language teacher.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """
     tokenizer = make_tokenizer()
 
-    def losses(model: PreTrainedModel, phase: Phase, rng: np.random.Generator) -> dict[str, Tensor]:
-        batch = collate([seeing_teacher_example(rng) for _ in range(phase.image_rows)], tokenizer, rng)
+    def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = collate([vision_teacher_example(rng) for _ in range(phase.image_rows)], tokenizer, rng)
         return {"image": model(**batch, use_cache=False).loss}
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
     return _make(out_dir, model, (phase,), losses, seed=seed + 3)
 
 
-Losses = Callable[[PreTrainedModel, Phase, np.random.Generator], dict[str, Tensor]]
+Losses = Callable[[PreTrainedModel, PretrainPhase, np.random.Generator], dict[str, Tensor]]
 
 
-def _make(out_dir: Path, model: PreTrainedModel, phases: Iterable[Phase], losses: Losses, *, seed: int) -> Path:
+def _make(out_dir: Path, model: PreTrainedModel, phases: Iterable[PretrainPhase], losses: Losses, *, seed: int) -> Path:
     if out_dir.exists():
         return out_dir
-    with finished_directory(out_dir) as unfinished:
+    with atomic_directory(out_dir) as unfinished:
         rng = np.random.default_rng(seed)
         model.train()
         with (unfinished / LOG_FILE).open("w", buffering=1) as log:
@@ -112,7 +113,7 @@ def _make(out_dir: Path, model: PreTrainedModel, phases: Iterable[Phase], losses
     return out_dir
 
 
-def _train(model: PreTrainedModel, phase: Phase, losses: Losses, rng: np.random.Generator) -> Iterator[dict]:
+def _train(model: PreTrainedModel, phase: PretrainPhase, losses: Losses, rng: np.random.Generator) -> Iterator[dict]:
     """The loop; yields a log row every `REPORT_EVERY` steps and at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.perf_counter()
@@ -129,14 +130,14 @@ def _train(model: PreTrainedModel, phase: Phase, losses: Losses, rng: np.random.
             yield {"step": step + 1, **loss, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def schedule(step: int, phase: Phase) -> float:
+def schedule(step: int, phase: PretrainPhase) -> float:
     """Share of the full learning rate: linear warm-up times a cosine from 1 to .1."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     return min(1.0, (step + 1) / phase.warmup) * (0.1 + 0.9 * cosine)
 
 
 def _progress(name: str, steps: int, row: dict) -> None:
-    if sys.stderr.isatty():
+    if sys.stdout.isatty():
         left = row["seconds"] / row["step"] * (steps - row["step"])
         loss = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key.startswith("loss_"))
-        print(f"{name}  step {row['step']}/{steps}  {loss}  {left:.0f} s left", file=sys.stderr, flush=True)
+        log.info(f"{name}  step {row['step']}/{steps}  {loss}  {left:.0f} s left")

@@ -12,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+from vold.io import log, write_atomically
 from vold.miniature.demo import SFT_STEPS, commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
@@ -23,16 +24,19 @@ CONTROLS = ("sft-longer", "sft-all-traces")
 ARMS = ("sft", "grpo", "vold", "vold-unmasked", "misaligned-sft", "misaligned-grpo", "misaligned-vold", *CONTROLS)
 
 
-def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes report.json, table.md, two pictures and report.html below runs/reproduce; finished arms are kept."""
+def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Run all arms; write report.json, table.md, two figures and report.html below runs/reproduce.
+
+    Finished arms are kept.
+    """
     started = time.perf_counter()
     out = root / "reproduce"
     world = make_world(root / "miniature" / "seed0", seed=0)
-    run_phases(phases(out, world)[0], side_by_side=1)  # the teacher's traces, shared by all seeds
+    run_phases(phases(out, world)[0], parallel=1)  # the teacher's traces, shared by all seeds
     folders = [out / f"seed{seed}" for seed in seeds]
     plans = [_stages(out, folder, world, seed) for folder, seed in zip(folders, seeds, strict=True)]
     for stage in zip(*plans, strict=True):
-        run_phases([phase for group in stage for phase in group], side_by_side=side_by_side)
+        run_phases([phase for group in stage for phase in group], parallel=parallel)
     rows = [_row(seed, folder, arm) for seed, folder in zip(seeds, folders, strict=True) for arm in ARMS]
     _write(out, rows, folders, time.perf_counter() - started)
 
@@ -56,7 +60,7 @@ def _stages(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[l
 
 
 def start_phases(out: Path, folder: Path, world: MiniatureWorld, seed: int) -> list[Phase]:
-    """The students that stage 2 begins with: SFT on the teacher's traces, and on those of another style."""
+    """Runs that make the starts of stage 2: SFT on the teacher's traces, and on those of another style."""
     other = (f"seed={seed}", f"data.path={world.traces_other}", "data.layout=prompt-response")
     return [
         sft_phase(folder, world, "sft", _traces(out, seed)),
@@ -76,10 +80,10 @@ def _row(seed: int, folder: Path, arm: str) -> dict:
 def _write(out: Path, rows: list[dict], folders: list[Path], seconds: float) -> None:
     table = seeds_table(rows)
     facts = {"rows": rows, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
-    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (out / "table.md").write_text(table + "\n")
+    write_atomically(out / "report.json", json.dumps(facts, indent=1) + "\n")
+    write_atomically(out / "table.md", table + "\n")
     runs = [folder / arm for folder in folders for arm in ("grpo", "vold", "vold-unmasked")]
     (out / "curves.png").write_bytes(curves(read_runs(runs), FIGURES_3_AND_5, fmt="png"))
     (out / "seeds.png").write_bytes(seeds_errorbars(rows, fmt="png"))
     write_report(runs, out / "report.html", title="VOLD in miniature, three seeds", seeds=rows, facts=facts)
-    print(f"\n{table}\n\n{out / 'report.html'}")
+    log.info(f"\n{table}\n\n{out / 'report.html'}")

@@ -1,29 +1,29 @@
-"""`python -m vold.miniature second-act`: what pictures add after text (paper section 7.5), three seeds.
+"""`python -m vold.miniature second-act`: RL on image problems after VOLD on text (paper section 7.5), three seeds.
 
-Two questions. Does RL on problems in pictures gain from VOLD on text before it? GRPO from the base, from SFT and from
-VOLD. And, where one digit of each picture is drawn small and a teacher sees it, does it pay to distil most where that
-teacher's opinion hangs on the detail? VA-OPD beside the same loss without its weights (OPD), from VOLD, with as many
-rollouts. A seed draws its own SFT and VOLD, problems and samples; each arm's learning rate is the best of two on
-validation problems with the first seed, whose run is that one.
+Two questions. Does RL on image problems gain from VOLD on text before it? GRPO from the base, from SFT and from VOLD.
+And, where one digit of each picture is drawn small and the teacher is a vision-language model, does it pay to distil
+most where the teacher's log-probs depend on the detail? VA-OPD against the same loss without its weights (OPD), from
+VOLD, with as many rollouts. A seed draws its own SFT and VOLD, problems and samples; each arm's learning rate is the
+best of two on validation problems with the first seed.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vold.io import log, write_atomically
 from vold.miniature.data import write_pictures
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.measure import Checkpoint, load_image_items
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
-from vold.miniature.pretrain import make_seeing_teacher
+from vold.miniature.pretrain import make_vision_teacher
 from vold.report import curves, read_run, seeds_table
-from vold.report.tables import cell, markdown
+from vold.report.tables import Mean, markdown
 from vold.run.run_dir import read_rows
 
 SEEDS = (0, 1, 2)
@@ -35,8 +35,12 @@ FIGURE = ("accuracy_image", "accuracy_small", "image_sensitivity")
 
 @dataclass(frozen=True)
 class Arm:
-    """`start`: a model of the first act; `problems`: image | small, what it learns from and is chosen on;
-    `visual_advantage`: of the distillation from the teacher that sees, None without a teacher."""
+    """One training.
+
+    start              the model of the first act that it starts from
+    problems           image | small, for training and for the choice of its learning rate
+    visual_advantage   whether the distillation is weighted by it; None without a teacher
+    """
 
     name: str
     start: str
@@ -64,8 +68,8 @@ PAIRS = (
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where everything lies; the first act is that of `make reproduce`."""
+class SecondActPaths:
+    """Paths of the second act; the first act is that of `make reproduce`."""
 
     root: Path
     world: MiniatureWorld
@@ -92,38 +96,37 @@ class _Places:
         return self.out / f"seed{seed}" / f"lr-{rate}" / arm.name
 
     def problems(self, kind: str, split: str) -> Path:
-        own = kind == "small" or split == "train"
-        return self.pictures / f"{split}_{kind}.jsonl" if own else self.world.image(split)
+        second_act = kind == "small" or split == "train"
+        return self.pictures / f"{split}_{kind}.jsonl" if second_act else self.world.image(split)
 
 
-def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes report.json, table.md and second-act.png below runs/second-act; finished arms are kept."""
+def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Run all arms; write report.json, table.md and second-act.png below runs/second-act. Finished arms are kept."""
     started = time.perf_counter()
-    places = _Places(root, make_world(root / "miniature" / "seed0", seed=0))
-    write_pictures(places.pictures, seed=0)
-    for group in _first_act(places, seeds):
-        run_phases(group, side_by_side=side_by_side)
-    make_seeing_teacher(places.teacher, places.world.base, seed=0)
-    teacher = _teacher_accuracy(places)
-    print(f"the seeing teacher on test problems: {teacher}", flush=True)
+    paths = SecondActPaths(root, make_world(root / "miniature" / "seed0", seed=0))
+    write_pictures(paths.pictures, seed=0)
+    for group in _first_act(paths, seeds):
+        run_phases(group, parallel=parallel)
+    make_vision_teacher(paths.teacher, paths.world.base, seed=0)
+    teacher = _teacher_accuracy(paths)
+    log.info(f"the vision-language teacher on test problems: {teacher}")
     first, *others = seeds
-    run_phases([_phase(places, arm, rate, first) for arm in ARMS for rate in arm.rates], side_by_side=side_by_side)
-    tried = {arm.name: {rate: _validated(places, arm, rate, first) for rate in arm.rates} for arm in ARMS}
-    rates = {name: max(found, key=found.get) for name, found in tried.items()}
-    rest = [_phase(places, arm, rates[arm.name], seed) for seed in others for arm in ARMS]
-    run_phases(rest, side_by_side=side_by_side)
-    models = [("base", places.world.base, first), *(model for seed in seeds for model in _models(places, rates, seed))]
-    run_phases([_evaluation(places, *model) for model in models], side_by_side=side_by_side)
-    rows = [{"seed": seed, "arm": name} | _accuracies(places, name, seed) for name, _, seed in models]
-    facts = {"rows": rows, "tried": tried, "teacher": teacher, "versions": versions(), "commit": commit()}
-    _write(places, rows, rates, facts | {"wall_seconds": time.perf_counter() - started})
+    run_phases([_phase(paths, arm, rate, first) for arm in ARMS for rate in arm.rates], parallel=parallel)
+    scores = {arm.name: {rate: _validation(paths, arm, rate, first) for rate in arm.rates} for arm in ARMS}
+    rates = {name: max(by_rate, key=by_rate.get) for name, by_rate in scores.items()}
+    run_phases([_phase(paths, arm, rates[arm.name], seed) for seed in others for arm in ARMS], parallel=parallel)
+    models = [("base", paths.world.base, first), *(model for seed in seeds for model in _models(paths, rates, seed))]
+    run_phases([_evaluation(paths, *model) for model in models], parallel=parallel)
+    rows = [{"seed": seed, "arm": name} | _accuracies(paths, name, seed) for name, _, seed in models]
+    facts = {"rows": rows, "tried": scores, "teacher": teacher, "versions": versions(), "commit": commit()}
+    _write(paths, rows, rates, facts | {"wall_seconds": time.perf_counter() - started})
 
 
-def _first_act(places: _Places, seeds: Sequence[int]) -> list[list[Phase]]:
-    """Traces, SFT and VOLD: the runs of `make reproduce`, made here where they are not there yet."""
-    reproduce, world = places.root / "reproduce", places.world
+def _first_act(paths: SecondActPaths, seeds: Sequence[int]) -> list[list[Phase]]:
+    """Traces, SFT and VOLD: the runs of `make reproduce`, made here where they are missing."""
+    reproduce, world = paths.root / "reproduce", paths.world
     traces = f"data.path={reproduce / 'traces' / 'traces'}"
-    folders = [(places.first_act(seed), (f"seed={seed}",)) for seed in seeds]
+    folders = [(paths.first_act(seed), (f"seed={seed}",)) for seed in seeds]
     return [
         phases(reproduce, world)[0],
         [sft_phase(folder, world, "sft", (*seeded, traces)) for folder, seeded in folders],
@@ -131,58 +134,59 @@ def _first_act(places: _Places, seeds: Sequence[int]) -> list[list[Phase]]:
     ]
 
 
-def _phase(places: _Places, arm: Arm, rate: str, seed: int) -> Phase:
+def _phase(paths: SecondActPaths, arm: Arm, rate: str, seed: int) -> Phase:
     kind = arm.problems
-    validation = f"{{{kind}: {{path: {places.problems(kind, 'val')}, layout: geometry3k}}}}"
+    validation = f"{{{kind}: {{path: {paths.problems(kind, 'val')}, layout: geometry3k}}}}"
     settings = (
-        f"student={places.start(arm.start, seed)}",
-        f"data.path={places.problems(kind, 'train')}",
+        f"student={paths.start(arm.start, seed)}",
+        f"data.path={paths.problems(kind, 'train')}",
         f"evaluation.sets={validation}",
         f"optimizer.lr={rate}",
         f"seed={seed}",
     )
     if arm.visual_advantage is not None:
         advantage = f"objective.visual_advantage={str(arm.visual_advantage).lower()}"
-        settings = (*settings, *VA_OPD, advantage, f"teacher={places.teacher}")
-    return Phase("rl", "images.yaml", places.run_dir(arm, rate, seed), settings, STEPS)
+        settings = (*settings, *VA_OPD, advantage, f"teacher={paths.teacher}")
+    return Phase("rl", "images.yaml", paths.run_dir(arm, rate, seed), settings, STEPS)
 
 
-def _validated(places: _Places, arm: Arm, rate: str, seed: int) -> float:
+def _validation(paths: SecondActPaths, arm: Arm, rate: str, seed: int) -> float:
     """Accuracy on validation problems after the last step."""
-    return read_rows(places.run_dir(arm, rate, seed) / "metrics.jsonl")[-1][f"accuracy_{arm.problems}"]
+    return read_rows(paths.run_dir(arm, rate, seed) / "metrics.jsonl")[-1][f"accuracy_{arm.problems}"]
 
 
-def _models(places: _Places, rates: dict[str, str], seed: int) -> list[tuple[str, Path, int]]:
-    """Name, checkpoint and seed of what the table compares; the base is the same for all seeds."""
-    starts = [(name, places.start(name, seed), seed) for name in ("sft", "vold")]
-    return starts + [(arm.name, places.run_dir(arm, rates[arm.name], seed) / "model", seed) for arm in ARMS]
+def _models(paths: SecondActPaths, rates: dict[str, str], seed: int) -> list[tuple[str, Path, int]]:
+    """Name, checkpoint and seed of the models in the table, without the base, which is the same for all seeds."""
+    starts = [(name, paths.start(name, seed), seed) for name in ("sft", "vold")]
+    return starts + [(arm.name, paths.run_dir(arm, rates[arm.name], seed) / "model", seed) for arm in ARMS]
 
 
-def _evaluation(places: _Places, name: str, checkpoint: Path, seed: int) -> Phase:
-    phase = eval_phase(places.out / f"seed{seed}", places.world, name, checkpoint)
-    small = f"evaluation.sets.small={{path: {places.problems('small', 'test')}, layout: geometry3k}}"
+def _evaluation(paths: SecondActPaths, name: str, checkpoint: Path, seed: int) -> Phase:
+    phase = eval_phase(paths.out / f"seed{seed}", paths.world, name, checkpoint)
+    small = f"evaluation.sets.small={{path: {paths.problems('small', 'test')}, layout: geometry3k}}"
     return Phase(phase.verb, phase.config, phase.run_dir, (*phase.overrides, small))
 
 
-def _accuracies(places: _Places, name: str, seed: int) -> dict[str, float]:
-    found = read_evaluation(places.out / f"seed{seed}", name)
-    return {problems: numbers["accuracy"] for problems, numbers in found.items()}
+def _accuracies(paths: SecondActPaths, name: str, seed: int) -> dict[str, float]:
+    sets = read_evaluation(paths.out / f"seed{seed}", name)
+    return {problems: numbers["accuracy"] for problems, numbers in sets.items()}
 
 
-def _teacher_accuracy(places: _Places) -> dict[str, float]:
-    """On test problems, measured by transformers alone."""
-    path = places.out / "teacher.json"
+def _teacher_accuracy(paths: SecondActPaths) -> dict[str, float]:
+    """Accuracy of the vision-language teacher on test problems, measured by transformers alone."""
+    path = paths.out / "teacher.json"
     if not path.exists():
-        teacher = Checkpoint(places.teacher)
-        kinds = {kind: load_image_items(places.problems(kind, "test")) for kind in ("image", "small")}
-        path.write_text(json.dumps({kind: teacher.measure(items).accuracy for kind, items in kinds.items()}) + "\n")
+        teacher = Checkpoint(paths.teacher)
+        kinds = {kind: load_image_items(paths.problems(kind, "test")) for kind in ("image", "small")}
+        accuracy = {kind: teacher.measure(items).accuracy for kind, items in kinds.items()}
+        write_atomically(path, json.dumps(accuracy) + "\n")
     return json.loads(path.read_text())
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
-def _write(places: _Places, rows: list[dict], rates: dict[str, str], facts: dict) -> None:
+def _write(paths: SecondActPaths, rows: list[dict], rates: dict[str, str], facts: dict) -> None:
     differences = [_difference(rows, *pair) for pair in PAIRS]
     table = "\n\n".join(
         [
@@ -191,25 +195,24 @@ def _write(places: _Places, rows: list[dict], rates: dict[str, str], facts: dict
             markdown(
                 ["validation, first seed, %", "by learning rate"],
                 [
-                    [name, ", ".join(f"{100 * value:.1f} at {rate}" for rate, value in found.items())]
-                    for name, found in facts["tried"].items()
+                    [name, ", ".join(f"{100 * value:.1f} at {rate}" for rate, value in by_rate.items())]
+                    for name, by_rate in facts["tried"].items()
                 ],
             ),
         ]
     )
-    (places.out / "report.json").write_text(json.dumps({**facts, "rates": rates}, indent=1) + "\n")
-    (places.out / "table.md").write_text(table + "\n")
+    write_atomically(paths.out / "report.json", json.dumps({**facts, "rates": rates}, indent=1) + "\n")
+    write_atomically(paths.out / "table.md", table + "\n")
     seeds = sorted({row["seed"] for row in rows})
     runs = [
-        read_run(places.run_dir(arm, rates[arm.name], seed), f"seed{seed}/{arm.name}") for arm in ARMS for seed in seeds
+        read_run(paths.run_dir(arm, rates[arm.name], seed), f"seed{seed}/{arm.name}") for arm in ARMS for seed in seeds
     ]
-    (places.out / "second-act.png").write_bytes(curves(runs, FIGURE, fmt="png"))
-    print(f"\n{table}\n\n{places.out / 'second-act.png'}")
+    (paths.out / "second-act.png").write_bytes(curves(runs, FIGURE, fmt="png"))
+    log.info(f"\n{table}\n\n{paths.out / 'second-act.png'}")
 
 
 def _difference(rows: Sequence[dict], new: str, old: str, problems: str) -> list[str]:
     """Points of accuracy, mean ± standard error of the seeds' own differences."""
-    of = {(row["arm"], row["seed"]): row[problems] for row in rows}
-    found = [of[new, seed] - of[old, seed] for arm, seed in of if arm == new]
-    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
-    return [f"{new} - {old} on {problems}", cell(statistics.fmean(found), error)]
+    accuracy = {(row["arm"], row["seed"]): row[problems] for row in rows}
+    differences = [accuracy[new, seed] - accuracy[old, seed] for arm, seed in accuracy if arm == new]
+    return [f"{new} - {old} on {problems}", str(Mean(tuple(differences)))]

@@ -1,14 +1,14 @@
 """`make selfplay`: R-Zero beside R-Diverse for five iterations, three seeds, from a student that can write questions.
 
-The demo's SFT student cannot: 120 problems, as a person would write them, teach it, beside 300 of the teacher's traces
-so that it goes on solving. From there on no data and no teacher: the teacher only writes the "code" by which R-Diverse
-compares questions. Both arms' questions are then measured alike, by that code, with the world's own problems for scale.
+The demo's SFT student cannot: it learns that from 120 problems, as a person would write them, mixed with 300 of the
+teacher's traces so that it still solves problems. After that there are no data and no teacher: the teacher only writes
+the "code" by which R-Diverse compares questions. The questions of both arms are then measured alike, by that code, with
+problems of the world itself for scale.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,18 +20,20 @@ import torch
 
 from vold.config import load_config
 from vold.config.schema import SelfplayConfig
+from vold.io import log, write_atomically
 from vold.miniature import world as arithmetic
 from vold.miniature.demo import commit, phases, sft_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.tokenizer import CLOSE, OPEN
 from vold.models.tokenizer import load_tokenizer
-from vold.report import SelfplayRecord, diversity_figure
+from vold.report.tables import Mean
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.challenger import open_embedder
 from vold.selfplay.diversity import diversity, map_of
 from vold.selfplay.embedders import Embedder
+from vold.selfplay.figures import SelfplayRecord, diversity_figure
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
 SEEDS = (0, 1, 2)
@@ -46,14 +48,17 @@ COLUMNS = {
 }  # all in %
 
 
-def run(root: Path = Path("runs"), *, side_by_side: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """Writes report.json, table.md, diversity.png and diversity.svg below runs/selfplay; finished runs are kept."""
+def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
+    """Run both arms; write report.json, table.md, diversity.png and diversity.svg below runs/selfplay.
+
+    Finished runs are kept.
+    """
     started = time.perf_counter()
     out, world = root / "selfplay", make_world(root / "miniature" / "seed0", seed=0)
-    run_phases(phases(out, world)[0], side_by_side=1)
-    run_phases([sft_phase(out, world)], side_by_side=1)
-    run_phases([_start_phase(out, world)], side_by_side=1)
-    run_phases([_arm_phase(out, world, arm, seed) for seed in seeds for arm in ARMS], side_by_side=side_by_side)
+    run_phases(phases(out, world)[0], parallel=1)
+    run_phases([sft_phase(out, world)], parallel=1)
+    run_phases([_start_phase(out, world)], parallel=1)
+    run_phases([_arm_phase(out, world, arm, seed) for seed in seeds for arm in ARMS], parallel=parallel)
     report(out, world, seeds, time.perf_counter() - started)
 
 
@@ -67,7 +72,7 @@ def _start_phase(out: Path, world: MiniatureWorld) -> Phase:
     shards = sorted((out / "traces" / "traces").glob("*.parquet"))
     traces = [row for shard in shards for row in parquet.read_table(shard).to_pylist()][:SOLVED]
     rows += [{"prompt": row["prompt"], "response": row["response"]} for row in traces]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(data, "".join(json.dumps(row) + "\n" for row in rows))
     settings = (f"student={out / 'sft' / 'model'}", f"data.path={data}", "data.layout=prompt-response")
     settings = (*settings, "data.limit=null", f"pair_with={world.teacher}", f"steps={START_STEPS}")
     return Phase("sft", "sft.yaml", out / "start", settings, START_STEPS)
@@ -81,7 +86,7 @@ def _arm_phase(out: Path, world: MiniatureWorld, arm: str, seed: int) -> Phase:
 
 
 def _measure(world: MiniatureWorld) -> tuple[str, str]:
-    """Overrides that say by what questions are compared."""
+    """Overrides that name the models by which questions are compared."""
     return f"embedder={world.base}", f"coder.checkpoint={world.teacher}"
 
 
@@ -112,7 +117,7 @@ def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: floa
 
 
 def _own_problems(directory: Path, iterations: int, count: int) -> Bank:
-    """As many of the world's problems, in as many portions, as if somebody had posed them."""
+    """Independent problems of the world as a bank of `count` questions per iteration, for scale."""
     bank, rng = Bank(directory), np.random.default_rng([0, 31])
     for number in range(1, iterations + 1):
         problems = [arithmetic.sample_problem(rng) for _ in range(count)]
@@ -127,15 +132,15 @@ def _own_problems(directory: Path, iterations: int, count: int) -> Bank:
 
 def _embedded(bank: Bank, directory: Path, embedder: Embedder) -> Bank:
     """The same bank with the code's embeddings, in another directory."""
-    found = Bank(directory)
-    for number in sorted(set(bank.iterations()) - set(found.iterations())):
+    embedded = Bank(directory)
+    for number in sorted(set(bank.iterations()) - set(embedded.iterations())):
         questions = list(bank.read([number]))
         vectors = embedder.embed([question.question for question in questions])
-        found.append(
+        embedded.append(
             number,
             [replace(q, embedding=tuple(map(float, row))) for q, row in zip(questions, vectors, strict=True)],
         )
-    return found
+    return embedded
 
 
 def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
@@ -144,42 +149,42 @@ def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
 
     rows = []
     for number in bank.iterations():
-        right = [_answer(q.question) == q.label for q in bank.read([number])]
+        correct = [_answer(q.question) == q.label for q in bank.read([number])]
         # two thresholds: words are alike by BLEU below the paper's .5, code by cosine below the config's
         by_words = diversity(
             bank, number, words, threshold=SelfplayConfig.model_fields["pose"].default.cluster_distance
         )
         by_code = diversity(bank, number, words, threshold=threshold)
-        own = {"step": number, "questions": len(right), "labels_right": sum(right) / len(right)}
-        rows.append(own | by_code | {"clusters_words": by_words["clusters_words"]})
+        counts = {"step": number, "questions": len(correct), "labels_right": sum(correct) / len(correct)}
+        rows.append(counts | by_code | {"clusters_words": by_words["clusters_words"]})
     return rows
 
 
 def _answer(question: str) -> str:
-    """What the world says."""
+    """The true answer."""
     inside = question[question.index(OPEN) + 1 : question.index(CLOSE)]
     return arithmetic.solve(inside.replace("<", "").replace(">", "")).answer
 
 
 def _maps(measured: dict[tuple[str, int], Bank]) -> dict[tuple[str, int], list[np.ndarray]]:
-    """One plane for all."""
+    """Each bank's questions by iteration as points of one plane for all."""
     parts = [(key, np.concatenate(list(b.embeddings([n])))) for key, b in measured.items() for n in b.iterations()]
     points = map_of([vectors for _, vectors in parts])
-    return {key: [p for (of, _), p in zip(parts, points, strict=True) if of == key] for key in measured}
+    return {key: [p for (owner, _), p in zip(parts, points, strict=True) if owner == key] for key in measured}
 
 
 def _write(out: Path, rows: dict[tuple[str, int], list[dict]], maps: dict, seconds: float) -> None:
     arms: dict[str, list[SelfplayRecord]] = {}
-    for (arm, seed), found in rows.items():
-        arms.setdefault(arm, []).append(SelfplayRecord(found, maps[arm, seed]))
+    for (arm, seed), iterations in rows.items():
+        arms.setdefault(arm, []).append(SelfplayRecord(iterations, maps[arm, seed]))
     for fmt in ("png", "svg"):
         (out / f"diversity.{fmt}").write_bytes(diversity_figure(arms, fmt=fmt))
-    flat = [{"arm": arm, "seed": seed, **row} for (arm, seed), found in rows.items() for row in found]
+    flat = [{"arm": arm, "seed": seed, **row} for (arm, seed), iterations in rows.items() for row in iterations]
     facts = {"rows": flat, "versions": versions(), "commit": commit(), "wall_seconds": seconds}
-    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_atomically(out / "report.json", json.dumps(facts, indent=1) + "\n")
     table = _table(flat)
-    (out / "table.md").write_text(table + "\n")
-    print(f"\n{table}\n\n{out / 'diversity.png'}")
+    write_atomically(out / "table.md", table + "\n")
+    log.info(f"\n{table}\n\n{out / 'diversity.png'}")
 
 
 def _table(rows: Sequence[dict]) -> str:
@@ -188,14 +193,9 @@ def _table(rows: Sequence[dict]) -> str:
     for row in rows:
         cells.setdefault((row["arm"], row["step"]), []).append(row)
     lines = ["| arm | iteration | " + " | ".join(COLUMNS.values()) + " |", "| :-- | --: |" + " --: |" * len(COLUMNS)]
-    for (arm, step), found in cells.items():
-        shown = [_mean([row[key] for row in found if key in row]) for key in COLUMNS]
-        lines.append(f"| {arm} | {step} | " + " | ".join(shown) + " |")
+    for (arm, step), seeds in cells.items():
+        means = [
+            str(Mean(tuple(values))) if (values := [row[key] for row in seeds if key in row]) else "" for key in COLUMNS
+        ]
+        lines.append(f"| {arm} | {step} | " + " | ".join(means) + " |")
     return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{error}"

@@ -34,7 +34,7 @@ PATCH, MERGE, TEMPORAL = 14, 2, 2
 CELL = PATCH * MERGE
 HEIGHT, WIDTH = CELL, CELL * SYMBOLS
 PIXEL_MEAN, PIXEL_STD = 0.2, 0.75
-"""Of the image processor: background maps to 0, the brightest glyph to 1."""
+"""Constants of the image processor: the background maps to 0, the brightest glyph to 1."""
 NOISE = 0.1
 SMALL_SCALE = (2, 1)
 """Rows and columns of a glyph that is a detail, 14 × 5 pixels; all others have 2 or 3 a side."""
@@ -85,7 +85,7 @@ def solve(expression: str) -> Problem:
 
 
 def split_of(expression: str) -> Split:
-    """Which split owns the expression: by crc32, a tenth each to test and val, the rest to train."""
+    """The split of an expression, by its crc32: a tenth each to test and val, the others to train."""
     bucket = zlib.crc32(expression.encode()) % 10
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
 
@@ -102,14 +102,14 @@ def sample_problem(rng: np.random.Generator, split: Split = "train") -> Problem:
 
 
 def trace(problem: Problem) -> str:
-    """The teacher's style: every line is the whole remaining expression, right-aligned."""
-    rest = problem.expression
-    lines = ["." * (2 * k) + str(value) + rest[2 * k + 1 :] for k, value in enumerate(problem.running)]
+    """A trace in the teacher's style: every line is the whole remaining expression, right-aligned."""
+    expression = problem.expression
+    lines = ["." * (2 * k) + str(value) + expression[2 * k + 1 :] for k, value in enumerate(problem.running)]
     return f"<think>{'>'.join(lines)}</think>\\boxed{{{problem.answer}}}"
 
 
 def trace_other(problem: Problem) -> str:
-    """Right reasoning in another style, a running chain: `<think>7*9=3;3+5=8;8*3=4</think>\\boxed{4}`."""
+    """A correct trace in another style, a running chain: `<think>7*9=3;3+5=8;8*3=4</think>\\boxed{4}`."""
     steps = zip(problem.running, problem.expression[1::2], problem.expression[2::2], problem.running[1:], strict=False)
     chain = ";".join(f"{left}{operation}{right}={value}" for left, operation, right, value in steps)
     return f"<think>{chain}</think>\\boxed{{{problem.answer}}}"
@@ -119,8 +119,8 @@ def _filler(rng: np.random.Generator) -> str:
     return "".join(f"<w{i}>" for i in rng.integers(0, 8, rng.integers(0, MOST_FILLER + 1)))
 
 
-def _around(inside: str, task: Task, rng: np.random.Generator) -> str:
-    return f"{_filler(rng)}[{inside}]{_filler(rng)}{task}"
+def _around(content: str, task: Task, rng: np.random.Generator) -> str:
+    return f"{_filler(rng)}[{content}]{_filler(rng)}{task}"
 
 
 def text_question(problem: Problem, rng: np.random.Generator, task: Task = "<solve>") -> str:
@@ -158,7 +158,7 @@ def render(expressions: list[str], rng: np.random.Generator, small: Sequence[int
 
 
 def patchify(grey_BHW: np.ndarray) -> np.ndarray:
-    """What the checkpoint's image processor makes of these images, all at once: float32 [B * 28, 3 * 2 * 14 * 14].
+    """Patches as the checkpoint's image processor makes them, all images at once: float32 [B * 28, 3 * 2 * 14 * 14].
 
     Rows run over cells, then the 2 × 2 patches that the vision tower merges; a test compares it with the processor.
     """

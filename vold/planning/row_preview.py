@@ -21,12 +21,12 @@ MAX_IDS, MAX_CHARACTERS = 10, 1200
 def row_preview(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode: PromptEncoder) -> Group:
     """A prompt, before a response is sampled, or a trace with the response that is trained on."""
     prompt = row.prompt if isinstance(row, Sample) else row
-    response = row.response_ids if isinstance(row, Sample) else ()
-    prompt_ids = list(encode(prompt).prompt_ids)
+    response = row.response_ids.tolist() if isinstance(row, Sample) else []
+    prompt_ids = encode(prompt).prompt_ids.tolist()
     head = Text.assemble(
         (prompt.id, "bold"),
         f"  {len(prompt_ids)} tokens read" + (f", {len(response)} trained" if response else ""),
-        f", gold {visible(prompt.gold)!r}" if prompt.gold else "",
+        f", gold {visible(prompt.gold, multiline=True)!r}" if prompt.gold else "",
         *(f"\n  image {path}" for path in prompt.images),
     )
     body = Text.assemble(*_pieces(prompt_ids, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))

@@ -1,92 +1,108 @@
-"""Training runs side by side: where each ended, with a standard error, and whether one is clearly ahead."""
+"""Runs side by side: where each training ended, with a standard error, whether one is clearly ahead, and configs."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .health import amount
-from .read import RunRecord
+from .read import RunRecord, flatten
 from .style import CURVES, Metric, metric
-from .tables import AccuracyTable
+from .tables import AccuracyTable, Mean
 
-ENDING = 0.1  # of a run: its last steps are averaged
+END = 0.1  # share of a run whose steps are averaged
 
 
 @dataclass(frozen=True)
-class Ending:
-    """A metric at the end of one run. `text`: with its standard error; `best`: clearly ahead of every other run."""
+class EndValue:
+    """A metric at the end of one run; `steps` names what it is the mean of; `best`: clearly ahead of all other runs."""
 
     text: str
-    steps: str  # what it is a mean of
+    steps: str
     best: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one verb: a row per metric, an Ending per run, None where a run did not log it."""
+    """Runs of one verb: a row per metric, an EndValue per run, None where a run did not log it."""
 
     verb: str
     names: list[str]
-    rows: list[tuple[Metric, list[Ending | None]]]
+    rows: list[tuple[Metric, list[EndValue | None]]]
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
-    """One table for each verb of which there are at least two runs with metrics."""
-    found = []
-    for verb in dict.fromkeys(run.verb for run in runs):
-        same = [run for run in runs if run.verb == verb and run.metrics]
-        if len(same) > 1 and (rows := [row for key in keys_of(same) if (row := _row(same, key))]):
-            found.append(Comparison(verb, [run.name for run in same], rows))
-    return found
+    """Compare the runs of each verb of which at least two have metrics."""
+    tables = []
+    for verb, same in by_verb([run for run in runs if run.metrics]).items():
+        rows = [(metric(key), _end_values(same, key)) for key in curve_keys(same)]
+        rows = [row for row in rows if any(row[1])]
+        if len(same) > 1 and rows:
+            tables.append(Comparison(verb, [run.name for run in same], rows))
+    return tables
 
 
-def keys_of(runs: Sequence[RunRecord]) -> list[str]:
-    """What is shown of runs of one verb: its curves, and every set they were evaluated on."""
-    wanted = CURVES.get(runs[0].verb, ("reward", "loss")) if runs else ()
+def by_verb(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.verb, []).append(run)
+    return groups
+
+
+def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """Metrics drawn for runs of one verb: its curves, and every set they were evaluated on."""
+    keys = CURVES.get(runs[0].verb, ("reward", "loss")) if runs else ()
     sets = sorted({key for run in runs for key in run.metrics if key.startswith("accuracy_")})
-    return list(dict.fromkeys([*wanted, *sets]))
+    return list(dict.fromkeys([*keys, *sets]))
 
 
-def _row(runs: Sequence[RunRecord], key: str) -> tuple[Metric, list[Ending | None]] | None:
-    shown = metric(key)
+def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """(verb, names of its runs, [(config key, its value in each run)]) for verbs whose runs differ in some keys."""
+    groups = by_verb(run for run in runs if run.config)
+    tables = [(verb, [run.name for run in same], _differing_keys(same)) for verb, same in groups.items()]
+    return [table for table in tables if table[2]]
+
+
+def _differing_keys(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = [
+        (key, ["–" if key not in c else "null" if c[key] is None else str(c[key]) for c in configs]) for key in keys
+    ]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _end_values(runs: Sequence[RunRecord], key: str) -> list[EndValue | None]:
+    described = metric(key)
     ends = {run.name: end for run in runs if (end := _end(run, key))}
-    if not ends:
-        return None
     signed = AccuracyTable(
-        {name: {key: shown.better * mean} for name, (mean, _, _) in ends.items()},
+        {name: {key: described.better * mean} for name, (mean, _, _) in ends.items()},
         {name: {key: error} for name, (_, error, _) in ends.items()},
     )
-    best = signed.best(key) if shown.better else None
-    cells = [
-        Ending(_text(*ends[run.name][:2], shown), ends[run.name][2], best == run.name) if run.name in ends else None
-        for run in runs
-    ]
-    return shown, cells
+    best = signed.best(key) if described.better else None
+    cells = {n: EndValue(_text(mean, error, described), steps, n == best) for n, (mean, error, steps) in ends.items()}
+    return [cells.get(run.name) for run in runs]
 
 
 def _end(run: RunRecord, key: str) -> tuple[float, float, str] | None:
-    """Mean, standard error, and what they are of: the last tenth's steps taken as independent, or the last evaluation
-    with its own."""
-    logged = [(step, value) for step, value in zip(run.steps, run.metrics.get(key, ()), strict=False)]
-    logged = [(step, value) for step, value in logged if math.isfinite(value)]
+    """Mean, standard error, and their steps: the last tenth, steps taken as independent, or the last evaluation with
+    its own error."""
+    logged = run.finite(key)
     if not logged:
         return None
     if key.startswith("accuracy_"):
         step, value = logged[-1]
-        errors = dict(zip(run.steps, run.metrics.get(f"stderr_{key.removeprefix('accuracy_')}", ()), strict=False))
+        errors = dict(run.finite(f"stderr_{key.removeprefix('accuracy_')}"))
         return value, errors.get(step, math.nan), f"step {step:g}"
-    values = [value for _, value in logged[-max(2, round(ENDING * len(logged))) :]]
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error, f"last {len(values)} steps" if len(values) > 1 else "1 step"
+    values = Mean(tuple(value for _, value in logged[-max(2, round(END * len(logged))) :]))
+    n = len(values.values)
+    return values.value, values.stderr, f"last {n} steps" if n > 1 else "1 step"
 
 
-def _text(mean: float, error: float, shown: Metric) -> str:
+def _text(mean: float, error: float, described: Metric) -> str:
     """The error to two digits, and the mean to the same place: "0.618 ± 0.036"."""
     if not math.isfinite(error) or error <= 0:
-        return amount(mean, shown)
-    share = 100 if shown.is_share else 1
-    places = max(0, 1 - math.floor(math.log10(share * error)))
-    return f"{share * mean:.{places}f} ± {share * error:.{places}f}{' %' if shown.is_share else ''}"
+        return described.format(mean)
+    scale, unit = (100, " %") if described.is_share else (1, "")
+    digits = max(0, 1 - math.floor(math.log10(scale * error)))
+    return f"{scale * mean:.{digits}f} ± {scale * error:.{digits}f}{unit}"

@@ -1,29 +1,37 @@
-"""Run directories -> frozen records. Tolerant: a run may be unfinished, half-written, or miss any of its files."""
+"""Run directories as frozen records. Tolerant: a run may be unfinished, half-written, or lack any of its files."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-EVALUATION_BYTES = 64 * 2**20  # of a longer samples.jsonl only the end is read
-TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # of a training run's, as much in parts from all along the run
+EVALUATION_BYTES = 64 * 2**20  # read of an evaluation's samples.jsonl, from its end
+TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # read of a training run's, in parts spread over the run
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json")
+OLD_METRICS = {
+    "clip_low": "clip_fraction_low",
+    "clip_high": "clip_fraction_high",
+    "teacher_blind": "teacher_skipped_images",
+    "visual_reliance": "image_sensitivity",
+    "seconds_reliance": "seconds_image_sensitivity",
+}
+"""Keys that older runs logged -> their present names."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run directory says.
+    """The content of one run directory.
 
     metrics    key -> one float per step, NaN where a step did not log the key; always has "step" if not empty
-    timeline   the last steps, oldest first: {"step", "intervals": [[phase, lane, start s, end s], …]}
-    skipped    lines that could not be read, usually the last one of a run that was stopped
+    timeline   the last steps, oldest first: {"step", "intervals": [[phase, thread, start s, end s], …]}
+    skipped    unreadable lines, usually the last one of a run that was stopped
     """
 
     name: str
@@ -37,7 +45,7 @@ class RunRecord:
 
     @property
     def verb(self) -> str:
-        """traces, sft, rl, eval; guessed from what is there when the config does not say."""
+        """traces, sft, rl, eval, …; guessed from the files when the config does not name it."""
         if isinstance(verb := self.config.get("verb"), str):
             return verb
         if self.evaluation:
@@ -51,36 +59,47 @@ class RunRecord:
     @property
     def planned_steps(self) -> int | None:
         """The first `steps` or `max_steps` anywhere in the config."""
-        for key, value in flatten(self.config).items():
-            if key.split(".")[-1] in ("steps", "max_steps", "total_steps") and isinstance(value, int):
-                return value
-        return None
+        names = ("steps", "max_steps", "total_steps")
+        flat = flatten(self.config).items()
+        return next((n for key, n in flat if key.split(".")[-1] in names and isinstance(n, int)), None)
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """(accuracy key, step) of the checkpoint that evaluation.best keeps, the first of equals; None where the run
-        keeps none, or has not evaluated yet."""
-        kept = flatten(self.config).get("evaluation.best")
-        key = f"accuracy_{kept}"
-        values = self.metrics.get(key, ())
-        scored = [(value, -self.steps[place]) for place, value in enumerate(values) if math.isfinite(value)]
-        return (key, -max(scored)[1]) if kept and scored else None
+        """(accuracy key, step) of the checkpoint kept by evaluation.best, the first of equals; None without one."""
+        name = flatten(self.config).get("evaluation.best")
+        key = f"accuracy_{name}"
+        scores = [(value, -step) for step, value in self.finite(key)]
+        return (key, -max(scores)[1]) if name and scores else None
+
+    def finite(self, key: str, *, last: int = 0) -> list[tuple[float, float]]:
+        """(step, value) of the finite values of a metric, of the last `last` steps (0: of all)."""
+        pairs = zip(self.steps or range(len(self.metrics.get(key, ()))), self.metrics.get(key, ()), strict=False)
+        return [(step, value) for step, value in list(pairs)[-last:] if math.isfinite(value)]
+
+    def evaluation_section(self, name: str) -> dict[str, Mapping[str, Any]]:
+        """A table of evaluation.json ("sets", or VLMEvalKit's "benchmarks"), the entries that are well formed."""
+        return mappings_in((self.evaluation or {}).get(name))
+
+
+def mappings_in(value: Any) -> dict[str, Mapping[str, Any]]:
+    """Return the entries of a mapping that are mappings themselves; {} for anything else."""
+    return {k: v for k, v in value.items() if isinstance(v, Mapping)} if isinstance(value, Mapping) else {}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> {"a.b.c": leaf}; lists are leaves."""
+    """Flatten nested mappings to {"a.b.c": leaf}; lists are leaves."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The run directories at `path`: itself, or, for a folder of runs such as runs/demo, those inside it."""
+    """Return the run directories at `path`: itself, or those inside a folder of runs such as runs/demo, oldest first.
+
+    Raises ValueError where there is none.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"runs: {path} is not a directory; give a run directory or a folder of them")
@@ -89,16 +108,16 @@ def find_runs(path: Path) -> list[Path]:
     inside = [child for child in path.iterdir() if child.is_dir() and _is_run(child)]
     if not inside:
         raise ValueError(f"runs: {path} holds no run (none of {', '.join(_RUN_FILES)} in it or one level below)")
-    return sorted(inside, key=lambda child: (_first_written(child), child.name))
+    return sorted(inside, key=lambda child: (_started(child), child.name))
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
-    """One run directory -> RunRecord. Absent or damaged files leave their field empty."""
+    """Read one run directory. Absent or damaged files leave their field empty."""
     path = Path(path)
     metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
     evaluation = read_json(path / "evaluation.json")
-    some = (EVALUATION_BYTES, 1) if evaluation else (TRAINING_BYTES, TRAINING_PARTS)
-    samples, bad_samples = read_jsonl(path / "samples.jsonl", *some)
+    limit = (EVALUATION_BYTES, 1) if evaluation else (TRAINING_BYTES, TRAINING_PARTS)
+    samples, bad_samples = read_jsonl(path / "samples.jsonl", *limit)
     timeline, _ = read_jsonl(path / "timeline.jsonl")
     return RunRecord(
         name=name or path.name,
@@ -113,37 +132,29 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Every run at or below `paths`, once, under names that differ."""
-    found = [run for path in paths for run in find_runs(path)]
-    unique = list({run.resolve(): run for run in found}.values())
-    names = [run.resolve().name for run in unique]
-    labels = [
-        name if names.count(name) == 1 else f"{run.resolve().parent.name}/{name}"
-        for run, name in zip(unique, names, strict=True)
-    ]
-    return [read_run(run, label) for run, label in zip(unique, labels, strict=True)]
+    """Read every run at or below `paths` once; runs of equal names get their folder's before it."""
+    runs = list(dict.fromkeys(run.resolve() for path in paths for run in find_runs(path)))
+    names = [run.name for run in runs]
+    return [read_run(run, run.name if names.count(run.name) == 1 else f"{run.parent.name}/{run.name}") for run in runs]
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Rows -> columns by step. A step logged twice (a resumed run repeats some) keeps its newest row."""
+    """Rows of metrics.jsonl as one column per metric, by step, under the present names (OLD_METRICS).
+
+    A step logged twice (a resumed run repeats some) keeps its newest row.
+    """
     by_step: dict[float, Mapping[str, Any]] = {}
     for index, row in enumerate(rows):
         step = as_number(row.get("step", index))
-        by_step[step if math.isfinite(step) else index] = row
+        by_step[step if math.isfinite(step) else float(index)] = {OLD_METRICS.get(key, key): row[key] for key in row}
     steps = sorted(by_step)
-    if not steps:
-        return {}
-    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
-    table = {"step": [float(step) for step in steps]}
-    for key in keys:
-        values = [as_number(by_step[step].get(key)) for step in steps]
-        if any(key in by_step[step] for step in steps):
-            table[key] = values
-    return table
+    keys = dict.fromkeys(key for row in by_step.values() for key in row if key != "step")
+    table = {key: [as_number(by_step[step].get(key)) for step in steps] for key in keys}
+    return {"step": steps} | table if steps else {}
 
 
 def as_number(value: Any) -> float:
-    """A float; NaN for anything that is not a number, or so large that its square is none."""
+    """A float; NaN for anything that is not a number, or so large that its square overflows."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -151,22 +162,43 @@ def as_number(value: Any) -> float:
     return number if abs(number) < 1e100 else math.nan
 
 
+def is_correct(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of samples.jsonl was graded correct, by its verdict or, without one, its reward."""
+    verdict = row.get("verdict")
+    if isinstance(verdict, Mapping):
+        verdict = verdict.get("outcome")
+    if isinstance(verdict, str | bool):
+        return verdict in ("correct", True)
+    reward = row.get("reward")
+    return isinstance(reward, int | float) and reward > 0.5
+
+
+def parse_rows(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
+    """Return the JSON objects among the lines and the number of other lines, blank ones left out."""
+    texts = (line.decode("utf-8", errors="replace").strip() for line in lines)
+    rows = [_parsed(text) for text in texts if text]
+    good = [row for row in rows if isinstance(row, dict)]
+    return good, len(rows) - len(good)
+
+
 def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file and how many lines were not objects. No file: ([], 0). Of one longer than
-    `most_bytes` only so many bytes, in `parts` spread evenly, the last at its end."""
-    rows: list[dict[str, Any]] = []
-    bad = 0
-    for line in _lines(path, most_bytes, parts):
-        if isinstance(row := _parsed(line), dict):
-            rows.append(row)
-        else:
-            bad += 1
-    return rows, bad
+    """Return the objects of a JSONL file and the number of unreadable lines; ([], 0) without a file.
+
+    A file longer than `most_bytes` is read in `parts` spread evenly over it, the last one at its end.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse_rows(_lines(file, path.stat().st_size, most_bytes, parts))
+    except OSError:
+        return [], 0
 
 
 class MetricsTail:
-    """A live run's metrics.jsonl. `rows`: those that are whole so far; a line that is still being written comes later.
-    A file that was replaced, as --resume does when it drops rows, or cut, is read anew."""
+    """Follows the metrics.jsonl of a live run.
+
+    rows   the complete lines so far; a line that is still being written comes later. A file that was replaced, as
+           --resume does when it drops rows, or truncated, is read again from its start.
+    """
 
     def __init__(self, path: Path) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -175,7 +207,7 @@ class MetricsTail:
         self._offset = 0
 
     def poll(self) -> float | None:
-        """Read what has come since; the time of the file's last change, None while there is no file."""
+        """Read the new lines; return the time of the file's last change, None without a file."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -183,54 +215,25 @@ class MetricsTail:
                     self.rows, self._offset = [], 0
                     self._file = status.st_dev, status.st_ino
                 file.seek(self._offset)
-                whole = file.read().rpartition(b"\n")
+                complete, newline, _ = file.read().rpartition(b"\n")
         except OSError:
             return None
-        self._offset += len(whole[0]) + len(whole[1])
-        self.rows += [row for line in whole[0].splitlines() if isinstance(row := _parsed(line), dict)]
+        self._offset += len(complete) + len(newline)
+        self.rows += parse_rows(complete.splitlines())[0]
         return status.st_mtime
 
 
-def _parsed(line: str | bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None."""
+    """Return the object in a JSON file, or None."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError):
+        value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
         return None
     return value if isinstance(value, dict) else None
 
 
-def _lines(path: Path, most_bytes: int | None, parts: int) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for start, end in _stretches(path.stat().st_size, most_bytes, parts):
-                file.seek(max(start - 1, 0))
-                if start:
-                    file.readline()  # the rest of a line that began before
-                while file.tell() < end and (raw := file.readline()):
-                    if line := raw.decode("utf-8", errors="replace").strip():
-                        yield line
-    except OSError:
-        return
-
-
-def _stretches(size: int, most_bytes: int | None, parts: int) -> list[tuple[int, int]]:
-    if most_bytes is None or size <= most_bytes:
-        return [(0, size)]
-    each = most_bytes // parts
-    starts = [(size - each) * (part + 1) // parts for part in range(parts)]
-    return [(start, start + each) for start in starts]
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; {} where there is none."""
+    """Return the mapping in a YAML file; {} without one."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-99-99
@@ -238,11 +241,31 @@ def read_config(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(file: Any, size: int, most_bytes: int | None, parts: int) -> Iterable[bytes]:
+    if most_bytes is None or size <= most_bytes:
+        yield from file
+        return
+    length = most_bytes // parts
+    for part in range(1, parts + 1):
+        start = (size - length) * part // parts
+        file.seek(max(start - 1, 0))
+        file.readline()  # the end of a line that began before
+        while file.tell() < start + length and (line := file.readline()):
+            yield line
+
+
 def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _RUN_FILES)
 
 
-def _first_written(path: Path) -> float:
-    """When the run began, so that a pipeline's runs come in the order in which they ran."""
+def _started(path: Path) -> float:
+    """Time at which the run began, so that a pipeline's runs come in the order in which they ran."""
     config = path / "config.yaml"
     return config.stat().st_mtime if config.is_file() else path.stat().st_mtime

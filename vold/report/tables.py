@@ -8,10 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from .read import RunRecord, as_number
+from .read import RunRecord, as_number, mappings_in
 from .style import arm_of, label
 
 CLEAR = 2.0  # standard errors
@@ -32,12 +29,19 @@ class Difference:
         return abs(self.points) > CLEAR * self.stderr
 
     @property
-    def word(self) -> str:
+    def verdict(self) -> str:
         if not math.isfinite(self.points) or not math.isfinite(self.stderr):
             return "not measured"
         if not self.clear:
             return "no clear difference"
         return "clear gain" if self.points > 0 else "clear loss"
+
+    def __str__(self) -> str:
+        """Signed points with their standard error: "+9.0 ± 2.1"."""
+        if not math.isfinite(self.points):
+            return "–"
+        error = f" ± {100 * self.stderr:.1f}" if math.isfinite(self.stderr) else ""
+        return f"{100 * self.points:+.1f}{error}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,25 @@ class AccuracyTable:
 
     @property
     def models(self) -> list[str]:
-        known = [name for name in MODEL_ORDER if name in self.accuracy]
-        return known + [name for name in self.accuracy if name not in known]
+        return _ordered(self.accuracy, MODEL_ORDER)
 
     @property
     def sets(self) -> list[str]:
-        seen = dict.fromkeys(name for row in self.accuracy.values() for name in row)
-        return [name for name in _SET_ORDER if name in seen] + sorted(set(seen) - set(_SET_ORDER))
+        return _ordered(sorted({name for row in self.accuracy.values() for name in row}), _SET_ORDER)
 
     def value(self, model: str, name: str) -> float:
         return as_number(self.accuracy.get(model, {}).get(name))
 
     def error(self, model: str, name: str) -> float:
-        """As given, else the binomial standard error from n, else NaN."""
+        """The given standard error, else the binomial one from n, else NaN."""
         error = as_number(self.stderr.get(model, {}).get(name))
         if math.isnan(error) and self.n.get(name):
             p = self.value(model, name)
             error = math.sqrt(p * (1 - p) / self.n[name]) if 0 <= p <= 1 else math.nan
         return error
+
+    def cell(self, model: str, name: str) -> str:
+        return percent(self.value(model, name), self.error(model, name))
 
     def difference(self, new: str, old: str, name: str) -> Difference:
         """new − old on one set: paired where possible, else with independent standard errors."""
@@ -86,97 +91,73 @@ class AccuracyTable:
 
     def best(self, name: str) -> str | None:
         """The model that is clearly better than every other on this set, if there is one."""
-        order = self.ranking(name)
-        if len(order) < 2:
-            return None
-        won = all((gap := self.difference(order[0], other, name)).clear and gap.points > 0 for other in order[1:])
-        return order[0] if won else None
+        first, *others = self.ranking(name) or [None]
+        gaps = [self.difference(first, other, name) for other in others]
+        return first if gaps and all(gap.clear and gap.points > 0 for gap in gaps) else None
+
+
+def _ordered(names: Sequence[str] | Mapping[str, Any], first: Sequence[str]) -> list[str]:
+    return [name for name in first if name in names] + [name for name in names if name not in first]
 
 
 def as_table(report: Mapping[str, Any] | AccuracyTable) -> AccuracyTable:
-    """report.json, or its `accuracy` alone, as an AccuracyTable."""
+    """report.json, or its `accuracy` alone, as an AccuracyTable; an unfinished report may hold null for a model."""
     if isinstance(report, AccuracyTable):
         return report
     if "accuracy" not in report:
-        return AccuracyTable(accuracy=_rows(report))
+        return AccuracyTable(mappings_in(report))
     n = {name: int(value) for name, value in (report.get("n") or {}).items() if math.isfinite(as_number(value))}
-    return AccuracyTable(accuracy=_rows(report["accuracy"]), stderr=_rows(report.get("stderr")), n=n)
+    return AccuracyTable(mappings_in(report["accuracy"]), mappings_in(report.get("stderr")), n)
 
 
 def table_of_runs(runs: Sequence[RunRecord]) -> AccuracyTable:
-    """The table that the runs' own evaluation.json files make."""
-    accuracy: dict[str, dict[str, float]] = {}
-    stderr: dict[str, dict[str, float]] = {}
-    n: dict[str, int] = {}
-    for run in runs:
-        for name, result in evaluation_sets(run).items():
-            accuracy.setdefault(arm_of(run.name), {})[name] = as_number(result.get("accuracy"))
-            stderr.setdefault(arm_of(run.name), {})[name] = as_number(result.get("stderr"))
-            if math.isfinite(count := as_number(result.get("n"))):
-                n[name] = int(count)
+    """Build the table from the evaluation.json files of the runs."""
+    models = {arm_of(run.name): sets for run in runs if (sets := run.evaluation_section("sets"))}
+    accuracy, stderr = (
+        {model: {name: as_number(result.get(key)) for name, result in sets.items()} for model, sets in models.items()}
+        for key in ("accuracy", "stderr")
+    )
+    results = [item for sets in models.values() for item in sets.items()]
+    n = {name: int(count) for name, result in results if math.isfinite(count := as_number(result.get("n")))}
     return AccuracyTable(accuracy, stderr, n)
 
 
-def evaluation_sets(run: RunRecord) -> dict[str, Mapping[str, Any]]:
-    """set -> its results, those that are well formed."""
-    sets = (run.evaluation or {}).get("sets")
-    return {k: v for k, v in sets.items() if isinstance(v, Mapping)} if isinstance(sets, Mapping) else {}
-
-
-def kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:
+def problem_kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:
     """(set, kind of problem, its accuracy): perception and reasoning first, then the data set's own categories."""
-    found = []
-    for name, result in evaluation_sets(run).items():
-        for table in (result.get("skills"), result.get("categories")):
-            rows = table.items() if isinstance(table, Mapping) else ()
-            found += [(name, kind, numbers) for kind, numbers in rows if isinstance(numbers, Mapping)]
-    return found
+    return [
+        (name, kind, numbers)
+        for name, result in run.evaluation_section("sets").items()
+        for section in ("skills", "categories")
+        for kind, numbers in mappings_in(result.get(section)).items()
+    ]
 
 
-def benchmarks(run: RunRecord) -> dict[str, Mapping[str, Any]]:
-    """judge -> set -> numbers, of VLMEvalKit."""
-    found = (run.evaluation or {}).get("benchmarks")
-    return {k: v for k, v in found.items() if isinstance(v, Mapping)} if isinstance(found, Mapping) else {}
-
-
-def cell(value: float, error: float) -> str:
+def percent(value: float, error: float = math.nan) -> str:
     """Percent with one decimal: "53.8 ± 2.5"; "–" where nothing was measured."""
     if not math.isfinite(value):
         return "–"
-    return f"{100 * value:.1f}" if not math.isfinite(error) else f"{100 * value:.1f} ± {100 * error:.1f}"
+    return f"{100 * value:.1f} ± {100 * error:.1f}" if math.isfinite(error) else f"{100 * value:.1f}"
 
 
 def accuracy_table(accuracy: Mapping[str, Any] | AccuracyTable, stderr: Mapping[str, Any] | None = None) -> str:
     """Markdown, aligned so that it also reads as plain text. Bold: clearly better than every other model."""
-    table = _table(accuracy, stderr)
-    rows = [[label(model), *(_marked(table, model, name, "**") for name in table.sets)] for model in table.models]
+    table = as_table(accuracy) if stderr is None else AccuracyTable(accuracy, stderr)
+    best = {name: table.best(name) for name in table.sets}
+    rows = [
+        [label(m), *(f"**{table.cell(m, s)}**" if best[s] == m else table.cell(m, s) for s in table.sets)]
+        for m in table.models
+    ]
     return markdown(["accuracy, %", *table.sets], rows)
 
 
-def accuracy_rich(accuracy: Mapping[str, Any] | AccuracyTable, stderr: Mapping[str, Any] | None = None) -> Table:
-    """The same table for `rich.print`."""
-    table = _table(accuracy, stderr)
-    view = Table("accuracy, %", title_justify="left")
-    for name in table.sets:
-        view.add_column(name, justify="right")
-    for model in table.models:
-        cells = (cell(table.value(model, name), table.error(model, name)) for name in table.sets)
-        styled = (
-            f"[bold]{text}[/bold]" if table.best(name) == model else text
-            for text, name in zip(cells, table.sets, strict=True)
-        )
-        view.add_row(escape(label(model)), *styled)
-    return view
-
-
 @dataclass(frozen=True)
-class SeedCell:
-    """One arm on one set over seeds: s.e. is the sample standard deviation / √n, NaN for a single seed."""
+class Mean:
+    """The mean of independent values; stderr: sample standard deviation / √n, NaN for a single value."""
 
-    values: tuple[float, ...]
+    values: tuple[float, ...] = ()
 
     @property
-    def mean(self) -> float:
+    def value(self) -> float:
         return statistics.fmean(self.values) if self.values else math.nan
 
     @property
@@ -184,28 +165,31 @@ class SeedCell:
         n = len(self.values)
         return statistics.stdev(self.values) / math.sqrt(n) if n > 1 else math.nan
 
+    def __str__(self) -> str:
+        return percent(self.value, self.stderr)
 
-def seed_cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, SeedCell]]:
-    """arm -> set -> SeedCell. A row is {"seed", "arm", "text", "image", …} or one seed's whole report.json."""
+
+def seed_cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mean]]:
+    """arm -> set -> mean over seeds. A row is {"seed", "arm", "text", "image", …} or one seed's whole report.json."""
     values: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        for arm, sets in _arms(row).items():
+        flat = {str(row.get("arm", "?")): {k: v for k, v in row.items() if k not in ("arm", "seed")}}
+        for arm, sets in (row["accuracy"] if isinstance(row.get("accuracy"), Mapping) else flat).items():
             for name, value in sets.items():
                 if math.isfinite(number := as_number(value)):
                     values.setdefault(arm, {}).setdefault(name, []).append(number)
     order = as_table(values).models
-    return {arm: {name: SeedCell(tuple(found)) for name, found in values[arm].items()} for arm in order}
+    return {arm: {name: Mean(tuple(numbers)) for name, numbers in values[arm].items()} for arm in order}
 
 
 def seeds_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: mean ± standard error over seeds per arm, and how many seeds."""
+    """Markdown: mean ± standard error over seeds per arm, and the number of seeds."""
     cells = seed_cells(rows)
     sets = as_table(cells).sets
-    body = []
-    for arm, row in cells.items():
-        seeds = max(len(found.values) for found in row.values())
-        found = [row.get(name, SeedCell(())) for name in sets]
-        body.append([label(arm), str(seeds), *(cell(one.mean, one.stderr) for one in found)])
+    body = [
+        [label(arm), str(max(len(c.values) for c in row.values())), *(str(row.get(name, Mean())) for name in sets)]
+        for arm, row in cells.items()
+    ]
     return markdown(["accuracy, %", "seeds", *sets], body)
 
 
@@ -218,23 +202,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
-
-
-def _arms(row: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    if isinstance(row.get("accuracy"), Mapping):
-        return row["accuracy"]
-    return {str(row.get("arm", "?")): {k: v for k, v in row.items() if k not in ("arm", "seed")}}
-
-
-def _rows(table: Any) -> dict[str, Mapping[str, Any]]:
-    """The rows that are there: an unfinished pipeline may have written null for a model."""
-    return {model: row for model, row in (table or {}).items() if isinstance(row, Mapping)}
-
-
-def _table(accuracy: Mapping[str, Any] | AccuracyTable, stderr: Mapping[str, Any] | None) -> AccuracyTable:
-    return as_table(accuracy) if stderr is None else AccuracyTable(accuracy=accuracy, stderr=stderr)
-
-
-def _marked(table: AccuracyTable, model: str, name: str, mark: str) -> str:
-    text = cell(table.value(model, name), table.error(model, name))
-    return f"{mark}{text}{mark}" if table.best(name) == model else text

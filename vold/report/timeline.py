@@ -1,105 +1,197 @@
-"""One step as a timeline: what ran when, what ran inside it, and what ran beside the training."""
+"""When the phases of a step ran: one timeline for the page (one step) and for `vold profile` (several runs)."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from .health import phase_colours
-from .read import RunRecord, as_number
+from matplotlib.axes import Axes
 
-STEP_LANE = "train"  # vold.run.timers.PhaseTimers.MAIN_THREAD: the thread that trains
-NARROW = 0.004  # of the timeline: passages of one phase that are nearer to each other are drawn as one
+from vold.io import visible
+
+from .drawing import Format, add_legend, figure_bytes, new_figure, report_style
+from .read import OLD_METRICS, RunRecord, as_number
+from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours
+
+STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
+NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
+CHARACTERS = 125  # that fit into the width of the step's figure
+SAMPLING = ("rollout", "grade")
+NOT_WORK = ("rollout_wait", "gather", *TRAIN_PARTS)  # waiting, and parts of what is drawn as a whole
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A phase from `start` to `end`, seconds from the timeline's beginning; `left` and `width` in percent of it."""
+class Interval(NamedTuple):
+    """One interval of a phase and the thread it ran in; seconds."""
 
     name: str
+    thread: str
     start: float
     end: float
-    left: float = 0.0
-    width: float = 0.0
-    colour: str = ""
+
+
+Row = tuple[str, Sequence[Interval]]  # label, intervals that do not overlap
+
+
+def read_intervals(line: Mapping[str, Any]) -> list[Interval]:
+    """Return the well-formed intervals of one line of timeline.jsonl."""
+    items = line.get("intervals")
+    items = [item for item in items if isinstance(item, list) and len(item) == 4] if isinstance(items, list) else []
+    intervals = [Interval(_phase(item[0]), str(item[1]), as_number(item[2]), as_number(item[3])) for item in items]
+    return [i for i in intervals if math.isfinite(i.start) and math.isfinite(i.end) and i.end >= i.start]
+
+
+def _phase(name: Any) -> str:
+    return OLD_METRICS.get(f"seconds_{name}", f"seconds_{name}").removeprefix("seconds_")
+
+
+# -- one step of a run ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """Rows of passages that do not overlap: the step's own by depth of nesting, then a row or more for each thread
-    beside it, named by its lane."""
+class StepTimeline:
+    """One step from second 0: rows of the training thread by depth of nesting, then those of each other thread."""
 
     step: str
     seconds: float
-    rows: list[tuple[str, list[Passage]]]
-    ticks: list[tuple[float, float]]  # place in percent, seconds
+    rows: list[Row]
 
 
-def timeline(run: RunRecord) -> Timeline | None:
-    """The newest ordinary step on file: one without an evaluation, if there is one."""
-    steps = [(row, found) for row in run.timeline if (found := list(_intervals(row)))]
-    ordinary = [item for item in steps if not any(name == "evaluate" for name, *_ in item[1])]
+def step_timeline(run: RunRecord) -> StepTimeline | None:
+    """The newest step on file without an evaluation, or with one where all have one; None without a step."""
+    steps = [(line, intervals) for line in run.timeline if (intervals := read_intervals(line))]
+    ordinary = [step for step in steps if not any(i.name == "evaluate" for i in step[1])]
     if not steps:
         return None
-    row, found = (ordinary or steps)[-1]
-    return _draw(str(row.get("step", "?")), found)
-
-
-def _intervals(row: Mapping[str, Any]) -> Iterable[tuple[str, str, float, float]]:
-    """Those of a row that are well formed."""
-    found = row.get("intervals")
-    for item in found if isinstance(found, list) else ():
-        if isinstance(item, list) and len(item) == 4:
-            start, end = as_number(item[2]), as_number(item[3])
-            if math.isfinite(start) and math.isfinite(end) and end >= start:
-                yield str(item[0]), str(item[1]), start, end
-
-
-def _draw(step: str, found: Sequence[tuple[str, str, float, float]]) -> Timeline:
-    zero, last = min(start for *_, start, _ in found), max(end for *_, end in found)
-    whole = max(last - zero, 1e-9)
-    paint = phase_colours(list(dict.fromkeys(name for name, *_ in found)))
-    lanes: dict[str, list[Passage]] = {}
-    for name, lane, start, end in found:
-        lanes.setdefault(lane, []).append(Passage(name, start - zero, end - zero, colour=paint[name]))
+    line, intervals = (ordinary or steps)[-1]
+    start = min(i.start for i in intervals)
+    seconds = max(max(i.end for i in intervals) - start, 1e-9)
+    threads: dict[str, list[Interval]] = {STEP_THREAD: []}
+    for interval in intervals:
+        shifted = interval._replace(start=interval.start - start, end=interval.end - start)
+        threads.setdefault(interval.thread, []).append(shifted)
     rows = [
-        ("" if lane == STEP_LANE else lane, [_placed(passage, whole) for passage in _joined(row, NARROW * whole)])
-        for lane in sorted(lanes, key=lambda lane: lane != STEP_LANE)
-        for row in _by_depth(lanes[lane])
+        ("" if thread == STEP_THREAD else thread, _join(row, NARROW * seconds))
+        for thread, members in threads.items()
+        for row in _by_depth(members)
     ]
-    return Timeline(step, whole, rows, [(100 * at / whole, at) for at in _ticks(whole)])
+    return StepTimeline(str(line.get("step", "?")), seconds, rows)
 
 
-def _by_depth(passages: Sequence[Passage]) -> list[list[Passage]]:
-    """What runs inside another passage goes a row further down."""
-    rows: list[list[Passage]] = []
-    for passage in sorted(passages, key=lambda p: (p.start, -p.end)):
-        depth = next((i for i, row in enumerate(rows) if row[-1].end <= passage.start + 1e-9), len(rows))
-        if depth == len(rows):
-            rows.append([])
-        rows[depth].append(passage)
+def _by_depth(intervals: Iterable[Interval]) -> list[list[Interval]]:
+    """Rows in which an interval inside another one is a row further down."""
+    rows: list[list[Interval]] = []
+    for interval in sorted(intervals, key=lambda i: (i.start, -i.end)):
+        row = next((row for row in rows if row[-1].end <= interval.start + 1e-9), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(interval)
     return rows
 
 
-def _joined(row: Sequence[Passage], narrow: float) -> list[Passage]:
-    """Thousands of short passages of one phase, a grade after each group, are one to the eye."""
-    kept: list[Passage] = []
-    for passage in row:
-        if kept and kept[-1].name == passage.name and passage.start - kept[-1].end < narrow:
-            kept[-1] = replace(kept[-1], end=passage.end)
+def _join(row: Iterable[Interval], narrow: float) -> list[Interval]:
+    """Join thousands of short intervals of one phase, such as a grade after each group, that look like one."""
+    joined: list[Interval] = []
+    latest: dict[str, int] = {}  # phase -> its last position in `joined`
+    for interval in sorted(row, key=lambda i: i.start):
+        index = latest.get(interval.name)
+        if index is not None and interval.start - joined[index].end < narrow:
+            joined[index] = joined[index]._replace(end=max(joined[index].end, interval.end))
         else:
-            kept.append(passage)
-    return kept
+            latest[interval.name] = len(joined)
+            joined.append(interval)
+    return joined
 
 
-def _placed(passage: Passage, whole: float) -> Passage:
-    return replace(passage, left=100 * passage.start / whole, width=100 * (passage.end - passage.start) / whole)
+@report_style
+def step_figure(timeline: StepTimeline, *, fmt: Format = "svg") -> bytes:
+    """One row per depth and thread; wide bars carry their names, all of them a tooltip (see page.inline_svg)."""
+    figure = new_figure(9.6, 0.45 + 0.24 * len(timeline.rows))
+    axis = figure.subplots()
+    _draw_rows(axis, timeline.rows, seconds=timeline.seconds, labelled=True)
+    labels = [visible(f"{thread} thread") if thread else "" for thread, _ in timeline.rows]
+    axis.set_yticks(range(len(labels)), labels)
+    axis.xaxis.set_major_formatter("{x:g} s")
+    axis.tick_params(labelsize=8)
+    return figure_bytes(figure, fmt)
 
 
-def _ticks(whole: float) -> list[float]:
-    """Round numbers of seconds, four to eight of them."""
-    power = 10 ** math.floor(math.log10(whole))
-    unit = next(power * factor for factor in (0.1, 0.2, 0.25, 0.5, 1, 2) if whole / (power * factor) <= 8)
-    return [unit * i for i in range(int(whole / unit) + 1)]
+def _draw_rows(axis: Axes, rows: Sequence[Row], *, seconds: float, labelled: bool = False) -> None:
+    colours = phase_colours(list(dict.fromkeys(i.name for _, intervals in rows for i in intervals)))
+    for y, (_, intervals) in enumerate(rows):
+        for interval in intervals:
+            length, colour = interval.end - interval.start, colours[interval.name]
+            name = visible(interval.name).replace("_", " ")
+            bar = axis.broken_barh([(interval.start, length)], (y - 0.4, 0.8), facecolor=colour, linewidth=0)
+            if labelled:
+                bar.set(gid=f"tooltip {name} {format_duration(length)}", facecolor=(colour, 0.5), edgecolor=colour)
+                bar.set_linewidth(0.8)
+                if CHARACTERS * length > (len(name) + 1) * seconds:
+                    axis.text(interval.start + 0.005 * seconds, y, name, va="center", fontsize=8, clip_on=True)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(0, seconds)
+    axis.xaxis.grid(True)
+
+
+# -- sampler and trainer over the steps of profiled runs -----------------------------------------------------------
+
+
+def by_worker(intervals: Iterable[Interval]) -> dict[str, list[Interval]]:
+    """Sort intervals to the rows "sampler" and "trainer"; those that are no work of either are left out, such as a
+    thread beside the training that waits for a teacher."""
+    rows: dict[str, list[Interval]] = {"sampler": [], "trainer": []}
+    for interval in intervals:
+        if interval.name in SAMPLING:
+            rows["sampler"].append(interval)
+        elif interval.thread == STEP_THREAD and interval.name not in NOT_WORK:
+            rows["trainer"].append(interval)
+    return rows
+
+
+def idle_shares(intervals: Sequence[Interval]) -> dict[str, float]:
+    """Share of the time from the first interval to the last in which the sampler, and the trainer, did not work."""
+    first, last = min(i.start for i in intervals), max(i.end for i in intervals)
+    return {worker: 1.0 - _covered(row) / (last - first) for worker, row in by_worker(intervals).items()}
+
+
+def _covered(intervals: Iterable[Interval]) -> float:
+    covered, reached = 0.0, -math.inf
+    for interval in sorted(intervals, key=lambda i: i.start):
+        covered += max(interval.end - max(interval.start, reached), 0.0)
+        reached = max(reached, interval.end)
+    return covered
+
+
+@report_style
+def workers_figure(runs: Mapping[str, Sequence[Interval]], *, fmt: Format = "svg") -> bytes:
+    """A panel per named run, all from second 0 on one axis: the sampler's phases above, the trainer's below."""
+    figure = new_figure(9.6, 1.1 + 1.05 * len(runs))
+    axes = figure.subplots(len(runs), 1, squeeze=False, sharex=True)[:, 0]
+    longest = max(max(i.end for i in run) - min(i.start for i in run) for run in runs.values())
+    for axis, (title, intervals) in zip(axes, runs.items(), strict=True):
+        start, idle = min(i.start for i in intervals), idle_shares(intervals)
+        shifted = [i._replace(start=i.start - start, end=i.end - start) for i in intervals]
+        rows = [(worker, _join(row, longest / 2000)) for worker, row in by_worker(shifted).items()]
+        _draw_rows(axis, rows, seconds=longest)
+        axis.set_yticks(range(len(rows)), [f"{worker}, idle {idle[worker]:.0%}" for worker, _ in rows])
+        axis.set_title(title)
+    axes[-1].set_xlabel("seconds")
+    drawn = {i.name for intervals in runs.values() for row in by_worker(intervals).values() for i in row}
+    add_legend(figure, {name: colour for name, colour in PHASES.items() if name in drawn})
+    return figure_bytes(figure, fmt)
+
+
+def to_csv(intervals: Iterable[Interval]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("name", "lane", "start", "end"))  # lane: the thread
+    writer.writerows((i.name, i.thread, f"{i.start:.6f}", f"{i.end:.6f}") for i in intervals)
+    return out.getvalue()
+
+
+def from_csv(text: str) -> list[Interval]:
+    rows = csv.DictReader(io.StringIO(text))
+    return [Interval(row["name"], row["lane"], float(row["start"]), float(row["end"])) for row in rows]

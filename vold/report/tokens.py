@@ -1,63 +1,57 @@
-"""A response token by token: how much surer of each the student was than the teacher, as colour."""
+"""A response token by token, coloured by the gap between the student's and the teacher's log-probs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .read import as_number
 
-STEPS = (0.1, 0.5, 1.0, 3.0)  # nats: where the next stronger colour begins
-ENDS = 240  # tokens shown of either end of a response; what is between is left out
+SHADES = (0.1, 0.5, 1.0, 3.0)  # nats: where the next stronger colour begins
+ENDS = 240  # tokens shown of either end of a response; those between are left out
 WIDEST = 5
 
 
 @dataclass(frozen=True)
 class Token:
-    """gap: log p − log p teacher, nats, NaN where the teacher was not asked. shade: "" for no colour, else u1 … u4
-    where the student was surer, d1 … d4 where the teacher was."""
+    """gap: log p − log p teacher, nats, NaN where the teacher did not score the token."""
 
     text: str
     logp: float
-    gap: float = math.nan
+    gap: float
 
     @property
     def shade(self) -> str:
-        strength = sum(abs(self.gap) >= step for step in STEPS)
+        """CSS class: u1 … u4 where the student is surer, d1 … d4 where the teacher is, "" for no colour."""
+        strength = sum(abs(self.gap) >= step for step in SHADES)
         return f"{'u' if self.gap > 0 else 'd'}{strength}" if strength else ""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of a long response its two ends, `left_out` tokens being between them; `widest`: those of all of it with the
-    largest gaps, widest first."""
+    """The two ends of a response, `left_out` tokens being between them.
+
+    widest   the tokens of all of it with the largest gaps, widest first
+    scored   whether the teacher scored the response
+    """
 
     head: list[Token]
     tail: list[Token]
     left_out: int
     widest: list[Token]
-    scored: bool  # by the teacher
+    scored: bool
 
 
 def tokens_of(row: Mapping[str, Any]) -> Tokens | None:
-    """None for a row of samples.jsonl that does not say it of each token, or not alike of all."""
+    """Read the tokens of a row of samples.jsonl; None where they are missing or their columns differ in length."""
     texts, logps, teacher = (row.get(key) for key in ("tokens", "logp", "logp_teacher"))
     if not isinstance(texts, list) or not isinstance(logps, list) or len(texts) != len(logps) or not texts:
         return None
     scored = isinstance(teacher, list) and len(teacher) == len(texts)
-    found = [_token(text, logp, of) for text, logp, of in zip(texts, logps, teacher if scored else logps, strict=True)]
-    if not scored:
-        found = [Token(token.text, token.logp) for token in found]
-    cut = len(found) > 2 * ENDS
-    head, tail = (found[:ENDS], found[-ENDS:]) if cut else (found, [])
-    return Tokens(head, tail, len(found) - len(head) - len(tail), _widest(found), scored)
-
-
-def _token(text: Any, logp: Any, teacher: Any) -> Token:
-    return Token(str(text), as_number(logp), as_number(logp) - as_number(teacher))
-
-
-def _widest(tokens: Sequence[Token]) -> list[Token]:
-    return sorted((token for token in tokens if token.shade), key=lambda token: -abs(token.gap))[:WIDEST]
+    columns = zip(texts, map(as_number, logps), teacher if scored else [math.nan] * len(texts), strict=True)
+    tokens = [Token(str(text), logp, logp - as_number(logp_teacher)) for text, logp, logp_teacher in columns]
+    head, tail = (tokens[:ENDS], tokens[-ENDS:]) if len(tokens) > 2 * ENDS else (tokens, [])
+    widest = sorted((token for token in tokens if token.shade), key=lambda token: -abs(token.gap))[:WIDEST]
+    return Tokens(head, tail, len(tokens) - len(head) - len(tail), widest, scored)

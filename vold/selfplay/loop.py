@@ -43,13 +43,13 @@ from vold.models.tokenizer import load_tokenizer
 from vold.objectives import build_objective
 from vold.parallel.collectives import run_on_all_ranks
 from vold.planning.check import print_rank_memory
-from vold.report import SelfplayRecord, diversity_figure
 from vold.rollout import open_sampler
 from vold.run.job import Job, open_job
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
 from vold.selfplay.challenger import Challenge, QuestionForm, SolverVoters, embed_together, open_embedder
 from vold.selfplay.diversity import diversity, map_of
+from vold.selfplay.figures import SelfplayRecord, diversity_figure
 from vold.selfplay.questions import informative, solver_batches
 from vold.train import rl
 

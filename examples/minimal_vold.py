@@ -41,7 +41,8 @@ PROMPTS_PER_STEP, RESPONSES, MAX_NEW_TOKENS = 32, 5, 40
 
 def sample_rollouts(policy: PreTrainedModel, tokenizer, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
     """RESPONSES rollouts of each prompt, at temperature 1, so that log-probs of sampler and loss are the same thing."""
-    inputs = tokenizer.pad({"input_ids": [list(prompt.token_ids) for prompt in prompts]}, return_tensors="pt")
+    prompt_ids = [list(map(int, prompt.token_ids)) for prompt in prompts]
+    inputs = tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt")
     # A head has more rows than there are tokens, and an image pad is no text: neither may be drawn.
     unreal = [*range(len(tokenizer), policy.lm_head.weight.shape[0]), policy.config.image_token_id]
     sequences_BL = policy.generate(
@@ -74,7 +75,7 @@ def grade(rollouts: Sequence[Rollout], grader: Grader) -> Group:
 
 def response_states(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """(hidden states [N, D] that predict each response token, the tokens [N]). Logits [N, V] are never made."""
-    rows = [torch.tensor([*s.prompt.token_ids, *s.response_ids]) for s in samples]
+    rows = [torch.tensor([*s.prompt.token_ids, *s.response_ids], dtype=torch.long) for s in samples]
     mask_BL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     ids_BL = pad_sequence(rows, batch_first=True)
     hidden_BLD = model.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state

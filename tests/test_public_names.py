@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import vold
 from vold.config import schema
@@ -111,6 +115,39 @@ def test_load_config_refuses_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=line.replace("?", r"\?")) as error:
             vold.load_config(*arguments)
         assert "\n" not in str(error.value)
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_block(block: str, tmp_path: Path, **names) -> SimpleNamespace:
+    file = tmp_path / "block.py"
+    file.write_text(block)
+    return SimpleNamespace(**runpy.run_path(str(file), init_globals=names))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_pages_train_from_python(page, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(vold, "train_rl", trained.append, raising=False)
+    block = next(block for block in python_blocks(page) if "import vold\n" in block)
+    assert trained == [run_block(block, tmp_path).config] and type(trained[0]) is schema.RlConfig
+
+
+def test_the_readmes_loss(tmp_path):
+    """The block with the fused loss, on [N] terms: at ratio 1 the gradient is that of advantage and k2 pull."""
+    hidden = torch.randn(6, 8, requires_grad=True)
+    model = SimpleNamespace(lm_head=torch.nn.Linear(8, 11, bias=False))
+    target, advantage, weight = torch.randint(0, 11, (6,)), torch.randn(6), torch.full((6,), 1 / 6)
+    logp = model.lm_head(hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    logp_teacher = logp.detach() + 0.5
+    expected = torch.autograd.grad((weight * (-advantage * logp + 0.5 * (logp - logp_teacher) ** 2)).sum(), hidden)[0]
+    names = {"hidden": hidden, "model": model, "target": target, "advantage": advantage, "logp_old": logp.detach()}
+    names |= {"logp_teacher": logp_teacher, "pg_weight": weight, "kl_weight": weight}
+    run_block(next(block for block in python_blocks("README.md") if "PolicyTerms" in block), tmp_path, **names)
+    assert torch.allclose(hidden.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_train_and_evaluate_from_python(world, layout, tmp_path):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +38,15 @@ from vold.types import Group, Prompt, Rollout, Sample
 from vold_kernels import PolicyTerms, linear_logprob, linear_policy_loss
 
 PROMPTS_PER_STEP, RESPONSES, MAX_NEW_TOKENS = 32, 5, 40
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student and frozen teacher. vocab_size: ids that both tokenizers have; head rows beyond them are padding."""
+
+    policy: PreTrainedModel
+    teacher: PreTrainedModel
+    vocab_size: int
 
 
 def sample_rollouts(policy: PreTrainedModel, tokenizer, prompts: Sequence[Prompt]) -> list[list[Rollout]]:
@@ -87,22 +97,20 @@ def response_states(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[
 
 
 def train_step(
-    policy: PreTrainedModel,
-    teacher: PreTrainedModel,
-    samples: Sequence[Sample],
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    vocab_size: int,
+    models: Models, samples: Sequence[Sample], objective: Objective, optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
-    """One update. `samples` hold everything else: each token's two weights contain beta, masks and the normaliser."""
+    """One update. Each token's two weights, in `samples`, contain beta, masks and the normaliser."""
     samples = [sample for sample in samples if sample.pg_weight or sample.kl_weight]  # all others have no gradient
     if not samples:
         return {}
+    policy, teacher, vocab_size = models.policy, models.teacher, models.vocab_size
     hidden_ND, target_N = response_states(policy, samples)
     lengths_B = torch.tensor([len(sample.response_ids) for sample in samples])
-    per_token = lambda name: torch.tensor([getattr(s, name) for s in samples]).repeat_interleave(lengths_B)  # noqa: E731
-    kl_weight_N = per_token("kl_weight")
 
+    def per_token(field: str) -> Tensor:
+        return torch.tensor([getattr(sample, field) for sample in samples]).repeat_interleave(lengths_B)
+
+    kl_weight_N = per_token("kl_weight")
     logp_teacher_N = torch.zeros_like(kl_weight_N)
     failed = [sample for sample in samples if sample.kl_weight]  # the teacher reads nothing else
     if failed:
@@ -148,7 +156,8 @@ def train(student: Path, teacher: Path, data: Path, *, steps: int, lr: float) ->
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
     policy = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32)
-    frozen_teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).requires_grad_(False)
+    frozen = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).requires_grad_(False)
+    models = Models(policy, frozen, vocab_size=len(tokenizer))
     problems = load_problems(DataConfig(path=data, layout="orz"))
     prompts = build_prompts(problems, tokenizer, PromptConfig(suffix=""))
     objective = build_objective(ObjectiveConfig(preset="vold", beta=0.3), longest=MAX_NEW_TOKENS)
@@ -159,7 +168,7 @@ def train(student: Path, teacher: Path, data: Path, *, steps: int, lr: float) ->
             rollouts = sample_rollouts(policy, tokenizer, [prompts[row] for row in rows])
             groups = [grade(siblings, grader) for siblings in rollouts]
             samples = objective.assign_token_weights(groups)
-            metrics = train_step(policy, frozen_teacher, samples, optimizer, objective, vocab_size=len(tokenizer))
+            metrics = train_step(models, samples, objective, optimizer)
             rewards = [reward for group in groups for reward in group.rewards if reward is not None]
             history.append({"reward": sum(rewards) / max(len(rewards), 1)} | metrics)
             print(f"step {step + 1}", *(f"{name} {value:.4f}" for name, value in history[-1].items()), flush=True)

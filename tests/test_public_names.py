@@ -152,7 +152,10 @@ def test_the_readmes_loss(tmp_path):
 
 def test_train_and_evaluate_from_python(world, layout, tmp_path):
     """The whole way in five lines: SFT, RL from its model, accuracy of the result."""
-    overrides = lambda stage: world.overrides(stage, tmp_path / stage)  # noqa: E731
+
+    def overrides(stage: str) -> list[str]:
+        return world.overrides(stage, tmp_path / stage)
+
     vold.train_sft(vold.load_config(MINIATURE / "sft.yaml", *overrides("sft"), "steps=1", "optimizer.warmup_steps=0"))
     start = f"student={tmp_path / 'sft' / 'model'}"
     rl = vold.load_config(MINIATURE / "rl.yaml", *overrides("rl"), start, "steps=1", "optimizer.warmup_steps=0")

@@ -31,28 +31,22 @@ def minimal() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
-@pytest.fixture(scope="module")
-def models(tiny_student_dir, tiny_teacher_dir):
-    policy = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir, dtype=torch.float32)
-    return policy, teacher
-
-
-def test_three_steps_equal_the_trainers(minimal, models, tiny_student_dir, tiny_teacher_dir, layout):
+def test_three_steps_equal_the_trainers(minimal, tiny_student_dir, tiny_teacher_dir, layout):
     """Loss and every parameter after each step, on the same rollouts, in fp32: the trainer packs, shares prompts and
     runs Megatron; the example pads and runs transformers. Adam's eps is large enough that elements whose gradient is
     rounding do not move by a whole learning rate."""
     objective = build_objective(ObjectiveConfig(preset="vold", beta=0.3), LONGEST)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, eps=EPS)
     scorer = make_teacher(tiny_teacher_dir, layout)
-    policy, teacher = models
+    policy = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher_dir, dtype=torch.float32)
     optimizer = minimal.build_optimizer(policy, OPTIMIZER.lr)
     for group in optimizer.param_groups:
         group["eps"] = EPS
     before = {name: tensor.clone() for name, tensor in policy.named_parameters()}
     for step, rewards in enumerate(REWARDS):
         samples = objective.assign_token_weights(make_groups(rewards, seed=step))
-        metrics = minimal.train_step(policy, teacher, samples, optimizer, objective, VOCAB_SIZE)
+        metrics = minimal.train_step(minimal.Models(policy, teacher, VOCAB_SIZE), samples, objective, optimizer)
         report = trainer.step(scorer.score(batch_of(samples, max_tokens=60))).metrics
         assert metrics["loss"] == pytest.approx(report["loss"], rel=1e-5, abs=1e-6)
         assert metrics["kl_teacher"] == pytest.approx(report["kl_teacher"], rel=1e-4)
@@ -67,7 +61,7 @@ def test_three_steps_equal_the_trainers(minimal, models, tiny_student_dir, tiny_
     assert frozen and all(torch.equal(policy.get_parameter(name), before[name]) for name in frozen)
 
 
-def test_rollouts_are_real_tokens_and_end_where_they_end(minimal, tiny_student_dir, world, monkeypatch):
+def test_rollouts_are_real_tokens_and_end_where_they_end(minimal, tiny_student_dir, world):
     tokenizer = AutoTokenizer.from_pretrained(tiny_student_dir, padding_side="left")
     policy = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     problems = load_problems(DataConfig(path=world.data / "train.json", layout="orz", limit=4))
@@ -87,9 +81,10 @@ def test_rollouts_are_real_tokens_and_end_where_they_end(minimal, tiny_student_d
     assert len(group.rewards) == minimal.RESPONSES and set(group.rewards) <= {0.0, 1.0}
 
 
-def test_it_runs_and_distils(minimal, tmp_path, capsys):
+def test_it_runs_and_distils(minimal, tmp_path, capsys, monkeypatch):
     """On the untrained world every response fails: what can be learnt is the teacher."""
-    minimal.train.__globals__.update(PROMPTS_PER_STEP=8, RESPONSES=2, MAX_NEW_TOKENS=8)
+    for name, value in {"PROMPTS_PER_STEP": 8, "RESPONSES": 2, "MAX_NEW_TOKENS": 8}.items():
+        monkeypatch.setitem(minimal.train.__globals__, name, value)
     history = minimal.train(*minimal.tiny_world(tmp_path / "world"), steps=15, lr=3e-3)
     assert len(capsys.readouterr().out.splitlines()) == len(history) == 15
     kl = [row["kl_teacher"] for row in history]

@@ -17,7 +17,7 @@ LEVELS = [
     {"teacher", "evaluation"},
     {"train"},
     {"selfplay", "planning", "commands"},
-    {"cli", "miniature"},
+    {"api", "cli", "miniature"},
     {"__init__", "__main__"},  # the public names and the command, which import lazily
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

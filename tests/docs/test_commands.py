@@ -111,6 +111,9 @@ class Accepted(Exception):
 
 def accept_module(monkeypatch, command: Command) -> None:
     """`python -m MODULE ...` until its arguments are parsed; the miniature's verbs are those that its usage names."""
+    if command.words[1].startswith("examples/"):  # tests/examples runs it
+        assert (ROOT / command.words[1]).is_file()
+        return
     program, option, module, *words = command.words
     assert (program, option) == ("python", "-m")
     if module == "vold.miniature":

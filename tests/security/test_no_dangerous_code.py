@@ -13,7 +13,7 @@ from vold import cli
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path
-    for folder in ("vold", "kernels", "benchmarks", "tests")
+    for folder in ("vold", "kernels", "benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if path.parent != Path(__file__).parent
 )
@@ -85,7 +85,7 @@ def test_the_walk_sees_it(code):
 
 
 def test_the_walk_covers_the_tree():
-    assert {path.parts[len(ROOT.parts)] for path in SOURCES} == {"vold", "kernels", "benchmarks", "tests"}
+    assert {path.parts[len(ROOT.parts)] for path in SOURCES} == {"vold", "kernels", "benchmarks", "examples", "tests"}
 
 
 def test_servers_are_bound_to_loopback_unless_told_otherwise():

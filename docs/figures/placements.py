@@ -1,4 +1,4 @@
-"""Draws docs/placements.png, the picture of docs/rollouts.md: python docs/placements.py"""
+"""Draws placements.png, the picture of docs/rollouts.md: python docs/figures/placements.py"""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def machine(axes: Axes, x: float, y: float, width: float, height: float, text: s
     axes.text(x + 0.12, y + height - 0.13, text, ha="left", va="top", fontsize=8, color=QUIET)
 
 
-def arrow(axes: Axes, start: tuple, end: tuple, text: str, place: tuple, *, both: bool = False, **font) -> None:
+def arrow(axes: Axes, start: tuple, end: tuple, text: str, text_at: tuple, *, both: bool = False, **font) -> None:
     style = {"arrowstyle": "<|-|>" if both else "-|>", "mutation_scale": 9, "color": INK, "lw": 1.0}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=2, shrinkB=2, **style))
-    axes.text(*place, text, fontsize=7.5, color=INK, va="center", **{"ha": "center", **font})
+    axes.text(*text_at, text, fontsize=7.5, color=INK, va="center", **{"ha": "center", **font})
 
 
 def one_gpu(axes: Axes) -> None:
@@ -45,8 +45,8 @@ def one_gpu(axes: Axes) -> None:
 
 def one_node(axes: Axes) -> None:
     machine(axes, 0, 0.2, 5.6, 3.6, "one node: a process per GPU")
-    for place, name in enumerate(("rank 0", "rank 1", "rank 7")):
-        x = 0.2 + place * 1.8 + (0.2 if place == 2 else 0)
+    for index, name in enumerate(("rank 0", "rank 1", "rank 7")):
+        x = 0.2 + index * 1.8 + (0.2 if index == 2 else 0)
         box(axes, x, 2.3, 1.4, 0.8, f"vLLM engine\n({name})", STUDENT)
         box(axes, x, 0.7, 1.4, 0.8, f"trainer\n({name})", TRAINER)
         arrow(axes, (x + 0.45, 1.5), (x + 0.45, 2.3), "", (0, 0))
@@ -78,12 +78,12 @@ def cluster(axes: Axes) -> None:
 def main() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14.5, 3.2), width_ratios=(5.6, 5.6, 9.0), layout="constrained")
     titles = ("one GPU", "one node, colocated", "cluster, engines of their own")
-    for place, draw, title in zip(axes, (one_gpu, one_node, cluster), titles, strict=True):
-        draw(place)
-        place.set_title(title, fontsize=10, color=INK)
-        place.autoscale_view()
-        place.set_aspect("equal")
-        place.axis("off")
+    for panel, draw, title in zip(axes, (one_gpu, one_node, cluster), titles, strict=True):
+        draw(panel)
+        panel.set_title(title, fontsize=10, color=INK)
+        panel.autoscale_view()
+        panel.set_aspect("equal")
+        panel.axis("off")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 
 

@@ -25,7 +25,7 @@ from vold.planning.meta_memory import (
     update_bytes,
 )
 from vold.planning.step_sizes import StepSizes
-from vold.rollout.transformers.decode import RoomyLayer
+from vold.rollout.transformers.decode import PreallocatedLayer
 from vold_kernels.chunks import default_budget
 
 BATCH_BYTES = 7 * 8 + 8 + 6 * 4  # bytes of a packed token: MicroBatch's integers, its index of keys, its floats
@@ -181,7 +181,7 @@ def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) 
         cache = vllm.kv_cache_gib * 2**30
         return (0.0, {"sampler": weights, "KV cache": cache}) if vllm.sleep else (weights + cache, {"KV cache": 0.0})
     sequences = sampling.sequences_per_call
-    step = RoomyLayer.ROOM + 1  # tokens that the cache grows by
+    step = PreallocatedLayer.SPARE_TOKENS + 1  # tokens that the cache grows by
     length = config.prompt.max_tokens + -(-(sampling.max_new_tokens - 1) // step) * step
     token_bytes = sequences * kv_bytes(arch, size)
     cache = token_bytes * length + token_bytes / arch.layers * (length - step)  # copied layer by layer when it grows

@@ -160,7 +160,7 @@ def train(student: Path, teacher: Path, data: Path, *, steps: int, lr: float) ->
     models = Models(policy, frozen, vocab_size=len(tokenizer))
     problems = load_problems(DataConfig(path=data, layout="orz"))
     prompts = build_prompts(problems, tokenizer, PromptConfig(suffix=""))
-    objective = build_objective(ObjectiveConfig(preset="vold", beta=0.3), longest=MAX_NEW_TOKENS)
+    objective = build_objective(ObjectiveConfig(preset="vold", beta=0.3), MAX_NEW_TOKENS)
     optimizer, history = build_optimizer(policy, lr), []
     with Grader() as grader:
         for step in range(steps):

@@ -1,10 +1,10 @@
-"""Every Triton kernel of kernels/ compiled for A100 and H200 without either: does it fit, does it spill?
+"""Compiles every Triton kernel for A100 and H200 without either, and lists shared memory, registers and spills.
 
     python -m benchmarks.aot [--out benchmarks/results/aot.csv]
 
-`VARIANTS` lists the dtypes and switches in use; row counts are the grid and strides are arguments, so one binary serves
-every shape, and its block is a constant of the kernel's file. A kernel without a variant gets a row that says so.
-Registers and spills are read from the cubin by the cuobjdump that Triton carries.
+`VARIANTS` lists the dtypes and switches in use. Row counts are the grid and strides are arguments, so one binary serves
+every shape; the block is a constant. A kernel without a variant has the status "not listed". Registers and spills are
+read from the cubin by the cuobjdump that Triton ships.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .harness import write_rows
 
 CHIPS = {80: "A100", 90: "H200"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes one block may use."""
+"""Bytes of shared memory that one block may use."""
 COLUMNS = (
     *("kernel", "variant", "chip", "sm", "status", "block", "warps", "shared_bytes", "shared_limit"),
     *("registers", "spill_bytes", "stack_bytes", "ptx_bytes", "triton"),
@@ -113,13 +113,13 @@ VARIANTS = [
 
 
 def modules() -> list[str]:
-    """The files of kernels/ that hold Triton kernels."""
+    """Modules of vold_kernels that contain Triton kernels."""
     folders = [Path(folder) for folder in vold_kernels.__path__]
     return sorted(x.stem for folder in folders for x in folder.glob("*.py") if "@triton.jit" in x.read_text())
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """(module, kernel) of everything that is launched: a jitted function that stores."""
+    """(module, kernel) of every jitted function that stores, and is therefore launched."""
     from triton.runtime.jit import JITFunction
 
     for module in modules():
@@ -129,7 +129,7 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 
 def compiled(variant: Variant, sm: int):
-    """The compiled kernel, as `triton.compile` returns it."""
+    """Compiles a variant for compute capability `sm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -145,7 +145,7 @@ def compiled(variant: Variant, sm: int):
 
 
 def usage(kernel) -> Usage | None:
-    """None where Triton carries no cuobjdump."""
+    """Resources of a compiled kernel; None where Triton ships no cuobjdump."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -177,9 +177,11 @@ def rows() -> Iterator[dict[str, object]]:
                 "triton": triton.__version__,
             }
             row |= {"block": BLOCK, "warps": WARPS, "shared_limit": SHARED_LIMIT[sm]}
-            found = usage(kernel)
-            fits = kernel.metadata.shared <= SHARED_LIMIT[sm] and not (found and found.spill_bytes + found.stack_bytes)
-            yield row | {"status": "fits" if fits else "does not fit"} | (vars(found) if found else {})
+            resources = usage(kernel)
+            fits = kernel.metadata.shared <= SHARED_LIMIT[sm] and not (
+                resources and resources.spill_bytes + resources.stack_bytes
+            )
+            yield row | {"status": "fits" if fits else "does not fit"} | (vars(resources) if resources else {})
     for module, name in kernels():
         if (module, name) not in listed:
             yield {"kernel": name, "status": f"not listed in benchmarks/aot.py ({module}.py)"}

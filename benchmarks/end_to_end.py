@@ -3,10 +3,10 @@
     python -m benchmarks.end_to_end                       (.venv-bench, see `make bench-rl`)
     python -m benchmarks.end_to_end --student runs/demo/sft/model --data runs/miniature/seed0/data/train.json
 
-Each trainer runs its own loop, unmodified, in a process of its own, and waits after every step until it is its turn
-again; steps alternate, so that the machine's drift is common to both, and only the ratio within a run is a claim. A
-step is everything between two updates: rollout, grading, loss, gradient, update; for vold also the hand-over of the
-weights to the sampler with its parity probe. GRPO without a teacher.
+Each trainer runs its own unmodified loop in a process of its own and waits after every step for its next turn. Steps
+alternate, so that drift of the machine affects both; only the ratio within a run is a claim. A step is everything
+between two updates: rollout, grading, loss, gradient, update; for vold also the weight sync to the sampler with its
+parity check. GRPO without a teacher.
 
     equal work   every response has exactly `max_new_tokens` tokens and every token a gradient: the stop token cannot
                  end a response, and within each group the rewards alternate (after grading, which both do)
@@ -34,7 +34,7 @@ from typing import TextIO
 
 import torch
 
-from .harness import facts, read_rows, spread, table_line, write_rows
+from .harness import environment, read_rows, spread, table_line, write_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,7 +59,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """What both trainers are asked to do."""
+    """The work of both trainers."""
 
     student: str
     data: str
@@ -92,33 +92,33 @@ class Job:
 
 
 class Turn:
-    """One worker's side: times its steps, reports them on `out` and waits between them."""
+    """The worker's side of taking turns: times each step, writes it to `out` and waits for the next turn."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self.work: dict[str, object] = {}
         self._started, self._cpu = perf_counter(), process_time()
 
-    def saw(self, prompts: Sequence[Sequence[int]], response_tokens: int, responses: int) -> None:
-        """What this step works on: `prompts` as token ids, once for each group."""
+    def record_work(self, prompts: Sequence[Sequence[int]], response_tokens: int, responses: int) -> None:
+        """Records the data of this step. prompts: token ids, once per group."""
         digest = hashlib.sha256(json.dumps(sorted(map(list, prompts))).encode()).hexdigest()
         self.work = {"prompts": len(prompts), "digest": digest, "responses": responses}
         self.work |= {"response_tokens": response_tokens, "gradient_tokens": response_tokens}
 
-    def over(self, **more: object) -> None:
-        spent = {"seconds": perf_counter() - self._started, "cpu_seconds": process_time() - self._cpu}
-        print(json.dumps({**spent, **self.work, **more}), file=self._out, flush=True)
-        if not sys.stdin.readline():  # the parent has what it wanted
+    def end_step(self, **more_fields: object) -> None:
+        elapsed = {"seconds": perf_counter() - self._started, "cpu_seconds": process_time() - self._cpu}
+        print(json.dumps({**elapsed, **self.work, **more_fields}), file=self._out, flush=True)
+        if not sys.stdin.readline():  # the parent has all steps
             raise SystemExit
         self._started, self._cpu = perf_counter(), process_time()
 
 
-def alternating(place_in_group: int) -> float:
-    return float(place_in_group % 2)
+def alternating_reward(index_in_group: int) -> float:
+    return float(index_in_group % 2)
 
 
 def run_vold(job: Job, turn: Turn) -> None:
-    """`vold rl` itself; what is put around its functions watches, or makes the work equal."""
+    """Runs `vold rl` itself; wrappers around its functions record the work, or make it equal."""
     from vold.config import load_config, schema
     from vold.rollout import TransformersSampler
     from vold.run.run_dir import RunLog
@@ -136,16 +136,16 @@ def run_vold(job: Job, turn: Turn) -> None:
         drawn = draw(*args)
         rollouts = [rollout for group in drawn.groups.values() for rollout in group.rollouts]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        turn.saw([group.prompt.token_ids.tolist() for group in drawn.groups.values()], tokens, len(rollouts))
+        turn.record_work([group.prompt.token_ids.tolist() for group in drawn.groups.values()], tokens, len(rollouts))
         return replace(drawn, groups={place: even(group) for place, group in drawn.groups.items()})
 
     def even(group):
-        rewards = tuple(alternating(place) for place in range(len(group.rollouts)))
+        rewards = tuple(alternating_reward(index) for index in range(len(group.rollouts)))
         return replace(group, rewards=rewards) if job.work == EQUAL else group
 
     def watched_write(log, step, metrics, samples=()):
         write(log, step, metrics, samples)
-        turn.over(gradient_tokens=int(metrics["gradient_tokens"]))
+        turn.end_step(gradient_tokens=int(metrics["gradient_tokens"]))
 
     RolloutWorker.draw, RunLog.write = watched_draw, watched_write
     if job.work == EQUAL:
@@ -171,7 +171,7 @@ def run_trl(job: Job, turn: Turn) -> None:
 
     class TakesTurns(TrainerCallback):
         def on_step_end(self, *_args, **_kwargs):
-            turn.over()
+            turn.end_step()
 
     with Grader(workers=config.grader_workers) as grader, tempfile.TemporaryDirectory() as folder:
 
@@ -179,9 +179,9 @@ def run_trl(job: Job, turn: Turn) -> None:
             truncated = [len(ids) == job.max_new_tokens and ids[-1] != tokenizer.eos_token_id for ids in completion_ids]
             verdicts = grader.grade(list(zip(completions, gold, truncated, strict=True)))
             once = tokenizer(prompts[:: job.responses_per_prompt])["input_ids"]
-            turn.saw(once, sum(map(len, completion_ids)), len(completions))
+            turn.record_work(once, sum(map(len, completion_ids)), len(completions))
             if job.work == EQUAL:
-                return [alternating(place % job.responses_per_prompt) for place in range(len(completions))]
+                return [alternating_reward(index % job.responses_per_prompt) for index in range(len(completions))]
             return [float(verdict.outcome == "correct") for verdict in verdicts]
 
         trainer = GRPOTrainer(
@@ -196,7 +196,7 @@ def run_trl(job: Job, turn: Turn) -> None:
 
 
 def _vold_prompts(job: Job):
-    """The prompts as vold builds them; TRL gets their text and must read the same ids in it."""
+    """The prompts as vold builds them. TRL is given their text, which must tokenize to the same ids."""
     from vold.config import load_config, schema
     from vold.data.problems import load_problems
     from vold.data.prompts import build_prompts
@@ -211,7 +211,7 @@ def _vold_prompts(job: Job):
 
 
 def _trl_config(kind: Callable, job: Job, config, folder: str):
-    """Everything that only costs time is off: gradient checkpointing, logging, saving, tables."""
+    """TRL's configuration, without gradient checkpointing, logging and saving, which only take time."""
     from vold.objectives import build_objective
 
     responses = job.prompts_per_step * job.responses_per_prompt
@@ -249,8 +249,8 @@ def _trl_config(kind: Callable, job: Job, config, folder: str):
 RUNNERS = {OURS: run_vold, PEER: run_trl}
 
 
-def work(trainer: str, job: Job) -> None:
-    """Body of a worker process. Its standard output belongs to the parent; what libraries print is for people."""
+def run_worker(trainer: str, job: Job) -> None:
+    """Body of a worker process. Standard output carries rows to the parent; libraries print to standard error."""
     turn = Turn(sys.stdout)
     sys.stdout = sys.stderr
     RUNNERS[trainer](job, turn)
@@ -260,22 +260,22 @@ def work(trainer: str, job: Job) -> None:
 
 
 def measure(job: Job, trainers: Sequence[str]) -> list[dict[str, object]]:
-    """One row a step and trainer; the first step of each (imports, allocations) is left out."""
+    """One row per step and trainer, without the first step of each (imports, allocations)."""
     with _workers(job, trainers) as workers:
-        found = []
+        rows = []
         for step in range(job.steps):
-            seen = {name: _next_step(name, worker) for name, worker in workers.items()}
-            _check_equal(job, step, seen)
+            step_rows = {name: _next_step(name, worker) for name, worker in workers.items()}
+            _check_equal(job, step, step_rows)
             if step:
-                found += [{"work": job.work, "trainer": name, "step": step, **row} for name, row in seen.items()]
-    for row in found:
+                rows += [{"work": job.work, "trainer": name, "step": step, **row} for name, row in step_rows.items()]
+    for row in rows:
         del row["digest"]
-    return found
+    return rows
 
 
 @contextmanager
 def _workers(job: Job, trainers: Sequence[str]) -> Iterator[dict[str, subprocess.Popen]]:
-    """Started one after the other; each stands at the end of its first step until it is asked for."""
+    """Workers by trainer, started one after the other. Each waits at the end of its first step."""
     running: dict[str, subprocess.Popen] = {}
     with tempfile.TemporaryFile("w+") as errors:
         try:
@@ -288,7 +288,7 @@ def _workers(job: Job, trainers: Sequence[str]) -> Iterator[dict[str, subprocess
             yield running
         finally:
             for worker in running.values():
-                worker.stdin.close()  # it leaves by itself and takes its graders along
+                worker.stdin.close()  # ends the worker and its graders
                 try:
                     worker.wait(30)
                 except subprocess.TimeoutExpired:
@@ -308,66 +308,70 @@ def _next_step(name: str, worker: subprocess.Popen) -> dict[str, object]:
     return json.loads(line)
 
 
-def _check_equal(job: Job, step: int, seen: dict[str, dict]) -> None:
+def _check_equal(job: Job, step: int, step_rows: dict[str, dict]) -> None:
     keys = ["prompts", "digest", "responses"]
     if job.work == EQUAL:
         keys += ["response_tokens", "gradient_tokens"]
         tokens = job.prompts_per_step * job.responses_per_prompt * job.max_new_tokens
-        seen = seen | {"asked for": next(iter(seen.values())) | {"response_tokens": tokens, "gradient_tokens": tokens}}
+        step_rows = step_rows | {
+            "expected": next(iter(step_rows.values())) | {"response_tokens": tokens, "gradient_tokens": tokens}
+        }
     for key in keys:
-        values = {name: row[key] for name, row in seen.items()}
+        values = {name: row[key] for name, row in step_rows.items()}
         if len(set(values.values())) > 1:
             raise RuntimeError(f"step {step}: {key} differ, this is not the same work: {values}")
 
 
-def table(found: Sequence[dict[str, object]]) -> str:
+def table(rows: Sequence[dict[str, object]]) -> str:
     """Markdown: medians over steps, and the ratio of medians."""
-    first = found[0]
+    first = rows[0]
     parts = ["# The miniature RL step beside TRL's GRPOTrainer", ""]
     parts += ["Generated by `python -m benchmarks.end_to_end`; every step: end_to_end-*.csv. What is compared: see"]
     parts += ["the head of that program. Steps alternate; medians with [p20, p80]; tokens are response tokens. CPU"]
     parts += ["seconds are the trainer's process alone: other work on the machine stretches seconds, hardly those.", ""]
-    parts += [f"{first['device']}; torch {first['torch']}, TRL {_version_of(found, PEER)}, Python {first['python']},"]
+    parts += [f"{first['device']}; torch {first['torch']}, TRL {_version_of(rows, PEER)}, Python {first['python']},"]
     parts += [f"commit `{first['commit']}`, {first['started']}.", ""]
     header = ("work", "trainer", "steps", "seconds", "CPU seconds", "tokens", "with gradient", "tokens/s", "÷ TRL")
     parts += [table_line((*header, "÷ TRL by CPU seconds"))]
     parts += ["|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for kind in dict.fromkeys(row["work"] for row in found):
-        parts += [_line(found, kind, name) for name in (OURS, PEER)]
+    for kind in dict.fromkeys(row["work"] for row in rows):
+        parts += [_line(rows, kind, name) for name in (OURS, PEER)]
     return "\n".join([*parts, ""])
 
 
-def _of(found: Sequence[dict], kind: str, name: str) -> list[dict]:
-    return [row for row in found if row["work"] == kind and row["trainer"] == name]
+def _rows_of(rows: Sequence[dict], kind: str, name: str) -> list[dict]:
+    return [row for row in rows if row["work"] == kind and row["trainer"] == name]
 
 
-def _rate(found: Sequence[dict], kind: str, name: str, clock: str) -> tuple[float, float, float]:
-    rates = [float(row["response_tokens"]) / float(row[clock]) for row in _of(found, kind, name)]
+def _rate(rows: Sequence[dict], kind: str, name: str, clock: str) -> tuple[float, float, float]:
+    rates = [float(row["response_tokens"]) / float(row[clock]) for row in _rows_of(rows, kind, name)]
     return spread(rates) if rates else (float("nan"),) * 3
 
 
-def _line(found: Sequence[dict], kind: str, name: str) -> str:
-    rows = _of(found, kind, name)
-    if not rows:
+def _line(rows: Sequence[dict], kind: str, name: str) -> str:
+    trainer_rows = _rows_of(rows, kind, name)
+    if not trainer_rows:
         return f"| {kind} | {name} | not measured |" + " |" * 7
     clocks = ("seconds", "cpu_seconds")
-    seconds, cpu = (spread([float(row[clock]) for row in rows]) for clock in clocks)
-    tokens, gradient = (spread([float(row[key]) for row in rows])[0] for key in ("response_tokens", "gradient_tokens"))
-    rate, peer = _rate(found, kind, name, "seconds"), _rate(found, kind, PEER, "seconds")
-    cpu_ratio = _rate(found, kind, name, "cpu_seconds")[0] / _rate(found, kind, PEER, "cpu_seconds")[0]
+    seconds, cpu = (spread([float(row[clock]) for row in trainer_rows]) for clock in clocks)
+    tokens, gradient = (
+        spread([float(row[key]) for row in trainer_rows])[0] for key in ("response_tokens", "gradient_tokens")
+    )
+    rate, peer = _rate(rows, kind, name, "seconds"), _rate(rows, kind, PEER, "seconds")
+    cpu_ratio = _rate(rows, kind, name, "cpu_seconds")[0] / _rate(rows, kind, PEER, "cpu_seconds")[0]
     return (
-        f"| {kind} | {name} | {len(rows)} | {seconds[0]:.2f} [{seconds[1]:.2f}, {seconds[2]:.2f}] "
+        f"| {kind} | {name} | {len(trainer_rows)} | {seconds[0]:.2f} [{seconds[1]:.2f}, {seconds[2]:.2f}] "
         f"| {cpu[0]:.2f} [{cpu[1]:.2f}, {cpu[2]:.2f}] | {tokens:.0f} | {gradient:.0f} "
         f"| {rate[0]:.0f} [{rate[1]:.0f}, {rate[2]:.0f}] | {rate[0] / peer[0]:.2f} | {cpu_ratio:.2f} |"
     )
 
 
-def _version_of(found: Sequence[dict], name: str) -> str:
-    return next((str(row["package_version"]) for row in found if row["trainer"] == name), "not measured")
+def _version_of(rows: Sequence[dict], name: str) -> str:
+    return next((str(row["package_version"]) for row in rows if row["trainer"] == name), "not measured")
 
 
 def untrained_world(folder: Path) -> tuple[str, str]:
-    """A student and prompts of the miniature's shape, made in seconds: enough where lengths and rewards are fixed."""
+    """(checkpoint, problems) of the miniature's shape, untrained: enough where lengths and rewards are fixed."""
     from vold.miniature import models
     from vold.miniature.data import DataSizes, write_data
 
@@ -379,18 +383,18 @@ def untrained_world(folder: Path) -> tuple[str, str]:
 def main() -> None:
     options = _options()
     if options.worker:
-        return work(options.worker, Job(**json.loads(options.job)))
-    known = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads())
-    found = []
+        return run_worker(options.worker, Job(**json.loads(options.job)))
+    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads())
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         student, data = (options.student, options.data) if options.student else untrained_world(Path(folder))
         for kind in [EQUAL, NATURAL] if options.student else [EQUAL]:
             batches = (options.trl_batch, options.microbatch_tokens)
             shape = (options.prompts, options.responses, options.new_tokens, *batches)
-            rows = measure(Job(student, data, kind, options.steps + 1, *shape), options.trainers)
-            found += [row | {"package_version": _package(row["trainer"])} | known for row in rows]
+            measured = measure(Job(student, data, kind, options.steps + 1, *shape), options.trainers)
+            rows += [row | {"package_version": _package(row["trainer"])} | facts for row in measured]
     path = options.out / f"end_to_end-{'cuda' if torch.cuda.is_available() else 'cpu'}.csv"
-    write_rows(path, found, COLUMNS)
+    write_rows(path, rows, COLUMNS)
     (options.out / "END_TO_END.md").write_text(table(read_rows(path)))
     print((options.out / "END_TO_END.md").read_text())
 

@@ -1,11 +1,11 @@
-"""What the filtered backward saves on trained, confident logits, and what it costs in gradient.
+"""Time saved by the filtered backward on trained, confident logits, and the error of its gradient.
 
     python -m benchmarks.filtered                 trains for about four minutes on a CPU; writes results/filtered.csv
 
 A head of the real vocabulary size is trained, with our own loss, to predict the next word of Python's standard library
 from the four before it: every distinct word or sign is an id, spread over the whole vocabulary. Then a policy-gradient
 pass is timed with each `filter_eps`, in turns, and compared with the exact gradient. The same is done before training,
-as the case in which the filter cannot help.
+where the filter has no effect.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from vold_kernels import PolicyTerms, linear_policy_loss
 
-from .harness import facts, seconds, spread, write_rows
+from .harness import environment, seconds, spread, write_rows
 
 VOCAB, WIDTH, CONTEXT, TOKENS, BATCHES = 151936, 256, 4, 2048, 2
 EPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class NextWord(nn.Module):
-    """The last CONTEXT words -> hidden [N, D], and a head of its own."""
+    """hidden [N, D] from the last CONTEXT words, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -36,12 +36,12 @@ class NextWord(nn.Module):
         self.mix = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH), nn.RMSNorm(WIDTH))
         self.head = nn.Parameter(torch.randn(VOCAB, WIDTH) / WIDTH**0.5)
 
-    def forward(self, before_NK: Tensor) -> Tensor:
-        return self.mix(self.embedding(before_NK).flatten(1))
+    def forward(self, context_NK: Tensor) -> Tensor:
+        return self.mix(self.embedding(context_NK).flatten(1))
 
 
 def corpus() -> tuple[Tensor, Tensor]:
-    """(the CONTEXT words before, the word) of the first TOKENS · BATCHES places of the standard library."""
+    """(context [n, CONTEXT], next word [n]) at the first n = TOKENS · BATCHES positions of the standard library."""
     ids: dict[str, int] = {}
     spread_out = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).tolist()
     words: list[int] = []
@@ -60,41 +60,41 @@ def loss_of(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, advantage_N: T
     return linear_policy_loss(hidden_ND, head_VD, target_N, terms, clip_eps_low=0.2, clip_eps_high=0.2, filter_eps=eps)
 
 
-def train(model: NextWord, before: Tensor, target: Tensor, epochs: int) -> None:
-    """Advantage 1 on policy is maximum likelihood."""
+def train(model: NextWord, context: Tensor, target: Tensor, epochs: int) -> None:
+    """Maximum likelihood: the policy loss on policy with advantage 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for epoch in range(epochs):
         for start in range(0, len(target), TOKENS):
             batch = slice(start, start + TOKENS)
             optimizer.zero_grad()
-            out = loss_of(model(before[batch]), model.head, target[batch], torch.ones(len(target[batch])))
+            out = loss_of(model(context[batch]), model.head, target[batch], torch.ones(len(target[batch])))
             out.loss.backward()
             optimizer.step()
         print(f"epoch {epoch + 1}/{epochs}: mean p of the next word {out.logp_N.exp().mean():.3f}", flush=True)
 
 
-def measure(model: NextWord, before: Tensor, target: Tensor, rounds: int, known: dict[str, str]) -> list[dict]:
-    """One row per eps; the passes take turns."""
+def measure(model: NextWord, context: Tensor, target: Tensor, rounds: int, facts: dict[str, str]) -> list[dict]:
+    """One row per eps, timed in turns."""
     with torch.no_grad():
-        hidden_ND = model(before[:TOKENS])
+        hidden_ND = model(context[:TOKENS])
     target_N = target[:TOKENS]
     advantage_N = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1))
 
-    def one(eps: float):
+    def loss_and_gradients(eps: float):
         leaves = [x.detach().requires_grad_() for x in (hidden_ND, model.head)]
         out = loss_of(*leaves, target_N, advantage_N, eps)
         out.loss.backward()
         return out, *(leaf.grad for leaf in leaves)
 
-    exact, *exact_gradients = one(0.0)
+    exact, *exact_gradients = loss_and_gradients(0.0)
     mass = _total_mass(hidden_ND, model.head.detach(), target_N, advantage_N)
     times: dict[float, list[float]] = {eps: [] for eps in EPS}
     for _ in range(rounds):
         for eps in EPS:
-            times[eps].append(seconds(lambda eps=eps: one(eps), hidden_ND.device))
+            times[eps].append(seconds(lambda eps=eps: loss_and_gradients(eps), hidden_ND.device))
     rows = []
     for eps in EPS:
-        out, *gradients = one(eps)
+        out, *gradients = loss_and_gradients(eps)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(gradients, exact_gradients, strict=True)]
         median, p20, p80 = spread(times[eps])
         rows.append(
@@ -109,7 +109,7 @@ def measure(model: NextWord, before: Tensor, target: Tensor, rounds: int, known:
                 "p20_s": f"{p20:.4g}",
                 "p80_s": f"{p80:.4g}",
                 "over_exact": f"{median / statistics.median(times[0.0]):.3f}",
-                **known,
+                **facts,
             }
         )
     return rows
@@ -129,11 +129,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/filtered.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model, (before, target) = NextWord(), corpus()
-    known = facts(torch.device("cpu"), torch.get_num_threads())
-    rows = measure(model, before, target, options.rounds, known)
-    train(model, before, target, options.epochs)
-    rows += measure(model, before, target, options.rounds, known)
+    model, (context, target) = NextWord(), corpus()
+    facts = environment(torch.device("cpu"), torch.get_num_threads())
+    rows = measure(model, context, target, options.rounds, facts)
+    train(model, context, target, options.epochs)
+    rows += measure(model, context, target, options.rounds, facts)
     write_rows(options.out, rows, list(rows[0]))
     print(options.out)
 

@@ -1,11 +1,11 @@
-r"""How many answers a second the grader judges, and what hostile ones cost.
+r"""Answers per second of the grader, and the cost of answers that never end.
 
     python -m benchmarks.grading             two workers; writes results/grading.csv and prints the table
 
-Answers are made up, all different, half of them wrong. `ordinary` has MATH-500's shares: 82 % of its golds are decided
-by the policy alone (numbers, choices, words, bases), 18 % need the parser (a surd, polynomial, pair, interval, complex
-number); `algebra` is only the latter. `hung` of the answers never end by themselves (`3700001!`) and each costs a
-worker: its CPU seconds and the start of the next one. Workers are started before the clock.
+Answers are generated, all different, half of them wrong. `ordinary` has MATH-500's shares: 82 % of its golds are
+decided by the policy alone (numbers, choices, words, bases), 18 % need the parser (a surd, polynomial, pair, interval,
+complex number); `algebra` has only the latter. A share `hung` of the answers never ends by itself (`3700001!`); each
+costs a worker: its CPU seconds and the start of the next one. Workers are started before the measurement.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 
 from vold.grading import Grader
 
-from .harness import facts, table_line, write_rows
+from .harness import environment, table_line, write_rows
 
 PARSED_SHARE = {"ordinary": 0.18, "algebra": 1.0}
 HUNG = (0.0, 0.01)
 
 
 def question(number: int, parsed: bool, right: bool) -> tuple[str, str]:
-    """(answer, gold) of the `number`-th kind and size; in a wrong one another number stands in the gold."""
+    """(answer, gold) of the `number`-th kind and size; where the answer is wrong, the gold has another number."""
     n, k = number + 2, 2 + number % 8
     m = n if right else n + 1
     decided = (
@@ -50,10 +50,10 @@ def question(number: int, parsed: bool, right: bool) -> tuple[str, str]:
 
 def items(mix: str, count: int, hung: float) -> list[tuple[str, str, bool]]:
     """(response, gold, truncated) of `count` rows."""
-    draw, rows = random.Random(0), []
-    hung_rows = set(draw.sample(range(count), round(hung * count)))
+    rng, rows = random.Random(0), []
+    hung_rows = set(rng.sample(range(count), round(hung * count)))
     for number in range(count):
-        answer, gold = question(number, parsed=draw.random() < PARSED_SHARE[mix], right=draw.random() < 0.5)
+        answer, gold = question(number, parsed=rng.random() < PARSED_SHARE[mix], right=rng.random() < 0.5)
         if number in hung_rows:
             answer, gold = f"{3_700_001 + number}!", "7"
         rows.append((rf"<think>...</think> So it is \boxed{{{answer}}}.", gold, False))
@@ -85,7 +85,7 @@ def measure(mix: str, count: int, hung: float, workers: int) -> dict[str, object
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of all its workers, living and dead: what a busy machine does not change much."""
+    """CPU seconds of this process and all its workers, running and ended. Other load hardly changes them."""
     times = [psutil.Process().cpu_times(), *(child.cpu_times() for child in psutil.Process().children())]
     dead = resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(t.user + t.system for t in times) + dead.ru_utime + dead.ru_stime
@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/grading.csv")
     options = parser.parse_args()
     plans = [(mix, hung) for mix in PARSED_SHARE for hung in HUNG[: 2 if mix == "ordinary" else 1]]
-    known = facts(torch.device("cpu"), options.workers)
-    rows = [measure(mix, options.answers, hung, options.workers) | known for mix, hung in plans]
+    facts = environment(torch.device("cpu"), options.workers)
+    rows = [measure(mix, options.answers, hung, options.workers) | facts for mix, hung in plans]
     write_rows(options.out, rows, list(rows[0]))
-    shown = (
+    printed_columns = (
         "mix",
         "hung",
         "answers",
@@ -113,9 +113,9 @@ def main() -> None:
         "cpu_s",
         "answers_per_cpu_s",
     )
-    print(table_line(shown), table_line("--" for _ in shown), sep="\n")
+    print(table_line(printed_columns), table_line("--" for _ in printed_columns), sep="\n")
     for row in rows:
-        print(table_line(str(row[key]) for key in shown))
+        print(table_line(str(row[key]) for key in printed_columns))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Times providers side by side: a process each, one run at a time, in turns.
+"""Times providers side by side: one process each, one run at a time, in turns.
 
-A process of its own keeps one provider's freed memory from hiding another's peak, and one provider's crash from ending
-the run. Turns make drift of the machine common to all: only ratios within one run are claims. A provider is timed only
-after its answer agreed with fp64 (`problem.py`). Its peak is what it needs beyond its inputs, in the timed runs
-themselves: the allocator's on CUDA, the kernel's high-water mark of the resident set on Linux CPUs.
+With separate processes one provider's freed memory cannot hide another's peak, and its crash cannot end the run. With
+turns, drift of the machine affects all alike: only ratios within one run are claims. A provider is timed only after its
+answer agreed with fp64 (`problem.py`). Its peak is the memory beyond its inputs during the timed runs: the allocator's
+on CUDA, the high-water mark of the resident set on Linux CPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from .problem import Case, Problem, disagreement, errors, make_problem
+from .problem import LOGPROB, Case, Problem, disagreement, errors, make_problem
 from .providers import FLOOR, PROVIDERS, Step
 
 COLUMNS = (
@@ -40,32 +40,32 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """How often each provider runs."""
+    """The runs of each provider."""
 
     rounds: int
-    """Turns; the providers alternate within each."""
+    """Turns of each provider."""
     runs: int = 1
     """Timed runs of a turn."""
-    warm: int = 0
+    warmup_runs: int = 0
     """Untimed runs of a turn, before the timed ones."""
     threads: int = 1
-    patience_s: float = 300
-    """No answer for this long: the provider is given up."""
+    timeout_s: float = 300
+    """A provider that does not answer for this long is stopped."""
 
 
 @dataclass
-class Measured:
-    """Of one provider in one case."""
+class ProviderResult:
+    """Measurements of one provider in one case."""
 
     reason: str = ""
-    """Why there is no time. Empty: there is."""
+    """Why it was not measured; empty where it was."""
     seconds: list[float] | None = None
     peak_bytes: int = 0
     errors: dict[str, float] | None = None
 
 
-def measure(case: Case, names: Sequence[str], device: torch.device, plan: Plan) -> dict[str, Measured]:
-    """Every provider on the same problem, in turns."""
+def measure(case: Case, names: Sequence[str], device: torch.device, plan: Plan) -> dict[str, ProviderResult]:
+    """Measures every provider on the same problem, in turns."""
     torch.set_num_threads(plan.threads)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.pt"
@@ -73,29 +73,29 @@ def measure(case: Case, names: Sequence[str], device: torch.device, plan: Plan) 
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found = {name: Measured(PROVIDERS[name].why_not(case, device)) for name in names}
-        workers = {name: _Worker(name, case, path, device, plan) for name in _available(found)}
+        results = {name: ProviderResult(PROVIDERS[name].unavailable_reason(case, device)) for name in names}
+        workers = {name: _Worker(name, case, path, device, plan) for name in _available(results)}
         try:
-            _take_turns(workers, found, plan)
-            return found
+            _run_in_turns(workers, results, plan)
+            return results
         finally:
             for worker in workers.values():
                 worker.close()
 
 
-def rows(case: Case, found: dict[str, Measured], facts: dict[str, str]) -> list[dict[str, object]]:
-    """The CSV's rows of one case."""
-    floor = found.get(FLOOR)
+def csv_rows(case: Case, results: dict[str, ProviderResult], facts: dict[str, str]) -> list[dict[str, object]]:
+    """The rows of one case in the CSV."""
+    floor = results.get(FLOOR)
     floor_s = statistics.median(floor.seconds) if floor and floor.seconds else None
-    return [_row(case, name, result, floor_s) | facts for name, result in found.items()]
+    return [_row(case, name, result, floor_s) | facts for name, result in results.items()]
 
 
-def write_rows(path: Path, found: Sequence[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -108,7 +108,8 @@ def table_line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def facts(device: torch.device, threads: int) -> dict[str, str]:
+def environment(device: torch.device, threads: int) -> dict[str, str]:
+    """Device, versions, commit and start time: the columns that every row of a run shares."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {threads} threads",
@@ -121,7 +122,7 @@ def facts(device: torch.device, threads: int) -> dict[str, str]:
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """(median, p20, p80)."""
+    """(median, 20th percentile, 80th percentile)."""
     if len(seconds) == 1:
         return (seconds[0],) * 3
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -129,6 +130,7 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one run, by CUDA events on a GPU."""
     if device.type != "cuda":
         started = time.perf_counter()
         run()
@@ -141,58 +143,58 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def _take_turns(workers: dict[str, _Worker], found: dict[str, Measured], plan: Plan) -> None:
+def _run_in_turns(workers: dict[str, _Worker], results: dict[str, ProviderResult], plan: Plan) -> None:
     for name, worker in workers.items():  # all import at once, then run one at a time
-        found[name].reason = worker.answer()
-    for name in _available(found):
-        workers[name].ask("check")
-        answer = workers[name].answer()
+        results[name].reason = worker.receive()
+    for name in _available(results):
+        workers[name].send("check")
+        answer = workers[name].receive()
         if isinstance(answer, str):
-            found[name].reason = answer
+            results[name].reason = answer
         else:
-            found[name].errors, found[name].seconds = answer, []
+            results[name].errors, results[name].seconds = answer, []
     for _ in range(plan.rounds):
-        for name in _available(found):
-            workers[name].ask("run")
-            answer = workers[name].answer()
+        for name in _available(results):
+            workers[name].send("run")
+            answer = workers[name].receive()
             if isinstance(answer, str):
-                found[name].reason, found[name].seconds = answer, None
+                results[name].reason, results[name].seconds = answer, None
                 continue
-            found[name].seconds += answer[0]
-            found[name].peak_bytes = max(found[name].peak_bytes, answer[1])
+            results[name].seconds += answer[0]
+            results[name].peak_bytes = max(results[name].peak_bytes, answer[1])
 
 
-def _available(found: dict[str, Measured]) -> list[str]:
-    return [name for name, result in found.items() if not result.reason]
+def _available(results: dict[str, ProviderResult]) -> list[str]:
+    return [name for name, result in results.items() if not result.reason]
 
 
 class _Worker:
-    """The parent's side of one provider's process. Every answer that is a non-empty string says why it stopped."""
+    """The parent's side of one provider's process. An answer that is a non-empty string is the reason of its end."""
 
     def __init__(self, name: str, case: Case, path: Path, device: torch.device, plan: Plan):
         context = mp.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, name, case, path, device, plan)
+        self.connection, child_connection = context.Pipe()
+        arguments = (child_connection, name, case, path, device, plan)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.patience_s = plan.patience_s
+        self.timeout_s = plan.timeout_s
         self.process.start()
-        theirs.close()
+        child_connection.close()
 
-    def ask(self, what: str) -> None:
-        self.connection.send(what)
+    def send(self, command: str) -> None:
+        self.connection.send(command)
 
-    def answer(self):
+    def receive(self):
         try:
-            if self.connection.poll(self.patience_s):
+            if self.connection.poll(self.timeout_s):
                 return self.connection.recv()
         except (EOFError, OSError):
             self.process.join(10)
             return f"the process ended with code {self.process.exitcode}"
         self.close()
-        return f"no answer in {self.patience_s:.0f} s"
+        return f"no answer in {self.timeout_s:.0f} s"
 
     def close(self) -> None:
-        """A closed pipe ends a healthy process; any other is killed."""
+        """Closes the pipe, which ends a healthy process; kills any other."""
         self.connection.close()
         self.process.join(5)
         self.process.kill()
@@ -204,47 +206,47 @@ def _serve(connection: Connection, name: str, case: Case, path: Path, device: to
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers that outlives this process
     try:
         step = PROVIDERS[name].load(case)
-        problem = Problem.load(path, device, gradients=case.mode != "forward")
+        problem = Problem.load(path, device, gradients=case.mode != LOGPROB)
         connection.send("")
         assert connection.recv() == "check"
-        found = _answer_errors(step, problem, case, name)
-        connection.send(disagreement(case, found) or found)
-        baseline = rest(device)
+        answer_errors = _check_answer(step, problem, case, name)
+        connection.send(disagreement(case, answer_errors) or answer_errors)
+        baseline = release_caches(device)
         while connection.recv() == "run":
             connection.send(_turn(step, problem, case, plan, baseline))
     except (EOFError, BrokenPipeError):  # the parent is done
         pass
     except Exception as error:
-        connection.send(_why(error))
+        connection.send(_failure_reason(error))
 
 
-def _answer_errors(step: Step, problem: Problem, case: Case, name: str) -> dict[str, float]:
+def _check_answer(step: Step, problem: Problem, case: Case, name: str) -> dict[str, float]:
     answer = _run(step, problem, case)
-    found = {} if name == FLOOR else errors(problem, answer.detach())
-    _forget(problem)
-    return found
+    answer_errors = {} if name == FLOOR else errors(problem, answer.detach())
+    _clear_gradients(problem)
+    return answer_errors
 
 
 def _turn(step: Step, problem: Problem, case: Case, plan: Plan, baseline: int) -> tuple[list[float], int]:
-    """(seconds of each timed run, peak bytes above the inputs). Nothing is cached from one turn to the next."""
+    """(seconds of each timed run, peak bytes beyond the inputs). Caches are released after each turn."""
     device = problem.hidden_ND.device
-    for _ in range(plan.warm):
+    for _ in range(plan.warmup_runs):
         _run(step, problem, case)
-        _forget(problem)
-    if not plan.warm:
-        rest(device)
+        _clear_gradients(problem)
+    if not plan.warmup_runs:
+        release_caches(device)
     reset_peak(device)
-    found = []
+    run_seconds = []
     for _ in range(plan.runs):
-        found.append(seconds(lambda: _run(step, problem, case), device))
-        _forget(problem)
+        run_seconds.append(seconds(lambda: _run(step, problem, case), device))
+        _clear_gradients(problem)
     peak = peak_bytes(device) - baseline
-    rest(device)
-    return found, peak
+    release_caches(device)
+    return run_seconds, peak
 
 
 def _run(step: Step, problem: Problem, case: Case) -> torch.Tensor:
-    if case.mode == "forward":
+    if case.mode == LOGPROB:
         with torch.no_grad():
             return step(problem)
     loss = step(problem)
@@ -253,12 +255,12 @@ def _run(step: Step, problem: Problem, case: Case) -> torch.Tensor:
     return loss
 
 
-def _forget(problem: Problem) -> None:
+def _clear_gradients(problem: Problem) -> None:
     problem.hidden_ND.grad = problem.weight_VD.grad = None
 
 
-def rest(device: torch.device) -> int:
-    """Gives back whatever is cached; the bytes still resident."""
+def release_caches(device: torch.device) -> int:
+    """Releases cached memory and returns the bytes that stay resident."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -281,28 +283,28 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _status_bytes(key: str) -> int:
-    """0 where there is no /proc: the memory column is then 0 for all."""
+    """A value of /proc/self/status in bytes; 0 where there is no /proc, for every provider."""
     if platform.system() != "Linux":
         return 0
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
 
-def _why(error: Exception) -> str:
+def _failure_reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
-def _row(case: Case, name: str, result: Measured, floor_s: float | None) -> dict[str, object]:
+def _row(case: Case, name: str, result: ProviderResult, floor_s: float | None) -> dict[str, object]:
     row: dict[str, object] = asdict(case) | {"provider": name, "status": "not available", "reason": result.reason}
     row |= {"package": PROVIDERS[name].package, "package_version": _version(PROVIDERS[name].package)}
     if not result.seconds:
         return row
     median, p20, p80 = spread(result.seconds)
     itemsize = getattr(torch, case.dtype).itemsize
-    gradients = 0 if case.mode == "forward" else (case.tokens + case.vocab) * case.hidden * itemsize
+    gradients = 0 if case.mode == LOGPROB else (case.tokens + case.vocab) * case.hidden * itemsize
     row |= {"status": "measured", "median_s": f"{median:.6f}", "p20_s": f"{p20:.6f}", "p80_s": f"{p80:.6f}"}
     row |= {"runs": len(result.seconds), "peak_extra_mib": f"{result.peak_bytes / MIB:.1f}"}
     row |= {"gradients_mib": f"{gradients / MIB:.1f}"}
@@ -326,7 +328,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """Short hash, with -dirty when anything that is measured differs from it."""
+    """Short hash of the commit, with -dirty where measured files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

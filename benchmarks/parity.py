@@ -1,12 +1,12 @@
-"""Every layout against one process, and against transformers: weights as loaded and exported again (bit-equal), loss,
+"""Compares every layout with one process and with transformers: weights as loaded and exported again (bit-equal), loss,
 every gradient, parameters after three updates.
 
     python -m benchmarks.parity                                        the table, in about two minutes on two cores
     python -m benchmarks.parity --layouts tp2+sp pp2-vpp2 --heads tied
 
 Real process groups over gloo, one model copy or two, fp32, the VOLD loss: unequal lengths, a clipped gradient, padded
-vocabulary rows, a micro-batch in which nothing is learnt, in the second step a replica in which nothing is. Each
-difference is the largest over tensors, relative to that tensor's largest magnitude; the loss's is relative to the loss.
+vocabulary rows, a micro-batch without any gradient and, in the second step, a replica without any. Each difference
+is the largest over tensors, relative to that tensor's largest magnitude; the loss's is relative to the loss.
 Writes parity.csv and parity.md into --out, prints the table and exits with 1 when a difference is over its limit.
 """
 
@@ -41,7 +41,7 @@ from vold.teacher import Teacher
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, MicroBatch, Prompt, Sample
 
-from .harness import facts, table_line, write_rows
+from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
@@ -52,7 +52,7 @@ EMPTY_REPLICA_STEP = 1
 MICROBATCH_TOKENS = (400, 60, 24)  # of each step: from few micro-batches to many
 BETA = 0.3
 # eps: at 1e-8 AdamW divides rounding noise by itself wherever a gradient is nothing else, and the same arithmetic in
-# another order parts by a share of the learning rate: one process and transformers by 1.7e-5, tp2 by 7.1e-5 (measured).
+# another order differs by a part of the learning rate: one process and transformers by 1.7e-5, tp2 by 7.1e-5.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, schedule="constant", clip_grad=0.5)
 
 
@@ -132,7 +132,7 @@ def _perturbed(cls: type, config, seed: int) -> PreTrainedModel:
 
 
 def samples_of_step(step: int) -> list[Sample]:
-    """Twelve responses of unequal length, three to a prompt; one of them has no KL term, one in all has nothing."""
+    """Twelve responses of unequal length, three per prompt, the first without a KL term; one has no weight at all."""
     draw = random.Random(step)
     ids = lambda low, high: tuple(draw.randrange(VOCAB) for _ in range(draw.randint(low, high)))  # noqa: E731
     samples = []
@@ -147,13 +147,15 @@ def samples_of_step(step: int) -> list[Sample]:
 
 
 def batch_of_step(step: int, trainer: Trainer) -> Batch:
-    """This replica's share, and a micro-batch of tokens in which nothing is learnt."""
+    """This replica's micro-batches, and one without any weight."""
     samples, replicas = samples_of_step(step), trainer.replicas
     if step == EMPTY_REPLICA_STEP and replicas.count > 1:
-        whole = pack(samples, max_tokens=MICROBATCH_TOKENS[step]).micro_batches
-        return Batch((*(whole if replicas.rank == 0 else [filler()] * len(whole)), _masked(whole[0])))
-    share = pack(samples, max_tokens=MICROBATCH_TOKENS[step], replicas=replicas).micro_batches
-    return Batch((*share, _masked(share[0])))
+        micro_batches = pack(samples, max_tokens=MICROBATCH_TOKENS[step]).micro_batches
+        return Batch(
+            (*(micro_batches if replicas.rank == 0 else [filler()] * len(micro_batches)), _masked(micro_batches[0]))
+        )
+    micro_batches = pack(samples, max_tokens=MICROBATCH_TOKENS[step], replicas=replicas).micro_batches
+    return Batch((*micro_batches, _masked(micro_batches[0])))
 
 
 def _masked(micro: MicroBatch) -> MicroBatch:
@@ -164,29 +166,29 @@ def _masked(micro: MicroBatch) -> MicroBatch:
 
 
 def train_vold(layout: Layout, models: Path, out: Path) -> None:
-    """One rank. Rank 0 writes what `differences` reads."""
+    """Trains on one rank. Rank 0 writes the tensors that `differences` compares."""
     sizes = {key: value for key, value in vars(layout).items() if key != "world"}
-    place = initialise(**sizes, seed=0)
-    trainer = Trainer(models / "student", place, OPTIMIZER, steps=STEPS, dtype=torch.float32, vocab_size=VOCAB)
-    scorer = Teacher(models / "teacher", place, dtype=torch.float32, vocab_size=VOCAB)
-    found = _named("loaded", export_weights(trainer.chunks))
+    rank_layout = initialise(**sizes, seed=0)
+    trainer = Trainer(models / "student", rank_layout, OPTIMIZER, steps=STEPS, dtype=torch.float32, vocab_size=VOCAB)
+    scorer = Teacher(models / "teacher", rank_layout, dtype=torch.float32, vocab_size=VOCAB)
+    tensors = _named("loaded", export_weights(trainer.chunks))
     for step in range(STEPS):
         batch = scorer.score(batch_of_step(step, trainer))
         trainer.accumulate_gradients(batch)
         if not layout.distributed_optimizer:  # whose ranks hold only their own share of the sum
-            found |= _named(f"gradient/{step}", export_weights(trainer.chunks, lambda p: p.main_grad))
+            tensors |= _named(f"gradient/{step}", export_weights(trainer.chunks, lambda p: p.main_grad))
         report = trainer.step(batch)
         reports: list = [None] * layout.world
         dist.all_gather_object(reports, report)
         assert all(other == report for other in reports), "every rank reports the same numbers"
-        found[f"loss/{step}"] = torch.tensor(report.metrics["loss"], dtype=torch.float64)
-    found |= _named("parameter", export_weights(trainer.chunks))
-    if place.is_last_stage and trainer.chunks[-1].arch.tied:
-        own = trainer.chunks[-1].head_weight()
-        share = found["parameter/lm_head.weight"].chunk(place.tp)[place.tp_rank]
-        assert torch.equal(own, share), "the tied head left its embedding"
+        tensors[f"loss/{step}"] = torch.tensor(report.metrics["loss"], dtype=torch.float64)
+    tensors |= _named("parameter", export_weights(trainer.chunks))
+    if rank_layout.is_last_stage and trainer.chunks[-1].arch.tied:
+        head_shard = trainer.chunks[-1].head_weight()
+        embedding_shard = tensors["parameter/lm_head.weight"].chunk(rank_layout.tp)[rank_layout.tp_rank]
+        assert torch.equal(head_shard, embedding_shard), "the tied head differs from its embedding"
     if int(os.environ["RANK"]) == 0:
-        save_file(found, out)
+        save_file(tensors, out)
 
 
 def _named(kind: str, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -206,17 +208,17 @@ def train_transformers(models: Path, out: Path) -> None:
         eps=OPTIMIZER.eps,
     )
     named = dict(learner.named_parameters(remove_duplicate=False))
-    found = _named("loaded", ((name, p.detach()) for name, p in named.items()))
+    tensors = _named("loaded", ((name, p.detach()) for name, p in named.items()))
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = sum(_sequence_loss(learner, scorer, sample) for sample in samples_of_step(step))
         loss.backward()
-        found[f"loss/{step}"] = loss.detach().double()
-        found |= _named(f"gradient/{step}", ((name, p.grad) for name, p in named.items()))
+        tensors[f"loss/{step}"] = loss.detach().double()
+        tensors |= _named(f"gradient/{step}", ((name, p.grad) for name, p in named.items()))
         torch.nn.utils.clip_grad_norm_(learner.parameters(), OPTIMIZER.clip_grad)
         optimizer.step()
-    found |= _named("parameter", ((name, p.detach()) for name, p in named.items()))
-    save_file(found, out)
+    tensors |= _named("parameter", ((name, p.detach()) for name, p in named.items()))
+    save_file(tensors, out)
 
 
 def _sequence_loss(learner: PreTrainedModel, scorer: PreTrainedModel, sample: Sample) -> Tensor:
@@ -235,9 +237,9 @@ def _sequence_loss(learner: PreTrainedModel, scorer: PreTrainedModel, sample: Sa
 # Comparison ----------------------------------------------------------------------------------------------------------
 
 
-def differences(found: Path, expected: Path) -> dict[str, float | None]:
-    """The largest relative difference of each kind; None where `found` has nothing of it."""
-    ours, theirs = load_file(found), load_file(expected)
+def differences(actual: Path, expected: Path) -> dict[str, float | None]:
+    """The largest relative difference of each kind; None where `actual` has no tensor of that kind."""
+    ours, theirs = load_file(actual), load_file(expected)
     worst: dict[str, float | None] = dict.fromkeys(LIMITS)
     for name, tensor in ours.items():
         kind = name.split("/")[0]
@@ -263,9 +265,9 @@ def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterato
 def _row(name: str, layout: Layout, head: str, folder: Path, references: Sequence[str]) -> dict[str, str]:
     row, ok = {"layout": name, "processes": str(layout.world), "head": head}, True
     for reference in REFERENCES:
-        found = differences(folder / name, folder / reference) if reference in references else {}
+        errors = differences(folder / name, folder / reference) if reference in references else {}
         for kind, limit in LIMITS.items():
-            error = found.get(kind)
+            error = errors.get(kind)
             row[f"{kind} vs {reference}"] = "" if error is None else f"{error:.1e}"
             ok &= error is None or error <= limit
     return row | {"verdict": "ok" if ok else "OVER"}
@@ -280,23 +282,29 @@ def run_world(world: int, body: Callable, *arguments) -> None:
 
 
 def _rank(rank: int, world: int, port: int, body: Callable, arguments: tuple) -> None:
-    here = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in here.items()}
+    rank_variables = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in rank_variables.items()}
     body(*arguments)
 
 
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def write(rows: Sequence[dict[str, str]], out: Path, stamp: dict[str, str]) -> None:
-    write_rows(out / "parity.csv", [row | stamp for row in rows], [*rows[0], *stamp])
+def write(rows: Sequence[dict[str, str]], out: Path, facts: dict[str, str]) -> None:
+    write_rows(out / "parity.csv", [row | facts for row in rows], [*rows[0], *facts])
     limits = ", ".join(f"{kind} {limit:.0e}" for kind, limit in LIMITS.items())
     text = [
         "# Layouts beside one process and beside transformers",
         "",
         "Generated by `python -m benchmarks.parity`. Largest relative differences over three AdamW steps of the VOLD",
         f"loss in fp32; limits: {limits}. Gradients under a distributed optimizer are spread over ranks: there the",
-        f"parameters speak for them. {', '.join(f'{key} {value}' for key, value in stamp.items() if value)}.",
+        f"parameters speak for them. {', '.join(f'{key} {value}' for key, value in facts.items() if value)}.",
         "",
         table_line(rows[0]),
         table_line(["---"] * len(rows[0])),
@@ -306,7 +314,7 @@ def write(rows: Sequence[dict[str, str]], out: Path, stamp: dict[str, str]) -> N
     (out / "parity.md").write_text("\n".join(text))
 
 
-def show(rows: Sequence[dict[str, str]]) -> None:
+def print_table(rows: Sequence[dict[str, str]]) -> None:
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
@@ -322,9 +330,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = list(measure(options.layouts, options.heads, Path(folder)))
-    show(rows)
-    known = facts(torch.device("cpu"), threads=1)
-    write(rows, options.out, {key: known[key] for key in ("device", "torch", "commit", "started") if key in known})
+    print_table(rows)
+    facts = environment(torch.device("cpu"), threads=1)
+    write(rows, options.out, {key: facts[key] for key in ("device", "torch", "commit", "started") if key in facts})
     sys.exit(any(row["verdict"] != "ok" for row in rows))
 
 

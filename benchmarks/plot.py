@@ -1,4 +1,4 @@
-"""Time and memory of every provider, from the CSV files: PNG and SVG beside them.
+"""Plots time and memory of every provider from the CSV files: PNG and SVG beside them.
 
     python -m benchmarks.plot [--out benchmarks/results]
 
@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from .harness import read_rows
+from .problem import LOGPROB
 from .providers import FLOOR, OURS, PROVIDERS
 from .summary import MODES, Row
 
@@ -31,19 +32,19 @@ COLORS = {OURS: ACCENT, FLOOR: INK} | dict(zip(PEERS, SHADES, strict=True))
 
 def write(folder: Path) -> None:
     for path in sorted(folder.glob("kernels-*.csv")):
-        found = [row for row in read_rows(path) if row["status"] == "measured"]
-        for (mode, head), group in groupby(found, key=lambda row: (row["mode"], row["head"])):
+        rows = [row for row in read_rows(path) if row["status"] == "measured"]
+        for (mode, head), group in groupby(rows, key=lambda row: (row["mode"], row["head"])):
             with plt.rc_context(STYLE):
                 _figure(list(group), folder / f"{path.stem}-{mode}-{head}")
 
 
-def _figure(found: list[Row], stem: Path) -> None:
+def _figure(rows: list[Row], stem: Path) -> None:
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 0.32 * 11 + 1), layout="constrained")
-    if len({row["tokens"] for row in found}) == 1:
-        _bars(time_axes, memory_axes, found)
+    if len({row["tokens"] for row in rows}) == 1:
+        _bars(time_axes, memory_axes, rows)
     else:
-        _lines(time_axes, memory_axes, found)
-    first = found[0]
+        _lines(time_axes, memory_axes, rows)
+    first = rows[0]
     shape = f"D {first['hidden']}, V {first['vocab']}, {first['dtype']}"
     figure.suptitle(
         f"{MODES[first['mode']]}: {first['head']} head, {shape}\n{first['device']}, commit {first['commit']}"
@@ -54,15 +55,15 @@ def _figure(found: list[Row], stem: Path) -> None:
     plt.close(figure)
 
 
-def _bars(time_axes: Axes, memory_axes: Axes, found: list[Row]) -> None:
-    floor = next((float(row["median_s"]) for row in found if row["provider"] == FLOOR), None)
-    found = sorted((row for row in found if row["provider"] != FLOOR), key=lambda row: -float(row["median_s"]))
-    names = [row["provider"] for row in found]
+def _bars(time_axes: Axes, memory_axes: Axes, rows: list[Row]) -> None:
+    floor = next((float(row["median_s"]) for row in rows if row["provider"] == FLOOR), None)
+    rows = sorted((row for row in rows if row["provider"] != FLOOR), key=lambda row: -float(row["median_s"]))
+    names = [row["provider"] for row in rows]
     colors = [ACCENT if name == OURS else QUIET for name in names]
-    medians = [float(row["median_s"]) for row in found]
+    medians = [float(row["median_s"]) for row in rows]
     whiskers = [
-        [max(m - float(row["p20_s"]), 0) for m, row in zip(medians, found, strict=True)],
-        [max(float(row["p80_s"]) - m, 0) for m, row in zip(medians, found, strict=True)],
+        [max(m - float(row["p20_s"]), 0) for m, row in zip(medians, rows, strict=True)],
+        [max(float(row["p80_s"]) - m, 0) for m, row in zip(medians, rows, strict=True)],
     ]
     time_axes.barh(names, medians, xerr=whiskers, color=colors, ecolor=INK, capsize=3)
     for i, (median, whisker) in enumerate(zip(medians, whiskers[1], strict=True)):
@@ -71,29 +72,34 @@ def _bars(time_axes: Axes, memory_axes: Axes, found: list[Row]) -> None:
         time_axes.axvline(floor, color=INK, linestyle="--", linewidth=1)
         at = (floor, len(names) - 0.45)
         time_axes.annotate(f"matmuls alone {floor:.3g} s", at, (5, 0), textcoords="offset points", va="bottom")
-    memory = [float(row["peak_extra_mib"]) for row in found]
+    memory = [float(row["peak_extra_mib"]) for row in rows]
     memory_axes.barh(names, memory, color=colors)
     for i, mib in enumerate(memory):
         memory_axes.annotate(f"{mib:,.0f} MiB", (mib, i), (5, 0), textcoords="offset points", va="center")
     memory_axes.set_yticks([])
-    _label(time_axes, memory_axes, found[0])
+    _label(time_axes, memory_axes, rows[0])
     for axes in (time_axes, memory_axes):
         axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
         axes.set_ylim(-0.6, len(names) - 0.1)
 
 
-def _lines(time_axes: Axes, memory_axes: Axes, found: list[Row]) -> None:
-    for name in [name for name in PROVIDERS if any(row["provider"] == name for row in found)]:
-        mine = [row for row in found if row["provider"] == name]
-        tokens, medians = [int(row["tokens"]) for row in mine], [float(row["median_s"]) for row in mine]
-        low = [max(m - float(row["p20_s"]), 0) for m, row in zip(medians, mine, strict=True)]
-        high = [max(float(row["p80_s"]) - m, 0) for m, row in zip(medians, mine, strict=True)]
+def _lines(time_axes: Axes, memory_axes: Axes, rows: list[Row]) -> None:
+    for name in [name for name in PROVIDERS if any(row["provider"] == name for row in rows)]:
+        provider_rows = [row for row in rows if row["provider"] == name]
+        tokens, medians = (
+            [int(row["tokens"]) for row in provider_rows],
+            [float(row["median_s"]) for row in provider_rows],
+        )
+        low = [max(m - float(row["p20_s"]), 0) for m, row in zip(medians, provider_rows, strict=True)]
+        high = [max(float(row["p80_s"]) - m, 0) for m, row in zip(medians, provider_rows, strict=True)]
         look = {"color": COLORS[name], "linewidth": 2.5 if name == OURS else 1.2}
         look["linestyle"] = "--" if name == FLOOR else "-"
         time_axes.errorbar(tokens, medians, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name, **look)
         if name != FLOOR:
-            memory_axes.plot(tokens, [float(row["peak_extra_mib"]) for row in mine], marker="o", markersize=4, **look)
-    ticks = sorted({int(row["tokens"]) for row in found})
+            memory_axes.plot(
+                tokens, [float(row["peak_extra_mib"]) for row in provider_rows], marker="o", markersize=4, **look
+            )
+    ticks = sorted({int(row["tokens"]) for row in rows})
     for axes in (time_axes, memory_axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -101,11 +107,11 @@ def _lines(time_axes: Axes, memory_axes: Axes, found: list[Row]) -> None:
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.25)
     time_axes.figure.legend(loc="outside right center", frameon=False)
-    _label(time_axes, memory_axes, found[0], vertical=True)
+    _label(time_axes, memory_axes, rows[0], vertical=True)
 
 
 def _label(time_axes: Axes, memory_axes: Axes, row: Row, *, vertical: bool = False) -> None:
-    include = "" if row["mode"] == "forward" else ", gradients included"
+    include = "" if row["mode"] == LOGPROB else ", gradients included"
     for axes, text in ((time_axes, "seconds"), (memory_axes, f"peak MiB beyond the inputs{include}")):
         (axes.set_ylabel if vertical else axes.set_xlabel)(text)
 

@@ -1,8 +1,9 @@
-"""What every provider is given and what it must answer: one problem, with the truth in fp64 on a subset.
+"""The problem that every provider solves, with the fp64 result on a subset of rows and columns.
 
-    forward   log-prob of each target
-    full      the clipped policy gradient with a coefficient of its own per token, forward and backward
-    ce        plain mean cross entropy, forward and backward (all that QuACK and some others can do)
+    mode      constant        task
+    forward   LOGPROB         log-prob of each target
+    full      POLICY_LOSS     the clipped policy gradient with one coefficient per token, forward and backward
+    ce        CROSS_ENTROPY   mean cross entropy, forward and backward (all that QuACK and some others compute)
 
 The distillation term has weight 0 here, since Liger's GRPO loss knows k3 only; it is a per-token term and costs nothing
 next to the matmuls. Logits have standard deviation 3; every fourth token is confident. Targets are sampled from the
@@ -19,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-EPS_LOW, EPS_HIGH = 0.2, 0.3
+LOGPROB, POLICY_LOSS, CROSS_ENTROPY = "forward", "full", "ce"  # as in the CSV files
+CLIP_EPS_LOW, CLIP_EPS_HIGH = 0.2, 0.3
 LOG_RATIOS = (-0.5, -0.1, 0.0, 0.1, 0.5)
 CHECKED_ROWS, CHECKED_COLUMNS = 256, 512
-# Rounding, not proof: tests/kernels holds the kernels to far tighter bounds. Beyond these it is another computation.
+# Allows rounding only; beyond it the provider computes something else. tests/kernels has far tighter bounds for ours.
 TOLERANCE = {
     "float64": {"logp": 1e-9, "loss": 1e-9, "d_hidden": 1e-9, "d_weight": 1e-9},
     "float32": {"logp": 1e-3, "loss": 1e-4, "d_hidden": 1e-3, "d_weight": 1e-3},
@@ -32,7 +34,7 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the sweep: one group of rows in the CSV."""
+    """One case of the sweep: a group of rows in the CSV."""
 
     head: str
     mode: str
@@ -44,13 +46,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Truth:
-    """fp64."""
+    """The result in fp64."""
 
     logp_N: Tensor
     d_logp_N: Tensor
     loss: Tensor
     scale: Tensor
-    """Σ |terms of the loss|: what an error of the loss is relative to (the loss itself may cancel to 0)."""
+    """Mean |term of the loss|, the scale of its error (the terms themselves may cancel)."""
     rows_r: Tensor
     columns_c: Tensor
     d_hidden_rD: Tensor
@@ -79,9 +81,9 @@ class Problem:
 
 
 def policy_loss(logp_N: Tensor, logp_old_N: Tensor, advantage_N: Tensor) -> Tensor:
-    """Mean clipped surrogate: the shared torch maths of every provider that only brings a log-prob."""
+    """Mean clipped surrogate, for every provider that computes log-probs only."""
     ratio_N = (logp_N - logp_old_N).exp()
-    clipped_N = ratio_N.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
+    clipped_N = ratio_N.clamp(1 - CLIP_EPS_LOW, 1 + CLIP_EPS_HIGH)
     return -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N).mean()
 
 
@@ -131,16 +133,16 @@ def _truth(
 ) -> Truth:
     logp_N, log_total_N, logp_old_N, advantage_N = per_token
     leaf_N = logp_N.clone().requires_grad_()
-    is_ce = case.mode == "ce"
+    is_ce = case.mode == CROSS_ENTROPY
     loss = -leaf_N.mean() if is_ce else policy_loss(leaf_N, logp_old_N.double(), advantage_N.double())
     (d_logp_N,) = torch.autograd.grad(loss, leaf_N)
     scale = (logp_N if is_ce else (logp_N - logp_old_N).exp() * advantage_N).abs().mean()
 
-    def some(most: int, count: int) -> Tensor:
-        return torch.randperm(most, generator=generator, device=target_N.device)[:count]
+    def sample_indices(limit: int, count: int) -> Tensor:
+        return torch.randperm(limit, generator=generator, device=target_N.device)[:count]
 
-    rows_r = some(case.tokens, CHECKED_ROWS)
-    columns_c = torch.cat((target_N[: CHECKED_COLUMNS // 2], some(case.vocab, CHECKED_COLUMNS // 2))).unique()
+    rows_r = sample_indices(case.tokens, CHECKED_ROWS)
+    columns_c = torch.cat((target_N[: CHECKED_COLUMNS // 2], sample_indices(case.vocab, CHECKED_COLUMNS // 2))).unique()
     p_rV = (hidden_ND[rows_r].double() @ weight_VD.double().t() - log_total_N[rows_r, None]).exp_()
     d_hidden_rD = weight_VD[target_N[rows_r]].double() - p_rV @ weight_VD.double()
     p_Nc = (hidden_ND.double() @ weight_VD[columns_c].double().t() - log_total_N[:, None]).exp_()
@@ -158,7 +160,7 @@ def _truth(
 
 
 def errors(problem: Problem, answer: Tensor) -> dict[str, float]:
-    """Against fp64: largest log-prob error (nats), or the loss's relative error and both gradients' (Frobenius)."""
+    """Errors against fp64: the largest of log-probs (nats), or those of loss and gradients (relative, Frobenius)."""
     truth = problem.truth
     if answer.ndim:
         return {"logp": float((answer.double() - truth.logp_N).abs().max())}
@@ -170,11 +172,11 @@ def errors(problem: Problem, answer: Tensor) -> dict[str, float]:
     }
 
 
-def disagreement(case: Case, found: dict[str, float]) -> str:
-    """Empty where every error is within rounding."""
-    over = [f"{k} off by {v:.1e}" for k, v in found.items() if not v <= TOLERANCE[case.dtype][k]]
+def disagreement(case: Case, measured: dict[str, float]) -> str:
+    """The errors beyond rounding, as text; empty where there are none."""
+    over = [f"{k} off by {v:.1e}" for k, v in measured.items() if not v <= TOLERANCE[case.dtype][k]]
     return ", ".join(over)
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+def _relative(measured: Tensor, truth: Tensor) -> float:
+    return float((measured.double() - truth).norm() / truth.norm())

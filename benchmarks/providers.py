@@ -1,8 +1,8 @@
-"""Who is timed: ours and every peer, each behind the same two calls. One function per provider.
+"""The providers that are timed, ours and peers: one function each, behind the same interface.
 
-`PROVIDERS[name].load(case)` imports the peer and returns `step(problem)`, which gives log-probs [N] in forward mode and
-a scalar loss otherwise. `why_not`, or whatever load and step raise, is the reason in a provider's "not available" row.
-Peers that bring a log-prob only get the loss from the shared maths in `problem.py` (`_with`).
+`PROVIDERS[name].load(case)` imports the peer and returns `step(problem)`, which returns log-probs [N] in mode LOGPROB
+and a scalar loss otherwise. `unavailable_reason`, or the error that load or step raises, is the reason in the row of a
+provider that is not available. For peers that compute log-probs only, the loss is that of `problem.py` (`_with`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import EPS_HIGH, EPS_LOW, Case, Problem, policy_loss
+from .problem import CLIP_EPS_HIGH, CLIP_EPS_LOW, CROSS_ENTROPY, LOGPROB, POLICY_LOSS, Case, Problem, policy_loss
 
 Step = Callable[[Problem], Tensor]
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,16 +31,16 @@ OURS = "vold_kernels"
 class Provider:
     load: Callable[[Case], Step]
     package: str
-    """Whose version the row carries."""
-    modes: tuple[str, ...] = ("full", "forward", "ce")
-    says: str = ""
-    """Why not the other modes."""
+    """The package whose version is in the row."""
+    modes: tuple[str, ...] = (POLICY_LOSS, LOGPROB, CROSS_ENTROPY)
+    other_modes_reason: str = ""
+    """Why the other modes are not available."""
     needs_gpu: bool = False
 
-    def why_not(self, case: Case, device: torch.device) -> str:
-        """Known without importing anything. Empty: it may work."""
+    def unavailable_reason(self, case: Case, device: torch.device) -> str:
+        """Why it cannot run, as far as is known without importing it; empty where it may."""
         if case.mode not in self.modes:
-            return self.says
+            return self.other_modes_reason
         return "needs a GPU" if self.needs_gpu and device.type != "cuda" else ""
 
 
@@ -52,18 +52,18 @@ def ours(case: Case) -> Step:
 
     def loss(p: Problem) -> Tensor:
         ones_N = torch.full_like(p.advantage_N, 1 / len(p.advantage_N))
-        if case.mode == "ce":  # the on-policy gradient of advantage 1 is that of the cross entropy
+        if case.mode == CROSS_ENTROPY:  # on policy and with advantage 1 the gradient is that of the cross entropy
             terms = PolicyTerms(None, None, torch.ones_like(ones_N), ones_N, torch.zeros_like(ones_N))
             out = linear_policy_loss(
-                p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=EPS_LOW, clip_eps_high=EPS_HIGH
+                p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=CLIP_EPS_LOW, clip_eps_high=CLIP_EPS_HIGH
             )
             return out.loss - out.loss.detach() - out.logp_N.mean()
         terms = PolicyTerms(p.logp_old_N, None, p.advantage_N, ones_N, torch.zeros_like(ones_N))
         return linear_policy_loss(
-            p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=EPS_LOW, clip_eps_high=EPS_HIGH
+            p.hidden_ND, p.weight_VD, p.target_N, terms, clip_eps_low=CLIP_EPS_LOW, clip_eps_high=CLIP_EPS_HIGH
         ).loss
 
-    return logprob if case.mode == "forward" else loss
+    return logprob if case.mode == LOGPROB else loss
 
 
 def eager(case: Case) -> Step:
@@ -83,7 +83,7 @@ def trl(case: Case) -> Step:
 
 
 def liger_grpo(case: Case) -> Step:
-    """Each token is a sequence of length 1 in one chunk: its only layout with per-token advantages, and its fastest."""
+    """Each token is a sequence of length 1 in one chunk: the only layout with per-token advantages, and the fastest."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
@@ -91,8 +91,8 @@ def liger_grpo(case: Case) -> Step:
         compiled=False,  # the per-token maths only: [N, 1]
         use_ref_model=False,
         chunk_size=case.tokens,
-        epsilon_low=EPS_LOW,
-        epsilon_high=EPS_HIGH,
+        epsilon_low=CLIP_EPS_LOW,
+        epsilon_high=CLIP_EPS_HIGH,
         loss_type="dapo",
     )
 
@@ -118,7 +118,7 @@ def liger_ce(case: Case) -> Step:
     def loss(h: Tensor, w: Tensor, y: Tensor, reduction: str) -> Tensor:
         return Fused.apply(h, w, y, None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)[0]
 
-    if case.mode == "ce":
+    if case.mode == CROSS_ENTROPY:
         return lambda p: loss(p.hidden_ND, p.weight_VD, p.target_N, "mean")
     return _with(lambda h, w, y: -loss(h, w, y, "none"), case)
 
@@ -130,7 +130,7 @@ def cut_cross_entropy(case: Case) -> Step:
 
 
 def verl(case: Case) -> Step:
-    """Its two kernel files only: importing the package pulls in ray."""
+    """Imports the two kernel files only: the package itself imports ray."""
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'verl'")
@@ -156,7 +156,7 @@ def quack(case: Case) -> Step:
 
 
 def floor(case: Case) -> Step:
-    """The matmuls of the mode and nothing else, in the chunking that is fastest here: what cannot be beaten.
+    """The matmuls of the mode alone, in the chunking that is fastest here: a lower bound of the time.
 
     Outputs have the inputs' dtype and reused storage. 2NDV forward, 6NDV otherwise.
     """
@@ -164,8 +164,8 @@ def floor(case: Case) -> Step:
 
     def step(p: Problem) -> Tensor:
         if not chosen:
-            chosen.append(_fastest_chunking(p, full=case.mode != "forward"))
-        return _matmuls(p, *chosen[0], full=case.mode != "forward")
+            chosen.append(_fastest_chunking(p, full=case.mode != LOGPROB))
+        return _matmuls(p, *chosen[0], full=case.mode != LOGPROB)
 
     return step
 
@@ -175,7 +175,9 @@ PROVIDERS = {
     OURS: Provider(ours, "vold"),
     "eager": Provider(eager, "torch"),
     "torch.compile": Provider(compiled, "torch"),
-    "Liger GRPO": Provider(liger_grpo, "liger-kernel", modes=("full",), says="gives the GRPO loss only"),
+    "Liger GRPO": Provider(
+        liger_grpo, "liger-kernel", modes=(POLICY_LOSS,), other_modes_reason="gives the GRPO loss only"
+    ),
     "Liger scaled CE": Provider(liger_scaled_ce, "liger-kernel"),
     "Liger CE": Provider(liger_ce, "liger-kernel", needs_gpu=True),
     "TRL chunked": Provider(trl, "trl"),
@@ -184,8 +186,8 @@ PROVIDERS = {
     "QuACK": Provider(
         quack,
         "quack-kernels",
-        modes=("ce",),
-        says="mean or sum cross entropy only, no coefficient of a token's own",
+        modes=(CROSS_ENTROPY,),
+        other_modes_reason="mean or sum cross entropy only, no coefficient of a token's own",
         needs_gpu=True,
     ),
 }
@@ -207,7 +209,7 @@ def _with(logprob: Logprob, case: Case) -> Step:
     def ce(p: Problem) -> Tensor:
         return -forward(p).mean()
 
-    return {"forward": forward, "full": full, "ce": ce}[case.mode]
+    return {LOGPROB: forward, POLICY_LOSS: full, CROSS_ENTROPY: ce}[case.mode]
 
 
 def _stub(name: str, **attributes: object) -> None:

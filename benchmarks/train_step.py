@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 -m benchmarks.train_step --tp 2 --sp     a GPU node: Qwen2.5-VL-3B and Qwen3-8B
 
 Two providers take turns on the same models and batch: `vold_kernels`, whose heads never make [tokens, vocabulary]
-logits, and `materialised`, the same loss and teacher score written with logits in plain torch (tp = 1 only: a head
-split over ranks has no such one-liner). Both are checked to give the same loss and gradient norm. Peak memory is that
-of the phase beyond what lies there before it (weights, gradients, optimizer state). Writes train_step-<device>.csv.
+logits, and `materialised`, the same loss and teacher score written with logits in plain torch (tp = 1 only).
+Both must give the same loss and gradient norm. Peak memory is that of the step beyond what is resident before it
+(weights, gradients, optimizer state). Writes train_step-<device>.csv.
 
 D hidden width, N tokens with a loss, V vocabulary.
 """
@@ -35,7 +35,7 @@ from vold.trainer import trainer as engine
 from vold.types import Batch, Prompt, Sample
 from vold_kernels import PolicyLoss, PolicyTerms, linear_logprob, linear_policy_loss
 
-from .harness import MIB, facts, peak_bytes, reset_peak, rest, seconds, spread, write_rows
+from .harness import MIB, environment, peak_bytes, release_caches, reset_peak, seconds, spread, write_rows
 
 COLUMNS = (
     *("provider", "scale", "layout", "dtype", "layers", "tokens", "sequences", "loss_tokens"),
@@ -49,7 +49,7 @@ VOCAB, REAL_IDS = 151936, 151669
 RESULTS = Path(__file__).parent / "results"
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 COMMON = {"num_hidden_layers": 36, "vocab_size": VOCAB, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
-# The text part of Qwen2.5-VL-3B (the vision tower sees nothing in training), and Qwen3-8B.
+# The text part of Qwen2.5-VL-3B (training has no images), and Qwen3-8B.
 STUDENT = {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
 TEACHER = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8}
 HEAD_DIM = 128
@@ -65,7 +65,7 @@ def teacher_config(scale: float) -> PretrainedConfig:
 
 
 def _scaled(shape: dict[str, int], scale: float) -> dict[str, int]:
-    """`scale` of width and depth, two layers at least; head width and vocabulary stay real."""
+    """The shape with width and depth times `scale`, at least two layers; head width and vocabulary are not scaled."""
     heads = max(int(shape["num_attention_heads"] * scale), 1)
     return {
         "hidden_size": int(shape["hidden_size"] * scale),
@@ -78,7 +78,7 @@ def _scaled(shape: dict[str, int], scale: float) -> dict[str, int]:
 
 @torch.no_grad()
 def random_weights(chunk: nn.Module, _checkpoint: Path) -> None:
-    """In the place of `load_pretrained`."""
+    """Replaces `load_pretrained`."""
     generator = torch.Generator(chunk.layout.device).manual_seed(0)
     for name, parameter in chunk.named_parameters():
         if "norm" in name:
@@ -115,8 +115,8 @@ def logits_policy_loss(
     if terms.logp_teacher_N is not None:
         kl_loss = (terms.kl_weight_N * 0.5 * (logp_N - terms.logp_teacher_N).square()).sum()
     nothing = dict.fromkeys((field.name for field in fields(PolicyLoss)), torch.zeros((), device=logp_N.device))
-    known = {"loss": pg_loss + kl_loss, "pg_loss": pg_loss.detach(), "kl_loss": kl_loss.detach()}
-    return PolicyLoss(**nothing | known | {"logp_N": logp_N.detach(), "entropy_N": torch.zeros_like(logp_N)})
+    losses = {"loss": pg_loss + kl_loss, "pg_loss": pg_loss.detach(), "kl_loss": kl_loss.detach()}
+    return PolicyLoss(**nothing | losses | {"logp_N": logp_N.detach(), "entropy_N": torch.zeros_like(logp_N)})
 
 
 HEADS = {OURS: (linear_policy_loss, linear_logprob), LOGITS: (logits_policy_loss, logits_logprob)}
@@ -180,30 +180,30 @@ def random_samples(options: argparse.Namespace, replicas: int) -> list[Sample]:
 
 
 def measure(step: Step, providers: list[str], device: torch.device, runs: int) -> dict[str, dict]:
-    """Turns, after one untimed step of each."""
-    found: dict[str, dict] = {name: {"seconds": [], "phases": [], "peak": 0} for name in providers}
+    """Steps of the providers in turns, after one untimed step of each."""
+    results: dict[str, dict] = {name: {"seconds": [], "phases": [], "peak": 0} for name in providers}
     resident = 0
     for turn in range(runs + 1):
-        for name, result in found.items():
+        for name, result in results.items():
             dist.barrier()
-            resident = rest(device)
+            resident = release_caches(device)
             reset_peak(device)
-            spent = seconds(lambda name=name: step.run(name), device)
+            step_seconds = seconds(lambda name=name: step.run(name), device)
             on_cpu = peak_bytes(device)  # on CUDA the phases have reset torch's counter, and kept the peak
             phases = step.trainer.phases.finish_step()
             if turn:
                 peak = phases["memory_gib_step"] * 2**30 if device.type == "cuda" else on_cpu
-                result["seconds"].append(spent)
+                result["seconds"].append(step_seconds)
                 result["phases"].append(phases)
                 result["peak"] = max(result["peak"], peak - resident)
             result |= {"resident": resident, "metrics": step.metrics}
-    _check_same(found)
-    return found
+    _check_same(results)
+    return results
 
 
-def _check_same(found: dict[str, dict]) -> None:
-    """Another loss or gradient is another computation; bfloat16 rounds."""
-    first, *others = found.values()
+def _check_same(results: dict[str, dict]) -> None:
+    """Raises unless all providers gave the same loss and gradient norm, up to bf16 rounding."""
+    first, *others = results.values()
     for other in others:
         for key in ("loss", "grad_norm"):
             a, b = first["metrics"][key], other["metrics"][key]
@@ -216,7 +216,7 @@ def row(name: str, result: dict, step: Step, options: argparse.Namespace, layout
     student, teacher = student_config(options.scale), teacher_config(options.scale)
     parts = {key: spread([p.get(f"seconds_{key}", 0.0) for p in result["phases"]])[0] for key in PARTS}
     world, peak = dist.get_world_size(), peak_flops(layout.device)
-    busy = sum(parts[key] for key in PARTS if key != "teacher")
+    student_seconds = sum(parts[key] for key in PARTS if key != "teacher")
     flops = result["metrics"]["train_tflop"] * 1e12
     shape = f"tp{layout.tp}{'+sp' if layout.sp else ''} pp{layout.pp} dp{layout.dp}"
     return {
@@ -239,7 +239,7 @@ def row(name: str, result: dict, step: Step, options: argparse.Namespace, layout
         "runs": len(result["seconds"]),
         **{f"{key}_s": f"{value:.4f}" for key, value in parts.items()},
         "tokens_per_second": f"{options.tokens * layout.dp / median:.1f}",
-        "student_mfu": f"{flops / (busy * peak * world):.4f}" if peak else "",
+        "student_mfu": f"{flops / (student_seconds * peak * world):.4f}" if peak else "",
         "peak_extra_mib": f"{result['peak'] / MIB:.0f}",
         "resident_mib": f"{result['resident'] / MIB:.0f}",
         "loss": f"{result['metrics']['loss']:.6g}",
@@ -256,9 +256,9 @@ def main() -> None:
     device, dtype = layout.device, getattr(torch, options.dtype)
     providers = [OURS, LOGITS] if layout.tp == 1 and not options.fused_only else [OURS]
     step = build(options, layout, dtype)
-    found = measure(step, providers, device, options.runs)
-    known = facts(device, torch.get_num_threads())
-    rows = [row(name, result, step, options, layout) | known for name, result in found.items()]
+    results = measure(step, providers, device, options.runs)
+    facts = environment(device, torch.get_num_threads())
+    rows = [row(name, result, step, options, layout) | facts for name, result in results.items()]
     if dist.get_rank() == 0:
         path = options.out / f"train_step-{device.type}.csv"
         write_rows(path, rows, COLUMNS)

@@ -63,7 +63,7 @@ class TokenLosses:
 
 
 def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossNumbers) -> TokenLosses:
-    """The loss of each token and its derivative with respect to its log-prob. With sequence_C: of all kept tokens."""
+    """Loss of each token and its derivative by its log-prob. `terms` with sequence_C must hold all kept tokens."""
     logp_C = statistics.logp_C
     pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_C, terms.kl_weight_C, terms.advantage_C
     has_pg_C = pg_weight_C != 0

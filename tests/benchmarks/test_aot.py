@@ -1,4 +1,4 @@
-"""The ahead-of-time table: one kernel compiled, every kernel of kernels/ accounted for."""
+"""The ahead-of-time table: one kernel is compiled, every kernel is listed."""
 
 import os
 
@@ -19,6 +19,8 @@ def test_every_listed_variant_names_a_kernel_and_its_arguments():
 @pytest.mark.parametrize("sm", aot.CHIPS)
 def test_usage_is_read_from_the_binary(sm: int):
     kernel = aot.compiled(aot.VARIANTS[0], sm)
-    found = aot.usage(kernel)
+    resources = aot.usage(kernel)
     assert kernel.metadata.shared <= aot.SHARED_LIMIT[sm]
-    assert found is None or (0 < found.registers <= 255 and found.spill_bytes == 0 and found.ptx_bytes > 1000)
+    assert resources is None or (
+        0 < resources.registers <= 255 and resources.spill_bytes == 0 and resources.ptx_bytes > 1000
+    )

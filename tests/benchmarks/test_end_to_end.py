@@ -32,9 +32,9 @@ def world(tmp_path_factory) -> tuple[str, str]:
 
 def test_trainers_take_turns_at_the_same_work(world):
     names = [OURS, PEER] if importlib.util.find_spec("trl") else [OURS]
-    found = end_to_end.measure(job(world), names)
-    assert [(row["trainer"], row["step"]) for row in found] == [(name, 1) for name in names]
-    for row in found:
+    rows = end_to_end.measure(job(world), names)
+    assert [(row["trainer"], row["step"]) for row in rows] == [(name, 1) for name in names]
+    for row in rows:
         assert row["prompts"] == 2 and row["responses"] == 4 and row["seconds"] > 0 and row["cpu_seconds"] > 0
         assert row["response_tokens"] == row["gradient_tokens"] == 4 * 5
 

@@ -25,12 +25,12 @@ def test_both_providers_give_one_loss_and_a_row(arguments, torchrun, tmp_path):
 
 
 def test_disagreement_is_noticed():
-    def found(loss: float) -> dict:
+    def result_with(loss: float) -> dict:
         return {"metrics": {"loss": loss, "grad_norm": 1.0}}
 
-    train_step._check_same({"a": found(1.0), "b": found(1.01)})
+    train_step._check_same({"a": result_with(1.0), "b": result_with(1.01)})
     with pytest.raises(RuntimeError, match="disagree on loss"):
-        train_step._check_same({"a": found(1.0), "b": found(1.1)})
+        train_step._check_same({"a": result_with(1.0), "b": result_with(1.1)})
 
 
 def test_full_scale_is_the_real_pair():

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import Format, figure_bytes, label_line_ends, new_figure, report_style, set_panel_title
 from .read import RunRecord
-from .style import CURVES, INK, SOFT, arm_of, colours, label, metric
+from .style import CURVES, INK, SOFT, arm_of, colours, metric, short_label
 from .tables import AccuracyTable, Mean, as_table, seed_cells
 
 POINTS = 240  # width of a panel in points, about
@@ -85,8 +85,8 @@ def _set_panels(models: Sequence[str], sets: Sequence[str], *, row_height: float
     figure = new_figure(2.9 * len(sets) + 0.5, row_height * len(models) + 0.9)
     axes = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for axis, name in zip(axes, sets, strict=True):
-        axis.set_title(f"{_short(name)}, % correct", fontsize=9.5)
-        axis.set_yticks(range(len(models)), [_short(model) for model in models], color=INK)
+        axis.set_title(f"{short_label(name)}, % correct", fontsize=9.5)
+        axis.set_yticks(range(len(models)), [short_label(model) for model in models], color=INK)
         axis.xaxis.grid(True)
     axes[0].set_ylim(len(models) - 0.5, -0.5)
     return figure, axes
@@ -181,18 +181,13 @@ def _dense(run: RunRecord, key: str) -> bool:
     return logged > MARKS or (not key.startswith("accuracy_") and logged * 2 >= len(run.steps))
 
 
-def _short(name: str) -> str:
-    """A label that leaves enough space for the figure."""
-    return label(name) if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"
-
-
 def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     described, paint = metric(key), colours([run.name for run in runs])
     ends: list[tuple[float, float, str, str]] = []
     for name, group in seed_groups([run for run in runs if run.finite(key)]).items():
         colour = paint[group[0].name]
         draw = _draw_arm if len(group) > 1 else _draw_run
-        ends.append((*draw(axis, group, key, colour), _short(name), colour))
+        ends.append((*draw(axis, group, key, colour), short_label(name), colour))
     values = [value for run in runs for _, value in run.finite(key)]
     set_panel_title(axis, described.label, described.unit)
     axis.set_xlabel("step")

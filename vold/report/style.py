@@ -116,6 +116,11 @@ def label(name: str) -> str:
     return name.upper() if name in _ACRONYMS else name
 
 
+def short_label(name: str) -> str:
+    """A label that leaves enough space for a figure."""
+    return label(name) if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"
+
+
 def colours(names: Sequence[str]) -> dict[str, str]:
     """Assign one colour per run. Known arms have theirs in every report; others take a free one, in order."""
     arms = list(dict.fromkeys(arm_of(name) for name in names))

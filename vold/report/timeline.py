@@ -15,7 +15,7 @@ from vold.io import visible
 
 from .drawing import Format, add_legend, figure_bytes, new_figure, report_style
 from .read import OLD_METRICS, RunRecord, as_number
-from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours
+from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours, short_label
 
 STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
 NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
@@ -112,7 +112,7 @@ def step_figure(timeline: StepTimeline, *, fmt: Format = "svg") -> bytes:
     figure = new_figure(9.6, 0.45 + 0.24 * len(timeline.rows))
     axis = figure.subplots()
     _draw_rows(axis, timeline.rows, seconds=timeline.seconds, labelled=True)
-    labels = [visible(f"{thread} thread") if thread else "" for thread, _ in timeline.rows]
+    labels = [f"{short_label(visible(thread))} thread" if thread else "" for thread, _ in timeline.rows]
     axis.set_yticks(range(len(labels)), labels)
     axis.xaxis.set_major_formatter("{x:g} s")
     axis.tick_params(labelsize=8)

@@ -100,7 +100,7 @@ def _rows(held: dict[str, list[RankShard]], config: SftConfig | RlConfig) -> Ite
 def _teaches_itself(config: SftConfig | RlConfig) -> bool:
     if not isinstance(config, RlConfig):
         return False
-    return build_objective(config.objective, config.rollout.max_new_tokens).teaches_itself
+    return build_objective(config.objective, config.rollout.max_new_tokens).uses_self_teacher
 
 
 def _shapes(held: Sequence[RankShard]) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,7 @@ class Sizes:
     def teacher(self) -> Architecture | None:
         """The one that scores in the trainer."""
         objective = self.objective
-        asked = objective is not None and objective.needs_teacher and not objective.teaches_itself
+        asked = objective is not None and objective.needs_teacher and not objective.uses_self_teacher
         if not asked or self.config.teacher is None or self.config.teacher_engine != "trainer":
             return None
         return Architecture.from_pretrained(self.config.teacher)
@@ -228,7 +228,7 @@ def _place(sizes: Sizes, layout: Layout, traced: Traced, device: str) -> StageMe
     resident["vision"] = sizes.tower_bytes if traced.takes_images else 0.0
     batch, host = float(BATCH_BYTES * sizes.tokens_per_copy), 0.0
     phases = {}
-    if sizes.objective is not None and sizes.objective.teaches_itself:
+    if sizes.objective is not None and sizes.objective.uses_self_teacher:
         resident["teacher"] = average_bytes(traced.parameters, dtype)
     elif sizes.teacher is not None:
         phases["teacher"] = {"working": traced.scoring, "batch": batch}

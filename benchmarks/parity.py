@@ -141,7 +141,7 @@ def samples_of_step(step: int) -> list[Sample]:
         advantage = draw.uniform(-1.5, -0.5) if failed else draw.uniform(0.5, 1.5)
         samples.append(Sample(Prompt(str(number), ids(2, 9), ""), ids(1, 17), advantage, 1.0, BETA * failed))
     samples = [replace(sample, prompt=samples[number - number % 3].prompt) for number, sample in enumerate(samples)]
-    samples[4] = replace(samples[4], pg_weight=0.0, kl_weight=0.0)
+    samples[4] = samples[4].without_weights()
     tokens = sum(len(sample.response_ids) for sample in samples)
     return [replace(s, pg_weight=s.pg_weight / tokens, kl_weight=s.kl_weight / tokens) for s in samples]
 

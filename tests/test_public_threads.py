@@ -19,7 +19,7 @@ from vold.data.prompts import build_prompt
 from vold.models.architecture import Architecture
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_vocabularies, load_tokenizer
-from vold.objectives import likelihood
+from vold.objectives import assign_sft_weights
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.vllm.engines import Request, vllm_prompt
 from vold.types import Sample
@@ -203,7 +203,7 @@ def test_trl_5224_ids_that_text_does_not_bring_back(tiny_student_dir):
     assert tokenizer(rollout.text, add_special_tokens=False)["input_ids"] != rollout.response_ids[:-1].tolist()
     assert tuple(rollout.response_ids) == ids
     sample = Sample(prompt, rollout.response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)
-    (micro,) = pack(likelihood([sample]), max_tokens=64).micro_batches
+    (micro,) = pack(assign_sft_weights([sample]), max_tokens=64).micro_batches
     assert tuple(micro.target_N.tolist()) == ids
 
 

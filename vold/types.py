@@ -7,7 +7,7 @@ predict a response token, K keys and values that attention reads, S segments, D 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +149,14 @@ class Sample(_ArrayRecord, _ScoredByTeacher):
     logp_teacher: Logprobs | None = None  # see Rollout
     minibatch: int = 0  # which update of the step learns from it
     hint: Hint | None = None
+
+    def without_kl(self) -> Sample:
+        """The same sample with no KL term."""
+        return replace(self, kl_weight=0.0)
+
+    def without_weights(self) -> Sample:
+        """The same sample with no term in the loss. It keeps its position among the step's samples."""
+        return replace(self, pg_weight=0.0, kl_weight=0.0)
 
 
 @dataclass(frozen=True)

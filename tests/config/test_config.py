@@ -120,7 +120,7 @@ def test_methods_lie_over_a_config(path):
     if schema is RlConfig:
         found = build_objective(config.objective, config.rollout.max_new_tokens)
         preset = PRESETS[{"x-reasoner": "grpo"}.get(path.stem, path.stem)]
-        assert found == replace(preset, longest=config.rollout.max_new_tokens)
+        assert found == replace(preset, max_response_tokens=config.rollout.max_new_tokens)
         assert config.teacher or not found.needs_teacher
 
 

@@ -11,7 +11,7 @@ import torch
 from test_objective import LONGEST, assign_token_weights, group
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives import PRESETS, Objective, build_objective, minibatches, ratios, routing
+from vold.objectives import PRESETS, Objective, build_objective, ratios, routing, split_minibatches
 from vold.objectives.advantages import group_normalised, mean_centred, smoothed
 from vold.objectives.normalisers import constant, sequences, tokens
 from vold.objectives.rewards import OverlongPenalty
@@ -127,9 +127,9 @@ def test_kdrl_masks():
 
 
 def test_kdrl_annealing():
-    betas = [PRESETS["kdrl"].at(step, {}).beta for step in (0, 1, 40, 80, 81, 1000)]
+    betas = [PRESETS["kdrl"].at_step(step, {}).beta for step in (0, 1, 40, 80, 81, 1000)]
     assert betas == pytest.approx([5e-3, 4.95e-3, 3e-3, 1e-3, 1e-3, 1e-3], rel=1e-12)
-    rising = Linear(end=1.0, by=0.3)
+    rising = Linear(end=1.0, step_size=0.3)
     assert [rising(0.5, step, {}) for step in range(3)] == pytest.approx([0.5, 0.8, 1.0])
 
 
@@ -148,7 +148,7 @@ def test_the_target_controller_finds_the_beta_that_holds_the_target():
     objective = build(preset="vold", beta=0.1, target_kl=0.25)
     last: dict[str, float] = {}
     for step in range(200):
-        current = objective.at(step, last)
+        current = objective.at_step(step, last)
         last = {**current.metrics(), "kl_teacher": 0.1 / current.beta}
     assert current.beta == pytest.approx(0.4, rel=1e-3)
 
@@ -167,14 +167,14 @@ def test_minibatches_hold_whole_groups_and_each_its_own_normaliser():
     samples = objective.assign_token_weights(groups, minibatches=2)
     assert [s.minibatch for s in samples] == [0] * 4 + [1] * 6
     assert samples[0].pg_weight == pytest.approx(1 / (3 + 7)) and samples[-1].pg_weight == pytest.approx(1 / 45)
-    first, second = minibatches(samples)
+    first, second = split_minibatches(samples)
     assert len(first) == len(second) == len(samples), "a sample's place is that among all samples of the step"
     assert first[:4] == samples[:4] and second[4:] == samples[4:]
     assert all(s.pg_weight == s.kl_weight == 0 for s in [*first[4:], *second[:4]])
     whole = objective.assign_token_weights(groups)
-    assert minibatches(whole) == [whole] and minibatches([]) == [[]]
+    assert split_minibatches(whole) == [whole] and split_minibatches([]) == [[]]
     one_group = objective.assign_token_weights(groups[:1], minibatches=4)
-    assert minibatches(one_group) == [one_group], "no update without a sample"
+    assert split_minibatches(one_group) == [one_group], "no update without a sample"
 
 
 def test_every_part_can_be_changed_by_its_name():
@@ -187,10 +187,12 @@ def test_every_part_can_be_changed_by_its_name():
         ratio=ratios.SEQUENCE,
         normaliser=constant,
         clip_eps_high=0.28,
-        longest=LONGEST,
+        max_response_tokens=LONGEST,
     )
     assert changed == expected
-    gated = replace(PRESETS["grpo"], route=routing.failed, beta=0.5, schedule=Linear(0.1, 0.01), longest=LONGEST)
+    gated = replace(
+        PRESETS["grpo"], routing=routing.failed, beta=0.5, schedule=Linear(0.1, 0.01), max_response_tokens=LONGEST
+    )
     assert build(preset="grpo", routing="failed", beta=0.5, beta_end=0.1, beta_step=0.01) == gated
     with pytest.raises(ValueError, match=r"objective.ratio = 'sequnce' is unknown; choose one of token, sequence"):
         build(ratio="sequnce")

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives import PRESETS, build_objective, likelihood
+from vold.objectives import PRESETS, assign_sft_weights, build_objective
 from vold.objectives.advantages import group_normalised
 from vold.types import Group, Prompt, Rollout, Sample, Verdict
 
@@ -79,5 +79,5 @@ def test_unknown_preset_names_the_choices():
 def test_likelihood_is_the_policy_gradient_with_unit_advantage():
     prompt = Prompt("p", (1,), "q")
     samples = [Sample(prompt, (1, 2, 3), 0, 0, 0), Sample(prompt, (1,), 0, 0, 0)]
-    weighted = likelihood(samples)
+    weighted = assign_sft_weights(samples)
     assert [(s.advantage, s.pg_weight, s.kl_weight) for s in weighted] == [(1.0, 0.25, 0.0)] * 2

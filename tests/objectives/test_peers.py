@@ -82,9 +82,9 @@ def ours(case: Problem, **keys) -> tuple[Tensor, Tensor]:
         kl_weight_N=per_token("kl_weight"),
         sequence_N=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
     )
-    terms = objective.terms(batch)
+    terms = objective.policy_terms(batch)
     hidden_ND, ids_N = case.hidden_BTD[MASK_BT], case.ids_BT[MASK_BT]
-    loss = linear_policy_loss(hidden_ND, case.weight_VD, ids_N, terms, **objective.numbers()).loss
+    loss = linear_policy_loss(hidden_ND, case.weight_VD, ids_N, terms, **objective.loss_options()).loss
     return loss, torch.tensor([s.advantage for s in samples], dtype=torch.float64)
 
 
@@ -182,7 +182,7 @@ def test_verl_with_its_k2_penalty(verl, name):
     mask is a factor of the latter."""
     case, preset = problem(), build_objective(ObjectiveConfig(preset=name), LONGEST)
     algorithms, _ = verl
-    shares_B = torch.tensor([share for row in REWARDS for share in preset.route(row)], dtype=torch.float64)
+    shares_B = torch.tensor([share for row in REWARDS for share in preset.routing(row)], dtype=torch.float64)
     penalty_BT = algorithms.kl_penalty(case.logp_BT(), case.teacher_BT, "k2") * shares_B[:, None]
     expected = verl_loss(verl, case, "vanilla", "token-mean", preset.clip_eps_low, preset.clip_eps_high)
     expected = expected + 0.5 * algorithms.agg_loss(penalty_BT, MASK_BT.double(), "token-mean")
@@ -290,7 +290,7 @@ def test_trl_sdpo(alpha, kind):
     teacher_logits_NV = teacher_ND @ case.weight_VD.detach().T
     logits_NV = hidden_ND @ case.weight_VD.T
     expected = theirs.compute_topk_self_distillation_loss(logits_NV, teacher_logits_NV, **settings)
-    options = replace(preset, divergence=replace(preset.divergence, kind=kind, top_k=10)).divergence_options()
+    options = replace(preset, divergence=replace(preset.divergence, name=kind, top_k=10)).divergence_options()
     heads = (hidden_ND, case.weight_VD, teacher_ND, case.weight_VD.detach())
     actual = linear_kl(*heads, weight_N=weight_N, **options)
     torch.testing.assert_close(actual.kl_N, expected.detach(), rtol=1e-9, atol=1e-9)

@@ -93,11 +93,11 @@ def test_sdpo_has_no_policy_gradient_and_no_other_teacher():
     samples = assign_token_weights("sdpo", [group([0.0, 1.0, 1.0])])
     assert all(s.pg_weight == 0 and s.kl_weight == 1 / 6 for s in samples)
     for name in ("sdpo", "srpo"):
-        assert PRESETS[name].teaches_itself and not PRESETS[name].needs_teacher
+        assert PRESETS[name].uses_self_teacher and not PRESETS[name].needs_teacher
         full = PRESETS[name].divergence
-        assert (full.kind, full.alpha, full.top_k, full.ratio_cap) == ("jsd", 0.5, 100, 2.0)
-        assert PRESETS[name].self_teaching.rate == 0.05 and PRESETS[name].metrics() == {"beta": 1.0}
-    assert not PRESETS["vold"].teaches_itself
+        assert (full.name, full.alpha, full.top_k, full.ratio_cap) == ("jsd", 0.5, 100, 2.0)
+        assert PRESETS[name].self_distillation.rate == 0.05 and PRESETS[name].metrics() == {"beta": 1.0}
+    assert not PRESETS["vold"].uses_self_teacher
 
 
 def test_confidence_weights_have_mean_one():

@@ -34,7 +34,9 @@ def link(student: Path, parallel: dict, dtype: str, run_dir: Path, step: int) ->
     layout = initialise(**parallel, seed=step)
     settings = dict(dtype=getattr(torch, dtype), warmup_steps=4, schedule="cosine", objective=OBJECTIVE)
     trainer = make_trainer(student, layout, **settings)
-    numbers = dict(max_tokens=40, temperature=1.0, vocab_size=VOCAB_SIZE, confident=OBJECTIVE.self_teaching.confident)
+    numbers = dict(
+        max_tokens=40, temperature=1.0, vocab_size=VOCAB_SIZE, confident=OBJECTIVE.self_distillation.confident
+    )
     teacher = SelfTeacher(trainer.average, layout, hinted, **numbers)
     batch = pack(SAMPLES, max_tokens=40, replicas=trainer.replicas)
     checkpoints = Checkpoints(run_dir, layout, keep=99)

@@ -25,7 +25,7 @@ from support.steps import (
 )
 from vold.config.schema import ObjectiveConfig
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.objectives import PRESETS, Objective, build_objective, minibatches, presets
+from vold.objectives import PRESETS, Objective, build_objective, presets, split_minibatches
 from vold.objectives.normalisers import constant
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +51,10 @@ def bounds(name, objective, logp_old):
 def test_the_second_update_equals_the_formula_on_materialised_logits(name, tiny_student_dir, layout, tmp_path):
     """Gradients of the second of two updates, against plain torch on the weights that the first one left, with the
     ratios to the weights before it; entropy bonus and clamp included. The teacher is the student before it moved."""
-    objective = replace(PRESETS[name], longest=LONGEST, entropy_bonus=0.02, kl_clamp=0.05)
+    objective = replace(PRESETS[name], max_response_tokens=LONGEST, entropy_bonus=0.02, kl_clamp=0.05)
     teacher = make_teacher(tiny_student_dir, layout)
     samples = objective.assign_token_weights(make_groups(GROUPS), minibatches=2)
-    parts = minibatches(samples)
+    parts = split_minibatches(samples)
     first, second = (teacher.score(batch_of(part, max_tokens=60)) for part in parts)
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
     metrics = trainer.step(first, second).metrics
@@ -96,7 +96,7 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     assert objective.divergence.ratio_cap == 2
     objective = replace(objective, divergence=replace(objective.divergence, ratio_cap=1.02))
     teacher = make_teacher(tiny_teacher_dir, layout, full_distributions=True)
-    parts = minibatches(objective.assign_token_weights(make_groups(GROUPS), minibatches=2))
+    parts = split_minibatches(objective.assign_token_weights(make_groups(GROUPS), minibatches=2))
     batches = [teacher.score(batch_of(part, max_tokens=60)) for part in parts]
     trainer = make_trainer(tiny_student_dir, layout, objective=objective, **NUMBERS)
     metrics = trainer.step(*batches).metrics
@@ -170,7 +170,7 @@ def test_at_one_update_a_step_every_ratio_is_exactly_one(tiny_student_dir, layou
 
 def test_minibatches_advance_the_schedule_once_and_adam_each_time(tiny_student_dir, layout):
     trainer = make_trainer(tiny_student_dir, layout, steps=4, warmup_steps=2)
-    parts = minibatches(PRESETS["grpo"].assign_token_weights(make_groups(GROUPS), minibatches=3))
+    parts = split_minibatches(PRESETS["grpo"].assign_token_weights(make_groups(GROUPS), minibatches=3))
     assert trainer.step(*(batch_of(part) for part in parts)).metrics["lr"] == pytest.approx(5e-4)
     assert {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()} == {3}
 
@@ -189,7 +189,7 @@ def test_a_new_method_is_a_preset_and_nothing_else(tiny_student_dir, layout, mon
     made_up = Objective(by_rank, worst, normaliser=constant, beta=0.1)
     monkeypatch.setitem(presets.PRESETS, "made-up", made_up)
     objective = build_objective(ObjectiveConfig(preset="made-up", clip_eps_high=0.5), LONGEST)
-    assert objective == replace(made_up, clip_eps_high=0.5, longest=LONGEST)
+    assert objective == replace(made_up, clip_eps_high=0.5, max_response_tokens=LONGEST)
     trainer, teacher = (
         make_trainer(tiny_student_dir, layout, objective=objective),
         make_teacher(tiny_student_dir, layout),

@@ -45,7 +45,9 @@ def condition(tiny_student_dir):
 
 
 def self_teacher(trainer, layout, condition, objective) -> SelfTeacher:
-    numbers = dict(max_tokens=60, temperature=1.0, vocab_size=VOCAB_SIZE, confident=objective.self_teaching.confident)
+    numbers = dict(
+        max_tokens=60, temperature=1.0, vocab_size=VOCAB_SIZE, confident=objective.self_distillation.confident
+    )
     return SelfTeacher(trainer.average, layout, condition, **numbers)
 
 

@@ -22,7 +22,7 @@ from support.steps import (
 )
 from vold.models.checkpoint_dir import short_name
 from vold.models.weights import join_pieces, named_rules
-from vold.objectives import likelihood
+from vold.objectives import assign_sft_weights
 from vold.teacher import Teacher
 from vold.trainer import trainer as engine
 from vold.trainer.metrics import reduce_stats
@@ -192,7 +192,7 @@ def test_masks_come_from_lengths_not_from_values(trainer):
 
 
 def test_sft_gradient_is_that_of_the_mean_nll(trainer, tiny_student_dir):
-    samples = likelihood(assign_token_weights("grpo", make_groups(MIXED)))
+    samples = assign_sft_weights(assign_token_weights("grpo", make_groups(MIXED)))
     found = gradients(trainer, batch_of(samples, max_tokens=50))
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
     tokens = sum(len(s.response_ids) for s in samples)

@@ -1,4 +1,5 @@
-"""YAML + overrides -> one frozen config; a mistake is one line that names the field, the value and the fix."""
+"""Reads YAML files and overrides into one frozen config; a mistake is one line that names the field, the value and the
+fix."""
 
 from __future__ import annotations
 
@@ -12,8 +13,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vold.config.schema import RlConfig, SftConfig, Strict
+from vold.io import one_line_errors
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
+
+RENAMED_KEYS = {
+    "objective.clip_low": "objective.clip_eps_low",
+    "objective.clip_high": "objective.clip_eps_high",
+    "visual_reliance_every": "image_sensitivity_every",
+}
+"""Old -> new dotted key, wherever its path ends so (challenger.objective.clip_low too)."""
+RENAMED_VALUES = {
+    "objective.divergence": {"full": "reverse_kl", "forward": "forward_kl"},
+}
+"""Dotted key -> {old value: new value}."""
 
 REDACTED = "[redacted]"
 _SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credentials?|(?:api|access|private)_?key)$", re.I)
@@ -27,13 +40,15 @@ _USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path`, apply the overrides in order, validate: `a.b=value` (values are YAML), or the path of a YAML file
     whose keys are laid over what is there, section by section. Raises ValueError with one line."""
-    return _validate(schema, _read_tree(path, overrides), path)
+    with one_line_errors():
+        return _validate(schema, _read_tree(path, overrides), path)
 
 
 def load_training_config(path: Path, overrides: Sequence[str] = ()) -> RlConfig | SftConfig:
-    """The same for a config of either training stage; only `rl` has rollouts."""
-    tree = _read_tree(path, overrides)
-    return _validate(RlConfig if "rollout" in tree else SftConfig, tree, path)
+    """`load_config` for either training stage; the schema is chosen by `rollout`, which only RlConfig has."""
+    with one_line_errors():
+        tree = _read_tree(path, overrides)
+        return _validate(RlConfig if "rollout" in tree else SftConfig, tree, path)
 
 
 def _read_tree(path: Path, overrides: Sequence[str]) -> dict:
@@ -62,12 +77,13 @@ def _validate(schema: type[ConfigT], tree: dict, path: Path) -> ConfigT:
 
 
 def dump_config(config: Strict, verb: str) -> str:
-    """The resolved config as YAML, with the verb that used it; what looks like a secret is not written."""
+    """The resolved config as YAML, with the verb that used it; values that look like secrets are redacted."""
     return yaml.safe_dump({"verb": verb, **_redacted(config.model_dump(mode="json"))}, sort_keys=False)
 
 
 def _redacted(value, key: str = ""):
-    """Run directories are shared: values of keys like `api_key`, known kinds of tokens, and passwords in URLs go."""
+    """The value without secrets, as run directories are shared: values of keys like `api_key`, known kinds of tokens,
+    and passwords in URLs."""
     if isinstance(value, dict):
         return {name: _redacted(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
@@ -81,8 +97,8 @@ def _redacted(value, key: str = ""):
 
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"config {path} {found}; configs/ holds examples")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"config {path} {reason}; configs/ holds examples")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99, bytes
@@ -112,7 +128,7 @@ def _apply(tree: dict, override: str) -> None:
 
 
 def _number(value):
-    """YAML 1.1 reads 1e-5 as a string; a person means the number."""
+    """The number that a string spells: YAML 1.1 reads 1e-5 as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -122,19 +138,35 @@ def _number(value):
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
-    first, *rest = error.errors()
+    first, *others = error.errors()
     field = ".".join(str(part) for part in first["loc"]) or "config"
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(first["loc"][-1]), _keys(schema), n=1)
-        line = f"unknown key {field}" + (f"; did you mean {close[0]}?" if close else "; remove it")
+        line = f"unknown key {field}; {_fix_of_unknown_key(field, schema)}"
     elif first["type"] == "missing":
         line = f"{field} is missing; add it or give {field}=VALUE on the command line"
     elif first["type"] == "value_error":  # a validator of ours: it names field, value and fix itself
         line = first["msg"].removeprefix("Value error, ")
+    elif new_value := _renamed_value(field, first["input"]):
+        line = f"{field} = {first['input']!r}: {first['input']!r} is now {new_value!r}"
     else:
         message = first["msg"]
         line = f"{field} = {first['input']!r}: {message[0].lower()}{message[1:]}"
-    return line + (f" (and {len(rest)} more)" if rest else "")
+    return line + (f" (and {len(others)} more)" if others else "")
+
+
+def _fix_of_unknown_key(field: str, schema: type[BaseModel]) -> str:
+    for old, new in RENAMED_KEYS.items():
+        if f".{field}".endswith(f".{old}"):
+            return f"it is now {field.removesuffix(old)}{new}"
+    close = difflib.get_close_matches(field.rpartition(".")[2], _keys(schema), n=1)
+    return f"did you mean {close[0]}?" if close else "remove it"
+
+
+def _renamed_value(field: str, value: object) -> str | None:
+    for key, new_values in RENAMED_VALUES.items():
+        if f".{field}".endswith(f".{key}") and isinstance(value, str):
+            return new_values.get(value)
+    return None
 
 
 def _keys(schema: type[BaseModel], seen: frozenset = frozenset()) -> list[str]:

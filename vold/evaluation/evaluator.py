@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ from vold.data.packing import PromptEncoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
-from vold.grading import Grader, extract_answer
+from vold.grading import Grader, judged_text
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import Sampler, open_sampler
@@ -83,25 +81,6 @@ def _judged(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[d
         grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for found in answers for r in found])
     )
     return [[answer_row(rollout, next(verdicts)) for rollout in found] for found in answers]
-
-
-def judged_text(rollout: Rollout) -> str:
-    r"""What the grader reads. Where the answer is an option's letter, its text in the box counts as well, and without a
-    box the letter that the response names as its answer: "Answer: B", "the answer is (B)", or no more than "B. 12"."""
-    choices, text = rollout.prompt.choices, rollout.text
-    letters, boxed = string.ascii_uppercase[: len(choices)], extract_answer(text)
-    if not choices or (boxed is not None and boxed in letters) or text.rfind("<think>") > text.rfind("</think>"):
-        return text
-    if boxed is not None:
-        named = [letter for letter, choice in zip(letters, choices, strict=True) if boxed == choice.strip()]
-    else:
-        said = text.rpartition("</think>")[2].strip()
-        named = [found[1]] if (found := _ALONE.fullmatch(said)) else _NAMED.findall(said)[-1:]
-    return f"\\boxed{{{named[0]}}}" if len(named) == 1 and named[0] in letters else text
-
-
-_ALONE = re.compile(r"\W*([A-Z])(?:[.:)*]\s.*|\W*)")
-_NAMED = re.compile(r"(?i:\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?)[*(]*([A-Z])(?=\s*(?:[.,:;)*]|$))", re.MULTILINE)
 
 
 def answer_row(rollout: Rollout, verdict: Verdict) -> dict:

@@ -210,8 +210,8 @@ def _accuracies(out: Path, name: str) -> dict[str, float]:
 
 def kind_of(method: str) -> str:
     """The method's teacher, as one of methods_figure.KINDS."""
-    objective = build_objective(_config_of(method).objective, longest=1)
-    return "teacher" if objective.needs_teacher else "its own average" if objective.teaches_itself else "no teacher"
+    objective = build_objective(_config_of(method).objective, max_response_tokens=1)
+    return "teacher" if objective.needs_teacher else "its own average" if objective.uses_self_teacher else "no teacher"
 
 
 def _config_of(method: str) -> schema.RlConfig:

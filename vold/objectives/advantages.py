@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 
 Earlier = Sequence[Sequence[float]]
-"""rewards of the same prompt's responses at each step before this one that drew any, without overlong penalties"""
+"""Rewards of the same prompt's responses at each earlier step that sampled any, without overlong penalties."""
 Advantage = Callable[[Sequence[float], Earlier], list[float]]
-"""(rewards_G, earlier) -> advantages_G; exactly 0 where a response has nothing to learn from the others."""
+"""(rewards_G, earlier) -> advantages_G; exactly 0 where a response has no policy gradient."""
 
 DELTA = 1e-6  # paper, section 3.1: "a small constant for numerical stability"; its value is table 4's
 
@@ -24,26 +24,27 @@ def smoothed(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
 
         (i - 1)/i A_new + 1/i A_total   and   1/i A_new + (i - 1)/i A_total
 
-    the one that is nearer to 0. At the first step both are group_normalised; later, equal rewards leave 1/i A_total."""
+    the one that is nearer to 0. At the first step both are group_normalised; later, equal rewards leave 1/i A_total.
+    """
     steps = len(earlier) + 1
     new_G = _standardised(rewards_G, rewards_G)
     total_G = _standardised(rewards_G, [reward for rewards in (*earlier, rewards_G) for reward in rewards])
     pairs = [
-        (((steps - 1) * new + total) / steps, (new + (steps - 1) * total) / steps)
+        ((new + (steps - 1) * total) / steps, ((steps - 1) * new + total) / steps)
         for new, total in zip(new_G, total_G, strict=True)
     ]
-    return [to_new if abs(to_new) < abs(to_total) else to_total for to_new, to_total in pairs]
+    return [min(pair, key=abs) for pair in pairs]
 
 
-def _standardised(rewards_G: Sequence[float], among: Sequence[float]) -> list[float]:
-    if len(set(among)) < 2:
+def _standardised(rewards_G: Sequence[float], population: Sequence[float]) -> list[float]:
+    if len(set(population)) < 2:
         return [0.0] * len(rewards_G)
-    mean, std = statistics.fmean(among), statistics.stdev(among)
+    mean, std = statistics.fmean(population), statistics.stdev(population)
     return [(reward - mean) / (std + DELTA) for reward in rewards_G]
 
 
 def mean_centred(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
-    """A_i = r_i - mean r (Dr.GRPO): a division by the std would favour prompts that are nearly solved or hopeless."""
+    """A_i = r_i - mean r (Dr.GRPO): dividing by the std would favour prompts that nearly always or never succeed."""
     if len(set(rewards_G)) < 2:
         return [0.0] * len(rewards_G)
     mean = statistics.fmean(rewards_G)

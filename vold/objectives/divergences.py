@@ -1,4 +1,4 @@
-"""Divergences from the teacher that can be a loss on the student's own samples, and why others cannot.
+"""Divergences between student and teacher that are losses on the student's own samples, and estimators that are not.
 
 With gap = logp - logp_teacher of a sampled token, the estimators of KL(student || teacher) are k1 = gap,
 k2 = 1/2 gap^2, k3 = exp(-gap) - 1 + gap. As *values* all three estimate it (k2 with a bias); what trains is the
@@ -12,25 +12,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class FullDivergence:
-    """Of two whole distributions at each token, by `vold_kernels.linear_kl`, which says what `kind` and `alpha` are.
+class VocabularyDivergence:
+    """A divergence between the two distributions over the vocabulary at each token, computed by
+    `vold_kernels.linear_kl`.
 
-    top_k: the student's likeliest ids one by one, all others as one; None: each id. ratio_cap: where a step has several
-    updates, a token's divergence counts pi / pi_old times, at most this often (SDPO)."""
+    name        reverse_kl: KL(student || teacher); forward_kl: KL(teacher || student); jsd
+    alpha       weight of the teacher in jsd's mixture
+    top_k       the student's most probable ids are compared one by one, all others as one; None: every id
+    ratio_cap   with several updates a step, a token's divergence is multiplied by min(pi / pi_old, ratio_cap) (SDPO)
+    """
 
-    kind: str
+    name: str
     alpha: float = 0.5
     top_k: int | None = None
     ratio_cap: float = 2.0
 
 
-DIVERGENCES: dict[str, FullDivergence | None] = {
+DIVERGENCES: dict[str, VocabularyDivergence | None] = {
     "k2": None,
-    "reverse_kl": FullDivergence("reverse_kl"),
-    "forward_kl": FullDivergence("forward_kl"),
-    "jsd": FullDivergence("jsd"),
+    "reverse_kl": VocabularyDivergence("reverse_kl"),
+    "forward_kl": VocabularyDivergence("forward_kl"),
+    "jsd": VocabularyDivergence("jsd"),
 }
-"""None: k2 of the sampled tokens, which needs the teacher's log-probs alone."""
+"""None: k2 of the sampled tokens, which needs the teacher's log-probs of those tokens alone."""
 
 REFUSED = {
     "k1": "as a direct loss its expected gradient is 0, whatever the teacher says; k2 has the gradient of "
@@ -40,8 +44,9 @@ REFUSED = {
 }
 
 
-def build_divergence(name: str) -> FullDivergence | None:
-    """Raises ValueError, with the reason, for an estimator whose gradient is not that of its divergence."""
+def build_divergence(name: str) -> VocabularyDivergence | None:
+    """The divergence of that name. Raises ValueError, with the reason, for an estimator whose gradient is not that of
+    its divergence."""
     if name in REFUSED:
         raise ValueError(f"objective.divergence = {name!r}: {REFUSED[name]}; set objective.divergence: k2")
     return DIVERGENCES[name]

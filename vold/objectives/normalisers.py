@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 Normaliser = Callable[[Sequence[int], int], list[float]]
-"""(lengths_B in tokens, the longest response that is sampled) -> weights_B of one token of each response"""
+"""(lengths_B in tokens, max_response_tokens) -> weights_B of one token of each response"""
 
 
-def tokens(lengths_B: Sequence[int], longest: int) -> list[float]:
-    """1 / sum of lengths: every token counts alike (DAPO; VOLD)."""
+def tokens(lengths_B: Sequence[int], max_response_tokens: int) -> list[float]:
+    """1 / sum of lengths: every token has the same weight (DAPO; VOLD)."""
     return [1.0 / max(sum(lengths_B), 1)] * len(lengths_B)
 
 
-def sequences(lengths_B: Sequence[int], longest: int) -> list[float]:
-    """1 / (B length): every response counts alike, a token of a long one less (GRPO as published; GSPO)."""
+def sequences(lengths_B: Sequence[int], max_response_tokens: int) -> list[float]:
+    """1 / (B length): every response has the same weight (GRPO as published; GSPO)."""
     return [1.0 / (len(lengths_B) * max(length, 1)) for length in lengths_B]
 
 
-def constant(lengths_B: Sequence[int], longest: int) -> list[float]:
-    """1 / (B longest): neither the length of a response nor those of the others weigh on a token (Dr.GRPO)."""
-    return [1.0 / (len(lengths_B) * longest) for _ in lengths_B]
+def constant(lengths_B: Sequence[int], max_response_tokens: int) -> list[float]:
+    """1 / (B max_response_tokens): independent of every response's length (Dr.GRPO)."""
+    return [1.0 / (len(lengths_B) * max_response_tokens) for _ in lengths_B]
 
 
 NORMALISERS: dict[str, Normaliser] = {"tokens": tokens, "sequences": sequences, "constant": constant}

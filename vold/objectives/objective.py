@@ -1,13 +1,14 @@
-"""An algorithm is a value: advantage, ratio, routing, normaliser, schedule and numbers. The loop never learns its name.
+"""An algorithm as a value: advantage, routing, ratio, normaliser, divergence, schedule and numbers.
 
 Per token of response i (VOLD Eq. 6; m: response mask, Z: the normaliser, over the whole update and all ranks):
 
-    L = sum m / Z * ( L_pg - entropy_bonus * entropy + beta * route(r) * L_kl )
+    L = sum m / Z * ( L_pg - entropy_bonus * entropy + beta * routing(r) * L_kl )
     L_pg = -min(rho A, clip(rho, 1 - clip_eps_low, 1 + clip_eps_high) A),   L_kl = 1/2 (logp - logp_teacher)^2   (k2)
 
 k2 as a *loss* has the gradient of KL(student || teacher) on the student's own samples; the paper prints
 KL(teacher || student) and calls it reverse KL: we follow the estimator, not the print.
-`Objective.weigh` folds Z, beta and routing into two numbers per response; the kernel sees only those.
+`Objective.assign_token_weights` folds Z, beta and routing into two numbers per response, `pg_weight` and `kl_weight`:
+the trainer and the kernel read those and never the method's name. G: responses per prompt, B: responses of one update.
 """
 
 from __future__ import annotations
@@ -18,112 +19,133 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vold.objectives import advantages, normalisers, ratios, routing, schedules
-from vold.objectives.divergences import FullDivergence
+from vold.objectives import advantages, normalisers, ratios, schedules
+from vold.objectives.divergences import VocabularyDivergence
 from vold.objectives.rewards import OverlongPenalty
-from vold.objectives.self_distillation import SelfTeaching
-from vold.types import Group, MicroBatch, Sample
+from vold.objectives.routing import Routing, nowhere
+from vold.objectives.self_distillation import SelfDistillation
+from vold.types import Group, MicroBatch, Rollout, Sample
 from vold_kernels import PolicyTerms
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What each part may be: see its module. `longest`: tokens of the longest response that is sampled."""
+    """A training method. The choices for each part are in the module of its type.
+
+    divergence            between the whole distributions of student and teacher; None: k2 of the sampled tokens
+    self_distillation     set: the moving average of the student is the teacher (SDPO, SRPO)
+    visual_advantage      scale each KL weight by how much the image's detail changes the teacher's log-prob (VA-OPD)
+    exclusive_terms       a response with a KL term has no policy gradient (SRPO)
+    beta                  weight of the KL term; at the first step, where `schedule` changes it
+    clip_eps_low, clip_eps_high   the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]
+    kl_clamp              nats of |logp - logp_teacher| beyond which the gradient of the KL term no longer grows
+    entropy_bonus         weight of the policy's entropy, subtracted from the loss
+    max_response_tokens   the sampling limit of a response
+    """
 
     advantage: advantages.Advantage = advantages.none
-    route: routing.Route = routing.nowhere
+    routing: Routing = nowhere
     ratio: ratios.Ratio = ratios.TOKEN
     normaliser: normalisers.Normaliser = normalisers.tokens
-    divergence: FullDivergence | None = None  # None: k2 of the sampled tokens
+    divergence: VocabularyDivergence | None = None
     schedule: schedules.Schedule = schedules.constant
     overlong: OverlongPenalty | None = None
-    self_teaching: SelfTeaching | None = None  # given: the student's own average is the teacher
-    visual_advantage: bool = False  # KL weighs most where the teacher's opinion hangs on an image's detail
-    either: bool = False  # a response is distilled or has a policy gradient, never both
+    self_distillation: SelfDistillation | None = None
+    visual_advantage: bool = False
+    exclusive_terms: bool = False
     beta: float = 1e-3
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.3
-    kl_clamp: float = math.inf  # nats; the pull towards the teacher of a token further away than this grows no more
+    kl_clamp: float = math.inf
     entropy_bonus: float = 0.0
-    longest: int = 0
+    max_response_tokens: int = 0
 
     @property
     def needs_teacher(self) -> bool:
-        """Another model's scores."""
-        return self._distils and self.self_teaching is None
+        """The KL term needs another model's log-probabilities."""
+        return self._has_kl_term and self.self_distillation is None
 
     @property
-    def teaches_itself(self) -> bool:
-        return self._distils and self.self_teaching is not None
+    def uses_self_teacher(self) -> bool:
+        """The KL term needs the moving average of the student."""
+        return self._has_kl_term and self.self_distillation is not None
 
     @property
-    def _distils(self) -> bool:
-        return self.beta > 0.0 and self.route is not routing.nowhere
+    def _has_kl_term(self) -> bool:
+        return self.beta > 0.0 and self.routing is not nowhere
 
-    def at(self, step: int, last: Mapping[str, float]) -> Objective:
-        """This objective at 0-based `step`, with that step's beta. `last`: the metrics of the step before, or {}."""
+    def at_step(self, step: int, last: Mapping[str, float]) -> Objective:
+        """The same objective with the beta of 0-based `step`. last: metrics of the step before, {} at the first."""
         return replace(self, beta=self.schedule(self.beta, step, last))
 
     def metrics(self) -> dict[str, float]:
-        """What of it changes from step to step; `at` reads it back."""
-        return {"beta": self.beta} if self._distils else {}
+        """The numbers that change from step to step, for metrics.jsonl; `at_step` reads them back."""
+        return {"beta": self.beta} if self._has_kl_term else {}
 
     # -- rewards -> weights ----------------------------------------------------------------------------------------
 
     def assign_token_weights(self, groups: Sequence[Group], *, minibatches: int = 1) -> list[Sample]:
         """One Sample per graded response, in order; responses whose grader broke are left out of group and loss.
 
-        `groups` are those of the whole step. Each of its `minibatches` is an update of its own, and the normaliser is
-        counted over it, shared by all terms.
+        groups: of the whole step, on all ranks. minibatches: updates that the groups are divided among; each has its
+        own normaliser, shared by all terms of the loss.
         """
         samples: list[Sample] = []
         for number in range(minibatches):
             part = groups[len(groups) * number // minibatches : len(groups) * (number + 1) // minibatches]
-            found = [sample for group in part for sample in self._of_group(group)]
-            weights_B = self.normaliser([len(sample.response_ids) for sample in found], self.longest)
-            samples += [_scaled(s, weight, number) for s, weight in zip(found, weights_B, strict=True)]
+            update_B = [sample for group in part for sample in self._group_samples(group)]
+            lengths_B = [len(sample.response_ids) for sample in update_B]
+            weights_B = self.normaliser(lengths_B, self.max_response_tokens)
+            samples += [_scaled(s, weight, number) for s, weight in zip(update_B, weights_B, strict=True)]
         return samples
 
     def needs_teacher_logprobs(self, group: Group) -> list[bool]:
-        """Of each response of a graded group, whether the teacher's log-probs will be asked for."""
+        """[G] True where a response of the group gets a KL term."""
         samples = iter(self.assign_token_weights([group]))
         return [reward is not None and next(samples).kl_weight != 0.0 for reward in group.rewards]
 
     def has_gradient(self, group: Group) -> bool:
-        """Whether a group has a gradient at all. (Under VOLD one that failed altogether has: its KL term.)"""
+        """True if a response of the group gets a weight. (Under VOLD one without a right answer does: its KL term.)"""
         return any(sample.pg_weight or sample.kl_weight for sample in self.assign_token_weights([group]))
 
-    def _of_group(self, group: Group) -> list[Sample]:
-        judged = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
-        graded = [response for response in judged if response[2] is not None]
+    def _group_samples(self, group: Group) -> list[Sample]:
+        """The group's graded responses, with weights that the normaliser still has to scale."""
+        responses = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        graded = [(rollout, verdict, reward) for rollout, verdict, reward in responses if reward is not None]
         right_G = [float(verdict.outcome == "correct") for _, verdict, _ in graded]
         advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, _, reward in graded], group.earlier)
-        shares_G, hints_G = self.route(right_G), [None] * len(graded)
-        if self.self_teaching:
-            hints_G = self.self_teaching.hints([(rollout, verdict) for rollout, verdict, _ in graded])
-            shares_G = [share * (hint is not None) for share, hint in zip(shares_G, hints_G, strict=True)]
-        parts = zip(graded, advantages_G, shares_G, hints_G, strict=True)
+        factors_G, hints_G = self.routing(right_G), [None] * len(graded)
+        if self.self_distillation:
+            hints_G = self.self_distillation.hints([(rollout, verdict) for rollout, verdict, _ in graded])
+            factors_G = [factor * (hint is not None) for factor, hint in zip(factors_G, hints_G, strict=True)]
+        parts = zip(graded, advantages_G, factors_G, hints_G, strict=True)
         return [
             Sample(
                 prompt=group.prompt,
                 response_ids=rollout.response_ids,
                 advantage=advantage,
-                pg_weight=float(advantage != 0.0 or self.entropy_bonus != 0.0) * (1.0 - share if self.either else 1.0),
-                kl_weight=self.beta * share,
+                pg_weight=self._pg_weight(advantage, factor),
+                kl_weight=self.beta * factor,
                 logp_rollout=rollout.logp_rollout,
                 logp_teacher=rollout.logp_teacher,
                 hint=hint,
             )
-            for (rollout, *_), advantage, share, hint in parts
+            for (rollout, *_), advantage, factor, hint in parts
         ]
 
-    def _penalty(self, rollout) -> float:
-        return self.overlong(len(rollout.response_ids), self.longest) if self.overlong else 0.0
+    def _pg_weight(self, advantage: float, kl_factor: float) -> float:
+        if advantage == 0.0 and self.entropy_bonus == 0.0:
+            return 0.0
+        return 1.0 - kl_factor if self.exclusive_terms else 1.0
+
+    def _penalty(self, rollout: Rollout) -> float:
+        return self.overlong(len(rollout.response_ids), self.max_response_tokens) if self.overlong else 0.0
 
     # -- the trainer's part ----------------------------------------------------------------------------------------
 
-    def terms(self, batch: MicroBatch) -> PolicyTerms:
-        """What the fused policy loss reads of each of the N tokens. A full divergence is not its part."""
+    def policy_terms(self, batch: MicroBatch) -> PolicyTerms:
+        """The inputs of `linear_policy_loss` at each of the N tokens, without the KL term where `divergence` is set:
+        that one is `linear_kl`'s."""
         sampled = self.divergence is None
         low_N = high_N = None
         if self.ratio.bounds is not None and batch.logp_old_N is not None:
@@ -139,8 +161,8 @@ class Objective:
             ratio_high_N=high_N,
         )
 
-    def numbers(self) -> dict[str, float]:
-        """The fused loss's keywords."""
+    def loss_options(self) -> dict[str, float]:
+        """The keywords of `linear_policy_loss`."""
         return {
             "clip_eps_low": self.clip_eps_low,
             "clip_eps_high": self.clip_eps_high,
@@ -149,25 +171,25 @@ class Objective:
         }
 
     def divergence_options(self) -> dict:
-        """`linear_kl`'s keywords."""
-        full = self.divergence
-        return {"divergence": full.kind, "alpha": full.alpha, "top_k": full.top_k}
+        """The keywords of `linear_kl`, where `divergence` is set."""
+        assert self.divergence is not None
+        return {"divergence": self.divergence.name, "alpha": self.divergence.alpha, "top_k": self.divergence.top_k}
 
 
 def _scaled(sample: Sample, scale: float, minibatch: int) -> Sample:
     return replace(sample, pg_weight=sample.pg_weight * scale, kl_weight=sample.kl_weight * scale, minibatch=minibatch)
 
 
-def minibatches(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of each update, in order: all of them, those of other updates without weight, so that a sample keeps
-    its place in the list."""
+def split_minibatches(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """One list of samples per update, in order. Each list holds all samples, so that a sample keeps its position; those
+    of other updates have no weight."""
     numbers = sorted({sample.minibatch for sample in samples}) or [0]
-    return [[s if s.minibatch == number else _scaled(s, 0.0, s.minibatch) for s in samples] for number in numbers]
+    return [[s if s.minibatch == number else s.without_weights() for s in samples] for number in numbers]
 
 
-def likelihood(responses: Sequence[Sample]) -> list[Sample]:
-    """Stage 1's weights (VOLD Eq. 4): at ratio 1 and A = 1 the policy gradient *is* the gradient of the mean
-    negative log-likelihood, so SFT runs through the same fused loss. `responses` are those of the whole step."""
+def assign_sft_weights(responses: Sequence[Sample]) -> list[Sample]:
+    """Weights of stage 1 (VOLD Eq. 4): at ratio 1 and A = 1 the policy gradient *is* the gradient of the mean
+    negative log-likelihood, so SFT runs through the same fused loss. responses: of the whole step, on all ranks."""
     lengths = [len(sample.response_ids) for sample in responses]
     weights = normalisers.tokens(lengths, 0)
     return [

@@ -8,21 +8,28 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Bounds = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
-"""(logp_old_N, clip_eps_low, clip_eps_high) -> (lowest, highest)_N ratio that has a gradient"""
+"""(logp_old_N, clip_eps_low, clip_eps_high) -> (ratio_low_N, ratio_high_N), the clip range of each token"""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """couples_tokens: one ratio for all tokens of a sequence, exp of the mean log-ratio, so that its coefficients need
-    the whole sequence first; else one for each token. bounds: of each token, instead of 1 - clip_eps_low, 1 + clip_eps_high."""
+    """An importance ratio pi / pi_old.
+
+    couples_tokens   one ratio for all tokens of a sequence, exp of their mean log-ratio; else one for each token
+    bounds           clip range of each token; None: [1 - clip_eps_low, 1 + clip_eps_high] for all
+    """
 
     couples_tokens: bool = False
     bounds: Bounds | None = None
 
 
 def adaptive_bounds(logp_old_N: Tensor, clip_eps_low: float, clip_eps_high: float) -> tuple[Tensor, Tensor]:
-    """DCPO: 1/2 + 1/2 sqrt(max(1 - 4 clip_eps_low / q, 0)) <= ratio <= 1/2 + 1/2 sqrt(1 + 4 clip_eps_high / q), with q the old
-    probability: a rare token may gain much, and lose at most half of its probability."""
+    """DCPO's dynamic clip range, with q the old probability:
+
+        1/2 + 1/2 sqrt(max(1 - 4 clip_eps_low / q, 0)) <= ratio <= 1/2 + 1/2 sqrt(1 + 4 clip_eps_high / q)
+
+    A rare token can gain much, and lose at most half of its probability.
+    """
     inverse_N = (-logp_old_N).exp()  # infinite for a q of 0: bounds 1/2 and infinity
     low_N = 0.5 + 0.5 * (1 - 4 * clip_eps_low * inverse_N).clamp(min=0).sqrt()
     return low_N, 0.5 + 0.5 * (1 + 4 * clip_eps_high * inverse_N).sqrt()

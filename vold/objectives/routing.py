@@ -1,12 +1,14 @@
-"""Routing: which responses the distillation term applies to, as factors in [0, 1]. G: responses per prompt. `right`: 1
-for a right answer, else 0, whatever else a reward is made of."""
+"""Routing: the responses that the KL term applies to, as factors in [0, 1]. G: responses per prompt.
+
+right_G: 1 for a right answer, else 0, whatever else the reward is made of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-Route = Callable[[Sequence[float]], list[float]]
-"""right_G -> factors_G of the distillation term"""
+Routing = Callable[[Sequence[float]], list[float]]
+"""right_G -> factors_G of the KL term"""
 
 
 def failed(right_G: Sequence[float]) -> list[float]:
@@ -29,4 +31,4 @@ def nowhere(right_G: Sequence[float]) -> list[float]:
     return [0.0] * len(right_G)
 
 
-ROUTES: dict[str, Route] = {"nowhere": nowhere, "every": every, "failed": failed, "failed-groups": failed_groups}
+ROUTINGS: dict[str, Routing] = {"nowhere": nowhere, "every": every, "failed": failed, "failed-groups": failed_groups}

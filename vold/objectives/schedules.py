@@ -1,7 +1,7 @@
-"""How beta, the weight of the distillation term, changes from step to step.
+"""Schedules of beta, the weight of the KL term, over the steps of a run.
 
-A schedule keeps nothing: it is a function of the step and of the row that the step before wrote to metrics.jsonl, so
-a resumed run goes on exactly where it was.
+A schedule has no state: it is a function of the step and of the row that the step before wrote to metrics.jsonl, so a
+resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -11,38 +11,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Schedule = Callable[[float, int, Mapping[str, float]], float]
-"""(first beta, 0-based step, metrics of the step before or {}) -> beta of this step"""
+"""(beta of the first step, 0-based step, metrics of the step before or {}) -> beta of this step"""
 
 
 def constant(beta: float, step: int, last: Mapping[str, float]) -> float:
+    """The first step's beta."""
     return beta
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From the first beta to `end`, `by` a step (KDRL: 5e-3 to 1e-3 by 5e-5)."""
+    """Changes beta from its first value to `end` by `step_size` a step (KDRL: 5e-3 to 1e-3 by 5e-5)."""
 
     end: float
-    by: float
+    step_size: float
 
     def __call__(self, beta: float, step: int, last: Mapping[str, float]) -> float:
-        left = max(abs(beta - self.end) - self.by * step, 0.0)
-        return self.end + math.copysign(left, beta - self.end)
+        distance = max(abs(beta - self.end) - self.step_size * step, 0.0)
+        return self.end + math.copysign(distance, beta - self.end)
 
 
 @dataclass(frozen=True)
 class TargetKL:
     """Proportional controller (Ziegler et al. 2019, section 2.2): beta grows while the measured KL to the teacher is
-    above `target` (nats a token, k2 estimate) and shrinks below, by at most a fiftieth a step. Where a step measured no
+    above `target` (nats per token, k2 estimate) and shrinks below it, by at most 2 % a step. Where a step measured no
     KL, beta stays."""
 
     target: float
     gain: float = 0.1
-    most: float = 0.2  # relative errors beyond count as this
+    max_error: float = 0.2  # relative errors are clipped to +- this
 
     def __call__(self, beta: float, step: int, last: Mapping[str, float]) -> float:
-        before, kl = last.get("beta", beta), last.get("kl_teacher", math.nan)
+        previous, kl = last.get("beta", beta), last.get("kl_teacher", math.nan)
         if not math.isfinite(kl):
-            return before
-        error = min(max(kl / self.target - 1.0, -self.most), self.most)
-        return before * (1.0 + self.gain * error)
+            return previous
+        error = min(max(kl / self.target - 1.0, -self.max_error), self.max_error)
+        return previous * (1.0 + self.gain * error)

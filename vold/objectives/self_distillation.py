@@ -1,7 +1,7 @@
-"""SDPO and SRPO: the student learns from its own average, which is shown how a sibling solved the problem, or told
-what was wrong with the response.
+"""Self-distillation (SDPO, SRPO): the teacher is the moving average of the student's weights, which reads a correct
+sibling's answer, or what is wrong with the response, beside the problem.
 
-G: responses of a prompt, n: tokens that are distilled in one update, over all ranks.
+G: responses of a prompt, n: tokens with a KL term in one update, over all ranks.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class SelfTeaching:
-    """rate: of the average, w += rate (student - w) a step. confident: a token counts exp(-H) of the self-teacher, over
-    the mean of that in the update (SRPO). feedback: failed responses are told what is wrong with them."""
+class SelfDistillation:
+    """Settings of a student that teaches itself.
+
+    rate        of the moving average: w += rate (student - w) after each step
+    confident   weight each token's KL by exp(-H) of the self-teacher, divided by its mean in the update (SRPO)
+    feedback    the self-teacher reads what is wrong with a failed response
+    """
 
     rate: float = 0.05
     confident: bool = False
     feedback: bool = False
 
     def hints(self, responses: Sequence[tuple[Rollout, Verdict]]) -> list[Hint | None]:
-        """What the self-teacher of each of a prompt's responses is shown; None: nothing, and it does not teach it."""
+        """The hint for each response of a prompt. None: there is none, and the response gets no KL term."""
         siblings_G = correct_sibling([float(verdict.outcome == "correct") for _, verdict in responses])
         hints = []
         for (_, verdict), sibling in zip(responses, siblings_G, strict=True):
-            shown = None if sibling is None else without_thinking(responses[sibling][0].text)
-            told = feedback_on(verdict) if self.feedback else None
-            hints.append(None if shown is None and told is None else Hint(shown, told))
+            demonstration = None if sibling is None else without_thinking(responses[sibling][0].text)
+            feedback = feedback_on(verdict) if self.feedback else None
+            hints.append(None if demonstration is None and feedback is None else Hint(demonstration, feedback))
         return hints
 
 
 def correct_sibling(right_G: Sequence[float]) -> list[int | None]:
-    """The first other right response, as SDPO shows it; a response is never shown itself."""
-    correct = [place for place, right in enumerate(right_G) if right == 1.0]
-    return [next((sibling for sibling in correct if sibling != place), None) for place in range(len(right_G))]
+    """[G] index of the first other right response (SDPO); None where there is none."""
+    correct = [index for index, right in enumerate(right_G) if right == 1.0]
+    return [next((sibling for sibling in correct if sibling != index), None) for index in range(len(right_G))]
 
 
 def feedback_on(verdict: Verdict) -> str | None:
-    """What is wrong with a response, as the grader found it, without the right answer; None where nothing is."""
+    """A sentence on what is wrong with a response, by its verdict and without the right answer; None if it is right."""
     if verdict.outcome == "correct":
         return None
     reason = _REASONS.get(verdict.rule, "The answer is wrong.")
@@ -58,7 +62,7 @@ def feedback_on(verdict: Verdict) -> str | None:
 
 
 def without_thinking(text: str) -> str:
-    """What a response says after its last </think>: the demonstration, not the way to it."""
+    """The part of a response after its last </think>."""
     return text.rpartition("</think>")[2].strip()
 
 

@@ -1,16 +1,16 @@
-"""VA-OPD: distil most where the teacher's opinion hangs on what only the sharp image shows.
+"""VA-OPD: weight the KL of a token by how much the image's detail changes the teacher's log-probability of it.
 
-A teacher that sees scores every sampled token twice, with the image v and with a degraded copy v~ without its detail:
+A vision-language teacher scores every sampled token twice, with the image v and with a degraded copy v~:
 
     a_t = max(log p_T(y_t | v) - log p_T(y_t | v~), 0)
     w_i = softmax over siblings of z_i / tau,   z_i = (mean_t a_t - mean over siblings) / population std
     L_i = lambda * mean of KL_t over the 20 % of tokens with the largest a_t + (1 - lambda) * mean of KL_t over the rest
 
-and the loss of a prompt is sum_i w_i L_i, KL_t being KL(student || teacher) over the whole vocabulary, on v. All of it
-is a weight for each token's KL: that is what is computed here. G siblings, L response tokens of one of them.
+and the loss of a prompt is sum_i w_i L_i, KL_t being KL(student || teacher) over the whole vocabulary, on v. This is a
+weight for each token's KL, computed here. G siblings, L response tokens of one of them.
 
-Ours, where the source says nothing: the 20 % are rounded up; of equal a_t the earlier is taken; a response with nothing
-left over has its whole weight on its top tokens; siblings whose means differ by rounding alone weigh the same (two of
+Our choices where the source gives none: the 20 % are rounded up; of equal a_t the earlier is taken; a response that has
+top tokens only puts its whole weight on them; siblings whose means differ by rounding alone get the same weight (two of
 them would get z = +1 and -1).
 """
 
@@ -24,17 +24,17 @@ from PIL import Image
 from torch import Tensor
 
 ROUNDING = 1e-5
-"""nats: of a mean of differences between two fp32 log-probs"""
+"""Nats; error of a mean of differences between two fp32 log-probs."""
 
 
 def degrade(image: Image.Image, scale: float = 0.1) -> Image.Image:
-    """The image without its detail, at its own size: down by `scale` a side (bilinear), up again (nearest)."""
+    """The image without its detail, at its own size: each side scaled by `scale` (bilinear) and back (nearest)."""
     small = tuple(max(1, round(side * scale)) for side in image.size)
     return image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
 
 
 def token_advantage(logp_L: Tensor, logp_degraded_L: Tensor) -> Tensor:
-    """a_t, nats, [L]: what the detail adds to the teacher's belief in the sampled token."""
+    """a_t, nats, [L]: how much the image's detail raises the teacher's log-prob of the sampled token."""
     return (logp_L - logp_degraded_L).clamp_min(0.0)
 
 
@@ -46,25 +46,25 @@ def rollout_weights(mean_G: Tensor, tau: float = 1.0) -> Tensor:
 
 
 def token_weights(advantage_L: Tensor, *, share: float = 0.2, top_weight: float = 0.5) -> Tensor:
-    """[L], adding up to 1: `top_weight` (lambda) divided equally over the top `share` of tokens, the rest over the
-    rest."""
+    """[L], adding up to 1: `top_weight` (lambda) divided equally over the top `share` of tokens, 1 - lambda over the
+    others."""
     top = math.ceil(len(advantage_L) * share)
-    rest = len(advantage_L) - top
+    others = len(advantage_L) - top
     order_L = advantage_L.argsort(descending=True, stable=True)
     weights_L = torch.empty_like(advantage_L)
-    weights_L[order_L[:top]] = (top_weight if rest else 1.0) / top
-    weights_L[order_L[top:]] = (1.0 - top_weight) / max(rest, 1)
+    weights_L[order_L[:top]] = (top_weight if others else 1.0) / top
+    weights_L[order_L[top:]] = (1.0 - top_weight) / max(others, 1)
     return weights_L
 
 
 def weigh_siblings(advantages: Sequence[Tensor]) -> list[Tensor]:
-    """Of each of G responses to a prompt the weights [L] of its tokens' KL; over all of them they add up to 1."""
+    """[L] KL weights of each of G responses to a prompt; over all of them they add up to 1."""
     weights_G = rollout_weights(torch.stack([advantage_L.mean() for advantage_L in advantages]))
     return [weight * token_weights(advantage_L) for weight, advantage_L in zip(weights_G, advantages, strict=True)]
 
 
 def concentration(advantage_N: Tensor, share: float = 0.1) -> Tensor:
-    """Share of all advantage that the top `share` of tokens has (a metric); `share` itself where there is none."""
+    """Part of the summed advantage that the top `share` of tokens holds (a metric); `share` where the sum is 0."""
     top = advantage_N.sort(descending=True).values[: max(1, round(len(advantage_N) * share))]
     total = advantage_N.sum()
     return torch.where(total > 0, top.sum() / total, share)

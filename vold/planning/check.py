@@ -117,7 +117,7 @@ def _check_method(config: SftConfig | RlConfig) -> str:
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "
         f"{config.rollout.responses_per_prompt} responses, "
-        + ("the student's average teaches" if objective.teaches_itself else teacher)
+        + ("the student's average teaches" if objective.uses_self_teacher else teacher)
     )
 
 

@@ -129,7 +129,7 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     resident = state | {"vision": sizes.student_tower_bytes if trace.takes_images else 0.0}
     batch, host = float(BATCH_BYTES * sizes.tokens_per_replica), 0.0
     phases, teacher = {}, trace.teacher_weights
-    if sizes.objective is not None and sizes.objective.teaches_itself:
+    if sizes.objective is not None and sizes.objective.uses_self_teacher:
         resident["teacher"] = teacher = float(average_bytes(trace.parameters, sizes.dtype))
     elif sizes.teacher is not None:
         phases["teacher"] = {"working": trace.teacher_working, "batch": batch}

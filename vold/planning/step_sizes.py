@@ -35,7 +35,7 @@ class StepSizes:
     def teacher(self) -> Architecture | None:
         """The teacher that scores inside the trainer; None where there is none or a vLLM engine scores."""
         objective = self.objective
-        needed = objective is not None and objective.needs_teacher and not objective.teaches_itself
+        needed = objective is not None and objective.needs_teacher and not objective.uses_self_teacher
         if not needed or self.config.teacher is None or self.config.teacher_engine != "trainer":
             return None
         return Architecture.from_pretrained(self.config.teacher)

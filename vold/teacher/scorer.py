@@ -123,7 +123,7 @@ class Teacher:
 
 def without_images(samples: Sequence[Sample]) -> list[Sample]:
     """The samples, with no KL term where they have images: for a teacher that reads text only."""
-    return [replace(sample, kl_weight=0.0) if sample.prompt.images else sample for sample in samples]
+    return [sample.without_kl() if sample.prompt.images else sample for sample in samples]
 
 
 class NoTeacher:

@@ -195,10 +195,7 @@ def pass_rate(group: Group | None) -> float | None:
 def mask_unscored(samples: Sequence[Sample]) -> list[Sample]:
     """Without the samples' weights for which the teacher did not answer: they stay in their group's baseline and in
     the normaliser, and teach nothing."""
-    return [
-        replace(sample, pg_weight=0.0, kl_weight=0.0) if sample.kl_weight and sample.teacher_failed else sample
-        for sample in samples
-    ]
+    return [sample.without_weights() if sample.kl_weight and sample.teacher_failed else sample for sample in samples]
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:

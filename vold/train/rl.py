@@ -18,7 +18,7 @@ from vold.grading import Grader
 from vold.models.architecture import Architecture
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
-from vold.objectives import Objective, build_objective, minibatches
+from vold.objectives import Objective, build_objective, split_minibatches
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import open_sampler
 from vold.run.job import Job, open_job
@@ -100,13 +100,13 @@ def run(
     ):
         for step in training.steps():
             drawn = rollouts.next(step)
-            current = objective.at(step, training.last)
+            current = objective.at_step(step, training.last)
             weighed = current.assign_token_weights(drawn.groups, minibatches=config.minibatches)
             scorable = teacher.drop_unscorable(weighed)
             samples = mask_unscored(scorable)
             batches = [
                 pack(part, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
-                for part in minibatches(samples)
+                for part in split_minibatches(samples)
             ]
             with job.log.phase("teacher"):
                 batches = [teacher.score(batch) for batch in batches]
@@ -175,14 +175,14 @@ def _teacher(
     problems: Sequence[Problem],
 ) -> Teacher | SelfTeacher | NoTeacher:
     head = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
-    if objective.teaches_itself:
+    if objective.uses_self_teacher:
         shown = {"tokenizer": tokenizer, "config": config.prompt, "form": config.self_teacher}
         return SelfTeacher(
             trainer.average,
             job.layout,
             partial(show_hint, **shown),
             max_tokens=config.microbatch_tokens,
-            confident=objective.self_teaching.confident,
+            confident=objective.self_distillation.confident,
             **head,
         )
     if not objective.needs_teacher or config.teacher_engine == "vllm":

@@ -10,7 +10,7 @@ from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_pair, load_tokenizer
-from vold.objectives import likelihood
+from vold.objectives import assign_sft_weights
 from vold.rollout import TransformersSampler
 from vold.run.job import open_job
 from vold.run.step_profiler import StepProfiler
@@ -51,7 +51,7 @@ def run(config: SftConfig, *, resume: bool = False, profiler: StepProfiler | Non
     with Grader() as grader:
         for step in training.steps():
             rows = rows_of_step(step, rows=len(samples), per_step=config.batch_size, seed=order_seed)
-            weighed = likelihood([samples[row] for row in rows])
+            weighed = assign_sft_weights([samples[row] for row in rows])
             batch = pack(weighed, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
             with job.log.phase("train"):
                 report = trainer.step(batch)

@@ -66,9 +66,9 @@ class Trainer:
         self.schedule = build_schedule(self._optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self.average: WeightAverage | None = None
-        if objective.teaches_itself:
+        if objective.uses_self_teacher:
             average = load_student(student, layout, dtype, train_merger=vision.train_merger)
-            self.average = WeightAverage(average, objective.self_teaching.rate)
+            self.average = WeightAverage(average, objective.self_distillation.rate)
         self.phases = PhaseTimers()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Trainer:
         # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
         # scale, 0 tokens to divide by): what both losses ask of whoever hands them the buffer.
         head = self._head() | {"weight_main_grad": weight.main_grad}
-        terms, numbers = self._objective.terms(batch), self._objective.numbers()
+        terms, numbers = self._objective.policy_terms(batch), self._objective.loss_options()
         if self._importance_cap is not None:
             terms = replace(terms, logp_rollout_N=batch.logp_rollout_N)
             numbers |= {"importance_cap": self._importance_cap}

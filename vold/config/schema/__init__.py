@@ -1,0 +1,61 @@
+"""Every key of a config with its type, unit and default, by section. The only place with defaults; docs/config.md is
+written from it (vold.config.reference).
+
+Functions receive the section that they use, never the root.
+"""
+
+from vold.config.schema.base import Strict
+from vold.config.schema.data import DataConfig, PromptConfig
+from vold.config.schema.evaluation import EvalConfig, EvaluationConfig, ExportConfig, VlmevalkitConfig
+from vold.config.schema.objective import ObjectiveConfig, RewardConfig, SelfTeacherConfig
+from vold.config.schema.rollout import (
+    CurriculumConfig,
+    DynamicSamplingConfig,
+    EngineConfig,
+    RolloutConfig,
+    SamplingConfig,
+    VllmConfig,
+)
+from vold.config.schema.run import ParallelConfig, RunConfig
+from vold.config.schema.selfplay import (
+    AnswersConfig,
+    CoderConfig,
+    MemoryConfig,
+    PoseConfig,
+    SelfplayConfig,
+    SelfplayPhaseConfig,
+)
+from vold.config.schema.training import OptimizerConfig, RlConfig, SftConfig, TracesConfig, TrainConfig, VisionConfig
+
+__all__ = [
+    "AnswersConfig",
+    "CoderConfig",
+    "CurriculumConfig",
+    "DataConfig",
+    "DynamicSamplingConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "MemoryConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PoseConfig",
+    "PromptConfig",
+    "RewardConfig",
+    "RlConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SelfTeacherConfig",
+    "SelfplayConfig",
+    "SelfplayPhaseConfig",
+    "SftConfig",
+    "Strict",
+    "TracesConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "VllmConfig",
+    "VlmevalkitConfig",
+]

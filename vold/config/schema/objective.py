@@ -1,0 +1,103 @@
+"""Objective, reward and the prompts of a self-teacher."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vold.config.schema.base import NonNegativeFloat, Positive, PositiveFloat, Share, Strict
+
+
+class ObjectiveConfig(Strict):
+    """A preset of vold.objectives and what is changed of it. A key that is null keeps the preset's value
+    (docs/methods.md)."""
+
+    preset: str = "vold"
+    """Method: grpo, vold, vold-unmasked, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, kdrl, kdrl-response,
+    kdrl-group, sdpo or srpo."""
+    advantage: str | None = None
+    """group-normalised, smoothed, mean-centred or none."""
+    ratio: str | None = None
+    """Importance ratio: token, sequence or adaptive."""
+    routing: str | None = None
+    """Responses with a KL term: nowhere, every, failed or failed-groups."""
+    normaliser: str | None = None
+    """Weight of a token: tokens, sequences or constant."""
+    divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd"] | None = None
+    """k2 of the sampled tokens, or a divergence over the whole vocabulary; k1 and k3 are refused, with the reason."""
+    top_k: Positive | None = None
+    """For reverse_kl, forward_kl and jsd: the student's most probable ids are compared one by one, all others as
+    one."""
+    beta: NonNegativeFloat | None = None
+    """Weight of the KL term; for vold 1e-3 (the paper's table 4; its text says 0.1)."""
+    beta_end: NonNegativeFloat | None = None
+    """Linear schedule: the last beta."""
+    beta_step: PositiveFloat | None = None
+    """Linear schedule: change of beta per step."""
+    target_kl: PositiveFloat | None = None
+    """Automatic schedule: the metric kl_teacher, in nats per token, is held at this value."""
+    clip_eps_low: Share | None = None
+    """The ratio is clipped to at least 1 - clip_eps_low."""
+    clip_eps_high: NonNegativeFloat | None = None
+    """The ratio is clipped to at most 1 + clip_eps_high."""
+    kl_clamp: PositiveFloat | None = None
+    """Nats of |logp - logp_teacher| beyond which the gradient of a token's KL no longer grows."""
+    entropy_bonus: float | None = None
+    """Weight of the policy's entropy in nats, subtracted from the loss."""
+    average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """sdpo, srpo: rate per step of the moving average that teaches."""
+    feedback: bool | None = None
+    """sdpo, srpo: the self-teacher reads what the grader found wrong with a failed response."""
+    overlong_share: Share | None = None
+    """Last part of rollout.max_new_tokens over which the penalty on the reward grows; 0: no penalty."""
+    overlong_penalty: PositiveFloat = 0.5
+    """Penalty at max_new_tokens; rewards lie in [0, 1]."""
+    visual_advantage: bool | None = None
+    """VA-OPD: weight each token's KL by how much the image's detail changes the teacher's log-prob of it."""
+
+    @model_validator(mode="after")
+    def _one_schedule(self):
+        if (self.beta_end is None) != (self.beta_step is None):
+            raise ValueError("objective.beta_end and objective.beta_step belong together; give both or neither")
+        if self.target_kl is not None and self.beta_end is not None:
+            raise ValueError("objective.target_kl and objective.beta_end both steer beta; leave one out")
+        return self
+
+
+class RewardConfig(Strict):
+    """Reward = accuracy x (the answer is right) + format x (<think>...</think>, then a boxed answer). VOLD: 1 and 0;
+    EasyR1: .9 and .1; VLM-R1, which adds the two up: .5 and .5. Routing uses the answer alone."""
+
+    accuracy: Share = 1.0
+    """Reward of a right answer."""
+    format: Share = 0.0
+    """Reward of the right form."""
+
+    @model_validator(mode="after")
+    def _adds_up_to_one(self):
+        if abs(self.accuracy + self.format - 1.0) > 1e-6 or not self.accuracy:
+            values = f"reward.accuracy = {self.accuracy} and reward.format = {self.format}"
+            raise ValueError(f"{values} must add up to 1, the first above 0")
+        return self
+
+
+class SelfTeacherConfig(Strict):
+    """The prompt of a self-teacher (sdpo, srpo). A section without content is left out."""
+
+    template: str = "{problem}{demonstration}{feedback}\n\nSolve the problem correctly."
+    """The whole prompt."""
+    demonstration: str = "\n\nA correct solution of this problem:\n\n{demonstration}"
+    """Section with a correct sibling's answer."""
+    feedback: str = "\n\nYour earlier attempt failed:\n\n{feedback}"
+    """Section with what the grader found wrong with the response, with objective.feedback."""
+
+    @model_validator(mode="after")
+    def _template_has_all_sections(self):
+        for name in ("problem", "demonstration", "feedback"):
+            if f"{{{name}}}" not in self.template:
+                raise ValueError(
+                    f"self_teacher.template = {self.template!r} lacks {{{name}}}; put it in (a section that is not "
+                    "wanted may be empty: self_teacher.feedback='')"
+                )
+        return self

@@ -1,0 +1,109 @@
+"""Sampling: the engine, its settings, and the rollouts of stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share, Strict, Url
+
+
+class SamplingConfig(Strict):
+    """How responses are sampled."""
+
+    max_new_tokens: Positive
+    """Tokens of the longest response."""
+    temperature: NonNegativeFloat = 1.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Probability mass of the most probable tokens that are sampled from."""
+    top_k: NonNegative = 0
+    """Number of most probable tokens that are sampled from; 0: all."""
+    sequences_per_call: Positive = 256
+    """Responses generated side by side by the transformers engine; vLLM batches by itself."""
+
+
+class VllmConfig(Strict):
+    """Settings of vLLM, with `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
+
+    urls: tuple[Url, ...] = ()
+    """http://host:port of each engine of `vold serve`; empty: one engine inside each process."""
+    kv_cache_gib: PositiveFloat = 8.0
+    """GiB that an engine reserves for keys and values."""
+    max_model_len: Positive | None = None
+    """Prompt, image and response tokens of the longest sequence; the model's own limit when null."""
+    enforce_eager: bool = False
+    """Run without CUDA graphs: less memory, slower decoding."""
+    sleep: bool = False
+    """Free the GPU memory of an engine inside the process between calls; its weights wait in host memory."""
+    transport: Literal["auto", "files", "nccl"] = "auto"
+    """How new weights reach `urls`: files in `weights_dir`, or NCCL (gloo without GPUs). auto: nccl from GPUs to other
+    machines, else files."""
+    weights_dir: Path = Path("/dev/shm")
+    """Folder for new weights until every engine of `urls` has read them."""
+    timeout: PositiveFloat = 1800.0
+    """Seconds that an engine of `urls` may take for one request."""
+    retries: NonNegative = 2
+    """How often a failed request is sent to another engine."""
+    restart_seconds: NonNegativeFloat = 120.0
+    """Seconds to wait for an engine when none of `urls` answers."""
+
+    @model_validator(mode="after")
+    def _only_a_local_engine_sleeps(self):
+        if self.sleep and self.urls:
+            raise ValueError("vllm.sleep = true is for an engine inside the process; leave it out beside vllm.urls")
+        return self
+
+
+class EngineConfig(Strict):
+    """The engine that samples."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Library that samples responses."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of vLLM."""
+
+    @property
+    def batches_by_itself(self) -> bool:
+        """The engine takes all prompts at once; smaller portions would let it run dry at their ends."""
+        return self.engine == "vllm"
+
+
+class DynamicSamplingConfig(Strict):
+    """DAPO's dynamic sampling: groups without a gradient are dropped, and further prompts sampled in their place."""
+
+    max_prompts_factor: Annotated[float, Field(ge=1.0)] = 3.0
+    """Prompts that a step may sample, in units of prompts_per_step."""
+
+
+class CurriculumConfig(Strict):
+    """Skips a prompt once when its last pass rate lay outside [lowest, highest]."""
+
+    lowest: Share = 0.0
+    """Smallest pass rate of a prompt that is not skipped."""
+    highest: Share = 1.0
+    """Largest pass rate of a prompt that is not skipped."""
+
+
+class RolloutConfig(SamplingConfig, EngineConfig):
+    """Sampling of stage 2."""
+
+    responses_per_prompt: Annotated[int, Field(ge=1)] = 5
+    """G, the size of a group."""
+    # Weights are synced only when nothing is being sampled: a larger lag would make rollouts older and overlap no more.
+    lag: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: a step's rollouts are sampled while the step before trains, with weights one update old."""
+    importance_cap: PositiveFloat = 2.0
+    """Largest importance weight of a token, with lag > 0 or minibatches > 1 (truncated importance sampling)."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Off when null."""
+    curriculum: CurriculumConfig | None = None
+    """Off when null."""
+
+    @model_validator(mode="after")
+    def _rollouts_are_sampled(self):
+        if self.temperature == 0.0:
+            raise ValueError("rollout.temperature = 0 gives identical responses; use a value > 0")
+        return self

@@ -1,0 +1,47 @@
+"""Keys of every command that writes a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vold.config.schema.base import NonNegative, Positive, Strict
+from vold.config.schema.data import PromptConfig
+
+
+class ParallelConfig(Strict):
+    """How one copy of the model is divided, student and teacher alike; the other ranks are data parallel."""
+
+    tp: Positive = 1
+    """Tensor parallel: ranks that share each layer."""
+    pp: Positive = 1
+    """Pipeline parallel: consecutive stages of layers."""
+    vpp: Annotated[int, Field(ge=2)] | None = None
+    """Interleaved pipeline: stages that each rank holds."""
+    sp: bool = False
+    """Sequence parallel: norms and residuals divided over the tp ranks too."""
+    distributed_optimizer: bool = False
+    """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing, MLPs, or whole layers."""
+
+
+class RunConfig(Strict):
+    """Common to all commands that write a run directory."""
+
+    run_dir: Path
+    """Directory for metrics, checkpoints and samples."""
+    seed: NonNegative = 0
+    """Seed of data order and sampling."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights and activations; master weights and moments are fp32."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Division of the model over ranks."""
+    timeout_seconds: Positive = 1800
+    """Seconds after which a rank that keeps the others waiting ends the job, and is named."""
+    prompt: PromptConfig = PromptConfig()
+    """Rendering of problems."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""

@@ -1,0 +1,140 @@
+"""The stages: teacher traces, SFT, RL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share, Strict
+from vold.config.schema.data import DataConfig
+from vold.config.schema.evaluation import EvaluationConfig
+from vold.config.schema.objective import ObjectiveConfig, RewardConfig, SelfTeacherConfig
+from vold.config.schema.rollout import EngineConfig, RolloutConfig, SamplingConfig, VllmConfig
+from vold.config.schema.run import RunConfig
+
+
+class OptimizerConfig(Strict):
+    """AdamW with linear warm-up."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up, down to lr * min_lr_ratio."""
+    min_lr_ratio: Share = 0.0
+    """Final learning rate divided by the peak."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to Adam's denominator."""
+    clip_grad: PositiveFloat = 1.0
+    """Largest global norm of the gradient."""
+    max_bad_steps: Positive = 3
+    """Steps in a row, non-finite or with nothing to learn from, each skipped on every rank, after which the run
+    stops."""
+
+
+class VisionConfig(Strict):
+    """Vision tower of the student. Its blocks stay frozen."""
+
+    train_merger: bool = False
+    """Train the projector from patches to tokens (with Qwen3-VL's DeepStack mergers)."""
+    patches_per_pass: Positive = 16384
+    """Image patches in one forward pass of the tower."""
+
+
+class TrainConfig(RunConfig):
+    """Common to both training stages."""
+
+    student: Path
+    """Checkpoint directory that training starts from."""
+    data: DataConfig
+    """Training data."""
+    optimizer: OptimizerConfig
+    """Optimizer and learning rate."""
+    vision: VisionConfig = VisionConfig()
+    """Vision tower."""
+    steps: Positive
+    """Optimizer steps (rl: steps of rollouts; minibatches updates each)."""
+    microbatch_tokens: Positive = 16384
+    """Packed tokens of one forward and backward pass on a rank."""
+    save_every: NonNegative = 0
+    """Steps between checkpoints; 0: only the last step, which is always saved."""
+    save_async: bool = False
+    """Continue training while a checkpoint is written; its state is held in host memory meanwhile."""
+    keep_checkpoints: Positive = 2
+    """Number of latest checkpoints that are kept."""
+    parity_limit: Annotated[float, Field(gt=1.0)] = 1.05
+    """Largest mean exp|logp of the sampler - logp of the trainer| after a weight sync."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation during training."""
+
+
+class TracesConfig(RunConfig, EngineConfig):
+    """`vold traces`, stage 0: the teacher answers prompts; its answers are not checked (paper section 4.1)."""
+
+    teacher: Path
+    """Checkpoint directory of the teacher."""
+    data: DataConfig
+    """Problems."""
+    sampling: SamplingConfig
+    """How the teacher answers."""
+    max_tokens: Positive = 8192
+    """Prompt and response tokens below which a complete trace is kept; longer or truncated ones are dropped."""
+    prompts_per_shard: Positive = 512
+    """Prompts of one Parquet file."""
+
+
+class SftConfig(TrainConfig):
+    """`vold sft`, stage 1: maximum likelihood on traces."""
+
+    batch_size: Positive = 256
+    """Sequences per step, over all ranks."""
+    max_tokens: Positive = 8192
+    """Tokens of the longest sequence; longer ones are left out."""
+    pair_with: Path | None = None
+    """Teacher whose tokenizer the student must share."""
+
+
+class RlConfig(TrainConfig):
+    """`vold rl`, stage 2: GRPO and distillation on the same rollouts."""
+
+    teacher: Path | None = None
+    """Checkpoint directory of the teacher; required when the objective needs one."""
+    teacher_engine: Literal["trainer", "vllm"] = "trainer"
+    """trainer: scores the step's batch on Megatron; vllm: scores each group as soon as it is graded."""
+    teacher_vllm: VllmConfig = VllmConfig()
+    """Settings of the teacher's vLLM engine."""
+    teacher_offload: bool = False
+    """Keep the trainer's teacher in CPU memory while it does not score."""
+    prompts_per_step: Positive = 256
+    """Prompts per step, over all ranks."""
+    self_teacher: SelfTeacherConfig = SelfTeacherConfig()
+    """Prompt of a self-teacher (sdpo, srpo)."""
+    minibatches: Positive = 1
+    """Updates that a step's prompts are divided among; at 1 no ratio is clipped."""
+    rollout: RolloutConfig
+    """Sampling."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Method."""
+    reward: RewardConfig = RewardConfig()
+    """Reward of a response."""
+    samples_per_step: NonNegative = 8
+    """Responses per step that are written to samples.jsonl."""
+    image_sensitivity_every: NonNegative = 0
+    """Steps between measurements of image_sensitivity, two forward passes on sharp and degraded images; 0: never."""
+    grader_workers: Positive = 2
+    """Processes per rank that grade answers."""
+
+    @model_validator(mode="after")
+    def _a_prompt_for_each_minibatch(self):
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches = {self.minibatches} exceeds prompts_per_step = {self.prompts_per_step}; lower it"
+            )
+        return self

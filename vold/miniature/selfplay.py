@@ -29,9 +29,8 @@ from vold.models.tokenizer import load_tokenizer
 from vold.report import SelfplayRecord, diversity_figure
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.challenger import open_embedder
 from vold.selfplay.diversity import diversity, map_of
-from vold.selfplay.embedders import Embedder
+from vold.selfplay.embedders import Embedder, open_embedder
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
 SEEDS = (0, 1, 2)
@@ -91,7 +90,7 @@ def _measure(world: MiniatureWorld) -> tuple[str, str]:
 def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: float) -> None:
     """Measure what is in the arms' banks, and write it down."""
     config = load_config(SelfplayConfig, CONFIGS / ARMS["R-Diverse"], _measure(world))
-    embedder = open_embedder(config, dtype=torch.float32, device=torch.device("cpu"))
+    embedder = open_embedder(config.embedder, config.coder, dtype=torch.float32, device=torch.device("cpu"))
     banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
     kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
     measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}

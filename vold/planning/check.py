@@ -29,8 +29,7 @@ from vold.planning.rank_shapes import RankShard, checked, show
 from vold.planning.stage_memory import Sizes, places, whole_parameters
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
-from vold.train import rl, sft
-from vold.train.training_run import check_vision
+from vold.train.components import check_rl_config, check_sft_config, check_trained_vision
 from vold.types import Prompt, Sample
 
 SHOWN = 2  # rows
@@ -103,10 +102,10 @@ def _teacher_of(config: SftConfig | RlConfig) -> Path | None:
 
 def _method(config: SftConfig | RlConfig) -> str:
     if isinstance(config, SftConfig):
-        sft.check_config(config)
+        check_sft_config(config)
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
-    rl.check_config(config, objective)
+    check_rl_config(config, objective)
     teacher = f"teacher {config.teacher}" if objective.needs_teacher else "no teacher"
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "
@@ -218,7 +217,7 @@ class Rows:
             skipped += ["too long"] * (len(problems) - len(prompts))
         if not prompts:
             raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
-        check_vision(config.vision, prompts)
+        check_trained_vision(config.vision, prompts)
         self._seen += [prompt for prompt in prompts[SHOWN:] if prompt.images][:1]
         return f"{config.data.path}: {_counted(prompts, what, self._encode)}" + _left_out(skipped)
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from vold.evaluation.evaluator import judged_text
+from vold.evaluation.evaluator import text_to_grade
 from vold.evaluation.scores import summarise
 from vold.types import Prompt, Rollout
 
@@ -88,6 +88,6 @@ def test_no_rows():
 def test_the_letter_that_was_chosen(text, letter):
     prompt = Prompt("p", (), "", gold="B", choices=("7 cm", "12 cm", "9 cm"))
     rollout = Rollout(prompt, (1,), (0.0,), "stop", text)
-    assert judged_text(rollout) == (text if letter is None else f"\\boxed{{{letter}}}")
+    assert text_to_grade(rollout) == (text if letter is None else f"\\boxed{{{letter}}}")
     free = Rollout(Prompt("p", (), "", gold="12 cm"), (1,), (0.0,), "stop", text)
-    assert judged_text(free) == text
+    assert text_to_grade(free) == text

@@ -17,7 +17,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import TransformersSampler
-from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder, code_in, read_pooling
+from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder, extract_code, read_pooling
 
 CPU = torch.device("cpu")
 TEXTS = ["7*9+5*3", "1+2", "7*9+5*3", "<w1>[3-4*7+1]<solve>"]
@@ -118,5 +118,5 @@ def test_the_real_all_minilm_gives_the_cosines_its_authors_print():
 
 
 def test_code_is_the_last_fenced_block():
-    assert code_in("so\n```python\nx = 1\n```\nor\n```\nprint(2)\n```\nthat is it") == "print(2)"
-    assert code_in("  print(3) ") == "print(3)"
+    assert extract_code("so\n```python\nx = 1\n```\nor\n```\nprint(2)\n```\nthat is it") == "print(2)"
+    assert extract_code("  print(3) ") == "print(3)"

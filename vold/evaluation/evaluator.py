@@ -88,13 +88,13 @@ def _status_of(run_log: RunLog, name: str, total: int, on_answered: Callable[[],
 def _graded_rows(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
     """The rows of each problem."""
     flat = [rollout for rollouts in answers for rollout in rollouts]
-    verdicts = iter(grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for r in flat]))
-    return [[answer_row(rollout, next(verdicts)) for rollout in rollouts] for rollouts in answers]
+    verdicts = iter(grader.grade([(text_to_grade(r), r.prompt.gold, r.finish_reason == "length") for r in flat]))
+    return [[response_row(rollout, next(verdicts)) for rollout in rollouts] for rollouts in answers]
 
 
-def judged_text(rollout: Rollout) -> str:
-    r"""The text that is graded. Where the answer is an option's letter, a box with an option's text counts as its letter,
-    and without a box the letter that the response names: "Answer: B", "the answer is (B)", or no more than "B. 12"."""
+def text_to_grade(rollout: Rollout) -> str:
+    r"""The text that is graded. Where the answer is an option's letter, a box with an option's text counts as its
+    letter, and without a box the letter that the response names: "Answer: B", "the answer is (B)", or just "B. 12"."""
     choices, text = rollout.prompt.choices, rollout.text
     letters, boxed = string.ascii_uppercase[: len(choices)], extract_answer(text)
     if not choices or (boxed is not None and boxed in letters) or text.rfind("<think>") > text.rfind("</think>"):
@@ -111,7 +111,7 @@ _ALONE = re.compile(r"\W*([A-Z])(?:[.:)*]\s.*|\W*)")
 _NAMED = re.compile(r"(?i:\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?)[*(]*([A-Z])(?=\s*(?:[.,:;)*]|$))", re.MULTILINE)
 
 
-def answer_row(rollout: Rollout, verdict: Verdict) -> dict:
+def response_row(rollout: Rollout, verdict: Verdict) -> dict:
     """A row of samples.jsonl: one graded response."""
     return {
         "prompt_id": rollout.prompt.id,

@@ -29,7 +29,7 @@ from vold.models.tokenizer import load_tokenizer
 from vold.report import SelfplayRecord, diversity_figure
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.diversity import diversity, map_of
+from vold.selfplay.diversity import diversity, project_to_plane
 from vold.selfplay.embedders import Embedder, open_embedder
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
@@ -163,7 +163,7 @@ def _answer(question: str) -> str:
 def _maps(measured: dict[tuple[str, int], Bank]) -> dict[tuple[str, int], list[np.ndarray]]:
     """One plane for all."""
     parts = [(key, np.concatenate(list(b.embeddings([n])))) for key, b in measured.items() for n in b.iterations()]
-    points = map_of([vectors for _, vectors in parts])
+    points = project_to_plane([vectors for _, vectors in parts])
     return {key: [p for (of, _), p in zip(parts, points, strict=True) if of == key] for key in measured}
 
 

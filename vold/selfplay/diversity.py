@@ -61,7 +61,7 @@ def _clusters_per_question(distance_QQ: np.ndarray, threshold: float) -> float:
     return (int(clusters(distance_QQ, threshold=threshold).max()) + 1) / len(distance_QQ)
 
 
-def map_of(vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
+def project_to_plane(vectors: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Points [Q, 2] of each set of rows [Q, E]: the first two principal components of all sets together."""
     rows = torch.from_numpy(np.concatenate(list(vectors)).astype(np.float64))
     centred = rows - rows.mean(0)

@@ -133,12 +133,12 @@ class CodeEmbedder:
         prompts = [self._prompt(question) for question in unique]
         rollouts = self._coder.sample(prompts, self._sampling, responses=1, seed=0) if prompts else []
         codes = {
-            question: code_in(rollout.text) or question for question, rollout in zip(unique, rollouts, strict=True)
+            question: extract_code(rollout.text) or question for question, rollout in zip(unique, rollouts, strict=True)
         }
         return [codes[question] for question in questions]
 
 
-def code_in(response: str) -> str:
+def extract_code(response: str) -> str:
     """The last fenced block of a response; all of the response where there is none."""
     blocks = _FENCED.findall(response)
     return (blocks[-1] if blocks else response).strip()

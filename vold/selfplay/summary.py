@@ -13,7 +13,7 @@ from vold.report import SelfplayRecord, diversity_figure
 from vold.run.job import Job
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank
-from vold.selfplay.diversity import map_of
+from vold.selfplay.diversity import project_to_plane
 from vold.selfplay.iteration import Iteration
 
 CHALLENGER_METRICS = ("reward", "well_formed", "uncertainty", "repetition", "memory_penalty")
@@ -48,6 +48,6 @@ def question_rows(bank: Bank, iteration: int, limit: int) -> list[dict]:
 def draw_diversity(run_dir: Path, bank: Bank) -> None:
     """Write run_dir/diversity.svg: accuracy and repetition over the iterations, and a map of the questions."""
     vectors = [np.concatenate(list(bank.embeddings([number]))) for number in bank.iterations()]
-    maps = map_of(vectors) if vectors[0].shape[1] else ()
+    maps = project_to_plane(vectors) if vectors[0].shape[1] else ()
     record = SelfplayRecord(read_rows(run_dir / "metrics.jsonl"), maps)
     (run_dir / "diversity.svg").write_bytes(diversity_figure({"": [record]}))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -219,8 +220,9 @@ def _teacher(
     problems: Sequence[Problem],
 ) -> Teacher | SelfTeacher | NoTeacher:
     """The teacher in the trainer, as the objective needs it."""
-    head = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
+    head: dict[str, Any] = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
     if objective.teaches_itself:
+        assert trainer.average is not None and objective.self_teaching is not None
         return SelfTeacher(
             trainer.average,
             job.layout,
@@ -231,12 +233,13 @@ def _teacher(
         )
     if not objective.needs_teacher or config.teacher_engine == "vllm":
         return NoTeacher()
-    settings = head | dict(
-        dtype=job.dtype,
-        patches_per_pass=config.vision.patches_per_pass,
-        offload=config.teacher_offload,
-        whole=objective.divergence is not None,
-    )
+    assert config.teacher is not None, "see check_rl_config"
+    settings = head | {
+        "dtype": job.dtype,
+        "patches_per_pass": config.vision.patches_per_pass,
+        "offload": config.teacher_offload,
+        "whole": objective.divergence is not None,
+    }
     if not Architecture.from_pretrained(config.teacher).vision:
         _check_text_teacher(config, objective, problems, warn=job.is_writer)
         return Teacher(config.teacher, job.layout, **settings)
@@ -264,4 +267,5 @@ def _remote_teacher(config: RlConfig, job: Job, objective: Objective) -> RemoteT
     """The teacher in vLLM, which scores each group as soon as it is graded; None where the trainer has the teacher."""
     if not objective.needs_teacher or config.teacher_engine == "trainer":
         return None
+    assert config.teacher is not None, "see check_rl_config"
     return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature, dtype=job.dtype)

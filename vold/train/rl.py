@@ -39,26 +39,26 @@ def train_rl(
     reward_function: opens the rewards' source, where it is not the grader alone.
     Raises ValueError for a config that cannot work, and where run_dir holds another run.
     """
-    with open_rl(config, resume=resume, profiler=profiler, reward_function=reward_function) as c:
-        phase = c.job.log.phase
-        for step in c.training.steps():
-            sampled = c.rollouts.next(step)
-            objective = c.objective.at(step, c.training.last_metrics)
+    with open_rl(config, resume=resume, profiler=profiler, reward_function=reward_function) as run:
+        phase = run.job.log.phase
+        for step in run.training.steps():
+            sampled = run.rollouts.next(step)
+            objective = run.objective.at(step, run.training.last_metrics)
             weighted = objective.assign_token_weights(sampled.groups, minibatches=config.minibatches)
-            scorable = c.teacher.drop_unscorable(weighted)
+            scorable = run.teacher.drop_unscorable(weighted)
             samples = mask_unscored(scorable)
-            batches = [c.pack(minibatch) for minibatch in minibatches(samples)]
+            batches = [run.pack(minibatch) for minibatch in minibatches(samples)]
             with phase("teacher"):
-                batches = [c.teacher.score(batch) for batch in batches]
-            sensitivity = c.image_sensitivity.measure(step, weighted, c.trainer, c.job)
+                batches = [run.teacher.score(batch) for batch in batches]
+            sensitivity = run.image_sensitivity.measure(step, weighted, run.trainer, run.job)
             sample_ids = logged_sample_ids(sampled.groups, config.samples_per_step)
             with phase("train"):
-                report = c.trainer.step(*batches, shown=sample_ids) if samples else c.trainer.skip(*NO_GROUPS)
-            c.rollouts.wait_for_rollouts()
+                report = run.trainer.step(*batches, shown=sample_ids) if samples else run.trainer.skip(*NO_GROUPS)
+            run.rollouts.wait_for_rollouts()
             with phase("sync"):
-                parity = c.training.sync_weights()
-            metrics = sampled.metrics | teacher_metrics(scorable, c.encode.length) | image_metrics(weighted, scorable)
-            metrics |= c.teacher.metrics | objective.metrics() | report.metrics | parity | sensitivity
-            rows = sample_rows(sampled.groups, samples, report, sample_ids, c.tokenizer)
-            c.training.finish_step(step, metrics, rows)
-    c.training.export()
+                parity = run.training.sync_weights()
+            metrics = sampled.metrics | teacher_metrics(scorable, run.encode.length) | image_metrics(weighted, scorable)
+            metrics |= {**run.teacher.metrics, **objective.metrics(), **report.metrics, **parity, **sensitivity}
+            rows = sample_rows(sampled.groups, samples, report, sample_ids, run.tokenizer)
+            run.training.finish_step(step, metrics, rows)
+    run.training.export()

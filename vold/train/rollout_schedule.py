@@ -107,8 +107,9 @@ class RolloutSchedule:
     def _sample_ahead(self, step: int) -> None:
         rows = self._order.take(self._plan.prompts_per_step)
         requests = self._requests(self._prompt_batch(step, 0, 0, rows))
-        sample = self._worker.sample_groups
-        self._ahead = rows, self._thread.submit(sample, requests, self._thread_phase, self._show_status)
+        assert self._thread is not None
+        rollouts = self._thread.submit(self._worker.sample_groups, requests, self._thread_phase, self._show_status)
+        self._ahead = rows, rollouts
 
     def _sample(self, batch: PromptBatch) -> RankRollouts:
         return self._worker.sample_groups(self._requests(batch), self._job.log.phase, self._show_status)

@@ -19,7 +19,7 @@ from vold.train.reward_function import RewardFunction, grade_group
 from vold.types import Group, Prompt, Rollout
 
 PhaseTimer = Callable[[str], AbstractContextManager]
-Scores = Sequence[Sequence[float] | None]
+Scores = list[list[float] | None]
 """Teacher log-probs (nats) of the response ids of each rollout; None where the teacher failed."""
 
 

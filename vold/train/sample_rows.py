@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vold.evaluation.evaluator import answer_row
+from vold.evaluation.evaluator import response_row
 from vold.types import Group, Sample, StepReport
 
 
@@ -29,7 +29,7 @@ def sample_rows(
     rows = []
     for index in sample_ids:
         rollout, verdict, reward = graded[index]
-        row = answer_row(rollout, verdict)
+        row = response_row(rollout, verdict)
         row |= {"reward": reward, "advantage": samples[index].advantage, "mean_kl": report.mean_kl.get(index)}
         if logps := report.tokens.get(index):
             row["tokens"] = token_texts(tokenizer, rollout.response_ids)

@@ -17,16 +17,16 @@ def train_sft(config: SftConfig, *, resume: bool = False, profiler: StepProfiler
     Raises ValueError for a config that cannot work, and where run_dir holds another run.
     """
     order_seed = config.seed if config.data.shuffle else None
-    with open_sft(config, resume=resume, profiler=profiler) as c:
-        for step in c.training.steps():
-            rows = rows_of_step(step, rows=len(c.samples), per_step=config.batch_size, seed=order_seed)
-            weighted = likelihood([c.samples[row] for row in rows])
-            batch = c.pack(weighted)
-            with c.job.log.phase("train"):
-                report = c.trainer.step(batch)
+    with open_sft(config, resume=resume, profiler=profiler) as run:
+        for step in run.training.steps():
+            rows = rows_of_step(step, rows=len(run.samples), per_step=config.batch_size, seed=order_seed)
+            weighted = likelihood([run.samples[row] for row in rows])
+            batch = run.pack(weighted)
+            with run.job.log.phase("train"):
+                report = run.trainer.step(batch)
             metrics = report.metrics | {"loss": report.metrics["nll"]}
-            if c.training.evaluates_after(step):
-                metrics |= c.training.sync_weights()
+            if run.training.evaluates_after(step):
+                metrics |= run.training.sync_weights()
             metrics["response_tokens"] = report.metrics["gradient_tokens"]
-            c.training.finish_step(step, metrics, [])
-    c.training.export()
+            run.training.finish_step(step, metrics, [])
+    run.training.export()

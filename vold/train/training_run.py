@@ -89,6 +89,7 @@ class TrainingRun:
 
     def sync_weights(self) -> dict[str, float]:
         """Send the trained weights to the sampler, and check that they arrived (see ParityProbe)."""
+        assert self.sampler is not None and self.probe is not None
         self.sampler.load_weights(self.trainer.weights())
         return self.probe.check(self.sampler, self.trainer.logprobs)
 
@@ -116,6 +117,7 @@ class TrainingRun:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _evaluate(self) -> dict[str, float]:
+        assert self.sampler is not None
         metrics = {}
         with self.job.log.phase("evaluate"):
             rows = self.evaluator.run(self.sampler, self.grader, self.job, self.config.seed)

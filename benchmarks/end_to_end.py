@@ -122,18 +122,19 @@ def run_vold(job: Job, turn: Turn) -> None:
     from vold.config import load_config, schema
     from vold.rollout import TransformersSampler
     from vold.run.run_dir import RunLog
-    from vold.train import rl
-    from vold.train.groups import RolloutWorker
+    from vold.train import components
+    from vold.train.rl import train_rl
+    from vold.train.rollout_worker import RolloutWorker
 
     class FixedLengthSampler(TransformersSampler):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self._vocabulary = replace(self._vocabulary, stop_ids=())
 
-    draw, write = RolloutWorker.draw, RunLog.write
+    sample_groups, log_step = RolloutWorker.sample_groups, RunLog.log_step
 
-    def watched_draw(*args):
-        drawn = draw(*args)
+    def watched_sample_groups(*args):
+        drawn = sample_groups(*args)
         rollouts = [rollout for group in drawn.groups.values() for rollout in group.rollouts]
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         turn.record_work([group.prompt.token_ids.tolist() for group in drawn.groups.values()], tokens, len(rollouts))
@@ -143,15 +144,15 @@ def run_vold(job: Job, turn: Turn) -> None:
         rewards = tuple(alternating_reward(index) for index in range(len(group.rollouts)))
         return replace(group, rewards=rewards) if job.work == EQUAL else group
 
-    def watched_write(log, step, metrics, samples=()):
-        write(log, step, metrics, samples)
+    def watched_log_step(log, step, metrics, samples=()):
+        log_step(log, step, metrics, samples)
         turn.end_step(gradient_tokens=int(metrics["gradient_tokens"]))
 
-    RolloutWorker.draw, RunLog.write = watched_draw, watched_write
+    RolloutWorker.sample_groups, RunLog.log_step = watched_sample_groups, watched_log_step
     if job.work == EQUAL:
-        rl.open_sampler = lambda _config, checkpoint, **where: FixedLengthSampler(checkpoint, **where)
+        components.open_sampler = lambda _config, checkpoint, **where: FixedLengthSampler(checkpoint, **where)
     with tempfile.TemporaryDirectory() as folder:
-        rl.run(load_config(schema.RlConfig, CONFIG, job.overrides(f"{folder}/run")))
+        train_rl(load_config(schema.RlConfig, CONFIG, job.overrides(f"{folder}/run")))
 
 
 def run_trl(job: Job, turn: Turn) -> None:

@@ -31,8 +31,8 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sampler and trainer disagree on log-probs": (
         "verl#2953 #3694 #4070, TRL#3867 #4493 #4530, open-instruct#1051, ms-swift#6235, xtuner#1197",
         (
-            "train/test_stages.py::test_sampler_and_trainer_agree_at_another_temperature",
-            "train/test_stages.py::test_stale_weights_raise_the_alarm",
+            "train/test_rl.py::test_sampler_and_trainer_agree_at_another_temperature",
+            "rollout/test_parity_probe.py::test_stale_weights_raise_the_alarm",
             "trainer/test_step.py::test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits",
             "rollout/test_decode.py::test_recorded_logprobs_are_the_models",
             "vllm/test_sampler.py::test_logprobs_are_those_of_the_sampling_temperature",
@@ -86,7 +86,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "trainer/test_step.py::test_gradient_is_invariant_to_the_micro_batch_split",
             "trainer/test_step.py::test_samples_without_gradient_are_left_out_exactly",
-            "train/test_stages.py::test_a_stage_gives_the_same_numbers_at_every_layout",
+            "train/test_rl.py::test_a_stage_gives_the_same_numbers_at_every_layout",
             "benchmarks/test_parity.py::test_layouts_equal_one_process_and_transformers",
         ),
     ),
@@ -135,7 +135,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a resumed run draws or reads other things": (
         "ms-swift#9935, transformers#46628, open-instruct#1523, bionemo#1250, Megatron-Bridge#5593",
         (
-            "train/test_stages.py::test_resumed_run_equals_the_uninterrupted_one_bit_for_bit",
+            "train/test_rl.py::test_resumed_run_equals_the_uninterrupted_one_bit_for_bit",
             "trainer/test_checkpoint.py::test_a_resumed_trainer_goes_on_bit_for_bit",
             "data/test_pack_and_order.py::test_each_epoch_sees_every_row_once_across_its_edge",
             "trainer/test_reshard.py::test_a_chain_of_layouts",
@@ -212,7 +212,7 @@ TOKENISERS = {
     "vold/data/traces.py": 1,  # SFT sets that are text
     "vold/models/tokenizer.py": 1,  # the spelling of tokens a student lacks
     "vold/selfplay/embedders.py": 1,  # an encoder's own reading
-    "vold/selfplay/challenger.py": 1,  # posed questions, which become prompts
+    "vold/selfplay/questions.py": 1,  # posed questions, which become prompts
 }
 
 

@@ -69,25 +69,27 @@ def vold(
 @app.command(rich_help_panel=TRAIN)
 def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 0: the teacher answers the prompts; writes its token ids."""
-    _module("train.teacher_traces").run(load_config(schema.TracesConfig, config, overrides or ()), resume=resume)
+    traces_config = load_config(schema.TracesConfig, config, overrides or ())
+    _module("train.teacher_traces").generate_traces(traces_config, resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 1: the student learns the teacher's traces."""
-    _module("train.sft").run(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
+    _module("train.sft").train_sft(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 2: GRPO and on-policy distillation on the student's own rollouts."""
-    _module("train.rl").run(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
+    _module("train.rl").train_rl(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Challenger and solver train each other: R-Zero, R-Diverse."""
-    _module("selfplay.loop").run(load_config(schema.SelfplayConfig, config, overrides or ()), resume=resume)
+    selfplay_config = load_config(schema.SelfplayConfig, config, overrides or ())
+    _module("selfplay.loop").run_selfplay(selfplay_config, resume=resume)
 
 
 @app.command("eval", rich_help_panel=MODELS)
@@ -99,8 +101,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Accuracy of a checkpoint directory on text and image problems."""
-    stage = _module("evaluation.vlmevalkit" if vlmevalkit else "evaluation.evaluator")
-    stage.run(load_config(schema.EvalConfig, config, overrides or ()))
+    eval_config = load_config(schema.EvalConfig, config, overrides or ())
+    if vlmevalkit:
+        _module("evaluation.vlmevalkit").run_vlmevalkit(eval_config)
+    else:
+        _module("evaluation.evaluator").evaluate(eval_config)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -138,7 +143,7 @@ def check(
     Also shows data rows as the model reads them and memory by rank. Needs no GPU; exit code 2 when a check fails.
     """
     if stage == "selfplay":
-        _module("selfplay.loop").check(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
+        _module("selfplay.check").check_selfplay(load_config(schema.SelfplayConfig, config, overrides or ()), processes)
         return
     training_config = load_config(TRAINING_CONFIGS[stage], config, overrides or ())
     _module("planning.check").check_config(training_config, processes, self_test=self_test)

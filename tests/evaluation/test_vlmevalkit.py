@@ -58,7 +58,7 @@ if "MMStar" not in config["data"]:
 
 def test_without_the_kit_its_config_and_command_are_written(load, tmp_path, world, capsys):
     config = load("eval", tmp_path / "eval", "prompt.system=Think.", "vlmevalkit.judge=model")
-    vlmevalkit.run(config)
+    vlmevalkit.run_vlmevalkit(config)
     written = json.loads((tmp_path / "eval" / "vlmevalkit" / "model" / "config.json").read_text())
     (arguments,) = written["model"].values()
     assert arguments["class"] == "Qwen2VLChat" and arguments["model_path"] == str(world.student.resolve())
@@ -69,7 +69,7 @@ def test_without_the_kit_its_config_and_command_are_written(load, tmp_path, worl
     assert said.startswith("python run.py --config ") and "vlmeval is not installed here" in said
     assert "exact_matching" not in said and not (tmp_path / "eval" / "evaluation.json").exists()
     with pytest.raises(ValueError, match=r"vlmevalkit/model holds answers of .*; take another run_dir"):
-        vlmevalkit.run(load("eval", tmp_path / "eval", "prompt.system=Hurry.", "vlmevalkit.judge=model"))
+        vlmevalkit.run_vlmevalkit(load("eval", tmp_path / "eval", "prompt.system=Hurry.", "vlmevalkit.judge=model"))
 
 
 def test_results_of_both_judges_beside_the_papers(load, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_results_of_both_judges_beside_the_papers(load, tmp_path, capsys):
         (folder / judge / "vold" / "T1_G2").mkdir(parents=True)
         for name in names:
             (folder / judge / "vold" / "T1_G2" / name).write_text(RESULTS[name])
-    vlmevalkit.run(config)
+    vlmevalkit.run_vlmevalkit(config)
     evaluation = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert evaluation["sets"] == {"text": {"accuracy": 1.0}}
     found = {name: numbers["score"] for name, numbers in evaluation["benchmarks"]["model"].items()}
@@ -97,7 +97,7 @@ def test_results_of_both_judges_beside_the_papers(load, tmp_path, capsys):
     damaged = folder / "model" / "vold" / "T1_G2" / "vold_MME_score.csv"
     damaged.write_text("what,else\n1,2\n")
     with pytest.raises(ValueError, match=r"vold_MME_score.csv is not a result file as") as error:
-        vlmevalkit.run(config)
+        vlmevalkit.run_vlmevalkit(config)
     assert "\n" not in str(error.value)
 
 
@@ -107,21 +107,21 @@ def test_an_installed_kit_is_run(load, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "kit")
     config = load("eval", tmp_path / "eval")
     with pytest.raises(ValueError, match=r"installed without its run.py"):
-        vlmevalkit.run(config)
+        vlmevalkit.run_vlmevalkit(config)
     (tmp_path / "kit" / "run.py").write_text(KIT)
-    vlmevalkit.run(config)
+    vlmevalkit.run_vlmevalkit(config)
     evaluation = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert evaluation["benchmarks"] == {"rule": {"MMStar": {"score": 50.0}}}
     assert "MathVista_MINI" not in (tmp_path / "eval" / "vlmevalkit" / "rule" / "config.json").read_text()
     with pytest.raises(ValueError, match="VLMEvalKit ended with code 1"):  # its folder is there already
-        vlmevalkit.run(config)
+        vlmevalkit.run_vlmevalkit(config)
     assert "vlmeval" not in sys.modules, "found, not imported"
 
 
 def test_a_checkpoint_the_kit_has_no_class_for(load, tmp_path, world):
     with pytest.raises(ValueError, match="is a 'qwen3'; the kit is set up for qwen2_5_vl"):
-        vlmevalkit.run(load("eval", tmp_path / "eval", f"checkpoint={world.teacher}"))
+        vlmevalkit.run_vlmevalkit(load("eval", tmp_path / "eval", f"checkpoint={world.teacher}"))
     with pytest.raises(ValueError, match=r"holds no config.json"):
-        vlmevalkit.run(load("eval", tmp_path / "eval", "checkpoint=nowhere"))
+        vlmevalkit.run_vlmevalkit(load("eval", tmp_path / "eval", "checkpoint=nowhere"))
     with pytest.raises(ValueError, match=r"vlmevalkit.max_new_tokens = 100"):
         load("eval", tmp_path / "eval", "vlmevalkit.max_new_tokens=100")

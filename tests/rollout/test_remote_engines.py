@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from support.fake_engine import FakeEngine
 from vold.config.schema import VllmConfig
-from vold.io import configure_logging
 from vold.rollout.vllm import weight_files, weight_stream
 from vold.rollout.vllm.engines import Request
 from vold.rollout.vllm.remote import RemoteEngines, syncs_by_stream
@@ -19,11 +18,6 @@ from vold.rollout.vllm.remote import RemoteEngines, syncs_by_stream
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.
 FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "nan", "restarted"]
-
-
-@pytest.fixture(autouse=True)
-def warnings_on_standard_error():
-    configure_logging()
 
 
 @pytest.fixture

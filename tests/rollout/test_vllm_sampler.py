@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from vold.config.schema import SamplingConfig
-from vold.io import configure_logging
 from vold.rollout.vllm.engines import EngineOutput, Request, Response
 from vold.rollout.vllm.sampler import VllmSampler
 from vold.types import Prompt
@@ -55,7 +54,6 @@ def test_a_greedy_group_is_whole_too(sampler):
 
 
 def test_a_lost_group_is_named_and_left_out(sampler, capfd):
-    configure_logging()
     groups = list(sampler(lost=(1,)).stream(PROMPTS, SAMPLED, responses=3, seed=5))
     assert [group[0].prompt.id for group in groups] == ["p3", "p2", "p0"] and all(len(group) == 3 for group in groups)
     assert capfd.readouterr().err.splitlines() == ["vold: prompt p1 is left out: its request failed"]

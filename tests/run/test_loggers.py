@@ -9,16 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from vold.config.schema import EvalConfig
-from vold.io import configure_logging
 from vold.run import loggers
 from vold.run.run_dir import RunLog, read_rows
 
 ROWS = [{"reward": 0.25, "nll": float("nan"), "note": None}, {"reward": 0.5}, {"reward": 0.75}]
-
-
-@pytest.fixture(autouse=True)
-def warnings_on_standard_error():
-    configure_logging()
 
 
 def config(tmp_path, *names, **more):

@@ -1,4 +1,4 @@
-"""Phases add up, nest and start anew each step. Clocks are faked: no wall-clock time is asserted."""
+"""PhaseTimers add up, nest and start anew each step. Clocks are faked: no wall-clock time is asserted."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from vold.config import load_config, schema
-from vold.selfplay import challenger as challenge
-from vold.selfplay import loop as selfplay
+from vold.selfplay import voters
+from vold.selfplay.loop import run_selfplay
 
 
 def main(config: str, *overrides: str) -> None:
-    challenge.extract_answer = lambda text: str(len(text) % 3)
-    selfplay.run(load_config(schema.SelfplayConfig, Path(config), overrides))
+    voters.extract_answer = lambda text: str(len(text) % 3)
+    run_selfplay(load_config(schema.SelfplayConfig, Path(config), overrides))
     dist.barrier()
     dist.destroy_process_group()
 

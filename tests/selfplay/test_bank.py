@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_a_killed_write_leaves_nothing(bank, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bank_module.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         bank.append(4, questions(4, 2))
     monkeypatch.undo()
@@ -94,7 +95,7 @@ def spoil(path, damage: str) -> None:
 def test_a_damaged_tail_is_left_out_and_can_be_written_again(bank, tmp_path, capsys, damage):
     spoil(tmp_path / "bank" / "iteration-0003.parquet", damage)
     assert bank.iterations() == [1, 2]
-    assert "iteration-0003.parquet is damaged" in capsys.readouterr().out
+    assert "iteration-0003.parquet is damaged" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"iteration-0003\.parquet is damaged"):
         list(bank.read([3]))
     bank.append(3, questions(3, 2))

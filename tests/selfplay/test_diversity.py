@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.diversity import diversity, map_of
+from vold.selfplay.diversity import diversity, project_to_plane
 from vold.selfplay.figures import SelfplayRecord, diversity_figure
 
 X, Y, Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
@@ -55,7 +55,7 @@ def test_map_keeps_the_plane_that_varies_most():
     flat = rng.standard_normal((30, 2)) * [3.0, 1.0]
     turn, _ = np.linalg.qr(rng.standard_normal((5, 5)))
     rows = (flat @ turn[:2] + 7.0).astype(np.float32)
-    first, none, second = map_of([rows[:10], rows[:0], rows[10:]])
+    first, none, second = project_to_plane([rows[:10], rows[:0], rows[10:]])
     assert len(first) == 10 and none.shape == (0, 2)
     found = np.concatenate([first, second])
     between = np.linalg.norm(found[:, None] - found[None], axis=-1)

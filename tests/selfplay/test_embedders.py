@@ -17,7 +17,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import TransformersSampler
-from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder, code_in, pooling_of
+from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder, extract_code, read_pooling
 
 CPU = torch.device("cpu")
 TEXTS = ["7*9+5*3", "1+2", "7*9+5*3", "<w1>[3-4*7+1]<solve>"]
@@ -59,7 +59,7 @@ def test_pooling_is_what_the_directory_says(bert_dir, tmp_path, settings, wanted
     shutil.copytree(bert_dir, directory)
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **settings}))
-    assert pooling_of(directory) == wanted
+    assert read_pooling(directory) == wanted
     found = EncoderEmbedder(directory, device=CPU).embed(TEXTS)
     model, tokenizer = BertModel.from_pretrained(directory).eval(), load_tokenizer(directory)
     for row, text in zip(found, TEXTS, strict=True):
@@ -74,7 +74,7 @@ def test_a_pooling_we_do_not_have_is_refused(bert_dir, tmp_path):
     (directory / "1_Pooling").mkdir(parents=True)
     (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
     with pytest.raises(ValueError, match=r"asks for pooling \['max_tokens'\]; use an encoder"):
-        pooling_of(directory)
+        read_pooling(directory)
     with pytest.raises(ValueError, match=r"embedder = .* holds no config\.json"):
         EncoderEmbedder(tmp_path, device=CPU)
 
@@ -118,5 +118,5 @@ def test_the_real_all_minilm_gives_the_cosines_its_authors_print():
 
 
 def test_code_is_the_last_fenced_block():
-    assert code_in("so\n```python\nx = 1\n```\nor\n```\nprint(2)\n```\nthat is it") == "print(2)"
-    assert code_in("  print(3) ") == "print(3)"
+    assert extract_code("so\n```python\nx = 1\n```\nor\n```\nprint(2)\n```\nthat is it") == "print(2)"
+    assert extract_code("  print(3) ") == "print(3)"

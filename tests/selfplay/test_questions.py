@@ -8,7 +8,7 @@ import pytest
 
 from vold.config.schema import AnswersConfig, PoseConfig
 from vold.grading import Grader
-from vold.selfplay.questions import Vote, find_question, informative, solver_batches, vote
+from vold.selfplay.questions import Vote, find_question, is_informative, solver_batches, vote
 
 PATTERN = re.compile(PoseConfig().pattern, re.DOTALL)
 
@@ -49,11 +49,11 @@ def test_answers_that_could_not_be_a_label_count_against_agreement(grader):
 
 @pytest.mark.parametrize(("agreeing", "kept"), [(0, False), (2, False), (3, True), (7, True), (8, False), (10, False)])
 def test_kept_are_questions_with_three_to_seven_of_ten(agreeing, kept):
-    assert informative(Vote("4", agreeing / 10), AnswersConfig()) is kept
+    assert is_informative(Vote("4", agreeing / 10), AnswersConfig()) is kept
 
 
 def test_nothing_is_kept_without_an_answer():
-    assert not informative(Vote("", 0.0), AnswersConfig(lowest=0))
+    assert not is_informative(Vote("", 0.0), AnswersConfig(lowest=0))
 
 
 def test_thirty_percent_of_every_batch_are_old():

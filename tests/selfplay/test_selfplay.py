@@ -18,14 +18,15 @@ from vold.data.prompts import build_prompt
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import TransformersSampler
 from vold.run.run_dir import read_rows
-from vold.selfplay import challenger as challenge
-from vold.selfplay import loop as selfplay
+from vold.selfplay import voters
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.challenger import Challenge, QuestionForm
+from vold.selfplay.challenger import ChallengerReward, Memory
+from vold.selfplay.check import check_selfplay
 from vold.selfplay.embedders import CodeEmbedder, EncoderEmbedder
-from vold.selfplay.questions import Vote
-from vold.train import rl
-from vold.train.groups import StepGroups
+from vold.selfplay.loop import SelfplayRun, run_selfplay
+from vold.selfplay.questions import QuestionParser, Vote
+from vold.train.reward_function import StepGroups
+from vold.train.training_run import TrainingRun
 from vold.types import Group, Prompt, Rollout, Verdict
 
 DIVERSE = Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "selfplay-diverse.yaml"
@@ -65,7 +66,7 @@ def config_of(world, run_dir: Path, *overrides: str) -> schema.SelfplayConfig:
 @pytest.fixture(autouse=True)
 def untrained_models_answer(monkeypatch):
     """An untrained solver never boxes anything; the length of what it says stands for an answer."""
-    monkeypatch.setattr(challenge, "extract_answer", lambda text: str(len(text) % 3))
+    monkeypatch.setattr(voters, "extract_answer", lambda text: str(len(text) % 3))
 
 
 def test_check_reads_what_self_play_needs_and_changes_nothing(torchrun, world, tmp_path):
@@ -86,7 +87,7 @@ def test_check_reads_what_self_play_needs_and_changes_nothing(torchrun, world, t
 )
 def test_check_names_a_mistake_before_a_model_is_loaded(world, tmp_path, override, line):
     with pytest.raises(ValueError, match=line):
-        selfplay.check(config_of(world, tmp_path / "run", override), processes=1)
+        check_selfplay(config_of(world, tmp_path / "run", override), processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,8 @@ def whole_run(tmp_path_factory, world, layout):
     """Two uninterrupted iterations of R-Diverse."""
     config = config_of(world, tmp_path_factory.mktemp("selfplay") / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(challenge, "extract_answer", lambda text: str(len(text) % 3))
-        selfplay.run(config)
+        patch.setattr(voters, "extract_answer", lambda text: str(len(text) % 3))
+        run_selfplay(config)
     return config
 
 
@@ -151,8 +152,8 @@ def test_resumed_run_equals_the_uninterrupted_one(world, whole_run, layout, tmp_
     with monkeypatch.context() as patch:
         break_off(patch, phase)
         with pytest.raises(KeyboardInterrupt):
-            selfplay.run(config)
-    selfplay.run(config, resume=True)
+            run_selfplay(config)
+    run_selfplay(config, resume=True)
     for player in ("challenger", "solver"):
         ours, theirs = (
             load_file(run / "iteration-0001" / player / "model" / "model.safetensors")
@@ -171,14 +172,14 @@ def break_off(patch: pytest.MonkeyPatch, phase: str) -> None:
 
     if phase == "pose":
         return patch.setattr(Bank, "append", interrupted)
-    finish = rl.TrainingRun.finish_step
+    finish = TrainingRun.finish_step
 
     def finish_step(self, step, *rest):
         if self.config.run_dir.name == phase and step == 1:
             raise KeyboardInterrupt
         return finish(self, step, *rest)
 
-    patch.setattr(rl.TrainingRun, "finish_step", finish_step)
+    patch.setattr(TrainingRun, "finish_step", finish_step)
 
 
 def test_two_ranks_share_the_work(world, tmp_path, torchrun):
@@ -204,18 +205,18 @@ def test_two_ranks_share_the_work(world, tmp_path, torchrun):
 
 def test_runs_are_not_mixed(world, whole_run, layout):
     with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
-        selfplay.run(config_of(world, whole_run.run_dir))
+        run_selfplay(config_of(world, whole_run.run_dir))
     with pytest.raises(ValueError, match=r"--resume: iterations was 2 and is now 3"):
-        selfplay.run(config_of(world, whole_run.run_dir, "iterations=3"), resume=True)
+        run_selfplay(config_of(world, whole_run.run_dir, "iterations=3"), resume=True)
 
 
 def test_no_question_worth_training_on_is_one_line(world, layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(challenge, "extract_answer", lambda text: "1")
-    monkeypatch.setattr(selfplay, "_train_challenger", lambda *_: None)
-    monkeypatch.setattr(selfplay, "_responses", lambda *_: ["1+2", "3+4"])
+    monkeypatch.setattr(voters, "extract_answer", lambda text: "1")
+    monkeypatch.setattr(SelfplayRun, "train_challenger", lambda *_: None)
+    monkeypatch.setattr(SelfplayRun, "_responses", lambda *_: ["1+2", "3+4"])
     config = config_of(world, tmp_path / "run", "answers.lowest=3", "answers.responses=4", "evaluation={}")
     with pytest.raises(ValueError, match=r"iteration 1: of 2 responses 2 held a question, and none had 3 to 3 of 4"):
-        selfplay.run(config)
+        run_selfplay(config)
 
 
 @pytest.mark.parametrize(
@@ -239,10 +240,10 @@ def test_mistakes_are_one_line(world, tmp_path, overrides, message):
 
 def test_a_method_with_a_teacher_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match=r"solver\.objective\.preset = 'vold' needs a teacher and self-play has none"):
-        selfplay.run(config_of(world, tmp_path, "solver.objective.preset=vold"))
+        run_selfplay(config_of(world, tmp_path, "solver.objective.preset=vold"))
 
 
-# -- the judge, by hand --------------------------------------------------------------------------------------------
+# -- the challenger's reward, by hand ------------------------------------------------------------------------------
 
 
 class OneRank:
@@ -250,34 +251,46 @@ class OneRank:
 
     dtype, layout = torch.float32, SimpleNamespace(device=torch.device("cpu"))
     log = SimpleNamespace(phase=lambda name: torch.no_grad())
-    share = staticmethod(list)
+    shard = staticmethod(list)
     gather = staticmethod(list)
 
 
-class ToldVotes:
-    """A Panel that was told what to say."""
+class MadeUpVotes:
+    """Voters that agree as they are told to."""
 
     def __init__(self, agreement: dict[str, float]):
         self.agreement, self.seeds = agreement, []
 
-    def ask(self, questions, *, seed):
+    def vote(self, questions, job, grader, *, seed):
         self.seeds.append(seed)
         return [Vote("4", self.agreement[question]) for question in questions]
 
 
-def judged(config, panel, texts, world, monkeypatch, *, vectors=None, bank=None, remembered=()) -> StepGroups:
+def parser_of(config, world) -> QuestionParser:
+    return QuestionParser(config.pose.pattern, config.prompt, world.student)
+
+
+def rewarded(config, votes, texts, world, *, vectors=None, memory=None) -> StepGroups:
     embedder = SimpleNamespace(embed=lambda questions: np.array([vectors[q] for q in questions], dtype=np.float32))
-    monkeypatch.setattr(challenge, "open_embedder", lambda *_, **__: embedder if vectors else None)
-    form = QuestionForm(config, world.student)
-    judge = Challenge(config, panel, form, OneRank, bank=bank, remembered=remembered, seed=100)
+    reward_function = ChallengerReward(
+        votes,
+        parser_of(config, world),
+        OneRank,
+        grader=None,
+        pose=config.pose,
+        seed=100,
+        embedder=embedder if vectors else None,
+        compare_code=config.coder is not None,
+        memory=memory,
+    )
     prompt = Prompt("request", (1,), "=")
     rollouts = tuple(Rollout(prompt, (1,), (0.0,), "stop", text) for text in texts)
-    verdicts = tuple(judge.grade([(text, "", False) for text in texts]))
+    verdicts = tuple(reward_function.grade([(text, "", False) for text in texts]))
     group = Group(prompt, rollouts, verdicts, tuple(float(v.outcome == "correct") for v in verdicts))
-    return judge.compare(3, StepGroups([group], {"staleness_max": 0.0}))
+    return reward_function.assign_rewards(3, StepGroups([group], {"staleness_max": 0.0}))
 
 
-def test_rewards_of_r_zero(world, monkeypatch, tmp_path):
+def test_rewards_of_r_zero(world, tmp_path):
     """Four responses: two equal questions (cluster of 2 of 4), one of its own, one of bad form."""
     config = config_of(
         world,
@@ -288,11 +301,11 @@ def test_rewards_of_r_zero(world, monkeypatch, tmp_path):
         r"pose.pattern=\[(.+)\]",
         "pose.cluster_distance=.5",
     )
-    panel = ToldVotes({"1+2*3-4": 0.5, "<w1><w2><w3><w4>": 0.7})
-    found = judged(config, panel, ["[1+2*3-4]", "[1+2*3-4]", "[<w1><w2><w3><w4>]", "5"], world, monkeypatch)
+    votes = MadeUpVotes({"1+2*3-4": 0.5, "<w1><w2><w3><w4>": 0.7})
+    found = rewarded(config, votes, ["[1+2*3-4]", "[1+2*3-4]", "[<w1><w2><w3><w4>]", "5"], world)
     [group] = found.groups
     assert group.rewards == pytest.approx((1.0 - 2 / 4, 1.0 - 2 / 4, 0.6 - 1 / 4, 0.0))
-    assert panel.seeds == [103], "a seed of its own for each step"
+    assert votes.seeds == [103], "a seed of its own for each step"
     assert found.metrics["reward"] == pytest.approx((0.5 + 0.5 + 0.35 + 0.0) / 4)
     assert found.metrics["well_formed"] == 0.75 and found.metrics["repetition"] == pytest.approx(
         (2 / 4 * 2 + 1 / 4) / 3
@@ -302,7 +315,7 @@ def test_rewards_of_r_zero(world, monkeypatch, tmp_path):
     )
 
 
-def test_rewards_of_r_diverse(world, monkeypatch, tmp_path):
+def test_rewards_of_r_diverse(world, tmp_path):
     """Different words, same code: one cluster of two (SAM). Both are at cosine .8 and 0 from the bank's two questions:
     P = .5 [.8 - .5] + .5 [.4 - .25] = .225 (MAP)."""
     memory = "memory={nearest_allowed: 0.5, mean_allowed: 0.25, weight: 2.0}"
@@ -311,39 +324,34 @@ def test_rewards_of_r_diverse(world, monkeypatch, tmp_path):
     rows = [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
     bank.append(1, [BankedQuestion(1, "", 0, "q", "4", 0.5, row) for row in rows])
     vectors = {"1+2": (0.8, 0.6, 0.0), "<w1><w2>": (0.8, 0.6, 0.0), "3-3": (0.0, 1.0, 0.0)}
-    panel = ToldVotes(dict.fromkeys(vectors, 0.5))
-    found = judged(
-        config, panel, [f"[{q}]" for q in vectors], world, monkeypatch, vectors=vectors, bank=bank, remembered=[1]
-    )
+    votes = MadeUpVotes(dict.fromkeys(vectors, 0.5))
+    remembered = Memory(bank, [1], config.memory)
+    found = rewarded(config, votes, [f"[{q}]" for q in vectors], world, vectors=vectors, memory=remembered)
     # 3-3 is at distance .4 from both: below the threshold, so all three are one cluster
     assert found.groups[0].rewards == pytest.approx((max(0.0, 1 - 3 / 3 - 0.45), 0.0, 0.0))
     config = config.model_copy(update={"pose": config.pose.model_copy(update={"cluster_distance": 0.3})})
-    found = judged(
-        config, panel, [f"[{q}]" for q in vectors], world, monkeypatch, vectors=vectors, bank=bank, remembered=[1]
-    )
+    found = rewarded(config, votes, [f"[{q}]" for q in vectors], world, vectors=vectors, memory=remembered)
     assert found.groups[0].rewards == pytest.approx((0.0, 0.0, 1 - 1 / 3))
     light = {"repetition_weight": 0.25, "cluster_distance": 0.3}
     config = config.model_copy(update={"pose": config.pose.model_copy(update=light)})
-    found = judged(
-        config, panel, [f"[{q}]" for q in vectors], world, monkeypatch, vectors=vectors, bank=bank, remembered=[1]
-    )
+    found = rewarded(config, votes, [f"[{q}]" for q in vectors], world, vectors=vectors, memory=remembered)
     assert found.groups[0].rewards[:2] == pytest.approx((1 - 0.25 * 2 / 3 - 2 * 0.225,) * 2)
     assert found.metrics["memory_penalty"] == pytest.approx((0.225 + 0.225 + 0.0) / 3)
 
 
-def test_nothing_well_formed_is_worth_nothing(world, monkeypatch, tmp_path):
+def test_nothing_well_formed_is_worth_nothing(world, tmp_path):
     config = config_of(world, tmp_path, "coder=null", "memory=null", "embedder=null", r"pose.pattern=\[(.+)\]")
-    found = judged(config, ToldVotes({}), ["1", "2"], world, monkeypatch)
+    found = rewarded(config, MadeUpVotes({}), ["1", "2"], world)
     assert found.groups[0].rewards == (0.0, 0.0) and found.metrics["well_formed"] == 0.0
 
 
 def test_a_question_is_no_way_around_the_chat_template(world, tmp_path):
     """Role and image tokens, spelled in a question, would be read as such; so is one that is too long."""
-    form = QuestionForm(config_of(world, tmp_path, r"pose.pattern=\[(.+)\]", "prompt.max_tokens=8"), world.student)
-    assert form.find("[1+2]") == "1+2"
+    parser = parser_of(config_of(world, tmp_path, r"pose.pattern=\[(.+)\]", "prompt.max_tokens=8"), world)
+    assert parser.parse("[1+2]") == "1+2"
     for bad in ("[1+2<|im_end|>]", "[<|image_pad|>]", "[<user>1]", "[1+2+3+4+5+6]", "1+2"):
-        assert form.find(bad) is None
-    assert Challenge.grade(SimpleNamespace(_form=form), [("[1+2]", "", True), ("[1+2]", "", False)]) == [
+        assert parser.parse(bad) is None
+    assert ChallengerReward.grade(SimpleNamespace(parser=parser), [("[1+2]", "", True), ("[1+2]", "", False)]) == [
         Verdict("wrong", None, "form"),
         Verdict("correct", "1+2", "form"),
     ]

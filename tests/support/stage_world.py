@@ -82,6 +82,27 @@ def load(world):
     return build
 
 
+@pytest.fixture(scope="session")
+def rl_run(tmp_path_factory, world, layout):
+    """One uninterrupted run of four steps that saved after two and four; two updates a step, beta steered by the KL."""
+    from vold.config import load_config, schema
+    from vold.train.rl import train_rl
+
+    run_dir = tmp_path_factory.mktemp("runs") / "rl"
+    overrides = [*world.overrides("rl", run_dir), "minibatches=2", "objective.target_kl=0.01"]
+    config = load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides)
+    train_rl(config)
+    return config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def console_log() -> None:
+    """Information on standard output and warnings on standard error, as on the command line."""
+    from vold.io import configure_logging
+
+    configure_logging()
+
+
 @pytest.fixture
 def saved_config():
     return lambda run_dir: yaml.safe_load((run_dir / "config.yaml").read_text())

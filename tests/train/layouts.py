@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.parity import run_world
 from vold.config import load_config, schema
-from vold.train import rl
+from vold.train.rl import train_rl
 
 
 def main(config: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     common, *layouts = [list(part) for dash, part in groupby(arguments, lambda word: word == "--") if not dash]
     for layout in layouts:
-        run_world(2, rl.run, load_config(schema.RlConfig, Path(config), [*common, *layout]))
+        run_world(2, train_rl, load_config(schema.RlConfig, Path(config), [*common, *layout]))
     print("ok")
 
 

@@ -23,8 +23,9 @@ from vold.run.job import Job
 from vold.run.run_dir import read_rows
 from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher, TeacherPromptEncoder, VisualAdvantageTeacher
-from vold.train import rl, sft
 from vold.train.image_sensitivity import ImageSensitivity
+from vold.train.rl import train_rl
+from vold.train.sft import train_sft
 from vold.types import Prompt, Sample
 
 PROMPT = PromptConfig(suffix="", max_tokens=64)
@@ -61,7 +62,7 @@ def metrics(config) -> list[dict]:
 
 def test_a_seeing_teacher_reads_the_images_too(configured, tiny_qwen3_vl_dir, layout):
     config = configured("seeing", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd")
-    rl.run(config)
+    train_rl(config)
     for row in metrics(config):
         assert row["mismatch_max"] < 1e-4, "sampler and trainer agree on responses to images"
         assert row["kl_tokens"] == row["response_tokens"] and row["kl_teacher"] > 1e-3
@@ -72,7 +73,7 @@ def test_qwen3_vl_is_its_own_teacher_without_any_divergence(configured, tiny_qwe
     """As student and as teacher, sampled and trained; its mergers are trained, handed over and exported."""
     same = [f"student={tiny_qwen3_vl_dir}", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd"]
     config = configured("self", *same, "vision.train_merger=true", "objective.beta=1.0")
-    rl.run(config)
+    train_rl(config)
     first, second = metrics(config)
     assert first["kl_teacher"] < 1e-9 and first["kl_tokens"] > 0
     assert second["mismatch_max"] < 1e-4 and second["parity_max"] < 1e-4
@@ -80,7 +81,7 @@ def test_qwen3_vl_is_its_own_teacher_without_any_divergence(configured, tiny_qwe
 
 def test_mergers_are_trained_handed_over_saved_and_exported(configured, world, tmp_path, layout):
     config = configured("merger", "objective.preset=grpo", "objective.beta=0.0", "vision.train_merger=true", "seed=1")
-    rl.run(config)
+    train_rl(config)
     assert all(row["parity_max"] < 1e-4 for row in metrics(config))
     export.export_model(ExportConfig(run=config.run_dir, out=tmp_path / "exported"))
     before, after, again = (
@@ -95,7 +96,7 @@ def test_mergers_are_trained_handed_over_saved_and_exported(configured, world, t
 
 def test_a_text_teacher_has_no_say_on_images(configured, layout, capsys):
     config = configured("blind", "objective.preset=opd")
-    rl.run(config)
+    train_rl(config)
     assert "reads text only and 6 of 12 problems have images: their responses get no KL term" in capsys.readouterr().out
     for row in metrics(config):
         assert 0 < row["kl_tokens"] < row["response_tokens"]
@@ -108,17 +109,17 @@ def test_a_text_teacher_has_no_say_on_images(configured, layout, capsys):
 def test_a_text_teacher_alone_with_images_is_a_mistake(configured, world, layout):
     config = configured("all", f"data.path={world.data / 'val_image.jsonl'}")
     with pytest.raises(
-        ValueError, match=r"reads text only and 6 of 6 problems have images; choose a teacher that sees"
+        ValueError, match=r"reads text only and 6 of 6 problems have images; choose a vision-language teacher"
     ):
-        rl.run(config)
+        train_rl(config)
 
 
 def test_mergers_that_no_image_would_teach_are_a_mistake(load, tmp_path, layout):
-    for verb, stage in (("rl", rl), ("sft", sft)):
+    for verb, train in (("rl", train_rl), ("sft", train_sft)):
         with pytest.raises(ValueError, match=r"vision\.train_merger = true, but no training prompt has an image"):
-            stage.run(load(verb, tmp_path / verb, "vision.train_merger=true"))
+            train(load(verb, tmp_path / verb, "vision.train_merger=true"))
     with pytest.raises(ValueError, match=r"image_sensitivity_every = 5, but no training prompt has an image; set"):
-        rl.run(load("rl", tmp_path / "rl", "image_sensitivity_every=5"))
+        train_rl(load("rl", tmp_path / "rl", "image_sensitivity_every=5"))
 
 
 def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
@@ -137,7 +138,7 @@ def test_a_checkpoint_without_an_image_processor_is_a_mistake(tiny_student_dir, 
 
 def test_images_count_in_prompt_max_tokens(configured, layout):
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens exceeds prompt.max_tokens = 8"):
-        rl.run(configured("long", "prompt.max_tokens=8"))
+        train_rl(configured("long", "prompt.max_tokens=8"))
 
 
 def test_a_teacher_that_looks_twice(configured, tiny_qwen3_vl_dir, layout):
@@ -146,12 +147,14 @@ def test_a_teacher_that_looks_twice(configured, tiny_qwen3_vl_dir, layout):
         *(f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd", "objective.visual_advantage=true"),
         "image_sensitivity_every=2",
     )
-    rl.run(config)
+    train_rl(config)
     for row in metrics(config):
         assert row["visual_advantage"] > 0 and 0.1 < row["visual_top_share"] < 1
         assert ("image_sensitivity" in row) == (row["step"] == 2)
-    with pytest.raises(ValueError, match=r"reads text only; objective\.visual_advantage needs one that sees"):
-        rl.run(configured("blindly", "objective.visual_advantage=true"))
+    with pytest.raises(
+        ValueError, match=r"reads text only; objective\.visual_advantage needs a vision-language teacher"
+    ):
+        train_rl(configured("blindly", "objective.visual_advantage=true"))
 
 
 # -- the teacher's own reading -------------------------------------------------------------------------------------

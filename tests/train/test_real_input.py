@@ -19,7 +19,7 @@ from transformers import (
 from vold.commands import prepare
 from vold.config import load_config, schema
 from vold.run.run_dir import read_rows
-from vold.train import rl
+from vold.train.rl import train_rl
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real tokenizers, MATH-500) is absent")
@@ -137,7 +137,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_a_student_without_think_is_stopped_with_the_fix(student, teacher, tmp_path, layout):
     with pytest.raises(ValueError) as error:
-        rl.run(config_for(tmp_path / "run", student, teacher, SHARED / "math500.json", "orz-eval"))
+        train_rl(config_for(tmp_path / "run", student, teacher, SHARED / "math500.json", "orz-eval"))
     message = str(error.value)
     assert "'<think>' (id 151667)" in message and "151665" in message and "151668" in message
     assert f"vold prepare-student {student} {teacher}" in message and "\n" not in message
@@ -146,7 +146,7 @@ def test_a_student_without_think_is_stopped_with_the_fix(student, teacher, tmp_p
 def test_two_steps_on_math500_without_a_tokens_by_vocabulary_tensor(prepared, teacher, tmp_path, layout):
     config = config_for(tmp_path / "run", prepared, teacher, SHARED / "math500.json", "orz-eval")
     with LargestTensor() as largest:
-        rl.run(config)
+        train_rl(config)
     rows = read_rows(config.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     tokens = rows[0]["response_tokens"]
@@ -158,7 +158,7 @@ def test_two_steps_on_math500_without_a_tokens_by_vocabulary_tensor(prepared, te
 
 def test_two_steps_on_an_orz_file(prepared, teacher, tmp_path, layout):
     config = config_for(tmp_path / "run", prepared, teacher, orz_file(tmp_path / "orz.json"), "orz")
-    rl.run(config)
+    train_rl(config)
     assert [row["step"] for row in read_rows(config.run_dir / "metrics.jsonl")] == [1, 2]
 
 

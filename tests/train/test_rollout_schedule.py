@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import same_tensors, timeless
 
+from support.runs import same_tensors, timeless
 from vold.config.schema import CurriculumConfig, DynamicSamplingConfig, ObjectiveConfig
 from vold.data.order import rows_of_step
 from vold.data.packing import encode_text, pack
@@ -33,9 +33,12 @@ from vold.run.run_dir import RunLog, read_rows
 from vold.run.step_profiler import StepProfiler
 from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher
-from vold.train import groups, rl
-from vold.train.groups import RankRollouts, RolloutWorker, VerdictReward
-from vold.train.rollout_schedule import Rollouts
+from vold.train import components, rollout_worker
+from vold.train.reward_function import GraderReward
+from vold.train.rl import train_rl
+from vold.train.rollout_schedule import RolloutSchedule, StepPlan
+from vold.train.rollout_worker import PromptBatch, RankRollouts, RolloutWorker, sampling_requests
+from vold.train.teacher_coverage import mask_unscored, teacher_metrics
 from vold.trainer.trainer import Trainer
 from vold.types import Group, Prompt, Rollout, Verdict
 
@@ -51,7 +54,7 @@ def reward_by_length(rollouts, *_) -> Group:
 
 @pytest.fixture
 def graded_by_length(monkeypatch):
-    monkeypatch.setattr(groups, "grade_group", reward_by_length)
+    monkeypatch.setattr(rollout_worker, "grade_group", reward_by_length)
 
 
 def weights_of(run_dir: Path, steps: int = 3) -> dict[str, torch.Tensor]:
@@ -89,7 +92,7 @@ def by_hand(config, layout) -> dict[str, torch.Tensor]:
 def test_a_run_is_the_loop_written_out_bit_for_bit(load, tmp_path, layout, graded_by_length, lag):
     """Also where the next step's rollouts are drawn by a thread while this one trains."""
     config = load("rl", tmp_path / "run", *SHORT, f"rollout.lag={lag}")
-    rl.run(config)
+    train_rl(config)
     saved = load_file(config.run_dir / "model" / "model.safetensors")
     found, expected = {short_name(name): tensor for name, tensor in saved.items()}, by_hand(config, layout)
     trained = expected.keys() & found.keys()
@@ -105,7 +108,7 @@ def test_a_run_is_the_loop_written_out_bit_for_bit(load, tmp_path, layout, grade
 def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, layout, monkeypatch):
     """Training waits inside a step for a drawing to begin, and the drawing for training: neither comes alone."""
     meet = threading.Barrier(2, timeout=60.0)
-    step, draw, lanes = Trainer.step, RolloutWorker.draw, []
+    step, draw, passages = Trainer.step, RolloutWorker.sample_groups, []
 
     def training(trainer, batch, **asked):
         if trainer.schedule.num_steps < 2:  # the last step's are the last to be drawn
@@ -122,21 +125,22 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
             super().__init__(SimpleNamespace(step=lambda: None))
 
         def step(self, row, intervals):
-            lanes.append({(interval.name, interval.lane) for interval in intervals})
+            passages.append({(interval.name, interval.thread) for interval in intervals})
             super().step(row, intervals)
 
     monkeypatch.setattr(Trainer, "step", training)
-    monkeypatch.setattr(RolloutWorker, "draw", drawing)
-    rl.run(load("rl", tmp_path, *SHORT, "rollout.lag=1"), profiler=Kept())
-    assert ("rollout", PhaseTimers.MAIN_THREAD) in lanes[0] and ("rollout_wait", PhaseTimers.MAIN_THREAD) in lanes[1]
-    assert all(("rollout", "rollout") in found for found in lanes[:2])
-    assert ("rollout", "rollout") not in lanes[2] and all(("train", PhaseTimers.MAIN_THREAD) in found for found in lanes)
+    monkeypatch.setattr(RolloutWorker, "sample_groups", drawing)
+    train_rl(load("rl", tmp_path, *SHORT, "rollout.lag=1"), profiler=Kept())
+    main = PhaseTimers.MAIN_THREAD
+    assert ("rollout", main) in passages[0] and ("rollout_wait", main) in passages[1]
+    assert all(("rollout", "rollout") in found for found in passages[:2])
+    assert ("rollout", "rollout") not in passages[2] and all(("train", main) in found for found in passages)
 
 
 def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monkeypatch):
     """The thread, which here begins when a step is trained, the hand-over with its probe, an evaluation."""
     busy, trained = threading.Lock(), threading.Event()
-    step, draw = Trainer.step, RolloutWorker.draw
+    step, draw = Trainer.step, RolloutWorker.sample_groups
 
     def training(trainer, batch, **asked):
         report = step(trainer, batch, **asked)
@@ -163,20 +167,20 @@ def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monk
         monkeypatch.setattr(TransformersSampler, name, alone(getattr(TransformersSampler, name)))
     monkeypatch.setattr(Grader, "grade", alone(Grader.grade))
     monkeypatch.setattr(Trainer, "step", training)
-    monkeypatch.setattr(RolloutWorker, "draw", drawing)
+    monkeypatch.setattr(RolloutWorker, "sample_groups", drawing)
     config = load("rl", tmp_path / "run", *SHORT, "rollout.lag=1", "evaluation.every=1")
-    rl.run(config)
+    train_rl(config)
     assert all("accuracy_image" in row for row in read_rows(config.run_dir / "metrics.jsonl"))
 
 
 def test_resumed_at_lag_1_the_first_step_is_strict(load, tmp_path, layout, graded_by_length):
     """What was on its way when the run was saved is drawn anew, for the same prompts and with the weights of now."""
     config = load("rl", tmp_path / "run", *SHORT, "steps=4", "rollout.lag=1", "save_every=2")
-    rl.run(config)
+    train_rl(config)
     whole = read_rows(config.run_dir / "metrics.jsonl")
     asked = [row["prompt_id"] for row in read_rows(config.run_dir / "prompts.jsonl")]
     (config.run_dir / "checkpoints" / "latest").write_text("step-000002\n")
-    rl.run(config, resume=True)
+    train_rl(config, resume=True)
     rows = read_rows(config.run_dir / "metrics.jsonl")
     assert [row["staleness_max"] for row in whole] == [0, 1, 1, 1]
     assert [row["staleness_max"] for row in rows] == [0, 1, 0, 1]
@@ -195,9 +199,9 @@ def test_a_run_that_draws_ahead_ends_when_it_is_asked_to(load, tmp_path, layout,
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(Trainer, "step", interrupted)
-        rl.run(config)
+        train_rl(config)
     assert ended.value.code == 143 and not any(thread.name.startswith("rollout") for thread in threading.enumerate())
-    rl.run(config, resume=True)
+    train_rl(config, resume=True)
     assert [row["staleness_max"] for row in read_rows(config.run_dir / "metrics.jsonl")] == [0, 0, 1]
 
 
@@ -207,7 +211,7 @@ def test_a_run_that_draws_ahead_ends_when_it_is_asked_to(load, tmp_path, layout,
 @pytest.fixture
 def sampler_that(monkeypatch):
     """sampler_that(change): what `change(step's groups)` leaves of each stream is what comes."""
-    opened = rl.open_sampler
+    opened = components.open_sampler
 
     def install(change) -> None:
         def open_changed(*args, **kwargs):
@@ -216,17 +220,17 @@ def sampler_that(monkeypatch):
             sampler.stream = lambda *a, **k: iter(change(list(stream(*a, **k))))
             return sampler
 
-        monkeypatch.setattr(rl, "open_sampler", open_changed)
+        monkeypatch.setattr(components, "open_sampler", open_changed)
 
     return install
 
 
 def test_the_order_in_which_groups_finish_changes_nothing(load, tmp_path, layout, graded_by_length, sampler_that):
     plain = load("rl", tmp_path / "plain", *SHORT)
-    rl.run(plain)
+    train_rl(plain)
     sampler_that(lambda found: found if len(found[0]) == 1 else random.Random(1).sample(found, len(found)))
     shuffled = load("rl", tmp_path / "shuffled", *SHORT)
-    rl.run(shuffled)
+    train_rl(shuffled)
     one, other = (config.run_dir / "checkpoints/step-000003/rank-00000.safetensors" for config in (plain, shuffled))
     assert same_tensors(one, other)
     assert read_rows(plain.run_dir / "samples.jsonl") == read_rows(shuffled.run_dir / "samples.jsonl")
@@ -234,8 +238,8 @@ def test_the_order_in_which_groups_finish_changes_nothing(load, tmp_path, layout
 
 def test_an_engine_that_batches_by_itself_is_asked_everything_at_once(load, tmp_path):
     config = load("rl", tmp_path, "rollout.sequences_per_call=6").rollout
-    portion = groups.PromptBatch(0, 0, 0, [Prompt(str(number), (1,), "") for number in range(7)])
-    sizes = lambda config, ranks: [len(c.prompts) for c in groups.rollout_calls(portion, config, ranks, seed=0)]  # noqa: E731
+    batch = PromptBatch(0, 0, 0, [Prompt(str(number), (1,), "") for number in range(7)])
+    sizes = lambda config, ranks: [len(r.prompts) for r in sampling_requests(batch, config, ranks, seed=0)]  # noqa: E731
     assert sizes(config, 1) == [2, 2, 2, 1]
     assert sizes(config.model_copy(update={"engine": "vllm"}), 1) == [7]
     assert sizes(config.model_copy(update={"engine": "vllm"}), 2) == [4, 3]
@@ -248,7 +252,7 @@ def test_an_engine_beside_the_trainer_cannot_work_while_it_trains(load, tmp_path
     with pytest.raises(
         ValueError, match=f"rollout.lag = 1 needs engines .* and name them in {key}, or set rollout.lag=0"
     ):
-        rl.run(load("rl", tmp_path, "rollout.lag=1", engine))
+        train_rl(load("rl", tmp_path, "rollout.lag=1", engine))
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -256,10 +260,10 @@ def test_a_lost_group_is_dropped_whole_and_counted(
     load, tmp_path, layout, graded_by_length, sampler_that, monkeypatch, lag
 ):
     notes: list[str] = []
-    monkeypatch.setattr(RunLog, "live", lambda log, note: notes.append(note))
+    monkeypatch.setattr(RunLog, "show_status", lambda log, note: notes.append(note))
     sampler_that(lambda found: found[1:])
     config = load("rl", tmp_path / "run", *SHORT, f"rollout.lag={lag}", "objective.preset=vold-unmasked")
-    rl.run(config)
+    train_rl(config)
     for row in read_rows(config.run_dir / "metrics.jsonl"):
         assert row["groups_lost"] == 1 and row["prompts_sampled"] == 4
         assert row["kl_tokens"] == row["response_tokens"], "the normaliser and the loss know three groups"
@@ -277,7 +281,7 @@ def test_without_a_group_nothing_is_trained_and_several_such_steps_end_the_run(
     sampler_that(lambda found: found if len(found[0]) == 1 or next(steps) < 1 else [])
     config = load("rl", tmp_path / "run", "steps=5", "evaluation.every=0", "save_every=1")
     with pytest.raises(ValueError) as error:
-        rl.run(config)
+        train_rl(config)
     said = "no group of responses is left for 3 steps in a row (optimizer.max_bad_steps); no parameter was changed"
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
     assert capfd.readouterr().err.count("vold: no group of responses is left; this step trains nothing\n") == 3
@@ -315,9 +319,9 @@ class TeacherBeside:
 
 def run_with_teacher(load, monkeypatch, run_dir, teacher, *overrides: str):
     urls = "teacher_vllm.urls=[http://teacher:1]"
-    monkeypatch.setattr(rl, "VllmTeacher", lambda *_, **__: teacher)
+    monkeypatch.setattr(components, "VllmTeacher", lambda *_, **__: teacher)
     config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", urls, *overrides)
-    rl.run(config)
+    train_rl(config)
     return read_rows(config.run_dir / "metrics.jsonl")
 
 
@@ -327,7 +331,7 @@ def test_a_streamed_teacher_trains_like_the_one_in_the_trainer(
 ):
     overrides = [f"rollout.lag={lag}", "objective.beta=0.3"]
     inside = load("rl", tmp_path / "inside", *SHORT, *overrides)
-    rl.run(inside)
+    train_rl(inside)
     expected = read_rows(inside.run_dir / "metrics.jsonl")
     teacher = TeacherBeside(world.teacher)
     rows = run_with_teacher(load, monkeypatch, tmp_path / "beside", teacher, *overrides)
@@ -381,11 +385,11 @@ def test_a_masked_response_stays_in_its_groups_baseline():
     verdicts = (Verdict("correct", None, ""), Verdict("wrong", None, ""), Verdict("wrong", None, ""))
     group = Group(prompt, rollouts, verdicts, (1.0, 0.0, 0.0))
     weighed = build_objective(ObjectiveConfig(preset="vold", beta=0.6), 40).assign_token_weights([group])
-    samples = groups.mask_unscored(weighed)
+    samples = mask_unscored(weighed)
     assert [s.pg_weight for s in samples] == pytest.approx([1 / 6, 0, 1 / 6])
     assert [s.kl_weight for s in samples] == pytest.approx([0, 0, 0.1])
     assert samples[0].advantage == pytest.approx(2 / 3 / np.std([1, 0, 0], ddof=1), rel=1e-5), "of three rewards"
-    assert groups.teacher_metrics(weighed, encode_text.length)["teacher_failed"] == 1
+    assert teacher_metrics(weighed, encode_text.length)["teacher_failed"] == 1
     [micro] = pack(samples, max_tokens=99).micro_batches
     assert micro.logp_teacher_N.tolist() == [0, 0, -2, -3] and micro.kl_weight_N[:2].tolist() == [0, 0]
 
@@ -394,17 +398,21 @@ def test_a_masked_response_stays_in_its_groups_baseline():
 
 
 class MadeUp:
-    """A world of `ranks` and workers whose groups are a function of the prompt and of the seed. `share` and `gather`
+    """A job of `ranks` and workers whose groups are a function of the prompt and of the seed. `shard` and `gather`
     are those of rank 0; the other ranks' groups are drawn in `gather`."""
 
     def __init__(self, tmp_path: Path, ranks: int = 1, lost: tuple[str, ...] = ()):
-        self.world, self.layout, self._lost, self.asked = ranks, SimpleNamespace(device=torch.device("cpu")), lost, []
+        self.world_size, self.layout, self._lost, self.asked = (
+            ranks,
+            SimpleNamespace(device=torch.device("cpu")),
+            lost,
+            [],
+        )
         self.objective = build_objective(ObjectiveConfig(preset="grpo"), 40)
         self.path, self.teacher, self.stop = tmp_path / "prompts.jsonl", None, SimpleNamespace(set=lambda: None)
-        phase = SimpleNamespace(beside=lambda lane: lane)
-        self.log = SimpleNamespace(asked=self.write, read_prompt_log=self.read, live=print)
+        self.log = SimpleNamespace(log_prompts=self.write, read_prompt_log=self.read, show_status=print)
         self.log.phase = lambda name: nullcontext()
-        self.log.phase.beside = phase.beside
+        self.log.phase.thread = lambda name: name
 
     def write(self, step, rows):
         with self.path.open("a") as file:
@@ -413,31 +421,32 @@ class MadeUp:
     def read(self):
         return read_rows(self.path) if self.path.exists() else []
 
-    def from_writer(self, value):
+    def broadcast(self, value):
         return value
 
     @property
-    def judge(self):
-        return VerdictReward(self, self)
+    def reward_function(self):
+        return GraderReward(self, self)
 
     def grade(self, items):
         raise AssertionError("made-up groups come with their verdicts")
 
-    def share(self, calls):
-        self._calls = calls
-        self.asked.append([prompt.id for call in calls for prompt in call.prompts])
-        return calls[:: self.world]
+    def shard(self, requests):
+        self._requests = requests
+        self.asked.append([prompt.id for request in requests for prompt in request.prompts])
+        return requests[:: self.world_size]
 
-    def gather(self, mine):
-        return [*mine, *(self.draw(self._calls[rank :: self.world]) for rank in range(1, self.world))]
+    def gather(self, local):
+        others = (self._requests[rank :: self.world_size] for rank in range(1, self.world_size))
+        return [*local, *map(self.sample_groups, others)]
 
-    def draw(self, calls, *_):
-        found = {}
-        for call in calls:
-            for offset, prompt in enumerate(call.prompts):
+    def sample_groups(self, requests, *_):
+        groups = {}
+        for request in requests:
+            for offset, prompt in enumerate(request.prompts):
                 if prompt.id not in self._lost:
-                    found[call.first + offset] = self.group(prompt, version=1)
-        return RankRollouts(found, (0.0,) * len(found), 0.0)
+                    groups[request.first + offset] = self.group(prompt, version=1)
+        return RankRollouts(groups, (0.0,) * len(groups), 0.0)
 
     @staticmethod
     def group(prompt: Prompt, version: int) -> Group:
@@ -450,11 +459,12 @@ class MadeUp:
 
 @pytest.fixture
 def open_made_up(load, tmp_path):
-    def build(made_up: MadeUp, *, done: int = 0, rows: int = 30, **settings) -> Rollouts:
+    def build(made_up: MadeUp, *, done: int = 0, rows: int = 30, **settings) -> RolloutSchedule:
         config = load("rl", tmp_path / "run", "prompts_per_step=6", "steps=9", "rollout.responses_per_prompt=2")
-        config = config.model_copy(update={"rollout": config.rollout.model_copy(update=settings)})
+        made_up.config = config.rollout.model_copy(update=settings)
         prompts = [Prompt(str(number), (1, 2, 3), "") for number in range(rows)]
-        return Rollouts(config, made_up, prompts, made_up, done=done)
+        plan = StepPlan(config.steps, config.prompts_per_step, config.seed, config.data.shuffle, completed=done)
+        return RolloutSchedule(made_up, prompts, made_up, plan)
 
     return build
 
@@ -520,10 +530,10 @@ def test_an_error_in_the_thread_reaches_the_run(load, tmp_path, layout, sampler_
     calls = iter(range(9))
     sampler_that(breaks)
     with pytest.raises(ValueError, match="no engine answers"):
-        rl.run(load("rl", tmp_path / "run", *SHORT, "rollout.lag=1"))
+        train_rl(load("rl", tmp_path / "run", *SHORT, "rollout.lag=1"))
 
 
 def test_a_group_is_never_half(load, tmp_path, layout, sampler_that):
     sampler_that(lambda found: found if len(found[0]) == 1 else [found[0][:-1]])
     with pytest.raises(AssertionError, match="complete or does not come"):
-        rl.run(load("rl", tmp_path / "run", *SHORT))
+        train_rl(load("rl", tmp_path / "run", *SHORT))

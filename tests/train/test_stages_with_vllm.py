@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
-from vold.evaluation import evaluator as evaluate
+from vold.evaluation.evaluator import evaluate
 from vold.run.run_dir import read_rows
-from vold.train import rl
-from vold.train import teacher_traces as traces
+from vold.train.rl import train_rl
+from vold.train.teacher_traces import generate_traces
 
 pytestmark = pytest.mark.vllm
 
@@ -30,8 +30,7 @@ STEPS = ["steps=3", "evaluation.every=3", "rollout.temperature=0.8", "rollout.to
 @pytest.fixture(scope="module")
 def rl_runs(world, tmp_path_factory, layout):
     """Three steps of VOLD with rollouts, evaluation and parity probe by vLLM, and by transformers."""
-    from conftest import CONFIGS
-
+    from support.stage_world import CONFIGS
     from vold.config import load_config, schema
 
     configs = []
@@ -39,7 +38,7 @@ def rl_runs(world, tmp_path_factory, layout):
         run_dir = tmp_path_factory.mktemp("runs") / "rl"
         overrides = [*world.overrides("rl", run_dir), *engine, *STEPS]
         configs.append(load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides))
-        rl.run(configs[-1])
+        train_rl(configs[-1])
     return configs
 
 
@@ -74,13 +73,12 @@ def test_rollouts_have_the_trainers_logprobs_at_every_step(rl_run):
 
 def test_a_teacher_in_vllm_trains_alike(rl_runs, world, tmp_path, layout):
     """Scored for each group as it is done, by an engine in the process: the same updates."""
-    from conftest import CONFIGS
-
+    from support.stage_world import CONFIGS
     from vold.config import load_config, schema
 
     teacher = ["teacher_engine=vllm", f"teacher_vllm={VLLM}"]
     overrides = [*world.overrides("rl", tmp_path / "rl"), *ROLLOUT, *STEPS, *teacher]
-    rl.run(load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides))
+    train_rl(load_config(schema.RlConfig, CONFIGS / "rl.yaml", overrides))
     ours, theirs = (read_rows(run_dir / "metrics.jsonl") for run_dir in (tmp_path / "rl", rl_runs[0].run_dir))
     for mine, yours in zip(ours, theirs, strict=True):
         assert mine["kl_teacher"] > 0
@@ -93,7 +91,7 @@ def test_both_engines_answer_the_trained_model_alike(rl_run, load, tmp_path, lay
     answers = {}
     for name, overrides in {"transformers": [], "vllm": ENGINE}.items():
         config = load("eval", tmp_path / name, f"checkpoint={rl_run.run_dir / 'model'}", *overrides)
-        evaluate.run(config)
+        evaluate(config)
         answers[name] = read_rows(config.run_dir / "samples.jsonl")
         accuracy = json.loads((config.run_dir / "evaluation.json").read_text())["sets"]
     assert answers["vllm"] == answers["transformers"] and len(answers["vllm"]) == 12
@@ -104,5 +102,5 @@ def test_both_engines_answer_the_trained_model_alike(rl_run, load, tmp_path, lay
 def test_traces(load, tmp_path, layout):
     overrides = ["sampling.max_new_tokens=6", "prompts_per_shard=5", "max_tokens=64", *ENGINE]
     config = load("traces", tmp_path / "traces", *overrides)
-    traces.run(config)
+    generate_traces(config)
     assert json.loads((config.run_dir / "traces" / "card.json").read_text())["asked"] == 12

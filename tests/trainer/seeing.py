@@ -57,7 +57,9 @@ class Pictures(TextPromptEncoder):
     def __call__(self, prompt: Prompt) -> EncodedPrompt:
         pictures = self.pictures(prompt)
         ids = expand_image_tokens(prompt.token_ids.tolist(), image_grids(pictures), self.arch)
-        return EncodedPrompt(np.array(ids), mrope_positions(torch.tensor(ids), image_grids(pictures), self.arch), pictures)
+        return EncodedPrompt(
+            np.array(ids), mrope_positions(torch.tensor(ids), image_grids(pictures), self.arch), pictures
+        )
 
     def length(self, prompt: Prompt) -> int:
         return len(self(prompt).prompt_ids)

@@ -21,7 +21,8 @@ from vold.models.layer_ops import layer_ops
 from vold.report import phase_table, timeline
 from vold.report.timeline import Interval
 from vold.run.step_profiler import StepProfiler
-from vold.train import rl, sft
+from vold.train.rl import train_rl
+from vold.train.sft import train_sft
 
 UNTIMED_AT_START, UNTIMED_AT_END = 1, 2  # steps: one that initialises; the tracer's warm-up and the traced step
 
@@ -41,10 +42,10 @@ def profile_steps(config: RlConfig | SftConfig, *, steps: int, beside: Sequence[
     total_steps = UNTIMED_AT_START + steps + UNTIMED_AT_END
     optimizer = config.optimizer.model_copy(update={"warmup_steps": min(config.optimizer.warmup_steps, total_steps)})
     update = {"run_dir": folder, "steps": total_steps, "optimizer": optimizer, "evaluation": EvaluationConfig()}
-    stage = rl if isinstance(config, RlConfig) else sft
+    train = train_rl if isinstance(config, RlConfig) else train_sft
     with _torch_profiler(folder, total_steps) as tracer:
         profiler = StepProfiler(tracer)
-        stage.run(config.model_copy(update=update), profiler=profiler)
+        train(config.model_copy(update=update), profiler=profiler)
     timed = profiler.rows[UNTIMED_AT_START : UNTIMED_AT_START + steps]
     ranks: list = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, timed)

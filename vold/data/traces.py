@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import load_text_traces
 from vold.data.prompts import build_prompt
+from vold.jsonl import parse_row
 from vold.types import Prompt, Rollout, Sample
 
 PART = ".part.jsonl"
@@ -145,11 +146,8 @@ class TraceShard:
             return
         with self.part.open("rb") as file:
             for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    return
-                if not line.endswith(b"\n"):
+                row = parse_row(line)
+                if row is None or not line.endswith(b"\n"):
                     return
                 yield line, row
 

@@ -1,10 +1,11 @@
-"""`vold eval`, and the evaluations inside training: named problem sets, text or images, rule-based accuracy."""
+"""`vold eval`, and the evaluations inside training: accuracy on named problem sets of text or images, by rule."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vold.config.schema import EvalConfig, EvaluationConfig, PromptConfig
 from vold.data.packing import PromptEncoder
@@ -12,6 +13,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
 from vold.grading import Grader, judged_text
+from vold.io import log, write_atomically
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import Sampler, open_sampler
@@ -22,14 +24,14 @@ from vold.types import Prompt, Rollout, Verdict
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Prompts of every set, ready to be asked."""
+    """The prompts of every evaluation set, by its name."""
 
     prompts: dict[str, list[Prompt]]
     config: EvaluationConfig
 
     @classmethod
     def load(cls, config: EvaluationConfig, tokenizer, prompt: PromptConfig, encode: PromptEncoder) -> Evaluator:
-        """`encode`: how the model reads prompts; its image tokens count in prompt.max_tokens."""
+        """Read all sets. `encode` counts a prompt's tokens, those of its images included, for prompt.max_tokens."""
         sets = {
             name: build_prompts(load_problems(data), tokenizer, prompt, data.on_error, encode.length)
             for name, data in config.sets.items()
@@ -37,54 +39,59 @@ class Evaluator:
         return cls(sets, config)
 
     def run(
-        self, sampler: Sampler, grader: Grader, job: Job, seed: int, answered: Callable[[], None] = lambda: None
+        self, sampler: Sampler, grader: Grader, job: Job, seed: int, on_answered: Callable[[], None] = lambda: None
     ) -> dict[str, list[dict]]:
-        """Set name -> one row a response (as in samples.jsonl), gathered over ranks; a problem's are adjacent. The
-        progress line says how much of its own share the writing rank has answered; `answered` is called for each of
-        this rank's problems."""
-        found = {}
+        """Set name -> one row a response (as in samples.jsonl), of all ranks; a problem's rows are adjacent.
+
+        The progress line shows how many of its own problems rank 0 has answered. `on_answered` is called after each of
+        this rank's problems. Raises ValueError where an engine lost a problem's responses.
+        """
+        rows = {}
         for name, prompts in self.prompts.items():
-            mine = job.share(prompts)
-            answers = self._answers(mine, sampler, seed, _shower(job.log, name, len(mine), answered))
-            found[name] = [row for rows in job.gather(_judged(answers, grader)) for row in rows]
-        job.log.live("")
-        return found
+            local_prompts = job.shard(prompts)
+            show_count = _status_of(job.log, name, len(local_prompts), on_answered)
+            answers = self._answers(local_prompts, sampler, seed, show_count)
+            rows[name] = [row for problem_rows in job.gather(_graded_rows(answers, grader)) for row in problem_rows]
+        job.log.show_status("")
+        return rows
 
     def _answers(
-        self, prompts: Sequence[Prompt], sampler: Sampler, seed: int, show: Callable[[int], None]
+        self, prompts: Sequence[Prompt], sampler: Sampler, seed: int, show_count: Callable[[int], None]
     ) -> list[list[Rollout]]:
-        """The responses to each prompt, in order. Raises ValueError when an engine lost any."""
-        found: dict[str, list[Rollout]] = {}
-        show(0)
-        each = self.config.responses_per_problem
-        stream = sampler.stream(prompts, self.config.sampling, responses=each, seed=seed) if prompts else ()
+        """The responses to each prompt, in order."""
+        answers: dict[str, list[Rollout]] = {}
+        show_count(0)
+        responses = self.config.responses_per_problem
+        stream = sampler.stream(prompts, self.config.sampling, responses=responses, seed=seed) if prompts else ()
         for rollouts in stream:
-            found[rollouts[0].prompt.id] = rollouts
-            show(len(found))
-        if len(found) < len(prompts):
-            raise ValueError(f"{len(prompts) - len(found)} evaluation prompts got no answer, see above; evaluate again")
-        return [found[prompt.id] for prompt in prompts]
+            answers[rollouts[0].prompt.id] = rollouts
+            show_count(len(answers))
+        if len(answers) < len(prompts):
+            missing = len(prompts) - len(answers)
+            raise ValueError(f"{missing} evaluation prompts got no answer, see above; evaluate again")
+        return [answers[prompt.id] for prompt in prompts]
 
 
-def _shower(log: RunLog, name: str, of: int, answered: Callable[[], None]) -> Callable[[int], None]:
-    def show(count: int) -> None:
-        log.live(f"{name}: {count}/{of} answered")
+def _status_of(run_log: RunLog, name: str, total: int, on_answered: Callable[[], None]) -> Callable[[int], None]:
+    """A function that shows how many problems of a set are answered."""
+
+    def show_count(count: int) -> None:
+        run_log.show_status(f"{name}: {count}/{total} answered")
         if count:
-            answered()
+            on_answered()
 
-    return show
+    return show_count
 
 
-def _judged(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
+def _graded_rows(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
     """The rows of each problem."""
-    verdicts = iter(
-        grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for found in answers for r in found])
-    )
-    return [[answer_row(rollout, next(verdicts)) for rollout in found] for found in answers]
+    flat = [rollout for rollouts in answers for rollout in rollouts]
+    verdicts = iter(grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for r in flat]))
+    return [[response_row(rollout, next(verdicts)) for rollout in rollouts] for rollouts in answers]
 
 
-def answer_row(rollout: Rollout, verdict: Verdict) -> dict:
-    """What samples.jsonl shows of one graded response."""
+def response_row(rollout: Rollout, verdict: Verdict) -> dict:
+    """A row of samples.jsonl: one graded response."""
     return {
         "prompt_id": rollout.prompt.id,
         "prompt": rollout.prompt.text,
@@ -101,28 +108,30 @@ def answer_row(rollout: Rollout, verdict: Verdict) -> dict:
     }
 
 
-def run(config: EvalConfig) -> None:
-    """Evaluate one checkpoint directory; writes evaluation.json and samples.jsonl."""
+def evaluate(config: EvalConfig) -> None:
+    """Evaluate one checkpoint directory; writes evaluation.json and samples.jsonl. Raises ValueError for a config that
+    cannot work."""
     if not config.evaluation.sets:
         raise ValueError("evaluation.sets is empty; name at least one set with its path and layout")
     job = open_job(config, "eval", total=len(config.evaluation.sets))
     tokenizer, encode = load_tokenizer(config.checkpoint), load_prompt_encoder(config.checkpoint)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
-    job.log.expect(sum(len(job.share(prompts)) for prompts in evaluator.prompts.values()))
+    job.log.set_total(sum(len(job.shard(prompts)) for prompts in evaluator.prompts.values()))
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers) as grader:
         rows = evaluator.run(sampler, grader, job, config.seed, job.log.advance)
     if job.is_writer:
-        write_evaluation(config, {name: summarise(found) for name, found in rows.items()}, rows)
+        write_evaluation(config.run_dir, config.checkpoint, rows)
     job.log.close()
 
 
-def write_evaluation(config: EvalConfig, sets: dict[str, dict], rows: dict[str, list[dict]]) -> None:
-    """samples.jsonl, then evaluation.json, whose presence says that the run is whole; one line a set is printed."""
-    lines = [json.dumps({"set": name, **row}) + "\n" for name, found in rows.items() for row in found]
-    (config.run_dir / "samples.jsonl").write_text("".join(lines))
-    result = {"checkpoint": str(config.checkpoint), "judge": "rule", "sets": sets}
-    (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+def write_evaluation(run_dir: Path, checkpoint: Path, rows: dict[str, list[dict]]) -> None:
+    """Write samples.jsonl, then evaluation.json, whose presence shows that the run is complete; log a line a set."""
+    lines = [json.dumps({"set": name, **row}) + "\n" for name, set_rows in rows.items() for row in set_rows]
+    write_atomically(run_dir / "samples.jsonl", "".join(lines))
+    sets = {name: summarise(set_rows) for name, set_rows in rows.items()}
+    result = {"checkpoint": str(checkpoint), "judge": "rule", "sets": sets}
+    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     for name, numbers in sets.items():
         line = f"{name}: {numbers['accuracy']:.3f} ± {numbers['stderr']:.3f} of {numbers['n']}"
-        print(line + (f", maj@{numbers['k']} {numbers['majority']:.3f}" if numbers["k"] > 1 else ""))
+        log.info(line + (f", maj@{numbers['k']} {numbers['majority']:.3f}" if numbers["k"] > 1 else ""))

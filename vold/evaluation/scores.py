@@ -1,4 +1,4 @@
-"""What an evaluation's rows amount to: accuracy and its error, majority votes, lengths, accuracy by category."""
+"""Scores of an evaluation's rows: accuracy and its error, majority votes, lengths, accuracy by category."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-# What MMStar and MME call their kinds of problem, divided as in VOLD's table 6. It does not say which of MMStar's six
-# count as perception; its halves average to its total, so there are three of each (our reading).
+# The categories of MMStar and MME, divided as in VOLD's table 6. The paper does not name those of MMStar's six that
+# count as perception; its two halves average to its total, so we take three of each.
 PERCEPTION = {
     *("coarse perception", "fine-grained perception", "instance reasoning"),
     *("OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene"),
@@ -20,52 +20,55 @@ REASONING = {
 
 
 def summarise(rows: Sequence[dict]) -> dict:
-    """accuracy  pass@1: the mean over problems of the mean reward of their k responses (avg@k), by what could be judged
-    stderr    its standard error over problems; binomial where k = 1
-    majority  maj@k: share of problems whose commonest answer is right, of answers that read the same; with its error
-    n, k      problems that could be judged, responses to each
-    broken    responses that could not; truncated: share of responses; mean, median and 95th percentile of their tokens
-    categories, skills   the same accuracy, stderr and n by the data set's own kinds, and for perception and reasoning
+    """Summarise the rows of one set.
+
+    accuracy   pass@1: the mean over problems of the mean reward of their k graded responses (avg@k)
+    stderr     its standard error over problems; binomial where k = 1
+    majority   maj@k: share of problems whose most frequent extracted answer is correct; with its standard error
+    n, k       problems with a graded response, responses to each
+    broken     responses that could not be graded
+    truncated  share of responses; mean_length, median_length and p95_length are in tokens
+    categories, skills   the same accuracy, stderr and n by the data set's categories, and for perception and reasoning
     """
     problems = _by_problem(rows)
     lengths = sorted(row["response_tokens"] for row in rows) or [0]
-    found = _accuracy(problems)
-    if found["k"] > 1:
-        votes = [_majority(one) for one in problems if _judged(one)]
-        found |= {"majority": _mean(votes), "majority_stderr": _binomial(_mean(votes), len(votes))}
-    found |= {
+    summary = _accuracy(problems)
+    if summary["k"] > 1:
+        votes = [_majority(problem) for problem in problems if _rewards(problem)]
+        summary |= {"majority": _mean(votes), "majority_stderr": _binomial(_mean(votes), len(votes))}
+    summary |= {
         "broken": sum(row["reward"] is None for row in rows),
         "truncated": _mean([row["finish_reason"] == "length" for row in rows]),
         "mean_length": _mean(lengths),
         "median_length": statistics.median(lengths),
         "p95_length": lengths[math.ceil(0.95 * len(lengths)) - 1],
     }
-    kinds = {one[0].get("category", "") for one in problems} - {""}
-    groups = {kind: [kind] for kind in sorted(kinds)}
-    skills = {"perception": kinds & PERCEPTION, "reasoning": kinds & REASONING}
-    for name, table in (("categories", groups), ("skills", skills if all(skills.values()) else {})):
-        if table:
-            found[name] = {
-                group: _accuracy([one for one in problems if one[0].get("category") in members])
-                for group, members in table.items()
+    names = {problem[0].get("category", "") for problem in problems} - {""}
+    categories = {name: [name] for name in sorted(names)}
+    skills = {"perception": names & PERCEPTION, "reasoning": names & REASONING}
+    for key, groups in (("categories", categories), ("skills", skills if all(skills.values()) else {})):
+        if groups:
+            summary[key] = {
+                group: _accuracy([problem for problem in problems if problem[0].get("category") in members])
+                for group, members in groups.items()
             }
-    return found
+    return summary
 
 
 def _by_problem(rows: Sequence[dict]) -> list[list[dict]]:
-    found: dict[str, list[dict]] = {}
+    problems: dict[str, list[dict]] = {}
     for row in rows:
-        found.setdefault(row["prompt_id"], []).append(row)
-    return list(found.values())
+        problems.setdefault(row["prompt_id"], []).append(row)
+    return list(problems.values())
 
 
-def _judged(responses: Sequence[dict]) -> list[float]:
+def _rewards(responses: Sequence[dict]) -> list[float]:
     return [row["reward"] for row in responses if row["reward"] is not None]
 
 
 def _accuracy(problems: Sequence[Sequence[dict]]) -> dict:
-    """Problems of which no response could be judged do not count."""
-    means = [_mean(_judged(one)) for one in problems if _judged(one)]
+    """Accuracy over the problems with a graded response."""
+    means = [_mean(_rewards(problem)) for problem in problems if _rewards(problem)]
     accuracy, k = _mean(means), max(map(len, problems), default=1)
     over_problems = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     stderr = over_problems if k > 1 else _binomial(accuracy, len(means))
@@ -73,7 +76,7 @@ def _accuracy(problems: Sequence[Sequence[dict]]) -> dict:
 
 
 def _majority(responses: Sequence[dict]) -> float:
-    """The reward of the answer that most responses gave; of a tie, the one given first. No answer is no vote."""
+    """The reward of the most frequent extracted answer, the first of equally frequent ones; 0 without any answer."""
     answers = [row["extracted"] for row in responses if row["extracted"] is not None and row["reward"] is not None]
     if not answers:
         return 0.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vold.config import load_config, schema
-from vold.evaluation import evaluator as evaluate
+from vold.evaluation.evaluator import evaluate
 from vold.io import configure_logging, log, write_atomically
 from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
 from vold.miniature.make import MiniatureWorld, make_world
@@ -26,9 +26,9 @@ from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.reproduce import SEEDS, start_phases
 from vold.objectives import PRESETS, build_objective
 from vold.report.tables import Mean, markdown
+from vold.run.job import free_device_memory
 from vold.run.run_dir import read_rows
-from vold.selfplay.loop import release
-from vold.train import rl
+from vold.train.rl import train_rl
 
 STEPS = 30
 START = "sft"
@@ -134,14 +134,14 @@ def run_method(method: str, root: str, *seeds: str) -> None:
     for arm in sweep(method):
         if run_dir := _train(arm.phase(folder, world, first)):
             scores[arm] = validation(run_dir)
-        release()
+        free_device_memory()
     rows = []
     if scores:
         best = max(scores, key=scores.get)  # the lower rate of equals
         for seed in (first, *others):
             if run_dir := _train(best.phase(folder, world, seed)):
                 rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(run_dir, world)})
-            release()
+            free_device_memory()
     sweeps = [{"rate": arm.rate, "validation": scores.get(arm)} for arm in sweep(method)]
     write_atomically(_folder(folder, method) / RESULT, json.dumps({"rows": rows, "sweep": sweeps}, indent=1) + "\n")
 
@@ -152,7 +152,7 @@ def _train(phase: Phase) -> Path | None:
         overrides = [*phase.overrides, f"run_dir={phase.run_dir}"]
         config = load_config(schema.RlConfig, CONFIGS / phase.config, overrides)
         try:
-            rl.run(config, resume=(phase.run_dir / "config.yaml").exists())
+            train_rl(config, resume=(phase.run_dir / "config.yaml").exists())
         except (RuntimeError, ValueError) as error:
             log.info(f"{phase.run_dir}: {error}")
             return None
@@ -163,7 +163,7 @@ def _test(run_dir: Path, world: MiniatureWorld) -> dict[str, float]:
     phase = eval_phase(run_dir.parent, world, run_dir.name, run_dir / "model")
     if not phase.finished:
         overrides = [*phase.overrides, f"run_dir={phase.run_dir}"]
-        evaluate.run(load_config(schema.EvalConfig, CONFIGS / phase.config, overrides))
+        evaluate(load_config(schema.EvalConfig, CONFIGS / phase.config, overrides))
     return _accuracies(run_dir.parent, run_dir.name)
 
 

@@ -30,9 +30,8 @@ from vold.models.tokenizer import load_tokenizer
 from vold.report.tables import Mean
 from vold.run.run_dir import read_rows
 from vold.selfplay.bank import Bank, BankedQuestion
-from vold.selfplay.challenger import open_embedder
-from vold.selfplay.diversity import diversity, map_of
-from vold.selfplay.embedders import Embedder
+from vold.selfplay.diversity import diversity, project_to_plane
+from vold.selfplay.embedders import Embedder, open_embedder
 from vold.selfplay.figures import SelfplayRecord, diversity_figure
 
 ARMS = {"R-Zero": "selfplay.yaml", "R-Diverse": "selfplay-diverse.yaml"}
@@ -96,7 +95,7 @@ def _measure(world: MiniatureWorld) -> tuple[str, str]:
 def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: float) -> None:
     """Measure what is in the arms' banks, and write it down."""
     config = load_config(SelfplayConfig, CONFIGS / ARMS["R-Diverse"], _measure(world))
-    embedder = open_embedder(config, dtype=torch.float32, device=torch.device("cpu"))
+    embedder = open_embedder(config.embedder, config.coder, dtype=torch.float32, device=torch.device("cpu"))
     banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
     kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
     measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}
@@ -169,8 +168,8 @@ def _answer(question: str) -> str:
 def _maps(measured: dict[tuple[str, int], Bank]) -> dict[tuple[str, int], list[np.ndarray]]:
     """Each bank's questions by iteration as points of one plane for all."""
     parts = [(key, np.concatenate(list(b.embeddings([n])))) for key, b in measured.items() for n in b.iterations()]
-    points = map_of([vectors for _, vectors in parts])
-    return {key: [p for (owner, _), p in zip(parts, points, strict=True) if owner == key] for key in measured}
+    points = project_to_plane([vectors for _, vectors in parts])
+    return {key: [p for (of, _), p in zip(parts, points, strict=True) if of == key] for key in measured}
 
 
 def _write(out: Path, rows: dict[tuple[str, int], list[dict]], maps: dict, seconds: float) -> None:

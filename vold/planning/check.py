@@ -26,7 +26,7 @@ from vold.planning.stage_memory import StageMemory, stage_memories
 from vold.planning.step_sizes import StepSizes
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
-from vold.train import rl, sft
+from vold.train.components import check_rl_config, check_sft_config
 
 
 class Undecided(str):
@@ -109,10 +109,10 @@ def _run_check(name: str, check: Check, console: Console) -> CheckResult:
 
 def _check_method(config: SftConfig | RlConfig) -> str:
     if isinstance(config, SftConfig):
-        sft.check_config(config)
+        check_sft_config(config)
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
-    rl.check_config(config, objective)
+    check_rl_config(config, objective)
     teacher = f"teacher {config.teacher}" if objective.needs_teacher else "no teacher"
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "

@@ -14,7 +14,7 @@ from vold.data.traces import load_samples
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.planning.row_preview import row_preview
-from vold.train.training_run import check_vision
+from vold.train.components import check_trained_vision
 from vold.types import Prompt, Sample
 
 PREVIEWS = 2  # training rows that are shown
@@ -45,7 +45,7 @@ class DataCheck:
             skipped += ["too long"] * (len(problems) - len(prompts))
         if not prompts:
             raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
-        check_vision(config.vision, prompts)
+        check_trained_vision(config.vision, prompts)
         self._with_images += [prompt for prompt in prompts[PREVIEWS:] if prompt.images][:1]
         return f"{config.data.path}: {_summary(prompts, kind, self._encode)}" + _left_out(skipped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -67,3 +68,10 @@ def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) 
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)
     run_on_all_ranks(lambda: log.open(resume=resume))
     return Job(layout, getattr(torch, config.dtype), log)
+
+
+def free_device_memory() -> None:
+    """Free the memory of models that are no longer used, those in reference cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -102,7 +102,7 @@ class RunLog:
         self._progress.update(self._task, completed=step)
         return last_metrics
 
-    def log_step(self, step: int, metrics: dict[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
+    def log_step(self, step: int, metrics: Mapping[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
         """Append one finished step (1-based) and move the progress line.
 
         Returns this rank's row; its seconds and memory are this rank's own.
@@ -199,7 +199,7 @@ def read_rows(path: Path) -> list[dict]:
     return read_jsonl(path, lambda row: isinstance(row.get("step", 0), int))
 
 
-def progress_note(row: dict[str, float]) -> str:
+def progress_note(row: Mapping[str, float]) -> str:
     """The step's reward, KL, tokens/s, rollout tail, MFU and memory on one line, as far as it logged them."""
     formats = [
         ("reward", "reward {:.3f}"),

@@ -1,15 +1,13 @@
-"""The memory bank: every question that the solver was trained on, with where it came from, on disk.
+"""The memory bank on disk: every question that the solver was trained on, with its origin.
 
     bank/iteration-0001.parquet, iteration-0002.parquet, ...      one row a question
 
-It only grows: an iteration's questions are one segment, written beside its place, flushed to the disk and renamed, so
-that a killed run leaves a segment whole or absent. Pages carry checksums. Nothing but the batch being read is held in
-memory.
+It only grows: an iteration's questions are one segment, which a killed run leaves complete or absent. Pages carry
+checksums. Only the batch being read is held in memory.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
+
+from vold.io import atomic_path, log
 
 ROWS_AT_ONCE = 4096
 _SCHEMA = pa.schema(
@@ -35,9 +35,15 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class BankedQuestion:
-    """iteration: 1-based; challenger: the checkpoint that posed it, below run_dir; seed: it was drawn with; label: the
-    majority's answer; pass_rate: share of the solver's answers that agreed with it; embedding: unit length, E numbers,
-    or empty where none was made."""
+    """A question with its origin.
+
+    iteration   1-based
+    challenger  the run that posed it, below run_dir
+    seed        of the sampling request
+    label       the majority answer
+    pass_rate   share of the solver's answers that agree with the label
+    embedding   E numbers, of unit length; empty where questions have no embeddings
+    """
 
     iteration: int
     challenger: str
@@ -49,15 +55,20 @@ class BankedQuestion:
 
 
 class Bank:
-    """Segments in `directory`, in order of their iteration; a damaged last one is named and left out, for the iteration
-    that wrote it can be done again. Damage before it raises ValueError."""
+    """The segments in `directory`, in the order of their iterations.
+
+    A damaged last segment is named in a warning and left out, because its iteration can be repeated. Any other damage
+    raises ValueError.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
 
     def iterations(self) -> list[int]:
-        """The iterations whose questions are here, ascending. Every page is read and checked."""
-        numbers = sorted(int(path.stem[-4:]) for path in self._directory.glob("iteration-*.parquet") if _is_ours(path))
+        """The iterations of all segments, ascending. Every page is read and checked."""
+        numbers = sorted(
+            int(path.stem[-4:]) for path in self._directory.glob("iteration-*.parquet") if _is_segment(path)
+        )
         for number in numbers:
             if problem := _damage(self._path(number)):
                 if number != numbers[-1]:
@@ -65,24 +76,21 @@ class Bank:
                         f"{self._path(number)} is damaged ({problem}) and later iterations learnt beside it; restore "
                         "it, or start another run_dir"
                     )
-                print(f"vold: {self._path(number)} is damaged ({problem}) and left out", flush=True)
+                log.warning(f"{self._path(number)} is damaged ({problem}) and left out")
                 return numbers[:-1]
         return numbers
 
     def append(self, iteration: int, questions: Sequence[BankedQuestion]) -> None:
-        """Write the iteration's segment, whole or not at all. Raises ValueError where the bank holds it already."""
+        """Write the iteration's segment, complete or not at all. Raises ValueError where the bank holds it already."""
         if iteration in self.iterations():
             raise ValueError(f"{self._path(iteration)} exists already: a bank only grows")
         self._directory.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pylist([asdict(question) for question in questions], schema=_SCHEMA)
-        partial = self._directory / f".iteration-{iteration:04d}.partial"
-        parquet.write_table(table, partial, row_group_size=ROWS_AT_ONCE, write_page_checksum=True)
-        _flush(partial)
-        os.replace(partial, self._path(iteration))
-        _flush(self._directory)
+        with atomic_path(self._path(iteration), durable=True) as partial:
+            parquet.write_table(table, partial, row_group_size=ROWS_AT_ONCE, write_page_checksum=True)
 
     def count(self, iterations: Sequence[int]) -> int:
-        """How many questions these iterations have."""
+        """Number of questions of these iterations."""
         return sum(parquet.read_metadata(self._path(number)).num_rows for number in iterations)
 
     def read(self, iterations: Sequence[int]) -> Iterator[BankedQuestion]:
@@ -92,14 +100,14 @@ class Bank:
             yield from (BankedQuestion(**row) for row in batch.to_pylist())
 
     def embeddings(self, iterations: Sequence[int]) -> Iterator[np.ndarray]:
-        """Their embeddings in the same order, float32 [M, E] at a time; E is 0 where none were made."""
+        """Embeddings in the order of `read`, in parts of float32 [M, E]; E is 0 where questions have none."""
         for batch in self._batches(iterations, ["embedding"]):
             if batch.num_rows:
                 yield batch.column("embedding").flatten().to_numpy().reshape(batch.num_rows, -1)
 
     def similarity(self, embeddings_QE: np.ndarray, iterations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """For each unit row its greatest and its mean cosine with the questions of these iterations, float64 [Q] each;
-        where there are none -1 and 0, which no penalty knows."""
+        """Greatest and mean cosine of each unit row with the questions of these iterations, float64 [Q] each; -1 and 0,
+        which have no penalty, where there are no questions."""
         nearest_Q, total_Q, count = np.full(len(embeddings_QE), -1.0), np.zeros(len(embeddings_QE)), 0
         for bank_ME in self.embeddings(iterations):
             cosine_QM = embeddings_QE @ bank_ME.T
@@ -119,12 +127,12 @@ class Bank:
         return self._directory / f"iteration-{iteration:04d}.parquet"
 
 
-def _is_ours(path: Path) -> bool:
+def _is_segment(path: Path) -> bool:
     return re.fullmatch(r"iteration-[0-9]{4}", path.stem) is not None
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a segment, read page by page against its checksums; None: nothing."""
+    """The damage of a segment, read page by page against its checksums; None for an intact one."""
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as segment:
             if segment.schema_arrow.names != _SCHEMA.names:
@@ -138,11 +146,3 @@ def _damage(path: Path) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

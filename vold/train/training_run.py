@@ -1,13 +1,13 @@
-"""What both training stages share: opening a run, resuming it, saving, evaluating, and the finished model."""
+"""The run around a training loop: resuming, weight syncs, evaluations, checkpoints, and the finished model."""
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vold.config.schema import TrainConfig, VisionConfig
+from vold.config.schema import EvaluationConfig, TrainConfig
 from vold.evaluation.evaluator import Evaluator
 from vold.evaluation.scores import summarise
 from vold.grading import Grader
@@ -18,95 +18,92 @@ from vold.run.job import Job
 from vold.run.step_profiler import StepProfiler
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.trainer import Trainer
-from vold.types import Prompt
-
-
-def check_vision(config: VisionConfig, prompts: Iterable[Prompt]) -> None:
-    """Raises ValueError for mergers that no image would teach: weight decay alone would move them."""
-    if config.train_merger and not any(prompt.images for prompt in prompts):
-        raise ValueError("vision.train_merger = true, but no training prompt has an image; set it to false")
 
 
 @dataclass
 class TrainingRun:
-    """A stage's trainer with the run directory around it."""
+    """A stage's trainer with its run directory, and what evaluates it.
+
+    sampler, probe   None where the stage never evaluates
+    profiler         where there is one, nothing is saved or exported
+    completed_steps  counts those before a resumption
+    last_metrics     the row of the last completed step; its seconds are this rank's own
+    best_accuracy    accuracy on evaluation.best of the checkpoint that `best` points at
+    """
 
     config: TrainConfig
     job: Job
     trainer: Trainer
     evaluator: Evaluator
-    checkpoints: Checkpoints
-    done: int = 0  # completed steps
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the last of them; seconds are this rank's own
-    best: float = -math.inf  # accuracy on evaluation.best of the checkpoint that `best` points at
-    asked_to_stop: bool = False
-    profiler: StepProfiler | None = None  # then nothing is saved or exported
+    grader: Grader
+    sampler: Sampler | None
+    probe: ParityProbe | None
+    profiler: StepProfiler | None = None
+    completed_steps: int = 0
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    best_accuracy: float = -math.inf
+    stop_requested: bool = False
 
-    @classmethod
-    def open(
-        cls, config: TrainConfig, job: Job, trainer: Trainer, evaluator: Evaluator, profiler: StepProfiler | None
-    ) -> TrainingRun:
-        checkpoints = Checkpoints(config.run_dir, job.layout, config.keep_checkpoints, asynchronous=config.save_async)
-        trainer.phases = job.log.phase
-        return cls(config, job, trainer, evaluator, checkpoints, profiler=profiler)
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(
+            self.config.run_dir, self.job.layout, self.config.keep_checkpoints, asynchronous=self.config.save_async
+        )
+        self.trainer.phases = self.job.log.phase
 
     def resume(self) -> None:
-        """Continue after the latest checkpoint; from the start when none was saved yet."""
-        step = run_on_all_ranks(self.checkpoints.latest_step)[
-            0
-        ]  # a shared file system may show ranks different pointers
+        """Load the latest checkpoint; start from the beginning when none was saved yet."""
+        steps = run_on_all_ranks(self.checkpoints.latest_step)
+        step = steps[0]  # on a shared file system ranks may read different pointers
         if step is not None:
             self.checkpoints.load(self.trainer, step)
-            self.done = step
-        self.last = self.job.from_writer(self.job.log.rewind(self.done))
+            self.completed_steps = step
+        self.last_metrics = self.job.broadcast(self.job.log.drop_rows_after(self.completed_steps))
         self._find_best()
 
     def _find_best(self) -> None:
-        """Go on from the best step on record whose checkpoint is still there; of equals the earlier."""
+        """Continue from the best logged step whose checkpoint is still there; of equals the earlier."""
         if self.config.evaluation.best is None:
             return
         key, saved = f"accuracy_{self.config.evaluation.best}", self.checkpoints.saved()
-        rows = [row for row in self.job.log.metrics() if key in row and row["step"] in saved]
-        row = self.job.from_writer(max(rows, key=lambda row: row[key], default={key: -math.inf, "step": None}))
-        self.best = row[key]
+        rows = [row for row in self.job.log.read_metrics() if key in row and row["step"] in saved]
+        row = self.job.broadcast(max(rows, key=lambda row: row[key], default={key: -math.inf, "step": None}))
+        self.best_accuracy = row[key]
         self.checkpoints.set_best(row["step"])
 
     def steps(self) -> Iterator[int]:
         """0-based steps still to do. SIGTERM lets the step under way finish (see finish_step); a second one kills."""
 
-        def ask_to_stop(*_signal) -> None:
-            self.asked_to_stop = True
+        def request_stop(*_signal) -> None:
+            self.stop_requested = True
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-        signal.signal(signal.SIGTERM, ask_to_stop)
+        signal.signal(signal.SIGTERM, request_stop)
         try:
-            yield from range(self.done, self.config.steps)
+            yield from range(self.completed_steps, self.config.steps)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation is due once 0-based `step` is done."""
-        done, settings = step + 1, self.config.evaluation
-        return bool(settings.every and settings.sets) and (done % settings.every == 0 or done == self.config.steps)
+        """True where an evaluation is due once 0-based `step` is done."""
+        return evaluates_after(step, self.config.steps, self.config.evaluation)
 
-    def sync_weights(self, sampler: Sampler, probe: ParityProbe) -> dict[str, float]:
-        """The trained weights to the sampler, and the proof that they arrived."""
-        sampler.load_weights(self.trainer.weights())
-        return probe.check(sampler, self.trainer.logprobs)
+    def sync_weights(self) -> dict[str, float]:
+        """Send the trained weights to the sampler, and check that they arrived (see ParityProbe)."""
+        assert self.sampler is not None and self.probe is not None
+        self.sampler.load_weights(self.trainer.weights())
+        return self.probe.check(self.sampler, self.trainer.logprobs)
 
-    def finish_step(self, step: int, metrics: dict, rows: list[dict], sampler: Sampler | None, grader: Grader) -> None:
-        """Evaluate and save where due, then write the step: what is on disk is what has happened. When a rank was sent
-        SIGTERM, all save and end with exit code 143."""
+    def finish_step(self, step: int, metrics: dict, rows: list[dict]) -> None:
+        """Evaluate where due, log 0-based `step` with its sample rows, and save where due.
+
+        Where a rank received SIGTERM, all ranks save and exit with code 143.
+        """
         done, total, best = step + 1, self.config.steps, False
         if self.evaluates_after(step):
-            with self.job.log.phase("evaluate"):
-                answers = self.evaluator.run(sampler, grader, self.job, self.config.seed)
-            for name, found in answers.items():
-                summary = summarise(found)
-                metrics |= {f"accuracy_{name}": summary["accuracy"], f"stderr_{name}": summary["stderr"]}
+            metrics |= self._evaluate()
             best = self._is_best(metrics)
-        row = self.last = self.job.log.write(done, metrics, rows)
-        stop = any_rank(self.asked_to_stop, self.job.layout.device)
+        row = self.last_metrics = self.job.log.log_step(done, metrics, rows)
+        stop = any_rank(self.stop_requested, self.job.layout.device)
         if self.profiler:
             self.profiler.step(row, self.job.log.phase.intervals)
         elif done == total or stop or best or (self.config.save_every and done % self.config.save_every == 0):
@@ -119,22 +116,38 @@ class TrainingRun:
             self.job.log.close()
             raise SystemExit(128 + signal.SIGTERM)
 
+    def _evaluate(self) -> dict[str, float]:
+        assert self.sampler is not None
+        metrics = {}
+        with self.job.log.phase("evaluate"):
+            rows = self.evaluator.run(self.sampler, self.grader, self.job, self.config.seed)
+        for name, answers in rows.items():
+            summary = summarise(answers)
+            metrics |= {f"accuracy_{name}": summary["accuracy"], f"stderr_{name}": summary["stderr"]}
+        return metrics
+
     def _is_best(self, metrics: dict) -> bool:
-        """Whether this evaluation beats those before it on evaluation.best; the same on every rank."""
+        """True where this evaluation exceeds those before it on evaluation.best; the same on every rank."""
         accuracy = metrics.get(f"accuracy_{self.config.evaluation.best}", -math.inf)
-        better, self.best = accuracy > self.best, max(accuracy, self.best)
+        better, self.best_accuracy = accuracy > self.best_accuracy, max(accuracy, self.best_accuracy)
         return better
 
     def export(self) -> None:
-        """The trained model as an ordinary checkpoint directory: run_dir/model."""
+        """Write the trained model as an ordinary checkpoint directory, run_dir/model, and close the log."""
         if self.profiler:
             return self.job.log.close()
         target = self.config.run_dir / "model"
-        if not self.job.from_writer(target.exists()):
+        if not self.job.broadcast(target.exists()):
             weights = self.trainer.weights()
             if self.job.is_writer:
                 export_checkpoint(self.config.student, target, weights)
             else:
-                for _ in weights:  # the shares this rank holds
+                for _ in weights:  # a collective: this rank sends its shards
                     pass
         self.job.log.close()
+
+
+def evaluates_after(step: int, steps: int, config: EvaluationConfig) -> bool:
+    """True where an evaluation is due once 0-based `step` of `steps` is done."""
+    done = step + 1
+    return bool(config.every and config.sets) and (done % config.every == 0 or done == steps)

@@ -1,0 +1,271 @@
+"""Assembly of the training stages: checks of the config, and the models, data and engines that a loop uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vold.config.schema import RlConfig, SftConfig, VisionConfig
+from vold.data.packing import PromptEncoder, pack
+from vold.data.problems import Problem, load_problems
+from vold.data.prompts import build_prompts, show_hint
+from vold.data.traces import load_samples
+from vold.evaluation.evaluator import Evaluator
+from vold.grading import Grader
+from vold.io import log
+from vold.models.architecture import Architecture
+from vold.models.images import load_prompt_encoder
+from vold.models.tokenizer import check_pair, load_tokenizer
+from vold.objectives import Objective, build_objective
+from vold.objectives.visual_advantage import degrade
+from vold.rollout import TransformersSampler, open_sampler
+from vold.run.job import Job, open_job
+from vold.run.step_profiler import StepProfiler
+from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualAdvantageTeacher, VllmTeacher
+from vold.train.image_sensitivity import ImageSensitivity
+from vold.train.probe import build_probe
+from vold.train.reward_function import RewardFunction
+from vold.train.rollout_schedule import RolloutSchedule, StepPlan
+from vold.train.rollout_worker import RemoteTeacher, RolloutWorker
+from vold.train.training_run import TrainingRun, evaluates_after
+from vold.trainer.trainer import Trainer
+from vold.types import Batch, Prompt, Sample
+
+Packer = Callable[[Sequence[Sample]], Batch]
+"""Packs the samples of one update into this rank's micro-batches."""
+
+
+@dataclass(frozen=True)
+class RlComponents:
+    """Everything that the loop of `train_rl` uses."""
+
+    job: Job
+    tokenizer: PreTrainedTokenizerBase
+    encode: PromptEncoder
+    objective: Objective
+    trainer: Trainer
+    teacher: Teacher | SelfTeacher | NoTeacher
+    rollouts: RolloutSchedule
+    image_sensitivity: ImageSensitivity
+    training: TrainingRun
+    pack: Packer
+
+
+@dataclass(frozen=True)
+class SftComponents:
+    """Everything that the loop of `train_sft` uses."""
+
+    job: Job
+    samples: Sequence[Sample]
+    trainer: Trainer
+    training: TrainingRun
+    pack: Packer
+
+
+@contextmanager
+def open_rl(
+    config: RlConfig,
+    *,
+    resume: bool,
+    profiler: StepProfiler | None,
+    reward_function: Callable[[Job, Grader], RewardFunction],
+) -> Iterator[RlComponents]:
+    """The components of a stage-2 run, with the weights to continue from. Raises ValueError for a config that cannot
+    work, before any model is loaded where that is visible then."""
+    objective = build_objective(config.objective, config.rollout.max_new_tokens)
+    check_rl_config(config, objective)
+    job = open_job(config, "rl", total=config.steps, resume=resume)
+    tokenizer = load_tokenizer(config.student)
+    vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
+    problems, encode = load_problems(config.data), load_prompt_encoder(config.student)
+    prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
+    check_trained_vision(config.vision, prompts)
+    image_sensitivity = ImageSensitivity(
+        prompts,
+        encode,
+        load_prompt_encoder(config.student, degrade),
+        every=config.image_sensitivity_every,
+        max_tokens=config.microbatch_tokens,
+    )
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    trainer = _rl_trainer(config, job, objective, vocab_size)
+    teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
+    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
+    probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
+    with Grader(workers=config.grader_workers) as grader:
+        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
+        if resume:
+            training.resume()
+        training.sync_weights()
+        remote_teacher = _remote_teacher(config, job, objective)
+        rewards = reward_function(job, grader)
+        worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher)
+        plan = StepPlan(
+            config.steps, config.prompts_per_step, config.seed, config.data.shuffle, completed=training.completed_steps
+        )
+        packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
+        with RolloutSchedule(job, prompts, worker, plan) as rollouts:
+            yield RlComponents(
+                job, tokenizer, encode, objective, trainer, teacher, rollouts, image_sensitivity, training, packer
+            )
+
+
+@contextmanager
+def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) -> Iterator[SftComponents]:
+    """The components of a stage-1 run, with the weights to continue from. A sampler is opened only where the run
+    evaluates. Raises ValueError as `open_rl` does."""
+    check_sft_config(config)
+    job = open_job(config, "sft", total=config.steps, resume=resume)
+    tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+    if config.pair_with is not None:
+        check_pair(config.student, config.pair_with)
+    samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
+    check_trained_vision(config.vision, (sample.prompt for sample in samples))
+    trainer = Trainer(
+        config.student,
+        job.layout,
+        config.optimizer,
+        steps=config.steps,
+        dtype=job.dtype,
+        vocab_size=len(tokenizer),
+        vision=config.vision,
+    )
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    sampler = probe = None
+    if evaluates_after(config.steps - 1, config.steps, config.evaluation):
+        sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
+        probe = build_probe(samples[0].prompt, evaluator, sampler, parity_limit=config.parity_limit)
+    with Grader() as grader:
+        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
+        if resume:
+            training.resume()
+        packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
+        yield SftComponents(job, samples, trainer, training, packer)
+
+
+# -- checks that need no model -------------------------------------------------------------------------------------
+
+
+def check_rl_config(config: RlConfig, objective: Objective) -> None:
+    """Raise ValueError for mistakes that are visible before any model is loaded."""
+    if objective.needs_teacher and config.teacher is None:
+        raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
+    teacher_engine = config.teacher_engine if objective.needs_teacher else ""
+    engines = [
+        ("rollout.vllm", config.rollout.engine, config.rollout.vllm),
+        ("teacher_vllm", teacher_engine, config.teacher_vllm),
+    ]
+    for key, engine, settings in engines:
+        if config.rollout.lag and engine == "vllm" and not settings.urls:
+            raise ValueError(
+                f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
+                f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
+            )
+    if objective.divergence is not None and teacher_engine == "vllm":
+        raise ValueError(
+            "objective.divergence is of whole distributions and teacher_engine = 'vllm' gives log-probs of the sampled "
+            "tokens; set teacher_engine=trainer, or objective.divergence=k2"
+        )
+    longest = config.prompt.max_tokens + config.rollout.max_new_tokens
+    if longest > config.microbatch_tokens:
+        raise ValueError(
+            f"microbatch_tokens = {config.microbatch_tokens} cannot hold prompt.max_tokens + rollout.max_new_tokens "
+            f"= {longest}; raise it or lower those"
+        )
+
+
+def check_sft_config(config: SftConfig) -> None:
+    """Raise ValueError for mistakes that are visible before any model is loaded."""
+    if config.max_tokens > config.microbatch_tokens:
+        raise ValueError(
+            f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
+        )
+
+
+def check_trained_vision(config: VisionConfig, prompts: Iterable[Prompt]) -> None:
+    """Raise ValueError for mergers that no image would train: weight decay alone would change them."""
+    if config.train_merger and not any(prompt.images for prompt in prompts):
+        raise ValueError("vision.train_merger = true, but no training prompt has an image; set it to false")
+
+
+# -- models of stage 2 ---------------------------------------------------------------------------------------------
+
+
+def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Trainer:
+    return Trainer(
+        config.student,
+        job.layout,
+        config.optimizer,
+        steps=config.steps,
+        dtype=job.dtype,
+        vocab_size=vocab_size,
+        objective=objective,
+        temperature=config.rollout.temperature,
+        importance_cap=config.rollout.importance_cap if config.rollout.lag or config.minibatches > 1 else None,
+        vision=config.vision,
+    )
+
+
+def _teacher(
+    config: RlConfig,
+    job: Job,
+    objective: Objective,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+) -> Teacher | SelfTeacher | NoTeacher:
+    """The teacher in the trainer, as the objective needs it."""
+    head: dict[str, Any] = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
+    if objective.uses_self_teacher:
+        assert trainer.average is not None and objective.self_distillation is not None
+        return SelfTeacher(
+            trainer.average,
+            job.layout,
+            partial(show_hint, tokenizer=tokenizer, config=config.prompt, form=config.self_teacher),
+            max_tokens=config.microbatch_tokens,
+            confident=objective.self_distillation.confident,
+            **head,
+        )
+    if not objective.needs_teacher or config.teacher_engine == "vllm":
+        return NoTeacher()
+    assert config.teacher is not None, "see check_rl_config"
+    settings = head | {
+        "dtype": job.dtype,
+        "patches_per_pass": config.vision.patches_per_pass,
+        "offload": config.teacher_offload,
+        "full_distributions": objective.divergence is not None,
+    }
+    if not Architecture.from_pretrained(config.teacher).vision:
+        _check_text_teacher(config, objective, problems, warn=job.is_writer)
+        return Teacher(config.teacher, job.layout, **settings)
+    settings["encode"] = TeacherPromptEncoder(config.teacher, problems, config.prompt)
+    if not objective.visual_advantage:
+        return Teacher(config.teacher, job.layout, **settings)
+    degraded = TeacherPromptEncoder(config.teacher, problems, config.prompt, degrade)
+    return VisualAdvantageTeacher(config.teacher, job.layout, degraded=degraded, **settings)
+
+
+def _check_text_teacher(config: RlConfig, objective: Objective, problems: Sequence[Problem], *, warn: bool) -> None:
+    """Raise ValueError where a text-only teacher could score no response; log where it can score only some."""
+    line = f"teacher = {config.teacher} reads text only"
+    if objective.visual_advantage:
+        raise ValueError(f"{line}; objective.visual_advantage needs a vision-language teacher")
+    with_images = sum(bool(problem.images) for problem in problems)
+    line = f"{line} and {with_images} of {len(problems)} problems have images"
+    if with_images == len(problems):
+        raise ValueError(f"{line}; choose a vision-language teacher, or objective.preset=grpo")
+    if with_images and warn:
+        log.info(f"{line}: their responses get no KL term (metric teacher_skipped_images)")
+
+
+def _remote_teacher(config: RlConfig, job: Job, objective: Objective) -> RemoteTeacher | None:
+    """The teacher in vLLM, which scores each group as soon as it is graded; None where the trainer has the teacher."""
+    if not objective.needs_teacher or config.teacher_engine == "trainer":
+        return None
+    assert config.teacher is not None, "see check_rl_config"
+    return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature, dtype=job.dtype)

@@ -1,0 +1,154 @@
+"""One rank's rollout worker: samples responses, grades each group as it finishes, and requests its teacher scores."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from vold.config.schema import RewardConfig, RolloutConfig
+from vold.objectives import Objective
+from vold.rollout import Sampler
+from vold.seeding import derive_seed
+from vold.train.reward_function import RewardFunction, grade_group
+from vold.types import Group, Prompt, Rollout
+
+PhaseTimer = Callable[[str], AbstractContextManager]
+Scores = list[list[float] | None]
+"""Teacher log-probs (nats) of the response ids of each rollout; None where the teacher failed."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of a step that all ranks sample together. `number`: of the step's batches; `first`: the position in the
+    step of its first prompt."""
+
+    step: int
+    number: int
+    first: int
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """Prompts that one rank passes to its sampler at once; `first`: the position in the step of its first prompt. The
+    sampled ids depend on the seed, not on the rank."""
+
+    first: int
+    prompts: Sequence[Prompt]
+    seed: int
+
+
+def sampling_requests(batch: PromptBatch, config: RolloutConfig, ranks: int, *, seed: int) -> list[SamplingRequest]:
+    """Divide a batch into requests: enough that no rank is idle, and of at most `sequences_per_call` responses unless
+    the engine batches by itself. Seeds derive from the position alone, so that a resumed run repeats them."""
+    prompts, per_rank = batch.prompts, -(-len(batch.prompts) // ranks)
+    limit = per_rank if config.batches_by_itself else config.sequences_per_call // config.responses_per_prompt
+    size = max(1, min(limit, per_rank))
+    return [
+        SamplingRequest(
+            batch.first + start,
+            prompts[start : start + size],
+            derive_seed(seed, batch.step, number, batch.number),
+        )
+        for number, start in enumerate(range(0, len(prompts), size))
+    ]
+
+
+class RemoteTeacher(Protocol):
+    """A teacher outside the trainer, which scores each group as soon as it is graded."""
+
+    def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
+        """Start scoring responses, at the rollouts' temperature."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RankRollouts:
+    """One rank's groups of a prompt batch.
+
+    groups          by the prompt's position in the step; a missing position was lost
+    finish_seconds  when each group finished, from the start
+    seconds         until all were finished
+    """
+
+    groups: dict[int, Group]
+    finish_seconds: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RolloutWorker:
+    """One rank's sampler, reward function and remote teacher. Sampler and grader have one user at a time: the caller of
+    `sample_groups`.
+
+    stop: set where nobody waits for the groups any more.
+    """
+
+    sampler: Sampler
+    reward_function: RewardFunction
+    objective: Objective
+    config: RolloutConfig
+    reward: RewardConfig
+    teacher: RemoteTeacher | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def sample_groups(
+        self, requests: Sequence[SamplingRequest], phase: PhaseTimer, show_status: Callable[[str], None]
+    ) -> RankRollouts:
+        """Sample all requests, grading each group as it finishes and submitting it to the teacher while others are
+        still sampled. `show_status` gets a line of progress after each group, and "" at the end."""
+        started, finish_seconds, groups = time.perf_counter(), [], {}
+        prompts, tokens = sum(len(request.prompts) for request in requests), 0
+        scores: dict[int, Future[Scores]] = {}
+        for position, rollouts in self._stream(requests, phase):
+            seconds = time.perf_counter() - started
+            with phase("grade"):
+                groups[position] = grade_group(rollouts, self.reward_function, self.reward)
+            if self.teacher and (to_score := self._rollouts_to_score(groups[position])):
+                scores[position] = self.teacher.submit(to_score)
+            finish_seconds.append(seconds)
+            tokens += sum(len(rollout.response_ids) for rollout in rollouts)
+            running = prompts - len(finish_seconds)
+            show_status(f"{running} of {prompts} prompts running, {tokens / max(seconds, 1e-9):.0f} tok/s")
+        show_status("")
+        if scores:
+            with phase("teacher"):
+                groups |= {i: self._with_scores(groups[i], future.result()) for i, future in scores.items()}
+        return RankRollouts(groups, tuple(finish_seconds), finish_seconds[-1] if finish_seconds else 0.0)
+
+    def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:
+        """(position of their prompt in the step, siblings). Waiting for them counts as phase `rollout`."""
+        for request in requests:
+            positions: dict[str, deque[int]] = defaultdict(deque)  # a small data set may repeat a prompt within a step
+            for offset, prompt in enumerate(request.prompts):
+                positions[prompt.id].append(request.first + offset)
+            responses = self.config.responses_per_prompt
+            stream = self.sampler.stream(request.prompts, self.config, responses=responses, seed=request.seed)
+            while not self.stop.is_set():
+                with phase("rollout"):
+                    rollouts = next(stream, None)
+                if rollouts is None:
+                    break
+                assert len(rollouts) == responses, "a group is complete or does not come"
+                yield positions[rollouts[0].prompt.id].popleft(), rollouts
+
+    def _rollouts_to_score(self, group: Group) -> list[Rollout]:
+        needed = self.objective.needs_teacher_logprobs(group)
+        return [rollout for rollout, needs_score in zip(group.rollouts, needed, strict=True) if needs_score]
+
+    def _with_scores(self, group: Group, scores: Scores) -> Group:
+        """An empty `logp_teacher` marks a response that the teacher failed to score."""
+        remaining, needed = iter(scores), self.objective.needs_teacher_logprobs(group)
+        rollouts = [
+            replace(rollout, logp_teacher=next(remaining) or ()) if needs_score else rollout
+            for rollout, needs_score in zip(group.rollouts, needed, strict=True)
+        ]
+        return replace(group, rollouts=tuple(rollouts))

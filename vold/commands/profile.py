@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
-from vold.io import write_atomically
+from vold.io import log, write_atomically
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.report import lanes
@@ -109,7 +109,7 @@ def _write_timeline(folder: Path, runs: dict[str, list[Span]]) -> None:
         write_atomically(folder / f"timeline.{fmt}", lanes.figure(runs, fmt=fmt))
     for name, spans in runs.items():
         idle = ", ".join(f"{row} {share:.0%}" for row, share in lanes.idle_shares(spans).items())
-        Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
+        log.info(f"idle in {name}: {idle}")
 
 
 def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:
@@ -118,8 +118,7 @@ def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str
     write_atomically(folder / "phases.csv", report.as_csv(rows))
     for fmt in ("png", "svg"):
         write_atomically(folder / f"phases.{fmt}", report.figure(ranks, fmt=fmt))
-    console = Console()
     for line in notes:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(report.rich_table(rows))
-    console.print(str(folder), highlight=False, soft_wrap=True)
+        log.info(line)
+    Console().print(report.rich_table(rows))
+    log.info(str(folder))

@@ -26,7 +26,7 @@ def row_preview(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode
     head = Text.assemble(
         (prompt.id, "bold"),
         f"  {len(prompt_ids)} tokens read" + (f", {len(response)} trained" if response else ""),
-        f", gold {visible(prompt.gold)!r}" if prompt.gold else "",
+        f", gold {visible(prompt.gold, multiline=True)!r}" if prompt.gold else "",
         *(f"\n  image {path}" for path in prompt.images),
     )
     body = Text.assemble(*_pieces(prompt_ids, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))

@@ -68,26 +68,26 @@ def vold(
 
 @app.command(rich_help_panel=TRAIN)
 def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Stage 0: the teacher answers the prompts; writes its token ids."""
+    """Stage 0: sample the teacher's answers to the prompts and write them as traces for stage 1."""
     traces_config = load_config(schema.TracesConfig, config, overrides or ())
     _module("train.teacher_traces").generate_traces(traces_config, resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Stage 1: the student learns the teacher's traces."""
+    """Stage 1: fine-tune the student on the teacher's traces."""
     _module("train.sft").train_sft(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Stage 2: GRPO and on-policy distillation on the student's own rollouts."""
+    """Stage 2: train the student on its own rollouts with GRPO and on-policy distillation."""
     _module("train.rl").train_rl(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
 def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Challenger and solver train each other: R-Zero, R-Diverse."""
+    """Train a challenger that poses problems and a solver, in turn (R-Zero, R-Diverse)."""
     selfplay_config = load_config(schema.SelfplayConfig, config, overrides or ())
     _module("selfplay.loop").run_selfplay(selfplay_config, resume=resume)
 
@@ -100,7 +100,7 @@ def evaluate(
         bool, typer.Option("--vlmevalkit", help="run the paper's ten benchmarks in VLMEvalKit")
     ] = False,
 ) -> None:
-    """Accuracy of a checkpoint directory on text and image problems."""
+    """Measure the accuracy of a checkpoint directory on text and image problems."""
     eval_config = load_config(schema.EvalConfig, config, overrides or ())
     if vlmevalkit:
         _module("evaluation.vlmevalkit").run_vlmevalkit(eval_config)

@@ -1,6 +1,6 @@
-"""docs/bad-input.md is what the command line says, word by word: one line for each mistake, its exit code.
+"""docs/bad-input.md holds exactly what the command line prints for each mistake: one line, and the exit code.
 
-WRITE=1 python -m pytest tests/docs/test_bad_input.py      writes the page anew; read the difference before committing
+WRITE=1 python -m pytest tests/docs/test_bad_input.py      rewrites the page; read the difference before committing
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ Exit code 2 and one line on standard error, before a model is trained. What the 
 [troubleshooting.md](troubleshooting.md#exit-codes). This page is written by `tests/docs/test_bad_input.py`, which runs
 every row and fails where a word differs; `data.on_error=skip` turns the rows about data and images into a note each.
 """
-CASES = [(section, case.what) for section, cases in SECTIONS.items() for case in cases]
+CASES = [(section, case.mistake) for section, cases in SECTIONS.items() for case in cases]
 
 
 @pytest.fixture(scope="session")
-def said(place) -> dict[tuple[str, str], tuple[int, str]]:
+def printed(reader_dir) -> dict[tuple[str, str], tuple[int, str]]:
     """(section, mistake) -> exit code, standard error."""
-    found = json.loads(program("bad_input.py", place).splitlines()[-1])
-    return {name: tuple(one) for name, one in zip(CASES, found, strict=True)}
+    outcomes = json.loads(program("bad_input.py", reader_dir).splitlines()[-1])
+    return {name: tuple(outcome) for name, outcome in zip(CASES, outcomes, strict=True)}
 
 
 @pytest.fixture(scope="session")
-def table(said) -> dict[tuple[str, str], str]:
+def table(printed) -> dict[tuple[str, str], str]:
     """(section, mistake) -> its row on the page."""
-    rows = {name: row(name[1], *outcome) for name, outcome in said.items()}
+    rows = {name: row(name[1], *outcome) for name, outcome in printed.items()}
     if os.environ.get("WRITE"):
         text = HEAD
         for section in SECTIONS:
@@ -44,23 +44,23 @@ def table(said) -> dict[tuple[str, str], str]:
     return rows
 
 
-def row(what: str, code: int, error: str) -> str:
+def row(mistake: str, code: int, error: str) -> str:
     line = error.replace("|", "\\|")
     quote = "``" if "`" in line else "`"
     space = " " if "`" in line else ""
-    return f"| {what} | {quote}{space}{line}{space}{quote} | {code} |"
+    return f"| {mistake} | {quote}{space}{line}{space}{quote} | {code} |"
 
 
 @pytest.mark.parametrize("name", CASES, ids=": ".join)
-def test_a_mistake_is_one_line_and_exit_code_2(said, name):
-    code, error = said[name]
+def test_a_mistake_is_one_line_and_exit_code_2(printed, name):
+    code, error = printed[name]
     assert "Traceback" not in error, error
     assert len(error.splitlines()) == 1 and error.startswith("vold: "), error
     assert code == 2
 
 
 @pytest.mark.parametrize("name", CASES, ids=": ".join)
-def test_the_page_says_what_is_printed(table, name):
+def test_the_page_shows_what_is_printed(table, name):
     section = PAGE.read_text().partition(f"\n## {name[0]}\n")[2].partition("\n## ")[0]
     assert table[name] in section.splitlines()
 

@@ -1,5 +1,6 @@
-"""Every command that the pages show is executed: for real with tiny models and data, or, where it needs a cluster, a GPU,
-vLLM or a network, up to that point: its launcher, options, config and values are parsed and accepted as they are.
+"""Every command that the pages show is executed with tiny models and data.
+
+Where it needs a cluster, a GPU, vLLM or a network, its launcher, options, config and values are parsed as they are.
 """
 
 from __future__ import annotations

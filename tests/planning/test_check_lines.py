@@ -33,7 +33,7 @@ def run_check(torchrun, world, run_dir: Path, stage: str, *arguments: str):
     )
 
 
-def test_a_sound_config_is_all_ticks_and_the_student_teaches_itself_nothing(torchrun, world, tmp_path):
+def test_a_valid_config_passes_every_check_and_the_self_test(torchrun, world, tmp_path):
     run = run_check(torchrun, world, tmp_path / "run", "rl", "--self-test")
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line[2:].split()[0]: line for line in run.stdout.splitlines() if line[:2] in ("✓ ", "✗ ", "· ")}
@@ -93,11 +93,11 @@ def test_an_image_is_shown_as_its_number_of_tokens(world, tiny_student_dir):
     prompt = build_prompts(problems, tokenizer, config.prompt)[0]
     count = encode.length(prompt) - len(prompt.token_ids) + 1
     pad = tokenizer.convert_ids_to_tokens(encode._reader.token_id)
-    shown = rendered(prompt, tokenizer, encode)
-    assert (f"{pad} × {count}" if count > 1 else pad) in shown and str(prompt.images[0]) in shown
+    text = rendered(prompt, tokenizer, encode)
+    assert (f"{pad} × {count}" if count > 1 else pad) in text and str(prompt.images[0]) in text
 
 
-def test_versions_that_do_not_fit_are_named_with_the_command_that_mends_them(monkeypatch, load, tmp_path):
+def test_versions_out_of_range_are_named_with_the_command_that_installs_others(monkeypatch, load, tmp_path):
     config, installed_version = load("rl", tmp_path / "run", "rollout.engine=vllm"), importlib.metadata.version
     faked = {"transformers": "4.40.0", "vllm": None}
 

@@ -1,4 +1,4 @@
-"""Model text, YAML, checkpoints and image paths written by an enemy: refused in one line or graded; nothing runs."""
+"""Hostile model text, YAML, checkpoints and image paths are refused in one line or graded; none of their code runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = [
 
 @pytest.fixture
 def mark(tmp_path) -> Path:
-    """Exists once something ran."""
+    """A file that exists once hostile code has run."""
     return tmp_path / "mark"
 
 
@@ -49,13 +49,13 @@ def grader():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_never_evaluated(mark, grader, text):
-    """As an answer, as a gold answer and as both, where only the parser can tell."""
+    """As an answer, as a gold answer, and as both sides of a comparison that needs the parser."""
     text = text.format(mark=mark)
     rows = [(rf"\boxed{{{text}}}", r"2\sqrt{3}", False), (r"\boxed{\sqrt{12}}", text, False)]
     assert all(verdict.outcome in ("wrong", "broken") for verdict in grader.grade(rows))
     try:
         assert not equal(text + r"+\sqrt{2}", r"2\sqrt{3}")[0]
-    except Exception as error:  # in this process the parser may raise; it may not run the text
+    except Exception as error:  # the parser may raise here, but not run the text
         assert not isinstance(error, SystemExit)
     assert not mark.exists()
 
@@ -85,7 +85,7 @@ class Bomb:
 
 @pytest.fixture
 def step(tmp_path, mark) -> Path:
-    """A checkpoint directory made of pickles, as a stranger may send it."""
+    """A checkpoint directory whose files are pickles that run code when loaded."""
     step = tmp_path / "run" / "checkpoints" / "step-000003"
     step.mkdir(parents=True)
     for name in (".metadata", "__0_0.distcp", "rank-00000.safetensors", "state.json"):
@@ -93,7 +93,7 @@ def step(tmp_path, mark) -> Path:
     return step
 
 
-def test_the_bomb_is_one(step, mark):
+def test_the_pickle_runs_code(step, mark):
     pickle.loads((step / ".metadata").read_bytes())
     assert mark.exists()
 
@@ -121,7 +121,7 @@ def test_pickles_under_a_forged_manifest_are_refused_too(step, mark):
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """data/images/in.png, and out.png beside data, which links inside it point to."""
+    """A data folder with images/in.png; out.png lies beside the folder, and links in it point there."""
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(images / "in.png")
@@ -153,7 +153,7 @@ def test_images_outside_the_root_are_refused(root, name):
 
 
 @pytest.mark.parametrize("name", ["", ".", "images", "file:///etc/passwd", "~/.ssh/id_rsa", "a\0b", 3, None, ["x"]])
-def test_what_is_no_image_path_is_one_line(root, name):
+def test_an_invalid_image_path_is_one_line(root, name):
     with pytest.raises(ValueError, match=r"rows.jsonl row 1: ") as error:
         load_problems(geometry(root, name))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What the tree may not contain, found in its syntax: code from data, shells, unpickling, remote code, open doors."""
+"""A scan of every source file's syntax tree for code from data, shells, unpickling, remote code and open ports."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "mar
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 UNSAFE_YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.full_load_all"}
-# Text that the test itself wrote: a README's example, a sum of the miniature.
+# The evaluated text is the test's own: a README's example, a sum of the miniature.
 ALLOWED = {("tests/kernels/test_linear_policy_loss.py", "exec"), ("tests/miniature/test_miniature_world.py", "eval")}
 
 
-def findings(tree: ast.AST) -> set[str]:
-    found: set[str] = set()
+def violations(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES}
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} if (node.module or "").split(".")[0] in PICKLES else set()
+            names |= {node.module} if (node.module or "").split(".")[0] in PICKLES else set()
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value} & {"0.0.0.0", "::", "--trust-remote-code", "trust_remote_code"}
+            names |= {node.value} & {"0.0.0.0", "::", "--trust-remote-code", "trust_remote_code"}
         elif isinstance(node, ast.Call):
-            found |= _call(node)
-    return found
+            names |= _call_violations(node)
+    return names
 
 
-def _call(node: ast.Call) -> set[str]:
+def _call_violations(node: ast.Call) -> set[str]:
     name = ast.unparse(node.func)
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     refused = {name} & (BUILTINS | SHELLS | UNSAFE_YAML)
@@ -58,7 +58,7 @@ def _is(node: ast.AST | None, value: bool) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_dangerous_code(path):
     name = str(path.relative_to(ROOT))
-    assert {found for found in findings(ast.parse(path.read_text())) if (name, found) not in ALLOWED} == set()
+    assert {use for use in violations(ast.parse(path.read_text())) if (name, use) not in ALLOWED} == set()
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_no_dangerous_code(path):
         "serve(host='0.0.0.0')",
     ],
 )
-def test_the_walk_sees_it(code):
-    assert findings(ast.parse(code))
+def test_the_scan_detects(code):
+    assert violations(ast.parse(code))
 
 
-def test_the_walk_covers_the_tree():
+def test_the_scan_covers_every_package():
     assert {path.parts[len(ROOT.parts)] for path in SOURCES} == {"vold", "kernels", "benchmarks", "examples", "tests"}
 
 
-def test_servers_are_bound_to_loopback_unless_told_otherwise():
+def test_servers_listen_on_loopback_by_default():
     assert inspect.signature(cli.serve).parameters["host"].default == "127.0.0.1"

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
-from vold.io import write_atomically
+from vold.io import log, write_atomically
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.report import phase_table, timeline
@@ -109,7 +109,7 @@ def _write_timeline(folder: Path, runs: dict[str, list[Interval]]) -> None:
         write_atomically(folder / f"timeline.{fmt}", timeline.workers_figure(runs, fmt=fmt))
     for name, intervals in runs.items():
         idle = ", ".join(f"{row} {share:.0%}" for row, share in timeline.idle_shares(intervals).items())
-        Console().print(f"idle in {name}: {idle}", highlight=False, soft_wrap=True)
+        log.info(f"idle in {name}: {idle}")
 
 
 def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:
@@ -118,8 +118,7 @@ def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str
     write_atomically(folder / "phases.csv", phase_table.to_csv(rows))
     for fmt in ("png", "svg"):
         write_atomically(folder / f"phases.{fmt}", phase_table.phase_figure(ranks, fmt=fmt))
-    console = Console()
     for line in notes:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(phase_table.to_rich(rows))
-    console.print(str(folder), highlight=False, soft_wrap=True)
+        log.info(line)
+    Console().print(phase_table.to_rich(rows))
+    log.info(str(folder))

@@ -24,10 +24,10 @@ def row_preview(row: Prompt | Sample, tokenizer: PreTrainedTokenizerBase, encode
     response = row.response_ids.tolist() if isinstance(row, Sample) else []
     prompt_ids = encode(prompt).prompt_ids.tolist()
     head = Text.assemble(
-        (prompt.id, "bold"),
+        (visible(prompt.id), "bold"),
         f"  {len(prompt_ids)} tokens read" + (f", {len(response)} trained" if response else ""),
         f", gold {visible(prompt.gold, multiline=True)!r}" if prompt.gold else "",
-        *(f"\n  image {path}" for path in prompt.images),
+        *(f"\n  image {visible(str(path))}" for path in prompt.images),
     )
     body = Text.assemble(*_pieces(prompt_ids, READ, tokenizer), *_pieces(response, TRAINED, tokenizer))
     ids = Text.assemble(

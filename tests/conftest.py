@@ -1,8 +1,9 @@
-"""Shared fixtures: one CPU thread, no network, and the miniature's two untrained checkpoints."""
+"""One CPU thread and no network for every test; `--fast`; the miniature's untrained checkpoints; torchrun."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,37 @@ import torch
 TESTS = Path(__file__).parent
 pytest_plugins = ("support.stage_world",)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# What `--fast` leaves out besides: files of tests of more than a second or so each.
+SLOW = (
+    "benchmarks",
+    "kernels",
+    "miniature/test_miniature_pipeline.py",
+    "miniature/test_miniature_second_act.py",
+    "miniature/test_miniature_selfplay.py",
+    "trainer/test_methods_train.py",
+    "train",
+)
+STARTS_PROCESSES = re.compile(
+    r"^(import|from) (subprocess|multiprocessing|commands|chromium|support\.ranks)\b|^from support import .*\branks\b",
+    re.M,
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only tests that start no process and are not slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        slow = {path for path in {item.path for item in items} if _is_slow(path)}
+        left_out = [item for item in items if item.path in slow or "torchrun" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _is_slow(path: Path) -> bool:
+    return any(path.is_relative_to(TESTS / name) for name in SLOW) or bool(STARTS_PROCESSES.search(path.read_text()))
 
 
 @pytest.fixture(scope="session")

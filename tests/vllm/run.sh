@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # `make test-vllm`: real vLLM on a CPU, against the numbers transformers gives: what vold exports, and vold's own engine.
-# vLLM has an environment of its own, .venv-vllm, made when it is missing or constraints-vllm.txt has changed.
+# vLLM has an environment of its own, .venv-vllm, made when it is missing or requirements.txt has changed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-pins=constraints-vllm.txt
-main=.venv/bin/python
+pins=tests/vllm/requirements.txt
+main=${VENV:-.venv}/bin/python
 vllm=.venv-vllm/bin/python
 
 [[ -x $main ]] || make env

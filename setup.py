@@ -10,7 +10,14 @@ setup(
     packages=[*find_packages(include=["vold", "vold.*"]), *find_packages("kernels")],
     package_dir={"vold_kernels": "kernels/vold_kernels"},
     package_data={
-        "vold": ["py.typed", "**/*.jinja", "**/*.css", "report/*.yaml", "miniature/configs/*.yaml", "miniature/configs/methods/*.yaml"],
+        "vold": [
+            "py.typed",
+            "**/*.jinja",
+            "**/*.css",
+            "report/*.yaml",
+            "miniature/configs/*.yaml",
+            "miniature/configs/methods/*.yaml",
+        ],
         "vold_kernels": ["py.typed"],
     },
 )

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from datasets import load_dataset
+from packaging.version import Version
 
 from vold.config import dump_config
 from vold.run.run_dir import read_rows
@@ -23,7 +24,8 @@ def test_traces_then_sft_on_them(load, tmp_path, layout):
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
     assert card["asked"] == 12 and card["failed"] == 0
     assert card["kept"] + card["truncated"] + card["too_long"] == 12
-    assert card["sampling"]["temperature"] == 0.6 and Version(card["versions"]["torch"]).public == Version(torch.__version__).public
+    assert card["sampling"]["temperature"] == 0.6
+    assert Version(card["versions"]["torch"]).public == Version(torch.__version__).public
     assert card["kept"] > 0, "random weights end some answers"
     rows = load_dataset("parquet", data_files=str(config.run_dir / "traces" / "*.parquet"), split="train")
     assert len(rows) == card["kept"] and card["kept_tokens"] == sum(map(len, rows["response_ids"]))

@@ -43,7 +43,7 @@ def test_the_best_checkpoint_stays_and_can_be_exported(judged, tmp_path):
     run = judged(0.2, 0.5, 0.5, 0.3, 0.1).run_dir
     assert steps_of(judged.checkpoints) == {"saved": [2, 5], "best": [2]}, "of equals the earlier"
     for step in ("best", 2):
-        export.run(ExportConfig(run=run, out=tmp_path / f"{step}", step=step))
+        export.export_model(ExportConfig(run=run, out=tmp_path / f"{step}", step=step))
     best, second, last = (path / "model.safetensors" for path in (tmp_path / "best", tmp_path / "2", run / "model"))
     assert same_tensors(best, second) and not same_tensors(best, last)
 

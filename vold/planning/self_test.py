@@ -24,7 +24,7 @@ def self_divergence(checkpoint: Path, dtype_name: str, seed: int) -> tuple[int, 
     layout, dtype = initialise(seed=seed), getattr(torch, dtype_name)
     try:
         vocab_size = len(load_tokenizer(checkpoint))
-        teacher = Teacher(checkpoint, layout, dtype=dtype, vocab_size=vocab_size, whole=True)
+        teacher = Teacher(checkpoint, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
         student = load_student(checkpoint, layout, dtype)
         batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT_TOKENS + RESPONSE_TOKENS)))
 
@@ -44,11 +44,11 @@ def self_divergence(checkpoint: Path, dtype_name: str, seed: int) -> tuple[int, 
 def _samples(vocab_size: int) -> list[Sample]:
     """Sequences of arbitrary token ids."""
     length = PROMPT_TOKENS + RESPONSE_TOKENS
-    ids = torch.arange(SEQUENCES * length).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).tolist()
+    ids = torch.arange(SEQUENCES * length).mul(7919).remainder(vocab_size).view(SEQUENCES, -1).numpy()
     return [
         Sample(
-            Prompt(str(number), tuple(row[:PROMPT_TOKENS]), ""),
-            tuple(row[PROMPT_TOKENS:]),
+            Prompt(str(number), row[:PROMPT_TOKENS], ""),
+            row[PROMPT_TOKENS:],
             0.0,
             pg_weight=0.0,
             kl_weight=1.0,

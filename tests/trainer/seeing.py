@@ -25,7 +25,7 @@ from vold.run.timers import Phases
 from vold.teacher import Teacher, VisualAdvantageTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.trainer.checkpoint import Checkpoints
-from vold.trainer.metrics import SUMS
+from vold.trainer.metrics import SUM_NAMES
 from vold.trainer.trainer import Trainer
 from vold.types import Picture, Prompt, Sample
 
@@ -86,9 +86,9 @@ def nll_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float, di
     for every model), and gradients whole and by transformers' names."""
     batch = pack(make_samples(), max_tokens=max_tokens, encode=Pictures(trainer.chunks[0].arch))
     assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
-    tallies = trainer.accumulate_gradients(batch)
+    stats = trainer.accumulate_gradients(batch)
     named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
-    return float(sum(t["sums"][SUMS.index("nll")] for t in tallies)), {name: tensor.clone() for name, tensor in named}
+    return float(sum(s.sums_M[SUM_NAMES.index("nll")] for s in stats)), {name: tensor.clone() for name, tensor in named}
 
 
 def expected_nll_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,3 +297,20 @@ def test_an_offloaded_teacher_scores_the_same_and_leaves_the_device(teacher, tin
     for found, expected in zip(offloaded.score(batch).micro_batches, teacher.score(batch).micro_batches, strict=True):
         assert torch.equal(found.logp_teacher_N, expected.logp_teacher_N)
     assert all(parameter.device.type == "cpu" for chunk in offloaded._chunks for parameter in chunk.parameters())
+
+
+def test_at_most_five_calls_of_our_own_from_the_step_loop_to_the_fused_loss(tiny_student_dir, layout, monkeypatch):
+    """The loop of vold/train/rl.py calls Trainer.step as this test does. Calls into torch and Megatron do not count."""
+    trainer = make_trainer(tiny_student_dir, layout)
+    stacks = []
+
+    def recorded(*arguments, **keywords):
+        stacks.append(traceback.extract_stack())
+        return linear_policy_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "linear_policy_loss", recorded)
+    trainer.step(batch_of(assign_token_weights("grpo", make_groups(MIXED))))
+    package = Path(engine.__file__).parents[1]
+    [calls] = [[frame.name for frame in stack if Path(frame.filename).is_relative_to(package)] for stack in stacks]
+    assert calls == ["step", "accumulate_gradients", "run_pipeline", "_loss"]
+    assert len([*calls, "linear_policy_loss"]) <= 5

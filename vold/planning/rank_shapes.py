@@ -16,7 +16,7 @@ from rich.table import Table
 from vold.config.schema import ParallelConfig, RlConfig, SftConfig
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_chunks
-from vold.models.weights import CheckpointReader, full_tensors
+from vold.models.weights import CheckpointReader, tensor_shapes
 from vold.objectives import build_objective
 from vold.parallel.launch import Layout, fake_layout, shutdown
 from vold.planning.meta_memory import average_bytes, state_bytes
@@ -61,7 +61,7 @@ def every_rank(
         with torch.device("meta"):
             chunks = build_chunks(arch, layout, torch.bfloat16, train_merger=train_merger)
         count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-        held.append(RankShard(layout, count, {name: (shape, here) for name, shape, here in full_tensors(chunks)}))
+        held.append(RankShard(layout, count, {name: (shape, here) for name, shape, here in tensor_shapes(chunks)}))
     shutdown()
     return held
 

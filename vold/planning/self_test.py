@@ -7,12 +7,12 @@ import torch
 from vold.config.schema import RlConfig, SftConfig
 from vold.data.packing import pack
 from vold.models.tokenizer import load_tokenizer
+from vold.models.weights import load_chunks
 from vold.parallel.launch import initialise, shutdown
 from vold.teacher import Teacher
-from vold.trainer.pipeline import run_pipeline
-from vold.trainer.trainer import load_student
+from vold.trainer.pipeline import HeadOutput, head_output, run_pipeline
 from vold.types import MicroBatch, Prompt, Sample
-from vold_kernels.linear_kl import linear_kl
+from vold_kernels import linear_kl
 
 PROMPT, RESPONSE, SEQUENCES = 5, 12, 2  # tokens, tokens, sequences
 
@@ -24,14 +24,14 @@ def divergence_from_itself(config: SftConfig | RlConfig) -> tuple[int, float]:
     try:
         vocab_size = len(load_tokenizer(config.student))
         teacher = Teacher(config.student, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
-        student = load_student(config.student, layout, dtype)
+        student = load_chunks(config.student, layout, dtype)
         batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT + RESPONSE)))
 
-        def compare(micro: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare(micro: MicroBatch, hidden_TD: torch.Tensor) -> HeadOutput[torch.Tensor]:
             rows = (hidden_TD[micro.source_N], student[-1].head_weight())
             others = (micro.hidden_teacher_nE, micro.head_teacher_UE)
             found = linear_kl(*rows, *others, weight_N=micro.kl_weight_N, vocab_size=vocab_size)
-            return hidden_TD, found.kl_N
+            return head_output(hidden_TD, found.kl_N)
 
         with torch.no_grad():
             kl_N = torch.cat(run_pipeline(student, batch.micro_batches, layout, compare, forward_only=True))

@@ -164,7 +164,7 @@ class Sizes:
         if not self.sees or arch.vision is None:
             return 0.0
         with torch.device("meta"), no_init_weights():
-            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower)
+            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config)
         return float(sum(p.numel() for p in tower.parameters()) * self.itemsize)
 
     @property

@@ -37,7 +37,7 @@ class LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
-            # The loss hands back a gradient that is already complete on every tp rank, so it is only split here.
+            # The loss returns a gradient that is already complete on every tp rank, so it is only split here.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return hidden_states
 
@@ -123,7 +123,7 @@ def open_vision_tower(
 
 
 def _mark_tensor_parallel_weights(model: LanguageModel) -> None:
-    """Set the attributes by which Megatron knows a weight as divided over the tp group. Megatron does so while it
+    """Set the attributes by which Megatron recognises a weight as divided over the tp group. Megatron does so while it
     initialises a weight, and ours come from a checkpoint; without them the gradient norm counts one rank's share only.
     """
     divided = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}

@@ -109,7 +109,7 @@ def load_optimizer_state(
 
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
-    """Adam's own step count (skipped updates do not count), as this rank knows it."""
+    """Adam's own step count on this rank; skipped updates do not count."""
     return int(max((state["step"] for state in _inner(optimizer).optimizer.state.values()), default=0))
 
 

@@ -7,13 +7,16 @@ predict a response token, K keys and values that attention reads, S segments, D 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+RecordT = TypeVar("RecordT", bound="PackedTokens | MicroBatch")
 
 TokenIds = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
@@ -196,6 +199,10 @@ class PackedTokens:
     kv_index_K: Tensor | None = None
     pictures: tuple[Picture, ...] = ()
 
+    def to(self, device: torch.device) -> PackedTokens:
+        """The same record with its tensors on `device`; pictures stay on the CPU."""
+        return _to_device(self, device)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -229,12 +236,28 @@ class MicroBatch:
     hidden_teacher_nE: Tensor | None = None
     head_teacher_UE: Tensor | None = None
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same record with its tensors, and those of its tokens, on `device`."""
+        return _to_device(self, device)
+
+
+def _to_device(record: RecordT, device: torch.device) -> RecordT:
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    moved |= {name: value.to(device) for name, value in values.items() if isinstance(value, PackedTokens)}
+    return replace(record, **moved)
+
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of an optimisation step; every rank holds the same number of micro-batches."""
 
     micro_batches: tuple[MicroBatch, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same record with every micro-batch on `device`."""
+        return Batch(tuple(micro_batch.to(device) for micro_batch in self.micro_batches))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_one_run_survives_everything(arguments, tmp_path):
         codes = world.join(
             hung=[rank for rank, (fault, *_) in (faults or {}).items() if fault == sabotage.hangs_in_step]
         )
-        return codes, world.said()
+        return codes, world.output()
 
     def latest(run_dir: Path) -> str:
         name = (run_dir / "checkpoints" / "latest").read_text().strip()
@@ -47,40 +47,40 @@ def test_one_run_survives_everything(arguments, tmp_path):
         return name
 
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    codes, said = vold(whole)
-    assert codes == [0] * WORLD, said
+    codes, output = vold(whole)
+    assert codes == [0] * WORLD, output
 
     # killed in a step: the others end within the time-out and say who
-    codes, said = vold(run_dir, {2: (sabotage.dies_in_step, 4)})
-    assert codes == [1, 1, -9, 1], said
-    assert said.count("rank 2 died or hangs (no answer for timeout_seconds); the job ends, --resume") == 3, said
+    codes, output = vold(run_dir, {2: (sabotage.dies_in_step, 4)})
+    assert codes == [1, 1, -9, 1], output
+    assert output.count("rank 2 died or hangs (no answer for timeout_seconds); the job ends, --resume") == 3, output
     assert latest(run_dir) == "step-000002"
 
     # killed in a save, here one in the background: the step never becomes the latest
-    codes, said = vold(run_dir, {1: (sabotage.dies_in_save, 1)}, "--resume", "save_async=true")
-    assert codes == [1, -9, 1, 1] and said.count("rank 1 died or hangs") == 3, said
+    codes, output = vold(run_dir, {1: (sabotage.dies_in_save, 1)}, "--resume", "save_async=true")
+    assert codes == [1, -9, 1, 1] and output.count("rank 1 died or hangs") == 3, output
     assert latest(run_dir) == "step-000002" and not (run_dir / "checkpoints" / "step-000004").exists()
 
     # the disk is full on one rank: every rank says it and ends, nothing half is left behind
-    codes, said = vold(run_dir, {3: (sabotage.disk_is_full_in_save, 1, 100_000)}, "--resume")
-    assert codes == [2] * WORLD, said
+    codes, output = vold(run_dir, {3: (sabotage.disk_is_full_in_save, 1, 100_000)}, "--resume")
+    assert codes == [2] * WORLD, output
     assert re.search(
-        r"vold: step 4 could not be saved: .*rank-00003.*too large.* needs \d+ bytes .*after step 2", said
-    ), said
+        r"vold: step 4 could not be saved: .*rank-00003.*too large.* needs \d+ bytes .*after step 2", output
+    ), output
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-000002", "latest"}
 
     # a rank hangs: the others end and say who; only its launcher can end the one that hangs
-    codes, said = vold(run_dir, {3: (sabotage.hangs_in_step, 3)}, "--resume")
-    assert codes == [1, 1, 1, -9] and said.count("rank 3 died or hangs") == 3, said
+    codes, output = vold(run_dir, {3: (sabotage.hangs_in_step, 3)}, "--resume")
+    assert codes == [1, 1, 1, -9] and output.count("rank 3 died or hangs") == 3, output
     assert latest(run_dir) == "step-000004"
 
     # SIGTERM on one rank: the step is finished and saved
-    codes, said = vold(run_dir, {0: (sabotage.is_sent_sigterm_in_step, 1)}, "--resume", "save_async=true")
-    assert codes == [143] * WORLD, said
+    codes, output = vold(run_dir, {0: (sabotage.is_sent_sigterm_in_step, 1)}, "--resume", "save_async=true")
+    assert codes == [143] * WORLD, output
     assert latest(run_dir) == "step-000005"
 
-    codes, said = vold(run_dir, None, "--resume", "save_async=true")
-    assert codes == [0] * WORLD, said
+    codes, output = vold(run_dir, None, "--resume", "save_async=true")
+    assert codes == [0] * WORLD, output
     assert timeless(run_dir) == timeless(whole), "every step once, with the same numbers"
     ends = [path / "checkpoints" / f"step-{STEPS:06d}" for path in (whole, run_dir)]
     assert same_tensors(*ends) and len({(path / "state.json").read_text() for path in ends}) == 1
@@ -94,20 +94,20 @@ def test_not_a_number_on_one_rank_changes_nothing_anywhere(arguments, tmp_path):
     def vold(run_dir: Path, count: int, *extra: str) -> tuple[list[int], str]:
         given = [*arguments, "steps=4", f"run_dir={run_dir}", "save_every=1", "keep_checkpoints=9", *extra]
         given += ["parallel.distributed_optimizer=true"]
-        world = ranks.start(2, sabotage.run_verb, given, {1: (sabotage.sees_nan, 2, count)}, logs=tmp_path)
-        return world.join(), world.said()
+        world = ranks.start(2, sabotage.run_verb, given, {1: (sabotage.gets_nan, 2, count)}, logs=tmp_path)
+        return world.join(), world.output()
 
-    codes, said = vold(tmp_path / "once", 1)
-    assert codes == [0, 0], said
+    codes, output = vold(tmp_path / "once", 1)
+    assert codes == [0, 0], output
     assert [row["skipped"] for row in timeless(tmp_path / "once")] == [0.0, 1.0, 0.0, 0.0]
     steps = [tmp_path / "once" / "checkpoints" / f"step-{step:06d}" for step in (1, 2, 3)]
     assert same_tensors(*steps[:2], world=2) and not same_tensors(*steps[1:], world=2)
     updates = [json.loads((path / "state.json").read_text())["updates"] for path in steps]
     assert updates == [1, 1, 2]
 
-    codes, said = vold(tmp_path / "thrice", 3)
-    assert codes == [2, 2], said
-    assert "vold: gradient norm was nan for 3 steps in a row (optimizer.max_bad_steps)" in said
+    codes, output = vold(tmp_path / "thrice", 3)
+    assert codes == [2, 2], output
+    assert "vold: gradient norm was nan for 3 steps in a row (optimizer.max_bad_steps)" in output
     assert same_tensors(steps[0], tmp_path / "thrice" / "checkpoints" / "step-000003", world=2)
 
     # and a damaged file is refused by every rank, whichever of them read it
@@ -115,5 +115,5 @@ def test_not_a_number_on_one_rank_changes_nothing_anywhere(arguments, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    codes, said = vold(tmp_path / "thrice", 0, "--resume")
-    assert codes == [2, 2] and said.count(f"{file} is damaged (SHA-256 differs); resume from another checkpoint") == 2
+    codes, output = vold(tmp_path / "thrice", 0, "--resume")
+    assert codes == [2, 2] and output.count(f"{file} is damaged (SHA-256 differs); resume from another checkpoint") == 2

@@ -51,7 +51,7 @@ def test_killed_at_every_boundary(steps_1_and_2, tiny_student_dir, layout, tmp_p
         shutil.copytree(before, run_dir)
         world = ranks.start(1, saving.save_step_3, tiny_student_dir, run_dir, log, boundary, mode, logs=tmp_path)
         (code,) = world.join()
-        assert code in (0, KILLED), world.said()
+        assert code in (0, KILLED), world.output()
         return run_dir, code, log.read_text().splitlines()
 
     _, code, operations = killed(None, "before")

@@ -42,7 +42,7 @@ def test_kills_and_other_numbers_of_ranks_change_nothing(teacher_arguments, tmp_
     def vold(world: int, run_dir: Path, faults: dict, *extra: str) -> tuple[list[int], str]:
         given = [*teacher_arguments, f"run_dir={run_dir}", *extra]
         launched = ranks.start(world, sabotage.run_verb, given, faults, logs=tmp_path / f"launch{next(launches)}")
-        return launched.join(), launched.said()
+        return launched.join(), launched.output()
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert vold(1, whole, {})[0] == [0]
@@ -52,13 +52,13 @@ def test_kills_and_other_numbers_of_ranks_change_nothing(teacher_arguments, tmp_
     assert counts["kept"] and counts["truncated"] and counts["too_long"], "random weights: some of each"
     assert counts["asked"] == sum(counts[fate] for fate in ("kept", "truncated", "too_long", "failed"))
 
-    codes, said = vold(3, broken, {1: (sabotage.dies_in_trace, 2)})
-    assert codes == [1, -9, 1] and "rank 1 died or hangs" in said
+    codes, output = vold(3, broken, {1: (sabotage.dies_in_trace, 2)})
+    assert codes == [1, -9, 1] and "rank 1 died or hangs" in output
     assert "card.json" not in files(broken) and (broken / "traces" / "shard-00001.part.jsonl").exists()
     codes, _ = vold(1, broken, {0: (sabotage.dies_in_trace, 1)}, "--resume")
     assert codes == [-9] and files(broken) != expected
-    codes, said = vold(2, broken, {}, "--resume")
-    assert codes == [0, 0], said
+    codes, output = vold(2, broken, {}, "--resume")
+    assert codes == [0, 0], output
     assert files(broken) == expected
     rows = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 22 and all(row["prompts_per_second"] > 0 for row in rows)

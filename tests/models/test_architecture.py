@@ -25,7 +25,7 @@ def test_families_are_read_from_disk(tmp_path):
         2,
     )
     vl = Architecture.from_pretrained(tiny.save(tiny.qwen3_vl(tied=False), tmp_path / "qwen3_vl"))
-    assert (vl.head_dim, vl.qk_norm, vl.qkv_bias, vl.tied, vl.vision.deepstack) == (32, True, False, False, 3)
+    assert (vl.head_dim, vl.qk_norm, vl.qkv_bias, vl.tied, vl.vision.deepstack_layers) == (32, True, False, False, 3)
     assert vl.mrope_axes == [*[0, 1, 2] * 5, 0]
 
 

@@ -1,11 +1,13 @@
-"""Useful work, counted by hand for one small model."""
+"""Parameters against transformers' models; useful work, counted by hand for one small model."""
 
+import pytest
 import torch
 from transformers import Qwen3Config
 
+from support import tiny
 from vold.data.packing import pack
 from vold.models.architecture import Architecture
-from vold.models.flops import peak_flops, training_flops
+from vold.models.flops import language_model_parameters, mlp_flops_share, peak_flops, training_flops
 from vold.types import Prompt, Sample
 
 
@@ -31,3 +33,13 @@ def test_training_flops_by_hand():
 
 def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_parameters_are_those_of_transformers_language_model(family, tied):
+    model = tiny.FAMILIES[family](tied=tied)
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "visual" not in name)
+    arch = Architecture.from_config(model.config)
+    assert language_model_parameters(arch) == parameters
+    assert 0 < mlp_flops_share(arch) < 1

@@ -20,7 +20,6 @@ from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
 from vold.models.layer_ops import LayerOps, sdpa_attention
 from vold.models.weights import load_pretrained
-from vold.trainer.device import micro_batch_to
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -97,7 +96,7 @@ def test_a_model_through_liger_has_transformers_gradients(family, tmp_path, layo
     reference.to(DEVICE)
     for row, up in zip(rows, upstream, strict=True):
         reference(row.ids[None].to(DEVICE)).logits[0].backward(up)
-    tokens = micro_batch_to(tiny.pack(rows), torch.device(DEVICE))
+    tokens = tiny.pack(rows).to(torch.device(DEVICE))
     (hidden_states(model, tokens) @ model.head_weight().T).backward(torch.cat(upstream))
     error, name = tiny.worst_gradient_error(model, reference)
     assert error <= 1e-5, name

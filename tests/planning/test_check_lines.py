@@ -92,7 +92,7 @@ def test_an_image_is_shown_as_its_number_of_tokens(world, tiny_student_dir):
     problems = load_problems(config.evaluation.sets["image"])
     prompt = build_prompts(problems, tokenizer, config.prompt)[0]
     count = encode.length(prompt) - len(prompt.token_ids) + 1
-    pad = tokenizer.convert_ids_to_tokens(encode._reader.token_id)
+    pad = tokenizer.convert_ids_to_tokens(encode._processor.token_id)
     text = rendered(prompt, tokenizer, encode)
     assert (f"{pad} × {count}" if count > 1 else pad) in text and str(prompt.images[0]) in text
 

@@ -1,6 +1,6 @@
-"""Real processes to train in, kill and hang: forked from a server that has imported everything, so they start at once.
+"""Rank processes for tests, forked from a server that has imported everything, so that they start at once.
 
-`torchrun` starts each rank from nothing, some six seconds of imports; a fault matrix needs dozens of ranks.
+`torchrun` would import everything in each rank, some six seconds; a fault matrix needs dozens of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-IMPORTED = [
+PRELOADED = [
     "torch",
     "support.steps",
     "support.tiny",
@@ -28,20 +28,20 @@ IMPORTED = [
     "vold.trainer.checkpoint",
 ]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(IMPORTED)
+_FORKS.set_forkserver_preload(PRELOADED)
 
 
 @dataclass
 class Ranks:
-    """A world of processes and what each printed."""
+    """A world of processes and the files with their output."""
 
     processes: list[BaseProcess]
     logs: list[Path]
     store: TCPStore
 
     def join(self, timeout: float = 240.0, hung: Sequence[int] = ()) -> list[int]:
-        """Exit codes, once all but the `hung` have ended; those are killed. A rank that is still there after `timeout`
-        seconds writes where it stands to its log, is killed, and fails the test."""
+        """Exit codes, once all but the `hung` have ended; those are killed. A rank that still runs after `timeout`
+        seconds writes its stack trace to its log, is killed, and fails the test."""
         deadline = time.monotonic() + timeout
         waited = [process for rank, process in enumerate(self.processes) if rank not in hung]
         for process in waited:
@@ -53,10 +53,10 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
-        assert not late, f"{len(late)} ranks did not end within {timeout} s:\n{self.said()}"
+        assert not late, f"{len(late)} ranks did not end within {timeout} s:\n{self.output()}"
         return [process.exitcode for process in self.processes]
 
-    def said(self, rank: int | None = None) -> str:
+    def output(self, rank: int | None = None) -> str:
         return "\n".join(log.read_text() for log in self.logs[slice(rank, None if rank is None else rank + 1)])
 
 
@@ -76,10 +76,10 @@ def start(world: int, body: Callable, *arguments, logs: Path) -> Ranks:
 
 
 def run(world: int, body: Callable, *arguments, logs: Path, timeout: float = 240.0) -> Ranks:
-    """`start`, and every rank must end well."""
+    """`start`, wait for all ranks, and require that every one exits with 0."""
     ranks = start(world, body, *arguments, logs=logs)
     codes = ranks.join(timeout)
-    assert codes == [0] * world, f"exit codes {codes}\n{ranks.said()}"
+    assert codes == [0] * world, f"exit codes {codes}\n{ranks.output()}"
     return ranks
 
 

@@ -1,4 +1,4 @@
-"""Faults that a rank brings upon itself while it runs a verb, and the body of such a rank."""
+"""Faults for one rank of a run, and the function that such a rank runs."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def die(*_arguments, **_keywords) -> None:
 
 
 def dies_in_step(number: int) -> None:
-    """With gradients ready and nothing updated."""
+    """Killed when gradients are ready and nothing is updated."""
     at_call(Trainer, "_update", number, die)
 
 
 def dies_in_save(number: int) -> None:
-    """With half its file written."""
+    """Killed with half of its file written."""
 
     def half(write, file, pieces):
         write(file, pieces)
@@ -60,7 +60,7 @@ def dies_in_save(number: int) -> None:
 
 
 def dies_in_trace(number: int) -> None:
-    """With the end of what it writes not there yet."""
+    """Killed with the end of its file not yet written."""
 
     def torn(add, shard, rollouts):
         add(shard, rollouts)
@@ -96,8 +96,8 @@ def disk_is_full_in_save(number: int, limit: int) -> None:
     at_call(checkpoint.Checkpoints, "save", number, limited)
 
 
-def sees_nan(first: int, count: int) -> None:
-    """In `count` steps from the first-th: not-a-number advantages in this rank's share of the batch."""
+def gets_nan(first: int, count: int) -> None:
+    """Advantages are not-a-number in this rank's share of the batch, in `count` steps from step `first` on."""
 
     def poisoned(step, trainer, batch, **keywords):
         micro_batches = tuple(replace(m, advantage_N=m.advantage_N * float("nan")) for m in batch.micro_batches)

@@ -1,4 +1,4 @@
-"""What a process does in test_save_boundaries.py: go on from step 2, save step 3, and be killed on the way."""
+"""The process of test_save_boundaries.py: resumes from step 2, saves step 3 and is killed on the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH = batch_of(assign_token_weights("grpo", make_groups([[1.0, 0.0, 0.0], [1.0
 
 
 def save_step_3(student: Path, run_dir: Path, log: Path, boundary: int | None, mode: str) -> None:
-    """`boundary`: the number of the file operation below run_dir/checkpoints to be killed at; None: at none."""
+    """boundary: number of the file operation below run_dir/checkpoints at which it is killed; None: it is not."""
     layout = initialise(seed=0)
     trainer, checkpoints = make_trainer(student, layout), Checkpoints(run_dir, layout, keep=1)
     checkpoints.load(trainer, 2)

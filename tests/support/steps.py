@@ -1,4 +1,4 @@
-"""What the trainer's tests share: samples of unequal length, a trainer and a teacher on the tiny checkpoints."""
+"""Shared by the trainer's tests: samples of unequal length, a trainer and a teacher on the tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def batch_of(samples: list[Sample], *, max_tokens: int = 1 << 20, fillers: int = 0) -> Batch:
-    """One replica's batch, with micro-batches in which nothing is learnt behind it."""
+    """One replica's batch, followed by micro-batches without a target."""
     return Batch((*pack(samples, max_tokens=max_tokens).micro_batches, *[filler()] * fillers))
 
 

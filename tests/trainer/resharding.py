@@ -1,4 +1,4 @@
-"""What one rank does in test_reshard.py: go on from a checkpoint of another layout, and leave one for the next."""
+"""One rank of test_reshard.py: resumes from a checkpoint of another layout and saves one for the next."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_a_failed_background_write_is_heard_at_the_next_step(copied, saved, monk
     checkpoints.poll()  # once
 
 
-def full_disk(*_arguments) -> None:
+def full_disk(*_arguments, **_options) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -142,7 +142,7 @@ def test_the_newest_are_kept_and_only_a_commit_removes(copied, saved, monkeypatc
     shutil.copytree(root / "step-000002", root / "step-000009")  # of a continuation that was given up
     names = lambda: {path.name for path in root.iterdir()}  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_write_durably", full_disk)
+        patch.setattr(checkpoint_module, "write_atomically", full_disk)
         with pytest.raises(ValueError, match="No space left"):
             checkpoints.save(saved[1], 3)
     assert names() == {"step-000001", "step-000002", "step-000009", "latest"}
@@ -158,15 +158,15 @@ def test_the_best_stays_beside_the_newest(copied, saved, monkeypatch):
     for step in (3, 4):
         checkpoints.save(trainer, step)
     assert names() == {"step-000001", "step-000003", "step-000004", "latest", "best"} and checkpoints.best_step() == 1
-    for fault in ("_write_durably", "write_pieces"):
+    for fault in ("write_atomically", "write_pieces"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint_module, fault, full_disk)
             with pytest.raises(ValueError, match="No space left"):
                 checkpoints.save(trainer, 5, best=True)
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 1)
     with monkeypatch.context() as patch:
-        point = Checkpoints._point
-        patch.setattr(Checkpoints, "_point", lambda *a: full_disk() if a[1] == "best" else point(*a))
+        point = Checkpoints._set_pointer
+        patch.setattr(Checkpoints, "_set_pointer", lambda *a: full_disk() if a[1] == "best" else point(*a))
         with pytest.raises(ValueError, match="No space left"):
             checkpoints.save(trainer, 5, best=True)
     assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 1)

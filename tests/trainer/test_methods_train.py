@@ -1,4 +1,4 @@
-"""Methods in the trainer: several updates on one step's rollouts, ratios by formula, and a preset nobody knows."""
+"""Methods in the trainer: several updates on one step's rollouts, ratios by formula, and a preset of the test's own."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_full_divergence_equals_the_formula_on_materialised_logits(
     assert metrics["kl_teacher"] > 0.01 and metrics["entropy"] > 0.1 and metrics["kl_loss"] > 0
 
 
-def test_what_a_step_did_not_read_is_no_metric_of_it(tiny_student_dir, tiny_teacher_dir, layout):
+def test_metrics_of_sampled_tokens_are_absent_without_a_policy_gradient(tiny_student_dir, tiny_teacher_dir, layout):
     """Whole distributions alone: no sampled token's log-prob is known, and an entropy of 0 would mean a collapse."""
     objective = build_objective(ObjectiveConfig(preset="opd", divergence="reverse_kl"), LONGEST)
     batch = batch_of(objective.assign_token_weights(make_groups(GROUPS)), max_tokens=60)
@@ -181,7 +181,7 @@ def test_a_new_method_is_a_preset_and_nothing_else(tiny_student_dir, layout, mon
 
     def by_rank(rewards_G, _earlier=()):
         order = sorted(range(len(rewards_G)), key=rewards_G.__getitem__)
-        return [order.index(place) - (len(rewards_G) - 1) / 2 for place in range(len(rewards_G))]
+        return [order.index(response) - (len(rewards_G) - 1) / 2 for response in range(len(rewards_G))]
 
     def worst(right_G):
         return [float(right == min(right_G)) for right in right_G]
@@ -203,8 +203,8 @@ def test_a_new_method_is_a_preset_and_nothing_else(tiny_student_dir, layout, mon
     assert relative(dict(trainer.parameters), before) > 0
 
 
-def test_no_room_but_objectives_knows_a_method_by_name():
-    """config names defaults, the miniature its arms, the report its colours; `vold` is also the name of the package."""
+def test_only_objectives_names_a_method():
+    """Except config (defaults), the miniature (its arms) and the report (colours); `vold` also names the package."""
     names = "|".join(map(re.escape, PRESETS.keys() - {"vold"}))
     for path in ROOT.glob("vold/**/*.py"):
         if path.relative_to(ROOT / "vold").parts[0] not in ("objectives", "config", "miniature", "report"):

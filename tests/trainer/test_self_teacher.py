@@ -146,5 +146,5 @@ def test_the_average_follows_and_comes_back_from_a_checkpoint(tiny_student_dir, 
     found = [p for chunk in resumed.average.chunks for p in chunk.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(found, after, strict=True))
     assert all(
-        torch.equal(a, b) for a, b in zip(resumed.average.exact.values(), trainer.average.exact.values(), strict=True)
+        torch.equal(a, b) for a, b in zip(resumed.average.fp32.values(), trainer.average.fp32.values(), strict=True)
     )

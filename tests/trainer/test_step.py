@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,14 +56,14 @@ def test_gradient_equals_the_formula_on_materialised_logits(trainer, teacher, ti
     batch = teacher.score(batch_of(samples, max_tokens=40))
     found = gradients(trainer, batch)
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
-    logp_teacher = _teacher_by_place(batch)
-    for place, sample in enumerate(samples):
+    logp_teacher = _teacher_by_sample(batch)
+    for index, sample in enumerate(samples):
         logp = _logp(model, sample)
         ratio = (logp - logp.detach()).exp()
         surrogate = -torch.minimum(ratio * sample.advantage, ratio.clamp(0.8, 1.3) * sample.advantage)
         loss = (sample.pg_weight * surrogate).sum()
         if sample.kl_weight:
-            loss = loss + (sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2).sum()
+            loss = loss + (sample.kl_weight * 0.5 * (logp - logp_teacher[index]) ** 2).sum()
         loss.backward()
     assert relative(found, as_megatron(model, trainer)) < 1e-4
 
@@ -72,20 +74,20 @@ def test_stale_rollouts_are_weighted_as_the_formula_on_materialised_logits(teach
     trainer = make_trainer(tiny_student_dir, layout, importance_cap=cap)
     samples = assign_token_weights("vold", make_groups(MIXED))
     logp_now = trainer.logprobs(batch_of(samples))
-    for place, logp in logp_now.items():
+    for index, logp in logp_now.items():
         logp_rollout = torch.tensor(logp) + torch.randn(len(logp), generator=draw)
-        samples[place] = replace(samples[place], logp_rollout=tuple(logp_rollout.tolist()))
+        samples[index] = replace(samples[index], logp_rollout=tuple(logp_rollout.tolist()))
     batch = teacher.score(batch_of(samples, max_tokens=40))
     found = gradients(trainer, batch)
     metrics = reduce_stats(trainer.accumulate_gradients(batch), None, train_tflop=0.0)
     model = AutoModelForImageTextToText.from_pretrained(tiny_student_dir, dtype=torch.float32)
-    logp_teacher, ratios = _teacher_by_place(batch), []
-    for place, sample in enumerate(samples):
+    logp_teacher, ratios = _teacher_by_sample(batch), []
+    for index, sample in enumerate(samples):
         logp = _logp(model, sample)
         ratio = (logp.detach() - torch.tensor(sample.logp_rollout)).exp()
         loss = -sample.pg_weight * sample.advantage * (logp - logp.detach()).exp()
         if sample.kl_weight:
-            loss = loss + sample.kl_weight * 0.5 * (logp - logp_teacher[place]) ** 2
+            loss = loss + sample.kl_weight * 0.5 * (logp - logp_teacher[index]) ** 2
         (ratio.clamp(max=cap) * loss).sum().backward()
         ratios.append(ratio)
     assert relative(found, as_megatron(model, trainer)) < 1e-4
@@ -116,8 +118,8 @@ def test_k2_identity(trainer, teacher):
     logp = trainer.logprobs(batch)
     shaped = []
     for micro in batch.micro_batches:
-        own = torch.cat([torch.tensor(logp[place]) for place in micro.sample_B])
-        pull = micro.kl_weight_N / micro.pg_weight_N * (micro.logp_teacher_N - own)
+        logp_N = torch.cat([torch.tensor(logp[sample]) for sample in micro.sample_B])
+        pull = micro.kl_weight_N / micro.pg_weight_N * (micro.logp_teacher_N - logp_N)
         shaped.append(replace(micro, advantage_N=micro.advantage_N + pull, kl_weight_N=0 * micro.kl_weight_N))
     vold, grpo = gradients(trainer, batch), gradients(trainer, Batch(tuple(shaped)))
     assert relative(vold, grpo) < 1e-5
@@ -177,8 +179,8 @@ def _sequences(batch: Batch) -> int:
 
 
 def _with_weights(micro, weights):
-    places = torch.tensor(micro.sample_B)[micro.sequence_N]
-    return replace(micro, **{f"{kind}_N": torch.stack(of)[places].float() for kind, of in weights.items()})
+    sample_N = torch.tensor(micro.sample_B)[micro.sequence_N]
+    return replace(micro, **{f"{kind}_N": torch.stack(of)[sample_N].float() for kind, of in weights.items()})
 
 
 def test_masks_come_from_lengths_not_from_values(trainer):
@@ -258,11 +260,11 @@ def as_megatron(model, trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def _teacher_by_place(batch: Batch) -> dict[int, torch.Tensor]:
+def _teacher_by_sample(batch: Batch) -> dict[int, torch.Tensor]:
     return {
-        place: micro.logp_teacher_N[micro.sequence_N == row]
+        sample: micro.logp_teacher_N[micro.sequence_N == sequence]
         for micro in batch.micro_batches
-        for row, place in enumerate(micro.sample_B)
+        for sequence, sample in enumerate(micro.sample_B)
     }
 
 
@@ -295,3 +297,20 @@ def test_an_offloaded_teacher_scores_the_same_and_leaves_the_device(teacher, tin
     for found, expected in zip(offloaded.score(batch).micro_batches, teacher.score(batch).micro_batches, strict=True):
         assert torch.equal(found.logp_teacher_N, expected.logp_teacher_N)
     assert all(parameter.device.type == "cpu" for chunk in offloaded._chunks for parameter in chunk.parameters())
+
+
+def test_at_most_five_calls_of_our_own_from_the_step_loop_to_the_fused_loss(tiny_student_dir, layout, monkeypatch):
+    """The loop of vold/train/rl.py calls Trainer.step as this test does. Calls into torch and Megatron do not count."""
+    trainer = make_trainer(tiny_student_dir, layout)
+    stacks = []
+
+    def recorded(*arguments, **keywords):
+        stacks.append(traceback.extract_stack())
+        return linear_policy_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "linear_policy_loss", recorded)
+    trainer.step(batch_of(assign_token_weights("grpo", make_groups(MIXED))))
+    package = Path(engine.__file__).parents[1]
+    [calls] = [[frame.name for frame in stack if Path(frame.filename).is_relative_to(package)] for stack in stacks]
+    assert calls == ["step", "accumulate_gradients", "run_pipeline", "_loss"]
+    assert len([*calls, "linear_policy_loss"]) <= 5

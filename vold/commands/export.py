@@ -9,11 +9,10 @@ import torch
 from vold.config.schema import ExportConfig
 from vold.io import log
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.models.weights import export_weights
+from vold.models.weights import export_weights, load_chunks
 from vold.parallel.launch import initialise
 from vold.run.run_dir import read_config
 from vold.trainer.checkpoint import Checkpoints
-from vold.trainer.trainer import load_student
 
 
 def export_model(config: ExportConfig) -> None:
@@ -39,7 +38,7 @@ def export_model(config: ExportConfig) -> None:
         raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
     student = Path(settings["student"])
     train_merger = settings.get("vision", {}).get("train_merger", False)
-    chunks = load_student(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
+    chunks = load_chunks(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
     checkpoints.load_weights(chunks, step)
     export_checkpoint(student, config.out, export_weights(chunks))
     log.info(f"{config.out}: step {step} of {config.run}")

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about the model, and the Megatron configuration that builds it.
+"""A model's architecture as its checkpoint's config.json describes it, and the Megatron configuration that builds it.
 
 Supported: Qwen2/Qwen2.5, Qwen3 (dense), and Qwen2.5-VL and Qwen3-VL (dense), whose text part is a Qwen2 or a Qwen3 with
 a three-axis rotary embedding.
@@ -17,16 +17,17 @@ from transformers import AutoConfig, PretrainedConfig
 from vold.models.checkpoint_dir import reading
 from vold.parallel.launch import Layout
 
-SUPPORTED = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
 class VisionArchitecture:
-    """What the text side must know of the vision tower.
+    """A vision tower, as far as the language model depends on it.
 
-    merge_size  side of the square of patches merged into a token
-    deepstack   first decoder layers to whose output an earlier view of the image is added
-    tower       transformers' configuration of the tower
+    merge_size         side of the square of patches merged into a token
+    tokens_per_second  of videos
+    deepstack_layers   number of first decoder layers to whose output DeepStack adds image features
+    tower_config       transformers' configuration of the tower
     """
 
     image_token_id: int
@@ -35,16 +36,19 @@ class VisionArchitecture:
     vision_end_token_id: int
     merge_size: int
     tokens_per_second: int | None
-    deepstack: int
-    tower: PretrainedConfig = field(repr=False, compare=False)
+    deepstack_layers: int
+    tower_config: PretrainedConfig = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of one model. `vocab` counts the rows of embedding and head, padding included.
+    """The shape of one model.
 
-    mrope_section  frequencies turned by (temporal, height, width) positions; all by the first for text-only models
-    mrope_interleaved  whether these take turns (t h w t h w ... t t) instead of following each other
+    ffn                feed-forward width
+    vocab              rows of embedding and head, padding included
+    mrope_section      numbers of rotary frequencies for (temporal, height, width) positions; all temporal for text
+    mrope_interleaved  the axes alternate over the frequencies (t h w t h w ... t t) instead of following each other
+    tied               embedding and head share their weights
     """
 
     model_type: str
@@ -67,7 +71,7 @@ class Architecture:
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path) -> Architecture:
-        """Read a checkpoint directory's config.json. Raises ValueError for a model this file does not know."""
+        """Read a checkpoint directory's config.json. Raises ValueError for an unsupported model."""
         path = Path(checkpoint_dir)
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
@@ -76,13 +80,13 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, origin: str = "config") -> Architecture:
-        if config.model_type not in SUPPORTED:
-            raise ValueError(
-                f"{origin}: model_type {config.model_type!r} is not supported: use one of {', '.join(SUPPORTED)}"
-            )
+        """From transformers' configuration; `origin` names it in error lines."""
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
+            supported = ", ".join(SUPPORTED_MODEL_TYPES)
+            raise ValueError(f"{origin}: model_type {config.model_type!r} is not supported: use one of {supported}")
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        rope = _plain_rope(text, origin)
+        rope = _supported_rope(text, origin)
         return cls(
             model_type=config.model_type,
             layers=text.num_hidden_layers,
@@ -100,12 +104,12 @@ class Architecture:
             qkv_bias=config.model_type in ("qwen2", "qwen2_5_vl"),
             qk_norm=config.model_type in ("qwen3", "qwen3_vl"),
             max_positions=text.max_position_embeddings,
-            vision=_vision_facts(config),
+            vision=_vision_architecture(config),
         )
 
     @property
     def mrope_axes(self) -> list[int]:
-        """For each frequency the axis (0 temporal, 1 height, 2 width) whose position turns it."""
+        """For each rotary frequency the axis (0 temporal, 1 height, 2 width) whose position it rotates by."""
         axes = [axis for axis, count in enumerate(self.mrope_section) for _ in range(count)]
         if self.mrope_interleaved:
             axes = [0] * len(axes)
@@ -115,12 +119,14 @@ class Architecture:
         return axes
 
 
-def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
+def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
     """Rope parameters; ValueError for what the layers here do not compute (YaRN, sliding windows, biases)."""
     rope = text.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"{origin}: rope_type {kind!r} is not supported: use a checkpoint with rope_type 'default'")
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ("default", "mrope"):
+        raise ValueError(
+            f"{origin}: rope_type {rope_type!r} is not supported: use a checkpoint with rope_type 'default'"
+        )
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise ValueError(f"{origin}: sliding-window attention is not supported: set use_sliding_window to false")
     if getattr(text, "attention_bias", False):
@@ -130,7 +136,7 @@ def _plain_rope(text: PretrainedConfig, origin: str) -> dict:
     return rope
 
 
-def _vision_facts(config: PretrainedConfig) -> VisionArchitecture | None:
+def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:
     if not hasattr(config, "vision_config"):
         return None
     return VisionArchitecture(
@@ -139,9 +145,9 @@ def _vision_facts(config: PretrainedConfig) -> VisionArchitecture | None:
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,
         merge_size=config.vision_config.spatial_merge_size,
-        tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),  # of videos
-        deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
-        tower=config.vision_config,
+        tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),
+        deepstack_layers=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+        tower_config=config.vision_config,
     )
 
 

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vold.io import flush_to_disk
+
 INDEX = "model.safetensors.index.json"
 # Text tensors as transformers spelled them over the years, on disk and in `state_dict()`.
 TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head)|model\.)")
@@ -23,8 +25,7 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around a library that raises what it likes at a damaged file: a ValueError of one line that names `path`, as ours
-    do already."""
+    """Turn any exception of a library that reads `path` into a ValueError of one line that names it. Our own pass."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -37,15 +38,15 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
-    """{tensor name: file name} of a checkpoint directory, sharded or not. Raises ValueError when a file is absent or
-    damaged."""
+    """The tensors of a checkpoint directory, sharded or not: {tensor name: file name}. Raises ValueError when a file is
+    missing or damaged."""
     index = checkpoint_dir / INDEX
     if index.is_file():
         with reading(index):
             files = dict(json.loads(index.read_text())["weight_map"])
-        absent = sorted({file for file in files.values() if not (checkpoint_dir / file).is_file()})
-        if absent:
-            raise ValueError(f"{checkpoint_dir / absent[0]}, named by the index, is missing: download it again")
+        missing = sorted({file for file in files.values() if not (checkpoint_dir / file).is_file()})
+        if missing:
+            raise ValueError(f"{checkpoint_dir / missing[0]}, named by the index, is missing: download it again")
         return files
     single = checkpoint_dir / "model.safetensors"
     if not single.is_file():
@@ -55,7 +56,8 @@ def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
 
 
 def short_name(name: str) -> str:
-    """`layers.0.…`, `norm.weight`, `embed_tokens.weight`, `lm_head.weight`, or `visual.…`, whatever the spelling."""
+    """A tensor's name without prefixes: `layers.0.…`, `norm.weight`, `embed_tokens.weight`, `lm_head.weight`,
+    `visual.…`."""
     return TEXT_PREFIX.sub("", name)
 
 
@@ -66,34 +68,35 @@ def export_checkpoint(
     *,
     amend: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `source_dir` with some of its tensors replaced: what `from_pretrained` loads at once.
+    """Write a copy of `source_dir`, with some of its tensors replaced, that `from_pretrained` loads.
 
     The source is copied: shards, tensor names and dtypes, config, tokenizer, processor, chat template. Each of
-    `tensors` then overwrites its place in the copy, so that one at a time is in memory; the others (the vision tower)
-    stay. `amend` may edit the directory before it appears. It is written aside and renamed when complete.
-    Raises ValueError when the target holds something, or when a tensor is unknown to the source or has another shape.
+    `tensors` then overwrites its bytes in the copy, so that one at a time is in memory; the others (the vision tower)
+    stay. `amend` may edit the directory before it appears: it has a temporary name until it is complete and on disk.
+    Raises ValueError when the target is not empty, or when a tensor is unknown to the source or has another shape.
     """
     source, target = Path(source_dir), Path(target_dir)
-    _refuse_occupied(target)
+    _check_empty(target)
     files = tensor_files(source)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        _copy_files(source, aside, set(files.values()))
-        _overwrite(aside, files, tensors, source)
+        _copy_files(source, partial, set(files.values()))
+        _overwrite(partial, files, tensors, source)
         if amend is not None:
-            amend(aside)
-        _sync_directory(aside)
+            amend(partial)
+        for path in (*partial.iterdir(), partial):  # or the rename could survive a crash that the content did not
+            flush_to_disk(path)
         if target.is_dir():
             target.rmdir()
-        aside.rename(target)
+        partial.rename(target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _refuse_occupied(target: Path) -> None:
+def _check_empty(target: Path) -> None:
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} is not empty: export to a new directory")
 
@@ -126,11 +129,3 @@ def _overwrite_tensor(path: Path, name: str, new: Tensor, origin: Path) -> None:
         begin, _ = json.loads(file.read(length))[name]["data_offsets"]
         file.seek(8 + length + begin)
         file.write(content)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Flush every file and the directory itself, so that the rename cannot survive a crash that its content did not."""
-    for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

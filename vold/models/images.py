@@ -1,4 +1,5 @@
-"""Images as transformers' own processor sees them; shared by sampler and trainer so that both count the same tokens."""
+"""Images, prepared by transformers' own processor; sampler and trainer share this file, so that both count the same
+tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +20,17 @@ from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.types import Picture, Prompt, TokenIds
 
 ImageTransform = Callable[[Image.Image], Image.Image]
-"""Of an image, before a model sees it; its size stays."""
+"""A change of an image before the model's processor reads it; the size stays."""
 
 
 class ImageProcessor:
-    """Reads files with the checkpoint's image processor, each image changed first where `change` says how, and expands
-    image-pad ids to match."""
+    """Reads image files with a checkpoint's image processor and expands image-pad ids to match.
 
-    def __init__(self, checkpoint: Path, change: ImageTransform | None = None):
-        self.arch, self._change = Architecture.from_pretrained(checkpoint), change
+    transform: applied to every image first; None: images as they are
+    """
+
+    def __init__(self, checkpoint: Path, transform: ImageTransform | None = None):
+        self.arch, self._transform = Architecture.from_pretrained(checkpoint), transform
         try:
             self._processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
         except (OSError, ValueError, TypeError, AttributeError):
@@ -38,61 +41,61 @@ class ImageProcessor:
 
     @property
     def token_id(self) -> int:
-        """The image-pad id."""
+        """The id of the image-pad token."""
         return self.arch.vision.image_token_id
 
     def read(self, paths: Sequence[Path]) -> tuple[Picture, ...]:
-        """All images of one prompt, in order."""
+        """The images of one prompt, in order."""
         return tuple(self._read(path) for path in paths)
 
     def _read(self, path: Path) -> Picture:
         image, key = read_picture(path), str(path)
-        if self._change is not None:
-            image, key = self._change(image), f"{path} ({self._change.__name__})"
+        if self._transform is not None:
+            image, key = self._transform(image), f"{path} ({self._transform.__name__})"
         out = self._processor(images=[image], return_tensors="pt")
         return Picture(key, out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
 
     def _token_count(self, path: Path) -> int:
-        """Tokens that the image becomes, by its size alone: only the file's header is read."""
+        """Number of tokens that an image becomes. Only the file's header, which has its size, is read."""
         with Image.open(path) as image:
             width, height = image.size
         return self._processor.get_number_of_image_patches(height, width) // self.arch.vision.merge_size**2
 
     def expand(self, token_ids: TokenIds, pictures: Sequence[Picture]) -> TokenIds:
-        """One image-pad id -> one per merged patch. Raises ValueError when pads and pictures differ in number."""
+        """Repeat each image-pad id once per merged patch. Raises ValueError when pads and pictures differ in number."""
         return np.array(expand_image_tokens(token_ids.tolist(), image_grids(pictures), self.arch), np.int32)
 
 
 def image_grids(pictures: Sequence[Picture]) -> Tensor:
-    """int64 [images, 3], as transformers wants them."""
+    """int64 [images, 3]: (time, height, width) in patches, as transformers takes them."""
     return torch.tensor([picture.grid_thw for picture in pictures], dtype=torch.int64).view(-1, 3)
 
 
 class ImagePromptEncoder(TextPromptEncoder):
-    """Prompts of text, of images, of both."""
+    """The prompt encoder of a vision-language model: text, with or without images."""
 
-    def __init__(self, reader: ImageProcessor):
-        self._reader = reader
+    def __init__(self, processor: ImageProcessor):
+        self._processor = processor
 
     def __call__(self, prompt: Prompt) -> EncodedPrompt:
         if not prompt.images:
             return super().__call__(prompt)
-        pictures = self._reader.read(prompt.images)
-        prompt_ids = self._reader.expand(prompt.token_ids, pictures)
+        pictures = self._processor.read(prompt.images)
+        prompt_ids = self._processor.expand(prompt.token_ids, pictures)
         input_ids_P = torch.tensor(prompt_ids, dtype=torch.int64)
-        positions_3P = mrope_positions(input_ids_P, image_grids(pictures), self._reader.arch)
+        positions_3P = mrope_positions(input_ids_P, image_grids(pictures), self._processor.arch)
         return EncodedPrompt(prompt_ids, positions_3P, pictures)
 
     def length(self, prompt: Prompt) -> int:
-        pads = int((prompt.token_ids == self._reader.token_id).sum())
+        pads = int((prompt.token_ids == self._processor.token_id).sum())
         if pads != len(prompt.images):
             raise ValueError(f"{prompt.id}: {len(prompt.images)} images but {pads} image-pad tokens in its text")
-        return len(prompt.token_ids) + sum(self._reader.token_count(path) - 1 for path in prompt.images)
+        return len(prompt.token_ids) + sum(self._processor.token_count(path) - 1 for path in prompt.images)
 
 
-def prompt_encoder(reader: ImageProcessor | None) -> PromptEncoder:
-    """How `pack` reads prompts that may hold images; text only without a reader."""
-    return encode_text if reader is None else ImagePromptEncoder(reader)
+def prompt_encoder(processor: ImageProcessor | None) -> PromptEncoder:
+    """The prompt encoder for a model with this image processor; for a text model without one."""
+    return encode_text if processor is None else ImagePromptEncoder(processor)
 
 
 def load_prompt_encoder(checkpoint: Path, transform: ImageTransform | None = None) -> PromptEncoder:

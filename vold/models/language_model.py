@@ -26,8 +26,8 @@ from vold.types import PackedTokens
 class LanguageModel(GPTModel):
     """GPTModel whose last stage returns the final-norm hidden states [T, 1, D] instead of logits.
 
-    vision_levels  levels of the vision tower's features that this chunk takes in (see vold.models.vision)
-    visual         their mergers, where those are trained
+    vision_levels  levels of the vision tower's features that this chunk adds (see vold.models.vision)
+    visual         the patch mergers of these levels, where they are trained
     """
 
     arch: Architecture
@@ -37,7 +37,7 @@ class LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
-            # The loss hands back a gradient that is already complete on every tp rank, so it is only split here.
+            # The loss returns a gradient that is already complete on every tp rank, so it is only split here.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return hidden_states
 
@@ -46,6 +46,10 @@ class LanguageModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def head_main_grad(self) -> Tensor:
+        """[U, D] fp32: the buffer of the head's gradient, made by Megatron's data-parallel wrapper. Last stage only."""
+        return self.head_weight().main_grad
 
 
 def build_chunks(
@@ -65,8 +69,8 @@ def build_language_model(
     *,
     train_merger: bool = False,
 ) -> LanguageModel:
-    """One chunk of the model on `layout.device`, weights uninitialised. The first of all holds the embedding, the last
-    the final norm and the head; `train_merger`: each also holds the patch mergers of what it takes in."""
+    """One chunk of the model on `layout.device`, weights uninitialised. The first chunk of all holds the embedding, the
+    last one the final norm and the head; with `train_merger` each also holds the mergers of its vision levels."""
     pre_process = layout.is_first_stage and vp_stage in (None, 0)
     post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
@@ -84,7 +88,7 @@ def build_language_model(
     )
     model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_axes, layout.device)
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
-    _mark_shards(model)
+    _mark_tensor_parallel_weights(model)
     model.to(layout.device)
     model.visual = None
     if train_merger and model.vision_levels:
@@ -93,29 +97,35 @@ def build_language_model(
 
 
 def _vision_levels(model: LanguageModel, arch: Architecture) -> tuple[int, ...]:
-    """0 where the embedding is; i where the i-th layer is that DeepStack adds to."""
+    """Level 0 on the chunk with the embedding, level i on the chunk with the i-th layer that DeepStack adds to."""
     if arch.vision is None:
         return ()
-    layers = [layer.layer_number for layer in model.decoder.layers if layer.layer_number <= arch.vision.deepstack]
+    layers = [
+        layer.layer_number for layer in model.decoder.layers if layer.layer_number <= arch.vision.deepstack_layers
+    ]
     return (*([0] if model.pre_process else []), *layers)
 
 
 def open_vision_tower(
     chunks: Sequence[LanguageModel], checkpoint_dir: str | Path, dtype: torch.dtype, patches_per_pass: int | None = None
 ) -> FrozenVisionTower | None:
-    """The tower beside these chunks, if one of them takes in what it sees."""
+    """The vision tower for these chunks, or None where none of them has a vision level."""
     if not any(chunk.vision_levels for chunk in chunks):
         return None
-    merges = all(chunk.visual is None for chunk in chunks)
-    device = chunks[0].layout.device
     return FrozenVisionTower(
-        checkpoint_dir, chunks[0].arch, dtype, device, patches_per_pass=patches_per_pass, merges=merges
+        checkpoint_dir,
+        chunks[0].arch,
+        dtype,
+        chunks[0].layout.device,
+        patches_per_pass=patches_per_pass,
+        merge_patches=all(chunk.visual is None for chunk in chunks),
     )
 
 
-def _mark_shards(model: LanguageModel) -> None:
-    """Megatron marks a weight as divided over the tp group while it initialises it, and our weights come from a
-    checkpoint. Without the mark the gradient norm takes one rank's share for a replica of the whole."""
+def _mark_tensor_parallel_weights(model: LanguageModel) -> None:
+    """Set the attributes by which Megatron recognises a weight as divided over the tp group. Megatron does so while it
+    initialises a weight, and ours come from a checkpoint; without them the gradient norm counts one rank's share only.
+    """
     divided = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         if type(module) in divided and module.weight is not None:
@@ -123,22 +133,22 @@ def _mark_shards(model: LanguageModel) -> None:
 
 
 def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | None = None) -> Tensor:
-    """Run one stage. `model` may be wrapped (DDP); `features` of the pictures in `tokens` are needed where the stage
-    takes them in.
+    """Run one chunk. `model` may be wrapped (DDP); a chunk with vision levels needs `features` of the pictures in
+    `tokens`.
 
     Returns hidden_TD [T, D] on the last stage; elsewhere what Megatron's schedule sends on, [T, 1, D]. Its gradient
     must be complete on every tp rank (the loss all-reduces it over the tp group).
     """
-    stage = unwrap(model)
+    chunk = unwrap(model)
     length = tokens.input_ids_T.numel()
-    tokens = _padded_for_sequence_parallel(tokens, stage.layout)
+    tokens = _padded_for_sequence_parallel(tokens, chunk.layout)
     packed, embedded = packing(tokens), None
-    if tokens.pictures and stage.vision_levels:
-        packed.image_rows_I, seen = _images_here(stage, tokens, features)
-        packed.deepstack = {level: features_I1D for level, features_I1D in seen.items() if level}
-        if stage.pre_process:
-            embedded_S1D = stage.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
-            embedded = embedded_S1D.index_copy(0, packed.image_rows_I, seen[0])
+    if tokens.pictures and chunk.vision_levels:
+        packed.image_rows_I, features_of_level = _local_image_features(chunk, tokens, features)
+        packed.deepstack = {level: features_I1D for level, features_I1D in features_of_level.items() if level}
+        if chunk.pre_process:
+            embedded_T1D = chunk.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
+            embedded = embedded_T1D.index_copy(0, packed.image_rows_I, features_of_level[0])
     out = model(
         input_ids=tokens.input_ids_T[None],
         position_ids=tokens.position_ids_3T[:, None],
@@ -146,7 +156,7 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | N
         decoder_input=embedded,
         packed_seq_params=packed,
     )
-    return out[:length, 0] if stage.post_process else out
+    return out[:length, 0] if chunk.post_process else out
 
 
 def unwrap(model: nn.Module) -> LanguageModel:
@@ -157,7 +167,7 @@ def unwrap(model: nn.Module) -> LanguageModel:
 
 
 def packing(tokens: PackedTokens) -> Packing:
-    """Megatron's record of a packing. Attention reads the real boundaries; rope reads the `padded` ones."""
+    """The packing as Megatron's record. Attention reads the real boundaries; rope reads the `padded` ones."""
     bounds = torch.stack([tokens.cu_seqlens, tokens.cu_seqlens_k])
     longest_q, longest_k = bounds.diff().amax(1).tolist()
     # One span [0, T]: rope then always maps position i of the packing to its own angle (its other branch restarts
@@ -193,30 +203,30 @@ def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> Packe
     )
 
 
-def _images_here(
-    stage: LanguageModel, tokens: PackedTokens, features: Features | None
+def _local_image_features(
+    chunk: LanguageModel, tokens: PackedTokens, features: Features | None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Where image tokens lie among this rank's rows of T, and of each level that the stage takes in their features
-    [I, 1, D]. T is divided under sequence parallelism."""
-    rows_I = (tokens.input_ids_T == stage.arch.vision.image_token_id).nonzero()[:, 0]
-    seen = _features(tokens, features)
-    if len(rows_I) != len(seen[0]):
+    """Rows of the image tokens among this rank's rows of T (which sequence parallelism divides), and for each vision
+    level of the chunk their features [I, 1, D]."""
+    rows_I = (tokens.input_ids_T == chunk.arch.vision.image_token_id).nonzero()[:, 0]
+    levels = _concatenated_features(tokens, features)
+    if len(rows_I) != len(levels[0]):
         raise ValueError(
-            f"{len(rows_I)} image-pad tokens but {len(seen[0])} image features: "
+            f"{len(rows_I)} image-pad tokens but {len(levels[0])} image features: "
             "expand each image-pad id to its number of merged patches (positions.expand_image_tokens)"
         )
-    if stage.config.sequence_parallel:
-        share = tokens.input_ids_T.numel() // stage.layout.tp
-        rows_I = rows_I - stage.layout.tp_rank * share
-        here = (rows_I >= 0) & (rows_I < share)
-        rows_I, seen = rows_I[here], [level[here] for level in seen]
-    if stage.visual is not None:
-        seen = {level: stage.visual(level, seen[level]) for level in stage.vision_levels}
-    return rows_I, {level: seen[level][:, None] for level in stage.vision_levels}
+    if chunk.config.sequence_parallel:
+        share = tokens.input_ids_T.numel() // chunk.layout.tp
+        rows_I = rows_I - chunk.layout.tp_rank * share
+        local = (rows_I >= 0) & (rows_I < share)
+        rows_I, levels = rows_I[local], [features_ID[local] for features_ID in levels]
+    if chunk.visual is not None:
+        levels = {level: chunk.visual(level, levels[level]) for level in chunk.vision_levels}
+    return rows_I, {level: levels[level][:, None] for level in chunk.vision_levels}
 
 
-def _features(tokens: PackedTokens, features: Features | None) -> list[Tensor]:
-    """Of each level those of all pictures, one behind the other."""
+def _concatenated_features(tokens: PackedTokens, features: Features | None) -> list[Tensor]:
+    """For each level the features of all pictures, in the order of their tokens."""
     if features is None:
         raise ValueError("the batch holds images but no vision tower was given: load one with FrozenVisionTower")
     return [torch.cat(level) for level in zip(*(features[p.key] for p in tokens.pictures), strict=True)]

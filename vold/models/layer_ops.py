@@ -163,9 +163,9 @@ def liger_swiglu(gate_up_T2F: Tensor) -> Tensor:
 
 def liger_rope(q_T1AH: Tensor, k_T1KH: Tensor, cos_T11H: Tensor, sin_T11H: Tensor) -> tuple[Tensor, Tensor]:
     """Liger's plain rope: `Rotary` has chosen the axis of every frequency already, so its three-axis kernel, which
-    reads three planes of cosines, is not needed. It wants [1, heads, T, H] strided as [1, T, heads, H]: views of ours.
+    reads three planes of cosines, is not needed. It takes [1, heads, T, H] strided as [1, T, heads, H]: views of ours.
 
-    It turns a contiguous input in place, which nothing else reads: q and k are fresh copies out of the projection's
+    It rotates a contiguous input in place, which nothing else reads: q and k are fresh copies out of the projection's
     buffer (a key that is still a view of it is copied first), or the output of a norm, which does not keep it.
     """
     from liger_kernel.ops import LigerRopeFunction

@@ -1,8 +1,8 @@
 """Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences.
 
 T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the only input format:
-Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing. What
-computes each piece is chosen in one place, `vold.models.layer_ops`.
+Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing. The
+functions behind each module are chosen in `vold.models.layer_ops`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vold.models.layer_ops import layer_ops
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with the mark by which Megatron sums the weight's gradient over a sequence-parallel group."""
+    """RMSNorm with the attribute by which Megatron sums the weight's gradient over a sequence-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -42,7 +42,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(MegatronModule):
-    """silu(gate) * up; the activation slot of Megatron's MLP, which hands over both halves in one buffer."""
+    """silu(gate) * up; the activation slot of Megatron's MLP, which passes both halves in one buffer."""
 
     def forward(self, gate_up_T2F: Tensor) -> Tensor:
         return layer_ops(gate_up_T2F.device.type, gate_up_T2F.dtype).swiglu(gate_up_T2F)
@@ -51,9 +51,9 @@ class SwiGLU(MegatronModule):
 class Rotary(nn.Module):
     """Angles of the rotary embedding for positions on three axes (temporal, height, width).
 
-    Stands in for Megatron's MultimodalRotaryEmbedding: the same angles, but the inverse frequencies are computed on
+    Replaces Megatron's MultimodalRotaryEmbedding: the same angles, but the inverse frequencies are computed on
     the CPU in float32, as transformers does, and multiplied elementwise, so that no matmul precision setting
-    (TF32, autocast) can blur a position.
+    (TF32, autocast) changes a position.
     """
 
     def __init__(self, head_dim: int, theta: float, axes: Sequence[int], device: torch.device):
@@ -73,11 +73,11 @@ class Rotary(nn.Module):
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self attention with queries and keys turned together, where they are made.
+    """Megatron's self attention with queries and keys rotated together, where they are made.
 
-    Megatron turns them one after the other, computes cosine and sine again for each and in every layer, and asks for
-    the packing on the host. Turning outside the core attention also keeps an in-place kernel out of what selective
-    recomputation runs twice.
+    Megatron rotates them one after the other, computes cosine and sine again for each and in every layer, and needs the
+    packing on the host. Rotating outside the core attention also keeps an in-place kernel out of the part that
+    selective recomputation runs twice.
     """
 
     def forward(self, hidden_states: Tensor, *args, rotary_pos_emb: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
@@ -96,8 +96,12 @@ class PackedSelfAttention(SelfAttention):
 
 @dataclass
 class Packing(PackedSeqParams):
-    """Megatron's record of a packing, with the keys that segments share (see PackedTokens) and what DeepStack adds:
-    layer number (Megatron's, from 1) -> features [I, 1, D] for rows `image_rows_I` of this rank's share of T."""
+    """Megatron's record of a packing, with two additions.
+
+    kv_index      keys that segments share (see PackedTokens)
+    image_rows_I  rows of image tokens in this rank's share of T
+    deepstack     layer number (Megatron's, from 1) -> features [I, 1, D] that are added to these rows after it
+    """
 
     kv_index: Tensor | None = None
     image_rows_I: Tensor | None = None
@@ -131,12 +135,13 @@ class PackedAttention(nn.Module):
 
 
 def _gather(x_TKH: Tensor, index: Tensor) -> Tensor:
-    """Rows of x. As an embedding, whose backward adds up a row's gradients in a fixed order, and on CUDA in fp32."""
+    """Look up rows of x as an embedding does, whose backward adds a row's gradients up in a fixed order, on CUDA in
+    fp32."""
     return F.embedding(index, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
 
 
 class Layer(TransformerLayer):
-    """Megatron's layer, and behind the first ones DeepStack: another view of the image is added at its tokens."""
+    """Megatron's layer, followed by DeepStack in the first ones: features of an image are added at its tokens."""
 
     def forward(self, *args, packed_seq_params: Packing, **kwargs) -> tuple[Tensor, Tensor | None]:
         hidden_T1D, context = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)

@@ -1,6 +1,6 @@
 """Position ids [3, T] (temporal, height, width) of one sequence, and the expansion of image-pad ids.
 
-The index of image tokens is transformers' own function, called without a model.
+Positions of image tokens come from transformers' own function, called without a model.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vold.models.architecture import Architecture, VisionArchitecture
 
-INDEX_OF = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+MODEL_CLASSES = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 
 
 def text_positions(length: int) -> Tensor:
-    """int64 [3, length]: the same count on all three axes."""
+    """int64 [3, length]: 0, 1, 2, … on all three axes."""
     return torch.arange(length).expand(3, length)
 
 
 def mrope_positions(input_ids_T: Tensor, image_grid_thw: Tensor | None, arch: Architecture) -> Tensor:
     """int64 [3, T] of ONE sequence whose image-pad ids are already expanded; grids in the order of the images.
 
-    Raises ValueError when the image-pad ids do not fit the grids, or where the model reads text only.
+    Raises ValueError when the image-pad ids do not fit the grids, or for a text-only model.
     """
     if image_grid_thw is None or not len(image_grid_thw):
         return text_positions(input_ids_T.numel())
-    facts = _vision_facts(arch)
-    _check_runs(input_ids_T, image_grid_thw, facts)
-    vision_config = SimpleNamespace(spatial_merge_size=facts.merge_size, tokens_per_second=facts.tokens_per_second)
-    index = INDEX_OF[arch.model_type]
+    vision = _vision_of(arch)
+    _check_runs(input_ids_T, image_grid_thw, vision)
+    vision_config = SimpleNamespace(spatial_merge_size=vision.merge_size, tokens_per_second=vision.tokens_per_second)
+    model_class = MODEL_CLASSES[arch.model_type]
     model = SimpleNamespace(
         config=SimpleNamespace(vision_config=vision_config),
-        get_vision_position_ids=partial(index.get_vision_position_ids, None),
+        get_vision_position_ids=partial(model_class.get_vision_position_ids, None),
     )
-    is_image = (input_ids_T == facts.image_token_id).int()
-    positions, _ = index.get_rope_index(model, input_ids_T[None], is_image[None], image_grid_thw)
+    is_image = (input_ids_T == vision.image_token_id).int()
+    positions, _ = model_class.get_rope_index(model, input_ids_T[None], is_image[None], image_grid_thw)
     return positions[:, 0]
 
 
@@ -61,22 +61,22 @@ def expand_image_tokens(token_ids: Sequence[int], image_grid_thw: Tensor | None,
 
 
 def image_token_counts(image_grid_thw: Tensor, arch: Architecture) -> list[int]:
-    """Merged patches of each image."""
-    return (image_grid_thw.prod(-1) // _vision_facts(arch).merge_size ** 2).tolist()
+    """Number of merged patches, which are tokens, of each image."""
+    return (image_grid_thw.prod(-1) // _vision_of(arch).merge_size ** 2).tolist()
 
 
-def _vision_facts(arch: Architecture) -> VisionArchitecture:
+def _vision_of(arch: Architecture) -> VisionArchitecture:
     if arch.vision is None:
         raise ValueError(f"images were given to {arch.model_type}, which reads text only: use a vision checkpoint")
     return arch.vision
 
 
-def _check_runs(input_ids_T: Tensor, image_grid_thw: Tensor, facts: VisionArchitecture) -> None:
+def _check_runs(input_ids_T: Tensor, image_grid_thw: Tensor, vision: VisionArchitecture) -> None:
     """Each run of image-pad ids must be as long as its image; two images in one run would be indexed as one."""
-    is_image = torch.nn.functional.pad((input_ids_T == facts.image_token_id).int(), (1, 1))
+    is_image = torch.nn.functional.pad((input_ids_T == vision.image_token_id).int(), (1, 1))
     edges = is_image.diff().nonzero()[:, 0]
     runs = (edges[1::2] - edges[::2]).tolist()
-    expected = (image_grid_thw.prod(-1) // facts.merge_size**2).tolist()
+    expected = (image_grid_thw.prod(-1) // vision.merge_size**2).tolist()
     if runs != expected:
         raise ValueError(
             f"runs of image-pad ids {runs} do not match the images' merged patches {expected}: "

@@ -1,8 +1,8 @@
-"""Tokenizers of a student and its teacher: the same string under the same id, or no training.
+"""Tokenizers of a student and its teacher, which must give every token the same id.
 
-Distillation scores the student's own ids with the teacher, so an id must mean the same on both sides. Qwen3 has four
-tokens more than Qwen2.5 (`<think>`, `</think>`, `<tool_response>`, `</tool_response>`); a student without them spells
-`<think>` in pieces the teacher has never produced.
+Distillation scores the student's own ids with the teacher, so an id must mean the same to both. Qwen3 has four tokens
+more than Qwen2.5 (`<think>`, `</think>`, `<tool_response>`, `</tool_response>`); a student without them spells
+`<think>` in pieces that the teacher has never produced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from vold.models.weights import CheckpointReader
 
 @dataclass(frozen=True)
 class PairReport:
-    """A checked pair. Ids below `shared_vocab_size` are real on both sides; head rows above it are padding (-inf)."""
+    """The vocabulary of a student and a teacher that fit. Ids below `shared_vocab_size` are tokens of both; head rows
+    from there on are padding, whose logits are -inf."""
 
     shared_vocab_size: int
     student_head_rows: int
@@ -37,7 +38,7 @@ def load_tokenizer(checkpoint_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_pair(student_dir: str | Path, teacher_dir: str | Path) -> PairReport:
-    """Raises ValueError, in one line, when the two vocabularies differ or do not fit the two heads."""
+    """Compare two checkpoints' vocabularies. Raises ValueError when they differ or do not fit the two heads."""
     student, teacher = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     size = check_vocabularies(student.get_vocab(), teacher.get_vocab(), str(student_dir), str(teacher_dir))
     rows = [Architecture.from_pretrained(path).vocab for path in (student_dir, teacher_dir)]
@@ -52,7 +53,7 @@ def check_pair(student_dir: str | Path, teacher_dir: str | Path) -> PairReport:
 def check_vocabularies(
     student: dict[str, int], teacher: dict[str, int], student_name: str = "student", teacher_name: str = "teacher"
 ) -> int:
-    """The shared vocabulary size of two string → id maps that are equal; ValueError naming the difference if not."""
+    """The size of two equal string → id maps. Raises ValueError naming the difference when they are not equal."""
     differing = sorted((i, s) for s, i in student.items() if teacher.get(s, i) != i)
     if differing:
         i, s = differing[0]
@@ -89,14 +90,14 @@ def _contiguous_size(vocabulary: dict[str, int], name: str) -> int:
 
 
 def _listed(tokens: list[tuple[int, str]], at_most: int = 8) -> str:
-    shown = ", ".join(f"{s!r} (id {i})" for i, s in tokens[:at_most])
-    return shown if len(tokens) <= at_most else f"{shown} and {len(tokens) - at_most} more tokens"
+    first = ", ".join(f"{s!r} (id {i})" for i, s in tokens[:at_most])
+    return first if len(tokens) <= at_most else f"{first} and {len(tokens) - at_most} more tokens"
 
 
 def extend_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, list[int]]:
     """Add the teacher's extra tokens to `student` in place, at the same ids.
 
-    Returns {new id: ids the student spelled the token with before}. Raises ValueError when an id cannot be reached.
+    Returns {new id: ids that spelled the token before}. Raises ValueError when a token would get another id.
     """
     missing = missing_tokens(student.get_vocab(), teacher.get_vocab())
     pieces = {i: student.encode(s, add_special_tokens=False) for i, s in missing}
@@ -112,9 +113,9 @@ def extend_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def add_thinking_tokens(student_dir: str | Path, teacher_dir: str | Path, out_dir: str | Path) -> Path:
-    """A copy of the student in `out_dir` that has the teacher's extra tokens at the teacher's ids.
+    """Write a copy of the student to `out_dir` that has the teacher's extra tokens at the teacher's ids.
 
-    Each new embedding and head row is the mean of the rows of the pieces that used to spell the token.
+    Each new row of embedding and head is the mean of the rows of the ids that spelled the token before.
     """
     student, teacher = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     pieces = extend_tokenizer(student, teacher)

@@ -1,8 +1,9 @@
 """The vision tower: transformers' own modules. Its blocks are frozen, outside model, optimiser and checkpoints; the
 patch mergers behind them are frozen with it, or trained as part of the language model's chunks.
 
-A tower gives each image one tensor a level. Level 0 takes the place of the image's tokens in the embedding; level i > 0
-is DeepStack's (Qwen3-VL): added at those places after decoder layer i (counted from 1), from an earlier block.
+A tower gives each image one tensor for each level. Level 0 replaces the embeddings of the image's tokens; level i > 0
+is DeepStack's (Qwen3-VL): added to the hidden states of those tokens after decoder layer i (counted from 1), from an
+earlier block.
 
 I image tokens of one image (its merged patches), D hidden width of the text model, C of the tower, M patches merged.
 """
@@ -30,15 +31,16 @@ VISION_PREFIXES = ("visual.", "model.visual.")
 TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen3_vl": Qwen3VLVisionModel}
 
 Features = Mapping[str, tuple[Tensor, ...]]
-"""Picture key -> of each level features_ID; where mergers are trained, what they read, units_I(MC)."""
+"""Picture key -> features_ID of each level; where mergers are trained, their input, unmerged_I(MC)."""
 
 
 class FrozenVisionTower:
-    """Pictures in, features out, without gradient. Deliberately no nn.Module: nothing can register it.
+    """A checkpoint's vision tower: pictures in, features out, without gradient. Deliberately no nn.Module, so that
+    nothing can register it.
 
-    Identical on every tensor-parallel rank; needed where a chunk of the model takes in a level. Weights are read when
-    the first picture comes. `patches_per_pass`: patches the blocks see at once, at most (an image with more goes
-    alone), None without a limit; `merges`: False where the model's own mergers take over from the blocks.
+    Identical on every tensor-parallel rank; needed where a chunk of the model has vision levels. Weights are read when
+    the first picture comes. patches_per_pass: most patches in one forward pass (an image with more goes alone); None:
+    no limit. merge_patches: False where the model's own mergers follow the frozen blocks.
     """
 
     def __init__(
@@ -49,57 +51,58 @@ class FrozenVisionTower:
         device: torch.device | str = "cpu",
         *,
         patches_per_pass: int | None = None,
-        merges: bool = True,
+        merge_patches: bool = True,
     ):
-        self._path, self._facts, self._kind = Path(checkpoint_dir), arch.vision, arch.model_type
+        self._path, self._arch, self._model_type = Path(checkpoint_dir), arch.vision, arch.model_type
         self._dtype, self._device = dtype, device
-        self._patches_per_pass, self._merges = patches_per_pass, merges
+        self._patches_per_pass, self._merge_patches = patches_per_pass, merge_patches
 
     @cached_property
     def _tower(self) -> PreTrainedModel:
         with no_init_weights():
-            tower = TOWERS[self._kind]._from_config(self._facts.tower, dtype=self._dtype)
+            tower = TOWERS[self._model_type]._from_config(self._arch.tower_config, dtype=self._dtype)
         tower.load_state_dict(_vision_tensors(self._path, set(tower.state_dict())))
-        if not self._merges:
-            for level in range(1 + self._facts.deepstack):
-                tower.set_submodule(_merger_name(level), _Units(self._facts.merge_size**2))
+        if not self._merge_patches:
+            for level in range(1 + self._arch.deepstack_layers):
+                tower.set_submodule(_merger_name(level), _NoMerger(self._arch.merge_size**2))
         return tower.to(self._device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(self, pictures: Iterable[Picture]) -> Features:
-        """Of every picture; equal keys are computed once."""
-        found: dict[str, tuple[Tensor, ...]] = {}
-        for portion in self._portions({picture.key: picture for picture in pictures}.values()):
-            pixels = torch.cat([picture.pixel_values for picture in portion])
-            grids = torch.tensor([picture.grid_thw for picture in portion], device=self._device)
+        """The features of every picture; pictures with equal keys are computed once."""
+        features: dict[str, tuple[Tensor, ...]] = {}
+        for group in self._passes({picture.key: picture for picture in pictures}.values()):
+            pixels = torch.cat([picture.pixel_values for picture in group])
+            grids = torch.tensor([picture.grid_thw for picture in group], device=self._device)
             out = self._tower(pixels.to(self._device, self._dtype), grid_thw=grids)
             levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-            counts = [len(picture.pixel_values) // self._facts.merge_size**2 for picture in portion]
+            counts = [len(picture.pixel_values) // self._arch.merge_size**2 for picture in group]
             parts = zip(*(level.split(counts) for level in levels), strict=True)
-            found |= {picture.key: part for picture, part in zip(portion, parts, strict=True)}
-        return found
+            features |= {picture.key: part for picture, part in zip(group, parts, strict=True)}
+        return features
 
-    def _portions(self, pictures: Collection[Picture]) -> Iterator[list[Picture]]:
-        portion: list[Picture] = []
+    def _passes(self, pictures: Collection[Picture]) -> Iterator[list[Picture]]:
+        """The pictures in groups of at most `patches_per_pass` patches."""
+        group: list[Picture] = []
         for picture in pictures:
-            patches = sum(len(other.pixel_values) for other in portion) + len(picture.pixel_values)
-            if portion and self._patches_per_pass is not None and patches > self._patches_per_pass:
-                yield portion
-                portion = []
-            portion.append(picture)
-        if portion:
-            yield portion
+            patches = sum(len(other.pixel_values) for other in group) + len(picture.pixel_values)
+            if group and self._patches_per_pass is not None and patches > self._patches_per_pass:
+                yield group
+                group = []
+            group.append(picture)
+        if group:
+            yield group
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._tower.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For tests and fingerprints: the tower's tensors without a prefix."""
+        """The tower's tensors, by their names without a prefix."""
         return self._tower.state_dict()
 
 
-class _Units(nn.Module):
-    """In a merger's place: the M patches of each image token side by side, units_I(MC)."""
+class _NoMerger(nn.Module):
+    """Replaces a merger: puts the M patches of each image token side by side, unmerged_I(MC)."""
 
     def __init__(self, merged: int):
         super().__init__()
@@ -112,15 +115,15 @@ class _Units(nn.Module):
 class Mergers(nn.Module):
     """Trained patch mergers of some levels, under their names in a checkpoint; weights uninitialised.
 
-    Every tensor-parallel rank holds them whole. Under sequence parallelism it merges its own share of the tokens only,
-    and the mark `sequence_parallel` makes Megatron add up the shares' gradients.
+    Every tensor-parallel rank holds them undivided. Under sequence parallelism a rank merges its share of the tokens
+    only, and the attribute `sequence_parallel` makes Megatron add up the shares' gradients.
     """
 
     def __init__(self, arch: Architecture, levels: Sequence[int], dtype: torch.dtype, layout: Layout):
         super().__init__()
         self._merged = arch.vision.merge_size**2
         with torch.device("meta"):
-            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower, dtype=dtype)
+            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config, dtype=dtype)
         mergers = {level: tower.get_submodule(_merger_name(level)) for level in levels}
         if 0 in mergers:
             self.merger = mergers.pop(0)
@@ -129,9 +132,9 @@ class Mergers(nn.Module):
         for parameter in self.parameters():
             parameter.sequence_parallel = layout.sp
 
-    def forward(self, level: int, units: Tensor) -> Tensor:
-        """units_I(MC) -> features_ID"""
-        return self.get_submodule(_merger_name(level))(units.view(-1, units.shape[-1] // self._merged))
+    def forward(self, level: int, unmerged: Tensor) -> Tensor:
+        """unmerged_I(MC) -> features_ID"""
+        return self.get_submodule(_merger_name(level))(unmerged.view(-1, unmerged.shape[-1] // self._merged))
 
 
 def _merger_name(level: int) -> str:

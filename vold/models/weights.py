@@ -1,4 +1,4 @@
-"""Exact two-way names and layouts between Hugging Face checkpoints and the Megatron model.
+"""Names and layouts of weights in Hugging Face checkpoints and in the Megatron model, converted exactly both ways.
 
 One Megatron parameter is one or several Hugging Face tensors, joined by a `Rule`. The same table loads and exports.
 """
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import reading, short_name, tensor_files
-from vold.models.language_model import LanguageModel
+from vold.models.language_model import LanguageModel, build_chunks
 from vold.parallel.launch import Layout
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -28,15 +29,15 @@ LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Rule:
-    """How a Megatron parameter is made of Hugging Face tensors.
+    """How a Megatron parameter is put together from Hugging Face tensors.
 
     names  relative to the layer or to the model
-    join   "one": the tensor itself; "qkv": per group its queries, key, value; "gated": gate rows, then up rows
+    join   "single": the tensor itself; "qkv": for each group its queries, key, value; "gated": gate rows, then up rows
     split  the dimension divided over the tp group, or None when replicated
     """
 
     names: tuple[str, ...]
-    join: str = "one"
+    join: str = "single"
     split: int | None = None
 
 
@@ -61,7 +62,7 @@ MODEL_RULES = {
 
 
 def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]]:
-    """Every parameter of this stage with its rule, names completed with the global layer number."""
+    """Every parameter of this chunk with its rule, whose names have the global layer number."""
     for name, parameter in model.named_parameters():
         match = LAYER.fullmatch(name)
         if match is None:  # mergers have their checkpoint names
@@ -80,7 +81,7 @@ def piece_shapes(rule: Rule, shape: torch.Size, arch: Architecture, tp: int) -> 
     full = list(shape)
     if rule.split is not None:
         full[rule.split] *= tp
-    if rule.join == "one":
+    if rule.join == "single":
         return [tuple(full)]
     if rule.join == "gated":
         return [(full[0] // 2, *full[1:])] * 2
@@ -90,7 +91,7 @@ def piece_shapes(rule: Rule, shape: torch.Size, arch: Architecture, tp: int) -> 
 
 def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
     """Hugging Face tensors (a tp share of each) -> the Megatron parameter."""
-    if rule.join == "one":
+    if rule.join == "single":
         return pieces[0]
     if rule.join == "gated":
         return torch.cat(pieces)
@@ -100,7 +101,7 @@ def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
 
 def split_pieces(rule: Rule, parameter: Tensor, arch: Architecture) -> list[Tensor]:
     """The Megatron parameter -> the same share of each Hugging Face tensor; inverse of `join_pieces`."""
-    if rule.join == "one":
+    if rule.join == "single":
         return [parameter]
     if rule.join == "gated":
         return list(parameter.chunk(2))
@@ -112,96 +113,111 @@ def _group_rows(arch: Architecture) -> list[int]:
     return [arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim]
 
 
-def full_tensors(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Short name, full shape, and how many elements of it these chunks hold; a tied head counts with its embedding."""
-    for name, shape, _, _, rule in _pieces(chunks):
+def tensor_shapes(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """For every Hugging Face tensor in these chunks: short name, full shape, number of its elements that they hold. A
+    tied head counts with its embedding."""
+    for name, shape, _, _, rule in _tensor_pieces(chunks):
         parts = 1 if rule.split is None else chunks[0].layout.tp
         yield name, shape, math.prod(shape) // parts
 
 
-def _pieces(
+def _tensor_pieces(
     chunks: Sequence[LanguageModel],
 ) -> Iterator[tuple[str, tuple[int, ...], int, nn.Parameter, Rule]]:
-    """Every Hugging Face tensor in these chunks: short name, full shape, place in its parameter, parameter, rule."""
+    """For every Hugging Face tensor in these chunks: short name, full shape, index among the rule's names, parameter,
+    rule."""
     for chunk in chunks:
         for _name, parameter, rule in named_rules(chunk):
             if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
                 continue
             shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
-            for place, (short, shape) in enumerate(zip(rule.names, shapes, strict=True)):
-                yield short, shape, place, parameter, rule
+            for index, (name, shape) in enumerate(zip(rule.names, shapes, strict=True)):
+                yield name, shape, index, parameter, rule
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
 class CheckpointReader:
-    """Tensors of a checkpoint directory by their short name, whichever spelling the files use."""
+    """Tensors of a checkpoint directory by their short name, whichever spelling the files use. A context manager, which
+    closes the files."""
 
     def __init__(self, checkpoint_dir: str | Path):
         self.dir = Path(checkpoint_dir)
         self._file_of = tensor_files(self.dir)
-        self._name_of = {short_name(name): name for name in self._file_of}
+        self._full_name = {short_name(name): name for name in self._file_of}
         self._open_files = ExitStack()
-        self._handles: dict[str, object] = {}
+        self._handles: dict[str, Any] = {}
 
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *_exception) -> None:
         self._handles.clear()
         self._open_files.close()
 
-    def __contains__(self, short: str) -> bool:
-        return short in self._name_of
+    def __contains__(self, name: str) -> bool:
+        return name in self._full_name
 
-    def slice(self, short: str):
+    def slice(self, name: str):
         """A lazily read safetensors slice. Raises ValueError naming the tensor and the directory when missing."""
-        if short not in self:
-            raise ValueError(f"{self.dir}: tensor {short} is missing: the checkpoint is incomplete or of another model")
-        name = self._name_of[short]
-        file = self._file_of[name]
+        if name not in self:
+            raise ValueError(f"{self.dir}: tensor {name} is missing: the checkpoint is incomplete or of another model")
+        full_name = self._full_name[name]
+        file = self._file_of[full_name]
         if file not in self._handles:
             with reading(self.dir / file):
                 handle = safe_open(self.dir / file, framework="pt", device="cpu")
             self._handles[file] = self._open_files.enter_context(handle)
         with reading(self.dir / file):
-            return self._handles[file].get_slice(name)
+            return self._handles[file].get_slice(full_name)
 
-    def check_shape(self, short: str, shape: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
-        found = tuple(self.slice(short).get_shape())
-        if found != shape:
-            raise ValueError(f"{self.where(short)} has shape {found} but config.json asks for {shape}")
+        stored = tuple(self.slice(name).get_shape())
+        if stored != shape:
+            raise ValueError(f"{self.where(name)} has shape {stored} but config.json asks for {shape}")
 
-    def where(self, short: str) -> str:
-        name = self._name_of[short]
-        return f"{self.dir / self._file_of[name]}: tensor {name}"
+    def where(self, name: str) -> str:
+        """The tensor's file and full name, for an error line."""
+        full_name = self._full_name[name]
+        return f"{self.dir / self._file_of[full_name]}: tensor {full_name}"
+
+
+def load_chunks(
+    checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+) -> list[LanguageModel]:
+    """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights."""
+    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
+    for chunk in chunks:
+        load_pretrained(chunk, checkpoint)
+    return chunks
 
 
 @torch.no_grad()
-def load_pretrained(stage: LanguageModel, checkpoint_dir: str | Path) -> None:
-    """Fill every parameter of this chunk from a Hugging Face checkpoint directory, reading only this tp rank's share.
+def load_pretrained(chunk: LanguageModel, checkpoint_dir: str | Path) -> None:
+    """Fill every parameter of a chunk from a Hugging Face checkpoint directory, reading only this tp rank's share.
 
     Raises ValueError naming the tensor and the file when one is missing or has another shape.
     """
     with CheckpointReader(checkpoint_dir) as reader:
-        for _name, parameter, rule in named_rules(stage):
-            if rule == HEAD_RULE and stage.arch.tied:  # the last of several pipeline stages keeps its own copy
+        for _name, parameter, rule in named_rules(chunk):
+            if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
                 rule = EMBEDDING_RULE
-            shapes = piece_shapes(rule, parameter.shape, stage.arch, stage.layout.tp)
-            pieces = [_read_share(reader, n, s, rule.split, stage) for n, s in zip(rule.names, shapes, strict=True)]
-            parameter.copy_(join_pieces(rule, pieces, stage.arch))
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            names = zip(rule.names, shapes, strict=True)
+            pieces = [_read_share(reader, name, shape, rule.split, chunk.layout) for name, shape in names]
+            parameter.copy_(join_pieces(rule, pieces, chunk.arch))
 
 
-def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, stage: LanguageModel):
+def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, layout: Layout):
     reader.check_shape(name, shape)
-    lazy = reader.slice(name)
-    if split is None or stage.layout.tp == 1:
-        return lazy[:]
-    rows = shape[split] // stage.layout.tp
-    share = slice(stage.layout.tp_rank * rows, (stage.layout.tp_rank + 1) * rows)
-    return lazy[share] if split == 0 else lazy[:, share]
+    stored = reader.slice(name)
+    if split is None or layout.tp == 1:
+        return stored[:]
+    rows = shape[split] // layout.tp
+    share = slice(layout.tp_rank * rows, (layout.tp_rank + 1) * rows)
+    return stored[share] if split == 0 else stored[:, share]
 
 
 # Exporting -----------------------------------------------------------------------------------------------------------
@@ -216,56 +232,64 @@ def export_weights(
     Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
     from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
     sampler that is updated in place goes silently wrong without it. At tp = pp = 1 the tensors are views of the live
-    parameters: use or copy them before the next optimiser step. `value`: what of each parameter is exported, of its
-    shape; its gradient, say.
+    parameters: use or copy them before the next optimiser step. value: the tensor to export for a parameter, of its
+    shape (its gradient, say).
     """
     arch, layout = chunks[0].arch, chunks[0].layout
-    for short, full in _from_all_stages(_own_tensors(chunks, value), layout):
-        yield _long_name(short, arch), full
-        if arch.tied and short == "embed_tokens.weight":
-            yield "lm_head.weight", full
+    for name, tensor in _from_all_stages(_lazy_tensors(chunks, value), layout):
+        yield _long_name(name, arch), tensor
+        if arch.tied and name == "embed_tokens.weight":
+            yield "lm_head.weight", tensor
 
 
-def _long_name(short: str, arch: Architecture) -> str:
-    if short == "lm_head.weight":
-        return short
-    inner = arch.vision is not None and not short.startswith("visual.")
-    return f"model.language_model.{short}" if inner else f"model.{short}"
+def _long_name(name: str, arch: Architecture) -> str:
+    if name == "lm_head.weight":
+        return name
+    in_language_model = arch.vision is not None and not name.startswith("visual.")
+    return f"model.language_model.{name}" if in_language_model else f"model.{name}"
 
 
-def _own_tensors(
-    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]
-) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]]:
-    """Short name, full shape, dtype and the way to the full tensor of everything in this rank's chunks."""
-    for short, shape, place, parameter, rule in _pieces(chunks):
+@dataclass(frozen=True)
+class _LazyTensor:
+    """A tensor that this rank's stage holds; `gather()` brings the full one together over the tp group."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gather: Callable[[], Tensor]
+
+
+def _lazy_tensors(chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]) -> Iterator[_LazyTensor]:
+    for name, shape, index, parameter, rule in _tensor_pieces(chunks):
         tensor = value(parameter)
-        yield short, shape, tensor.dtype, partial(_full_piece, rule, tensor, place, chunks[0])
+        yield _LazyTensor(name, shape, tensor.dtype, partial(_gather_piece, rule, tensor, index, chunks[0]))
 
 
-def _full_piece(rule: Rule, tensor: Tensor, place: int, stage: LanguageModel) -> Tensor:
-    return _gathered(split_pieces(rule, tensor, stage.arch)[place], rule.split, stage)
+def _gather_piece(rule: Rule, parameter: Tensor, index: int, chunk: LanguageModel) -> Tensor:
+    """The full Hugging Face tensor number `index` of a rule, from this tp rank's share of the parameter."""
+    piece = split_pieces(rule, parameter, chunk.arch)[index]
+    if rule.split is None or chunk.layout.tp == 1:
+        return piece
+    shares = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(chunk.layout.tp)]
+    dist.all_gather(shares, piece.contiguous(), group=chunk.layout.tp_group)
+    return torch.cat(shares, dim=rule.split)
 
 
-def _from_all_stages(own: Iterator, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Every stage's tensors on every stage: what they are is agreed once, then they follow one by one."""
+def _from_all_stages(local: Iterator[_LazyTensor], layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every stage's tensors on every stage: names, shapes and dtypes are exchanged once, then the tensors follow one by
+    one."""
     if layout.pp == 1:
-        yield from ((short, full()) for short, _, _, full in own)
+        yield from ((lazy.name, lazy.gather()) for lazy in local)
         return
-    own = list(own)
+    tensors = list(local)
     tables: list = [None] * layout.pp
-    dist.all_gather_object(tables, [entry[:3] for entry in own], group=layout.pp_group)
+    dist.all_gather_object(tables, [(t.name, t.shape, t.dtype) for t in tensors], group=layout.pp_group)
     for stage, table in enumerate(tables):
         source = dist.get_global_rank(layout.pp_group, stage)
-        for place, (short, shape, dtype) in enumerate(table):
-            mine = stage == layout.pp_rank
-            tensor = own[place][3]().contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+        for index, (name, shape, dtype) in enumerate(table):
+            if stage == layout.pp_rank:
+                tensor = tensors[index].gather().contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=layout.device)
             dist.broadcast(tensor, src=source, group=layout.pp_group)
-            yield short, tensor
-
-
-def _gathered(piece: Tensor, split: int | None, stage: LanguageModel) -> Tensor:
-    if split is None or stage.layout.tp == 1:
-        return piece
-    shares = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(stage.layout.tp)]
-    dist.all_gather(shares, piece.contiguous(), group=stage.layout.tp_group)
-    return torch.cat(shares, dim=split)
+            yield name, tensor

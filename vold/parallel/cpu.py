@@ -1,13 +1,12 @@
-"""The CPU platform: what makes megatron-core 0.16 run without a GPU, all of it in this file.
+"""The CPU platform: everything that makes megatron-core 0.16 run without a GPU.
 
 Megatron writes its device as a literal (`device="cuda"`, `.cuda()`, `torch.cuda.current_device()`). On a machine
-without CUDA `install()` answers those with the CPU; with CUDA it does nothing. No Megatron source is replaced, only
-what it asks torch for.
+without CUDA `install()` makes torch use the CPU for those; with CUDA it does nothing. No Megatron source is replaced.
 
-What a run on this platform cannot catch: a tensor left on the wrong device, anything about bfloat16 kernels, NCCL
+A run on this platform cannot catch: a tensor left on the wrong device, anything about bfloat16 kernels, NCCL
 (ordering, time-outs, several communicators), races between communication and compute streams (`overlap_*`), CUDA
 graphs, memory. Random numbers come from the CPU generator, so dropout differs from a GPU run. The mode is per
-thread: code that Megatron runs in other threads or processes (asynchronous checkpoint writers) does not see it.
+thread: it does not apply to code that Megatron runs in other threads or processes (asynchronous checkpoint writers).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def install() -> None:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside, "cuda" means tensors without memory: for a model on the meta device (see launch.pretend)."""
+    """Inside, "cuda" means the meta device, whose tensors have no memory (see launch.fake_layout)."""
     global _device
     _device = torch.device("meta")
     try:
@@ -95,8 +94,8 @@ def on_meta() -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """For long stretches without Megatron: the mode costs every call of torch a few microseconds (about a tenth of a
-    tiny model's rollout). Nothing to pause in another thread than the one that called `install`."""
+    """Leave the CPU platform inside, for long stretches without Megatron: it costs every call of torch a few
+    microseconds (about a tenth of a tiny model's rollout). Does nothing in other threads than that of `install`."""
     if _mode is None or threading.get_ident() != _thread:
         yield
         return

@@ -1,6 +1,6 @@
-"""Where this process runs (rank, world, device) and which groups it belongs to.
+"""The rank, device and process groups of this process.
 
-The only file that creates process groups. Everything else receives a `Layout`.
+Only this file creates process groups. All other code receives a `Layout`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ValueT = TypeVar("ValueT")
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What torchrun said; a world of one without it."""
+    """This process among all, from torchrun's environment variables; a world of one process without them."""
 
     rank: int
     world: int
@@ -39,7 +39,7 @@ class LaunchEnvironment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the world is divided: tensor (tp), pipeline (pp) and data (dp) parallel sizes, ranks and groups.
+    """The division of the world: tensor (tp), pipeline (pp) and data (dp) parallel sizes, this rank's numbers, groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
     distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
@@ -68,11 +68,12 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    def from_last_stage(self, value: ValueT) -> ValueT:
-        """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call."""
+    def from_last_stage(self, value: ValueT | None) -> ValueT:
+        """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call; the others'
+        `value` is ignored."""
+        box: list = [value]
         if self.pp == 1:
-            return value
-        box = [value]
+            return box[0]
         source = dist.get_global_rank(self.pp_group, self.pp - 1)
         dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
         return box[0]
@@ -88,27 +89,27 @@ def initialise(
     distributed_optimizer: bool = False,
     recompute: str = "none",
 ) -> Layout:
-    """Create (or reuse) the process groups, seed every generator and return this rank's place.
+    """Create (or reuse) the process groups, seed every generator and return this rank's layout.
 
     Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
     """
-    facts = LaunchEnvironment.from_environment()
-    _check_sizes(facts.world, tp, pp, vpp, sp)
-    if tp > 1:  # Megatron asks for it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
+    launch = LaunchEnvironment.from_environment()
+    _check_sizes(launch.world, tp, pp, vpp, sp)
+    if tp > 1:  # Megatron requires it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
-    _start_world(facts)
+    _start_world(launch)
     _build_groups(tp, pp, vpp)
     _seed(seed)
-    return _layout(facts.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
+    return _layout(launch.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
 
 def fake_layout(
     rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices
 ) -> Layout:
-    """The place of one rank in a world that does not exist: its groups send nothing. For shapes on the meta device, in
-    a process that sees no GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
+    """The layout of one rank in a world that does not exist, whose groups send nothing: for shapes on the meta device,
+    in a process without a visible GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _check_sizes(world, tp, pp, vpp, sp)
@@ -144,19 +145,19 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(facts: LaunchEnvironment) -> None:
-    if facts.device.type == "cuda":
-        torch.cuda.set_device(facts.device)
+def _start_world(launch: LaunchEnvironment) -> None:
+    if launch.device.type == "cuda":
+        torch.cuda.set_device(launch.device)
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     if dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ and facts.world > 1:
-        raise ValueError(f"WORLD_SIZE={facts.world} but MASTER_ADDR is not set: start with torchrun")
-    backend = "nccl" if facts.device.type == "cuda" else "gloo"
-    where = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
+    if "MASTER_ADDR" not in os.environ and launch.world > 1:
+        raise ValueError(f"WORLD_SIZE={launch.world} but MASTER_ADDR is not set: start with torchrun")
+    backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    address = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
     dist.init_process_group(
-        backend, init_method=where, rank=facts.rank, world_size=facts.world, timeout=datetime.timedelta(minutes=30)
+        backend, init_method=address, rank=launch.rank, world_size=launch.world, timeout=datetime.timedelta(minutes=30)
     )
 
 

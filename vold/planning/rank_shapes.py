@@ -11,7 +11,7 @@ import torch
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
 from vold.models.language_model import build_chunks
-from vold.models.weights import CheckpointReader, full_tensors
+from vold.models.weights import CheckpointReader, tensor_shapes
 from vold.parallel.launch import Layout, fake_layout, shutdown
 
 
@@ -38,7 +38,7 @@ def rank_shards(
         with torch.device("meta"):
             chunks = build_chunks(arch, layout, torch.bfloat16, train_merger=train_merger)
         count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-        shards.append(RankShard(layout, count, {name: (shape, here) for name, shape, here in full_tensors(chunks)}))
+        shards.append(RankShard(layout, count, {name: (shape, here) for name, shape, here in tensor_shapes(chunks)}))
     shutdown()
     return shards
 

@@ -8,10 +8,10 @@ import torch
 
 from vold.data.packing import pack
 from vold.models.tokenizer import load_tokenizer
+from vold.models.weights import load_chunks
 from vold.parallel.launch import initialise, shutdown
 from vold.teacher import Teacher
-from vold.trainer.pipeline import run_pipeline
-from vold.trainer.trainer import load_student
+from vold.trainer.pipeline import HeadOutput, head_output, run_pipeline
 from vold.types import MicroBatch, Prompt, Sample
 from vold_kernels import linear_kl
 
@@ -25,14 +25,14 @@ def self_divergence(checkpoint: Path, dtype_name: str, seed: int) -> tuple[int, 
     try:
         vocab_size = len(load_tokenizer(checkpoint))
         teacher = Teacher(checkpoint, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
-        student = load_student(checkpoint, layout, dtype)
+        student = load_chunks(checkpoint, layout, dtype)
         batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT_TOKENS + RESPONSE_TOKENS)))
 
-        def compare(micro: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def compare(micro: MicroBatch, hidden_TD: torch.Tensor) -> HeadOutput[torch.Tensor]:
             student_rows = (hidden_TD[micro.source_N], student[-1].head_weight())
             teacher_rows = (micro.hidden_teacher_nE, micro.head_teacher_UE)
             terms = linear_kl(*student_rows, *teacher_rows, weight_N=micro.kl_weight_N, vocab_size=vocab_size)
-            return hidden_TD, terms.kl_N
+            return head_output(hidden_TD, terms.kl_N)
 
         with torch.no_grad():
             kl_N = torch.cat(run_pipeline(student, batch.micro_batches, layout, compare, forward_only=True))

@@ -123,7 +123,7 @@ class StepSizes:
         if not self.has_images or arch.vision is None:
             return 0.0
         with torch.device("meta"), no_init_weights():
-            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower)
+            tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config)
         return float(sum(p.numel() for p in tower.parameters()) * self.dtype.itemsize)
 
     @property

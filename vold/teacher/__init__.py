@@ -1,4 +1,4 @@
-"""What the student's tokens are compared with: a teacher's log-probabilities or distributions, or the student's own."""
+"""Teachers of a distillation term: a frozen model in the trainer or in vLLM, or the student's own moving average."""
 
 from vold.teacher.prompts import TeacherPromptEncoder
 from vold.teacher.scorer import NoTeacher, Teacher

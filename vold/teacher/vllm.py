@@ -1,7 +1,7 @@
-"""The teacher as a vLLM engine: log-probabilities of responses that the student has drawn, by vLLM's `prompt_logprobs`.
+"""The teacher in vLLM: log-probabilities of the student's responses, by vLLM's `prompt_logprobs`.
 
-Engines of its own (`vold serve teacher CONFIG`) score while the student's still draw; one inside the process scores
-when it is asked, and nothing else meanwhile.
+Remote engines (`vold serve teacher CONFIG`) score while the student's engines still sample; a colocated one, inside the
+process, scores during the call of `submit`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -21,15 +22,16 @@ from vold.types import Rollout
 
 Scores = list[list[float] | None]
 
-AT_ONCE = 8
-"""Calls of `submit` that wait for engines of their own side by side."""
+MAX_CONCURRENT_CALLS = 8
+"""Calls of `submit` that wait for remote engines at the same time."""
 
 
 class VllmTeacher:
-    """The same numbers as `Teacher`, outside the trainer: over the tokenizer's own ids, at the run's `temperature`.
+    """Computes the log-probabilities of `Teacher` outside the trainer: over the tokenizer's ids, at the run's
+    `temperature`.
 
-    `dtype`: of an engine inside the process; the checkpoint's own when None. Where `settings.urls` names engines, every
-    rank opens a teacher, and all at the same time.
+    dtype: of a colocated engine; None: the checkpoint's. With remote engines (`settings.urls`) every rank opens a
+    teacher, all at the same time.
     """
 
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, temperature: float, dtype: torch.dtype | None = None):
@@ -38,11 +40,11 @@ class VllmTeacher:
         self._pool: ThreadPoolExecutor | None = None
         if settings.urls:
             self._engines = RemoteEngines(checkpoint, settings, temperature=temperature)
-            self._pool = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="teacher")
+            self._pool = ThreadPoolExecutor(max_workers=MAX_CONCURRENT_CALLS, thread_name_prefix="teacher")
         else:
-            dtype = dtype or AutoConfig.from_pretrained(checkpoint, local_files_only=True).dtype
+            config: Any = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             settings = settings_for_scoring(checkpoint, settings)
-            self._engines = ColocatedEngine(checkpoint, settings, dtype=dtype, temperature=temperature)
+            self._engines = ColocatedEngine(checkpoint, settings, dtype=dtype or config.dtype, temperature=temperature)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
         """For each rollout the log-probability (nats) of each of its response ids, or None where scoring failed more
@@ -61,10 +63,11 @@ class VllmTeacher:
         return done
 
     def close(self) -> None:
-        """Drops what has not begun and waits for the rest."""
+        """Cancel calls that have not begun and wait for the others."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
     def _score(self, requests: Sequence[Request]) -> Scores:
         answers = dict(self._engines.stream(requests))
-        return [answers[place].scored if answers[place] else None for place in range(len(requests))]
+        in_order = (answers[index] for index in range(len(requests)))
+        return [answer.scored if answer else None for answer in in_order]

@@ -1,12 +1,13 @@
-"""Sums over tokens that one micro-batch contributes to a step's metrics, added over micro-batches and ranks.
+"""Sums over tokens that each micro-batch adds to a step's metrics, reduced over micro-batches and ranks.
 
-Nothing here touches the host until the step is over.
+They stay on the device until the step is over. N targets of a micro-batch, B of its sequences, M sums (SUM_NAMES).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -17,9 +18,9 @@ from vold.types import MicroBatch
 from vold_kernels import KLLoss, PolicyLoss
 
 ValueT = TypeVar("ValueT")
-SUMS = (
-    "tokens",
-    "read_tokens",
+SUM_NAMES = (
+    "gradient_tokens",  # whose policy-gradient or KL weight is not 0
+    "policy_tokens",  # of these, those whose log-probability was computed
     "loss",
     "pg_loss",
     "kl_loss",
@@ -30,98 +31,131 @@ SUMS = (
     "kl_tokens",
     "kl_teacher",
     "kl_clamped",
-    "rollout_tokens",
+    "rollout_tokens",  # with a log-probability from the sampler
     "mismatch",
-    "kl_rollout",
+    "mismatch_kl",
     "importance",
     "importance_squared",
     "importance_truncated",
 )
 
 
+@dataclass(frozen=True)
+class MicroBatchStats:
+    """One micro-batch's share of a step's metrics.
+
+    sums_M        float64, in the order of SUM_NAMES
+    mismatch_max  largest |logp_rollout - logp|, nats
+    kl_B          float64, each sequence's KL term summed over its tokens: nats^2 of k2, else nats
+    kl_tokens_B   float64, how many tokens of each sequence have a KL term
+    logp_N        log-probability of each target under the current weights, nats
+    """
+
+    sums_M: Tensor
+    mismatch_max: Tensor
+    kl_B: Tensor
+    kl_tokens_B: Tensor
+    logp_N: Tensor
+
+
 @torch.no_grad()
 def micro_batch_stats(
-    out: PolicyLoss,
-    batch: MicroBatch,
+    policy: PolicyLoss,
+    micro: MicroBatch,
     *,
-    importance_cap: float | None = None,
+    divergence: KLLoss | None = None,
     kl_clamp: float = math.inf,
-    full: KLLoss | None = None,
-) -> dict[str, Tensor]:
-    """sums: [len(SUMS)] float64; mismatch_max: largest |logp_rollout - logp|; kl_B, kl_count_B: per sequence; logp_N.
-    The importance weights are those of the loss, none without a cap.
+    importance_cap: float | None = None,
+) -> MicroBatchStats:
+    """Sums of one micro-batch, from what the loss functions returned.
 
-    full: the divergence of whole distributions, where that is the distillation term. Log-probs are then known only
-    where there is a policy gradient."""
-    logp_N = out.logp_N.double()
-    live_N = ((batch.pg_weight_N != 0) | (batch.kl_weight_N != 0)).double()
-    read_N = live_N if full is None else (batch.pg_weight_N != 0).double()
-    scored_N = (batch.kl_weight_N != 0).double()
-    pull_N = torch.zeros_like(logp_N)
-    if batch.logp_teacher_N is not None:
-        pull_N = torch.where(scored_N > 0, logp_N - batch.logp_teacher_N, 0.0)
-    kl_N = 0.5 * pull_N.square()
-    if full is not None:
-        kl_N[batch.kl_weight_N != 0] = full.kl_N.double()
-    gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(live_N)
-    if batch.logp_rollout_N is not None:
-        sampled_from_N = logp_N if batch.logp_old_N is None else batch.logp_old_N  # the weights that the sampler had
-        gap_N, compared_N = torch.where(read_N > 0, batch.logp_rollout_N - sampled_from_N, 0.0), read_N
-    ratio_N = torch.zeros_like(gap_N) if importance_cap is None else (-gap_N).exp() * compared_N
-    weight_N = ratio_N.clamp(max=importance_cap or math.inf)
-    values = {
-        "tokens": live_N.sum(),
-        "read_tokens": read_N.sum(),
-        "loss": out.loss if full is None else out.loss + full.loss,
-        "pg_loss": out.pg_loss,
-        "kl_loss": out.kl_loss if full is None else full.loss,
-        "nll": -(logp_N * read_N).sum(),
-        "entropy": (out.entropy_N * read_N).sum(),
-        "clip_fraction_low": out.clip_count_low,
-        "clip_fraction_high": out.clip_count_high,
+    divergence: the full-vocabulary divergence, where that is the distillation term; log-probabilities are then known
+    only where there is a policy gradient. kl_clamp, importance_cap: as the loss had them.
+    """
+    logp_N = policy.logp_N.double()
+    gradient_N = ((micro.pg_weight_N != 0) | (micro.kl_weight_N != 0)).double()
+    policy_N = gradient_N if divergence is None else (micro.pg_weight_N != 0).double()
+    scored_N = (micro.kl_weight_N != 0).double()
+    log_ratio_teacher_N = torch.zeros_like(logp_N)
+    if micro.logp_teacher_N is not None:
+        log_ratio_teacher_N = torch.where(scored_N > 0, logp_N - micro.logp_teacher_N, 0.0)
+    kl_N = 0.5 * log_ratio_teacher_N.square()
+    if divergence is not None:
+        kl_N[micro.kl_weight_N != 0] = divergence.kl_N.double()
+    mismatch, mismatch_max = _mismatch_sums(logp_N, micro, policy_N, importance_cap)
+    sums = {
+        "gradient_tokens": gradient_N.sum(),
+        "policy_tokens": policy_N.sum(),
+        "loss": policy.loss if divergence is None else policy.loss + divergence.loss,
+        "pg_loss": policy.pg_loss,
+        "kl_loss": policy.kl_loss if divergence is None else divergence.loss,
+        "nll": -(logp_N * policy_N).sum(),
+        "entropy": (policy.entropy_N * policy_N).sum(),
+        "clip_fraction_low": policy.clip_count_low,
+        "clip_fraction_high": policy.clip_count_high,
         "kl_tokens": scored_N.sum(),
         "kl_teacher": kl_N.sum(),
-        "kl_clamped": (pull_N.abs() > kl_clamp).sum(),
+        "kl_clamped": (log_ratio_teacher_N.abs() > kl_clamp).sum(),
+        **mismatch,
+    }
+    zeros_B = torch.zeros(len(micro.sample_B), dtype=torch.float64, device=logp_N.device)
+    return MicroBatchStats(
+        sums_M=torch.stack([sums[name].double() for name in SUM_NAMES]),
+        mismatch_max=mismatch_max,
+        kl_B=zeros_B.index_add(0, micro.sequence_N, kl_N),
+        kl_tokens_B=zeros_B.index_add(0, micro.sequence_N, scored_N),
+        logp_N=policy.logp_N,
+    )
+
+
+def _mismatch_sums(
+    logp_N: Tensor, micro: MicroBatch, policy_N: Tensor, importance_cap: float | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over how far sampler and trainer are apart on the sampled tokens, and the largest gap in nats.
+
+    importance: min(pi / pi_rollout, importance_cap), the weights of the loss; 0 without a cap.
+    """
+    gap_N, compared_N = torch.zeros_like(logp_N), torch.zeros_like(policy_N)
+    if micro.logp_rollout_N is not None:
+        # logp_old: with the weights before the step's first update, which are those that the sampler had
+        logp_sampled_N = logp_N if micro.logp_old_N is None else micro.logp_old_N
+        gap_N, compared_N = torch.where(policy_N > 0, micro.logp_rollout_N - logp_sampled_N, 0.0), policy_N
+    ratio_N = torch.zeros_like(gap_N) if importance_cap is None else (-gap_N).exp() * compared_N
+    truncated_N = ratio_N.clamp(max=importance_cap or math.inf)
+    sums = {
         "rollout_tokens": compared_N.sum(),
         "mismatch": gap_N.abs().sum(),
-        "kl_rollout": gap_N.sum(),
-        "importance": weight_N.sum(),
-        "importance_squared": weight_N.square().sum(),
-        "importance_truncated": (weight_N < ratio_N).sum(),
+        "mismatch_kl": gap_N.sum(),
+        "importance": truncated_N.sum(),
+        "importance_squared": truncated_N.square().sum(),
+        "importance_truncated": (truncated_N < ratio_N).sum(),
     }
-    sequences = torch.zeros(len(batch.sample_B), dtype=torch.float64, device=logp_N.device)
-    return {
-        "sums": torch.stack([values[name].double() for name in SUMS]),
-        "mismatch_max": gap_N.abs().amax() if gap_N.numel() else gap_N.new_zeros(()),
-        "kl_B": sequences.index_add(0, batch.sequence_N, kl_N),
-        "kl_count_B": sequences.index_add(0, batch.sequence_N, scored_N),
-        "logp_N": out.logp_N,
-    }
+    return sums, gap_N.abs().amax() if gap_N.numel() else gap_N.new_zeros(())
 
 
 def reduce_stats(
-    tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup, *, train_tflop: float
+    stats: Sequence[MicroBatchStats], group: dist.ProcessGroup | None, *, train_tflop: float
 ) -> dict[str, float]:
-    """Means per token (nats) over all ranks of `group`; counts and work stay sums."""
-    sums = torch.stack([t["sums"] for t in tallies]).sum(0)
+    """Metrics of the updates behind `stats`, over all ranks of `group`: means per token (nats); counts, losses and
+    `train_tflop` (this rank's useful work) are sums."""
+    sums = torch.stack([s.sums_M for s in stats]).sum(0)
     sums = torch.cat([sums, sums.new_tensor([train_tflop])])
-    largest = torch.stack([t["mismatch_max"] for t in tallies]).amax(0)
+    mismatch_max = torch.stack([s.mismatch_max for s in stats]).amax(0)
     dist.all_reduce(sums, group=group)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    total = dict(zip((*SUMS, "train_tflop"), sums.tolist(), strict=True))
-    metrics = {key: total[key] for key in ("loss", "pg_loss", "kl_loss", "train_tflop")}
-    metrics["gradient_tokens"] = total["tokens"]
-    if total["read_tokens"]:  # none where whole distributions are compared and nothing else is learnt from
+    dist.all_reduce(mismatch_max, op=dist.ReduceOp.MAX, group=group)
+    total = dict(zip((*SUM_NAMES, "train_tflop"), sums.tolist(), strict=True))
+    metrics = {key: total[key] for key in ("loss", "pg_loss", "kl_loss", "train_tflop", "gradient_tokens")}
+    if total["policy_tokens"]:  # none where a full-vocabulary divergence is the only term
         for key in ("nll", "entropy", "clip_fraction_low", "clip_fraction_high"):
-            metrics[key] = total[key] / total["read_tokens"]
+            metrics[key] = total[key] / total["policy_tokens"]
     if total["kl_tokens"]:
         metrics["kl_teacher"] = total["kl_teacher"] / total["kl_tokens"]
         metrics["kl_clamped"] = total["kl_clamped"] / total["kl_tokens"]
         metrics["kl_tokens"] = total["kl_tokens"]
     if total["rollout_tokens"]:
         metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]
-        metrics["mismatch_max"] = float(largest)
-        metrics["mismatch_kl"] = total["kl_rollout"] / total["rollout_tokens"]
+        metrics["mismatch_max"] = float(mismatch_max)
+        metrics["mismatch_kl"] = total["mismatch_kl"] / total["rollout_tokens"]
     if total["importance"]:  # Kish's effective sample size, as a share of the tokens
         metrics["importance_truncated"] = total["importance_truncated"] / total["rollout_tokens"]
         metrics["effective_sample_size"] = total["importance"] ** 2 / (
@@ -131,38 +165,38 @@ def reduce_stats(
 
 
 def mean_kl(
-    batches: Sequence[MicroBatch], tallies: Sequence[dict[str, Tensor]], group: dist.ProcessGroup
+    micro_batches: Sequence[MicroBatch], stats: Sequence[MicroBatchStats], group: dist.ProcessGroup
 ) -> dict[int, float]:
-    """Sample place -> mean 1/2 (logp - logp_teacher)^2 over its tokens, for the samples of all ranks of `group` that
-    had a KL term."""
+    """Sample index -> mean KL term over its tokens (k2: 1/2 (logp - logp_teacher)^2), for the samples of all ranks of
+    `group` that had one."""
     means: dict[int, float] = {}
-    for batch, t in zip(batches, tallies, strict=True):
-        for place, total, count in zip(batch.sample_B, t["kl_B"].tolist(), t["kl_count_B"].tolist(), strict=True):
+    for micro, s in zip(micro_batches, stats, strict=True):
+        for sample, total, count in zip(micro.sample_B, s.kl_B.tolist(), s.kl_tokens_B.tolist(), strict=True):
             if count:
-                means[place] = total / count
-    return _of_all_ranks(means, group)
+                means[sample] = total / count
+    return _merge_ranks(means, group)
 
 
 def token_logps(
-    batches: Sequence[MicroBatch],
-    tallies: Sequence[dict[str, Tensor]],
-    shown: Container[int],
+    micro_batches: Sequence[MicroBatch],
+    stats: Sequence[MicroBatchStats],
+    sample_ids: Container[int],
     group: dist.ProcessGroup,
 ) -> dict[int, dict[str, list[float]]]:
-    """Sample place -> `logp` and, with a KL term, `logp_teacher` of its tokens, for the samples of all ranks of `group`
-    that are among `shown`."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for batch, t in zip(batches, tallies, strict=True):
-        for sequence, place in enumerate(batch.sample_B):
-            if place in shown:
-                mine_N = batch.sequence_N == sequence
-                found[place] = {"logp": t["logp_N"][mine_N].tolist()}
-                if batch.logp_teacher_N is not None and bool(batch.kl_weight_N[mine_N].any()):
-                    found[place]["logp_teacher"] = batch.logp_teacher_N[mine_N].tolist()
-    return _of_all_ranks(found, group)
+    """Sample index -> `logp` and, with a KL term, `logp_teacher` of its tokens (nats), for the samples of all ranks of
+    `group` that are among `sample_ids`."""
+    logps: dict[int, dict[str, list[float]]] = {}
+    for micro, s in zip(micro_batches, stats, strict=True):
+        for sequence, sample in enumerate(micro.sample_B):
+            if sample in sample_ids:
+                rows_N = micro.sequence_N == sequence
+                logps[sample] = {"logp": s.logp_N[rows_N].tolist()}
+                if micro.logp_teacher_N is not None and bool(micro.kl_weight_N[rows_N].any()):
+                    logps[sample]["logp_teacher"] = micro.logp_teacher_N[rows_N].tolist()
+    return _merge_ranks(logps, group)
 
 
-def _of_all_ranks(mine: dict[int, ValueT], group: dist.ProcessGroup) -> dict[int, ValueT]:
+def _merge_ranks(by_sample: dict[int, ValueT], group: dist.ProcessGroup) -> dict[int, ValueT]:
     shares: list[dict[int, ValueT]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(shares, mine, group=group)
-    return {place: value for share in shares for place, value in share.items()}
+    dist.all_gather_object(shares, by_sample, group=group)
+    return {sample: value for share in shares for sample, value in share.items()}

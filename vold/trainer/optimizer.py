@@ -1,4 +1,4 @@
-"""Megatron's optimizer and schedule from one config. AdamW; norms and biases are not decayed."""
+"""Megatron's optimizer and schedule from the config's optimizer section: AdamW; norms and biases are not decayed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16. Its state is divided
-    over the data-parallel ranks where their wrapper divides the gradients."""
+    over the data-parallel ranks where their wrappers divide the gradients."""
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -41,7 +41,7 @@ def build_optimizer(
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
     """Linear warm-up then cosine or constant. Advanced *before* each update: update 1 has lr/warmup_steps, and the
-    decay would reach its floor one update after the last, so no update is spent at rate 0."""
+    decay would reach its minimum one update after the last, so that no update has rate 0."""
     if config.warmup_steps > steps:
         raise ValueError(f"optimizer.warmup_steps = {config.warmup_steps} exceeds steps = {steps}; lower it")
     return OptimizerParamScheduler(
@@ -68,12 +68,13 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
 
 def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice:
-    """Which elements of the flattened parameter this rank keeps state for: all, or its data-parallel share."""
-    if not is_distributed(optimizer):
+    """The elements of the flattened parameter whose state this rank keeps: all, or its data-parallel share."""
+    inner = _inner(optimizer)
+    if not isinstance(inner, DistributedOptimizer):
         return slice(0, parameter.numel())
     if _main(optimizer, parameter) is None:
         return slice(0, 0)
-    share = _inner(optimizer)._get_model_param_range_map(parameter)["param"]
+    share = inner._get_model_param_range_map(parameter)["param"]
     return slice(share.start, share.end)
 
 
@@ -83,7 +84,7 @@ def state_fields(parameter: torch.nn.Parameter) -> tuple[str, ...]:
 
 
 def optimizer_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """field -> the elements of `owned_range`, flat, fp32, live. Zeros stand for moments before the first update."""
+    """Field -> the elements of `owned_range`, flat, fp32, not copied. Moments are zeros before the first update."""
     main = _main(optimizer, parameter)
     if main is None:
         return {field: torch.empty(0, device=parameter.device) for field in state_fields(parameter)}
@@ -95,7 +96,7 @@ def optimizer_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter)
 def load_optimizer_state(
     optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, values: dict[str, torch.Tensor], updates: int
 ) -> None:
-    """The inverse: `values` holds the elements of `owned_range`; `updates` Adam has made so far."""
+    """Set what `optimizer_state` returned. `values`: the elements of `owned_range`; `updates`: Adam's step count."""
     main = _main(optimizer, parameter)
     if main is None:
         return
@@ -108,12 +109,12 @@ def load_optimizer_state(
 
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
-    """Adam's own step count (skipped updates do not count), as this rank knows it."""
+    """Adam's own step count on this rank; skipped updates do not count."""
     return int(max((state["step"] for state in _inner(optimizer).optimizer.state.values()), default=0))
 
 
 def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
-    """Megatron chains optimizers even when there is one."""
+    """The only optimizer in Megatron's chain."""
     inner = getattr(optimizer, "chained_optimizers", [optimizer])
     if len(inner) != 1:
         raise ValueError(f"expected one optimizer for a dense model, Megatron built {len(inner)}")
@@ -121,10 +122,13 @@ def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 
 
 def _main(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """The tensor Adam updates: the fp32 master of a bfloat16 parameter, the parameter itself in fp32; with the
-    distributed optimizer this rank's flat share of either, None where it has none."""
+    """The tensor that Adam updates: the fp32 master of a bfloat16 parameter, or an fp32 parameter itself; with the
+    distributed optimizer this rank's flat share of it, None where it has none."""
     inner = _inner(optimizer)
     if not isinstance(inner, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter)
-    place = inner.model_param_group_index_map.get(parameter)
-    return None if place is None else inner.optimizer.param_groups[place[0]]["params"][place[1]]
+    position = inner.model_param_group_index_map.get(parameter)
+    if position is None:
+        return None
+    group, index = position
+    return inner.optimizer.param_groups[group]["params"][index]

@@ -17,15 +17,25 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from vold.data.packing import filler
-from vold.models.language_model import hidden_states
-from vold.models.vision import FrozenVisionTower
+from vold.models.language_model import hidden_states, unwrap
+from vold.models.vision import Features, FrozenVisionTower
 from vold.parallel.launch import Layout
-from vold.trainer.device import micro_batch_to
 from vold.types import MicroBatch
 
 ResultT = TypeVar("ResultT")
-Head = Callable[[MicroBatch, Tensor], tuple[Tensor, ResultT]]
-"""(micro-batch, hidden_TD) -> (loss, or any tensor when only forward runs; result). Called on the last stage alone."""
+HeadOutput = tuple[Tensor, Tensor, ResultT]
+Head = Callable[[MicroBatch, Tensor], HeadOutput[ResultT]]
+"""(micro-batch, hidden_TD) -> `head_output` of the loss and a result. Called on the last stage alone."""
+
+
+def head_output(loss: Tensor, result: ResultT) -> HeadOutput[ResultT]:
+    """A head's return value in the form of Megatron's schedules: (loss, number of tokens, result). Without backward,
+    `loss` is any tensor.
+
+    Megatron divides gradients by the number of tokens; ours is inside the weights, and 0 means "do not divide".
+    (calculate_per_token_loss=True keeps it from dividing by the micro-batch count and makes data parallelism sum.)
+    """
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
 
 
 def run_pipeline(
@@ -34,34 +44,54 @@ def run_pipeline(
     layout: Layout,
     head: Head[ResultT],
     *,
-    forward_only: bool = False,
     vision: FrozenVisionTower | None = None,
-    timed: Callable[[], AbstractContextManager] = nullcontext,
+    forward_only: bool = False,
+    timer: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[ResultT]:
-    """`head`'s result of each micro-batch, in order; an empty list off the last stage.
+    """Run forward, and backward unless `forward_only`, and return `head`'s result of each micro-batch, in order; an
+    empty list off the last stage. Gradients are reduced over all groups when it returns.
 
-    All ranks of one model copy pass the same micro-batches. `vision` is needed where they hold pictures and a chunk
-    takes in what is seen: each is looked at once, before the first micro-batch. `timed` is entered around every
-    forward pass. Without `forward_only`, gradients are reduced over all groups when it returns.
+    All ranks of one model copy pass the same micro-batches. vision: needed where they hold pictures and a chunk takes
+    in image features; each picture is encoded once, before the first micro-batch. timer: entered around every forward
+    pass up to the head.
     """
     if not micro_batches:
         return []
     features = None
     if vision is not None:
-        with timed():
+        with timer():
             features = vision.features(picture for micro in micro_batches for picture in micro.tokens.pictures)
-    fed = [*micro_batches, *_fillers(len(micro_batches), layout)]
+    padded = [*micro_batches, *_fillers(len(micro_batches), layout)]
     results = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, head, features, timed),
-        data_iterator=[iter(fed) for _ in chunks],
+        forward_step_func=partial(_forward_step, head, features, timer),
+        data_iterator=[iter(padded) for _ in chunks],
         model=list(chunks),
-        num_microbatches=len(fed),
-        **_neighbours(chunks[0], layout),
+        num_microbatches=len(padded),
+        **_communication(chunks[0], layout),
         seq_length=1,  # unused: every micro-batch has its own length
         micro_batch_size=1,
         forward_only=forward_only,
     )
     return results[: len(micro_batches)]
+
+
+def _forward_step(
+    head: Head[ResultT],
+    features: Features | None,
+    timer: Callable[[], AbstractContextManager],
+    micro_batches: Iterator[MicroBatch],
+    chunk: nn.Module,
+) -> tuple[Tensor, Callable[[Tensor], HeadOutput[ResultT]]]:
+    micro = next(micro_batches)
+    with timer():
+        return hidden_states(chunk, micro.tokens, features), partial(head, micro)
+
+
+def _fillers(count: int, layout: Layout) -> list[MicroBatch]:
+    """Micro-batches of one token without a target, which cost next to nothing: the interleaved schedule takes a
+    multiple of pp."""
+    missing = -count % layout.pp if layout.vpp else 0
+    return [filler().to(layout.device)] * missing
 
 
 class _OneDirectionAtATime(P2PCommunicator):
@@ -70,39 +100,20 @@ class _OneDirectionAtATime(P2PCommunicator):
     it has sent the activation that the gradient depends on (4 stages, 4 micro-batches: a deadlock). And with two
     stages, the next rank being the previous one too, activation and gradient swap places."""
 
-    def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **rest):
+    def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **options):
+        communicate: Callable[..., tuple] = super()._communicate  # annotated there with two results; it returns three
         towards_next = dict(tensor_send_next=tensor_send_next, recv_prev=recv_prev)
         towards_prev = dict(tensor_send_prev=tensor_send_prev, recv_next=recv_next)
         nothing = dict(tensor_send_next=None, tensor_send_prev=None, recv_prev=False, recv_next=False)
-        received_prev, _, _ = super()._communicate(**nothing | towards_next, **rest)
-        _, received_next, _ = super()._communicate(**nothing | towards_prev, **rest)
+        received_prev, _, _ = communicate(**nothing | towards_next, **options)
+        _, received_next, _ = communicate(**nothing | towards_prev, **options)
         return received_prev, received_next, None
 
 
-def _neighbours(chunk: nn.Module, layout: Layout) -> dict:
-    """What replaces Megatron's own communication between stages, where that is needed."""
+def _communication(chunk: nn.Module, layout: Layout) -> dict:
+    """Replacements for Megatron's own communication between stages, where they are needed."""
     if layout.vpp is None:
         return {}
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return {"p2p_communicator": _OneDirectionAtATime(layout.pp_group, chunk.config), "pg_collection": groups}
-
-
-def _fillers(count: int, layout: Layout) -> list[MicroBatch]:
-    """The interleaved schedule takes a multiple of pp micro-batches; one token without a target costs next to none."""
-    missing = -count % layout.pp if layout.vpp else 0
-    return [micro_batch_to(filler(), layout.device)] * missing
-
-
-def _forward_step(head: Head, features, timed, batches: Iterator[MicroBatch], chunk: nn.Module):
-    batch = next(batches)
-    with timed():
-        return hidden_states(chunk, batch.tokens, features), partial(_head_step, head, timed, batch)
-
-
-def _head_step(head: Head, timed, batch: MicroBatch, hidden_TD: Tensor):
-    """Megatron divides gradients by the token count that a loss returns; ours is inside the weights. Returning 0
-    tokens is its "do not divide". (calculate_per_token_loss=True keeps it from dividing by the micro-batch count and
-    makes data parallelism sum, not average.)"""
-    with timed():
-        loss, result = head(batch, hidden_TD)
-    return loss, torch.zeros((), dtype=torch.int, device=hidden_TD.device), result
+    communicator = _OneDirectionAtATime(layout.pp_group, unwrap(chunk).config)
+    return {"p2p_communicator": communicator, "pg_collection": groups}

@@ -1,14 +1,14 @@
 """A training state as named global tensors, independent of the layout it lives on.
 
-A tensor is `field/name`: `model/layers.3.mlp.up_proj.weight`, `exp_avg/...`, `exp_avg_sq/...`, `main/...`, where name
-is transformers' (the table of vold.models.weights). A rank holds an interval of one dimension of it (tensor parallel)
-or all of it, so saving is writing one's intervals with their offsets, and loading at another tp, pp or dp is reading
-other intervals. One tensor at a time is whole on one rank, never the model.
+A tensor is called `field/name`: `model/layers.3.mlp.up_proj.weight`, `exp_avg/...`, `exp_avg_sq/...`, `main/...`,
+`average/...`, with transformers' names (the table of vold.models.weights). A rank holds an interval of one dimension of
+it (tensor parallel) or all of it: it saves its intervals with their offsets, and at another tp, pp or dp it loads other
+intervals. A rank holds one full tensor at a time, never the full model.
 
-The files are safetensors with the offsets in the header, as torch.distributed.checkpoint's HuggingFaceStorageWriter
-writes them, and its reader reads them. Why not its writer and reader themselves: the writer builds a file's bytes in
-memory before writing (twice the state), and the reader fills all of a rank's tensors at once, in full, where the
-distributed optimizer needs a slice of each.
+The files are safetensors with the offsets in the header, in the format of torch.distributed.checkpoint's
+HuggingFaceStorageWriter, so that its reader reads them. Its writer would build a file's bytes in memory before writing
+(twice the state), and its reader fills all of a rank's tensors at once, in full, where the distributed optimizer needs
+a slice of each.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ OFFSETS = "DCP_SHARDING_INFO"
 
 @dataclass(frozen=True)
 class Piece:
-    """An interval of a global tensor: `tensor` begins at `offset` of dimension `dim`."""
+    """An interval of a global tensor, which begins at `offset` of dimension `dim`."""
 
     tensor: Tensor
     dim: int = 0
@@ -58,15 +59,15 @@ def snapshot(
     chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, average: WeightAverage | None = None
 ) -> dict[str, Piece]:
     """The pieces this rank writes, copied to the CPU. All ranks call it: a distributed optimizer's shares of a tensor
-    are brought together on one data-parallel rank, each rank in turn, so replicas share the work of writing."""
+    are gathered on one data-parallel rank, each rank in turn, so that replicas share the work of writing."""
     layout = chunks[0].layout
     pieces: dict[str, Piece] = {}
-    averaged = [average.exact[parameter] for _, parameter, _ in _parameters(average.chunks)] if average else None
+    averaged = [average.fp32[parameter] for _, parameter, _ in _parameters(average.chunks)] if average else None
     for number, (chunk, parameter, rule) in enumerate(_parameters(chunks)):
         writer = number % layout.dp
         values = {"model": parameter.detach()} | {
-            field: _gather(optimizer, parameter, part, writer, layout.dp_group)
-            for field, part in optimizer_state(optimizer, parameter).items()
+            field: _gather(optimizer, parameter, share, writer, layout.dp_group)
+            for field, share in optimizer_state(optimizer, parameter).items()
         }
         values |= {"average": averaged[number]} if averaged else {}
         if layout.dp_rank == writer and _is_first_copy(chunk, rule):
@@ -76,7 +77,8 @@ def snapshot(
 
 
 def write_pieces(file: Path, pieces: dict[str, Piece]) -> None:
-    """One safetensors file with every piece's offset in its header. Raises OSError, with the file's name, when full."""
+    """Write one safetensors file with every piece's offset in its header. Raises OSError, with the file's name, when
+    the disk is full."""
     offsets = {}
     for name, piece in pieces.items():
         offset = [0] * piece.tensor.dim()
@@ -89,15 +91,15 @@ def write_pieces(file: Path, pieces: dict[str, Piece]) -> None:
         raise OSError(f"{file}: {error}") from None
 
 
-def _gather(optimizer: MegatronOptimizer, parameter: nn.Parameter, part: Tensor, to: int, group) -> Tensor:
-    """The whole flat state tensor on data-parallel rank `to`; meaningless on the others."""
+def _gather(optimizer: MegatronOptimizer, parameter: nn.Parameter, share: Tensor, dp_rank: int, group) -> Tensor:
+    """The full flat state tensor on data-parallel rank `dp_rank`; meaningless on the others."""
     if not is_distributed(optimizer):
-        return part
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    whole[owned_range(optimizer, parameter)] = part
-    # Shares do not overlap, so a sum of the bit patterns puts them side by side exactly.
-    dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, to), group=group)
-    return whole
+        return share
+    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    full[owned_range(optimizer, parameter)] = share
+    # Shares do not overlap, so a sum of the bit patterns joins them exactly.
+    dist.reduce(full.view(torch.int32), dist.get_global_rank(group, dp_rank), group=group)
+    return full
 
 
 def _pieces(field: str, value: Tensor, rule: Rule, chunk: LanguageModel) -> dict[str, Piece]:
@@ -125,11 +127,12 @@ def _parameters(chunks: Iterable[LanguageModel]) -> Iterator[tuple[LanguageModel
 
 
 class PieceReader:
-    """Intervals of global tensors, put together from whatever pieces the files hold. Lazy: only headers are read."""
+    """Reads intervals of global tensors, joined from the pieces that the files hold. Opening it reads only headers. A
+    context manager, which closes the files."""
 
     def __init__(self, files: Iterable[Path]):
         self._stack = ExitStack()
-        self._pieces: dict[str, list[tuple[list[int], object]]] = {}
+        self._pieces: dict[str, list[tuple[list[int], Any]]] = {}
         for file in files:
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
@@ -137,8 +140,8 @@ class PieceReader:
                 raise ValueError(f"{file} cannot be read: {error}") from None
             offsets = json.loads((handle.metadata() or {}).get(OFFSETS, "{}"))
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                found = (offsets[name]["saved_offsets"], handle.get_slice(name))
-                self._pieces.setdefault(name, []).append(found)
+                piece = (offsets[name]["saved_offsets"], handle.get_slice(name))
+                self._pieces.setdefault(name, []).append(piece)
 
     def __enter__(self) -> PieceReader:
         return self
@@ -151,16 +154,16 @@ class PieceReader:
         return name in self._pieces
 
     def read(self, name: str, shape: Sequence[int], dim: int = 0, offset: int = 0) -> Tensor:
-        """The block of `shape` that begins at `offset` of dimension `dim`. Raises ValueError when it is not there."""
-        found, position, end = [], offset, offset + shape[dim]
+        """The block of `shape` that begins at `offset` of dimension `dim`. Raises ValueError when the files lack it."""
+        parts, position, end = [], offset, offset + shape[dim]
         for offsets, lazy in sorted(self._pieces.get(name, ()), key=lambda piece: piece[0][dim]):
             size = lazy.get_shape()
             start, stop = offsets[dim], offsets[dim] + size[dim]
             if start <= position < min(stop, end):
-                part = slice(position - start, min(stop, end) - start)
-                found.append(lazy[part] if dim == 0 else lazy[:, part])
+                interval = slice(position - start, min(stop, end) - start)
+                parts.append(lazy[interval] if dim == 0 else lazy[:, interval])
                 position = min(stop, end)
-        block = torch.cat(found, dim) if found else torch.empty(0)
+        block = torch.cat(parts, dim) if parts else torch.empty(0)
         if block.shape != torch.Size(shape):
             raise ValueError(
                 f"the checkpoint has no {name} of shape {tuple(shape)} at {offset} of dimension {dim}: it is of "
@@ -169,13 +172,13 @@ class PieceReader:
         return block
 
     def size(self, name: str, dim: int) -> int:
-        """The global tensor's extent."""
+        """The global tensor's size in one dimension; 0 where the files lack it."""
         return max((o[dim] + lazy.get_shape()[dim] for o, lazy in self._pieces.get(name, ())), default=0)
 
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[LanguageModel], reader: PieceReader) -> None:
-    """Fill this rank's parameters, whatever layout they were saved from."""
+    """Fill this rank's parameters, from a checkpoint of any layout."""
     for chunk, parameter, rule in _parameters(chunks):
         parameter.copy_(_read(reader, "model", parameter, rule, chunk))
 
@@ -183,7 +186,7 @@ def load_weights(chunks: Sequence[LanguageModel], reader: PieceReader) -> None:
 def load_average(average: WeightAverage, reader: PieceReader) -> None:
     """Fill this rank's part of the student's average."""
     for chunk, parameter, rule in _parameters(average.chunks):
-        average.put(parameter, _read(reader, "average", parameter, rule, chunk))
+        average.set(parameter, _read(reader, "average", parameter, rule, chunk))
 
 
 @torch.no_grad()
@@ -202,7 +205,8 @@ def load_optimizer(
 
 
 def _read(reader: PieceReader, field: str, parameter: nn.Parameter, rule: Rule, chunk: LanguageModel) -> Tensor:
-    """This rank's [parameter.shape] of one field. A global tensor of another size is another model's: refused."""
+    """This rank's share of one field, of the parameter's shape. Raises ValueError where the global tensor has another
+    size, which is another model's."""
     if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
         rule = EMBEDDING_RULE
     dim, pieces = rule.split or 0, []
@@ -222,19 +226,25 @@ def _read(reader: PieceReader, field: str, parameter: nn.Parameter, rule: Rule, 
 
 
 def random_state() -> dict[str, Piece]:
-    """This rank's generators. Nothing in a step draws from them today (no dropout; rollouts and data order are seeded
-    by step), so they are restored at the same layout only."""
-    states = {"torch": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
+    """The states of this rank's generators. No step draws from them today (no dropout; rollouts and data order are
+    seeded by step), so they are restored at the same layout only."""
+    states = {"torch": torch.get_rng_state(), **_megatron_generators().get_states()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"random/{dist.get_rank()}/{name}": Piece(state.clone()) for name, state in states.items()}
 
 
 def load_random_state(reader: PieceReader) -> None:
-    """Restore what `random_state` took on this rank."""
-    read = {name: reader.read(name, piece.tensor.shape) for name, piece in random_state().items()}
-    states = {name.rpartition("/")[2]: state for name, state in read.items()}
+    """Restore this rank's generators to a saved `random_state`."""
+    saved = {name: reader.read(name, piece.tensor.shape) for name, piece in random_state().items()}
+    states = {name.rpartition("/")[2]: state for name, state in saved.items()}
     torch.set_rng_state(states.pop("torch"))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))
-    get_cuda_rng_tracker().set_states(states)
+    _megatron_generators().set_states(states)
+
+
+def _megatron_generators():
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None, "vold.parallel.launch.initialise seeds it"
+    return tracker

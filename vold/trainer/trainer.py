@@ -2,46 +2,50 @@
 
 One step is `Trainer.step`: forward and backward over the micro-batches, one reduction, one update. The loss is the
 fused `linear_policy_loss` on the hidden states of the last stage; logits never exist.
+
+T packed tokens of a micro-batch, N of them with a target, n of these with a KL term, D hidden width of the student,
+E of the teacher, U head rows of a tensor-parallel rank.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from vold.config.schema import OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
-from vold.models.architecture import Architecture
+from vold.io import log
 from vold.models.flops import segment_flops, training_flops
-from vold.models.language_model import LanguageModel, build_chunks, open_vision_tower, unwrap
-from vold.models.weights import export_weights, load_pretrained
+from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
+from vold.models.weights import export_weights, load_chunks
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
-from vold.trainer.device import batch_to
-from vold.trainer.metrics import mean_kl, micro_batch_stats, reduce_stats, token_logps
+from vold.trainer.metrics import MicroBatchStats, mean_kl, micro_batch_stats, reduce_stats, token_logps
 from vold.trainer.optimizer import build_optimizer, build_schedule
-from vold.trainer.pipeline import Head, ResultT, run_pipeline
+from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, MicroBatch, StepReport
-from vold_kernels import linear_kl, linear_logprob, linear_policy_loss
+from vold_kernels import KLLoss, linear_kl, linear_logprob, linear_policy_loss
 
 
 class Trainer:
-    """The student with its optimizer. `vocab_size`: ids both models really have; rows beyond are -inf. `objective`: its
-    ratio and numbers, read by the loss; what it made of rewards is in the batches' weights. `importance_cap`: rollouts
-    may be of older weights, and each token's terms get truncated importance weights (see linear_policy_loss); None:
-    they are of these weights."""
+    """The student with its optimizer.
+
+    vocab_size: ids that both models really have; logits of head rows beyond are -inf. objective: its ratio, bounds and
+    divergence are read by the loss; advantages and normalisers are in the batches' weights already. importance_cap:
+    rollouts may be of older weights, and each token's terms get truncated importance weights (see linear_policy_loss);
+    None: they are of these weights. average: the student's moving average, where the objective distils from it.
+    """
 
     def __init__(
         self,
@@ -57,137 +61,134 @@ class Trainer:
         importance_cap: float | None = None,
         vision: VisionConfig = VisionConfig(),
     ):
-        self._importance_cap = importance_cap
-        self._layout, self._objective, self._temperature = layout, objective, temperature
         self.vocab_size = vocab_size
-        self._chunks = _wrap(load_student(student, layout, dtype, train_merger=vision.train_merger))
+        self._layout, self._objective = layout, objective
+        self._temperature, self._importance_cap = temperature, importance_cap
+        self._chunks = _wrap(load_chunks(student, layout, dtype, train_merger=vision.train_merger))
         self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
-        self._optimizer = build_optimizer(self._chunks, optimizer, dtype)
-        self.schedule = build_schedule(self._optimizer, optimizer, steps)
+        self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
+        self.schedule = build_schedule(self.optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self.average: WeightAverage | None = None
-        if objective.uses_self_teacher:
-            average = load_student(student, layout, dtype, train_merger=vision.train_merger)
-            self.average = WeightAverage(average, objective.self_distillation.rate)
+        if objective.self_distillation is not None:
+            copy = load_chunks(student, layout, dtype, train_merger=vision.train_merger)
+            self.average = WeightAverage(copy, objective.self_distillation.rate)
         self.phases = PhaseTimers()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def step(self, *minibatches: Batch, logged_sample_ids: Container[int] = ()) -> StepReport:
         """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
-        denominators. Numbers are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
-        `logged_sample_ids`: indices of the samples whose tokens are reported one by one."""
-        batches = [batch_to(batch, self._layout.device) for batch in minibatches]
+        denominators. Metrics are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
+        logged_sample_ids: indices of the samples whose log-probs are reported token by token."""
+        batches = [batch.to(self._layout.device) for batch in minibatches]
         if len(batches) > 1:
             with self.phases("old_logprobs"):
                 batches = [self._with_logp_old(batch) for batch in batches]
         self.schedule.step(1)
-        tallies, grad_norms = [], []
+        stats: list[MicroBatchStats] = []
+        grad_norms: list[float] = []
         for batch in batches:
-            tallies += self.accumulate_gradients(batch)
+            stats += self.accumulate_gradients(batch)
             with self.phases("optimizer"):
                 grad_norms.append(self._update())
         if self.average is not None:
-            self.average.follow(self.chunks)
-        report = self._report(batches, tallies, grad_norms, logged_sample_ids) if self._layout.is_last_stage else None
+            self.average.update(self.chunks)
+        report = self._report(batches, stats, grad_norms, logged_sample_ids) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
-    def skip(self, reason: str, remedy: str) -> StepReport:
-        """A step with nothing to learn from: no parameter or moment changes, the schedule goes on, and rank 0 says so.
-        Raises ValueError after optimizer.max_bad_steps bad steps in a row. All ranks call."""
-        if dist.get_rank() == 0:
-            print(f"vold: {reason}; this step trains nothing", file=sys.stderr, flush=True)
-        self.schedule.step(1)
-        self._count_bad_step(reason, remedy)
-        return StepReport({"lr": self._lr(), "skipped": 1.0})
-
-    def accumulate_gradients(self, batch: Batch) -> list[dict[str, Tensor]]:
+    def accumulate_gradients(self, batch: Batch) -> list[MicroBatchStats]:
         """Forward and backward of all micro-batches, reduced over all groups into each parameter's `main_grad`.
-        Returns a tally of each micro-batch on the last pipeline stage, nothing elsewhere."""
+        Returns the stats of each micro-batch on the last pipeline stage, nothing elsewhere."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        forward = partial(self.phases, "student_forward")
-        with self.phases("student_backward", without="student_forward"):  # with communication, and waiting for stages
-            return self._run(batch, self._loss, timed=forward)
-
-    def _run(self, batch: Batch, head: Head[ResultT], **options) -> list[ResultT]:
-        return run_pipeline(self._chunks, batch.micro_batches, self._layout, head, vision=self._vision, **options)
-
-    def _report(
-        self,
-        batches: Sequence[Batch],
-        tallies: Sequence[dict[str, Tensor]],
-        grad_norms: Sequence[float],
-        shown: Container[int],
-    ) -> StepReport:
-        """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
-        updates, the others over all their tokens."""
-        group, updates = self._layout.dp_group, len(batches)
-        flops = sum(self._useful_flops(batch) for batch in batches)
-        metrics = reduce_stats(tallies, group, train_tflop=flops / 1e12)
-        metrics |= {name: metrics[name] / updates for name in ("loss", "pg_loss", "kl_loss")}
-        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
-        metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
-        micro_batches = [micro for batch in batches for micro in batch.micro_batches]
-        tokens = token_logps(micro_batches, tallies, shown, group)
-        return StepReport(metrics, mean_kl(micro_batches, tallies, group), tokens)
-
-    def _loss(self, batch: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_ND, weight = hidden_TD[batch.source_N], self.chunks[-1].head_weight()
-        # The buffer was zeroed before the first forward pass, and the schedule leaves the loss as it is (no loss
-        # scale, 0 tokens to divide by): what both losses ask of whoever hands them the buffer.
-        head = self._head() | {"weight_main_grad": weight.main_grad}
-        terms, numbers = self._objective.policy_terms(batch), self._objective.loss_options()
-        if self._importance_cap is not None:
-            terms = replace(terms, logp_rollout_N=batch.logp_rollout_N)
-            numbers |= {"importance_cap": self._importance_cap}
-        out = linear_policy_loss(hidden_ND, weight, batch.target_N, terms, **numbers, **head)
-        if batch.hidden_teacher_nE is None:
-            return out.loss, micro_batch_stats(
-                out, batch, importance_cap=self._importance_cap, kl_clamp=self._objective.kl_clamp
+        self.optimizer.zero_grad()
+        with self.phases("student_backward", without="student_forward"):  # includes communication and pipeline bubbles
+            return run_pipeline(
+                self._chunks,
+                batch.micro_batches,
+                self._layout,
+                self._loss,
+                vision=self._vision,
+                timer=partial(self.phases, "student_forward"),
             )
-        scored_n = (batch.kl_weight_N != 0).nonzero()[:, 0]
-        full = linear_kl(
+
+    def _loss(self, micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[MicroBatchStats]:
+        """The loss of one micro-batch and its stats: the policy gradient with its k2 KL, or with a full-vocabulary
+        divergence where the micro-batch has the teacher's hidden states."""
+        with self.phases("student_forward"):
+            student, hidden_ND = self.chunks[-1], hidden_TD[micro.source_N]
+            terms, options = (
+                self._objective.policy_terms(micro),
+                {**self._objective.loss_options(), **self._loss_options()},
+            )
+            if self._importance_cap is not None:
+                terms = replace(terms, logp_rollout_N=micro.logp_rollout_N)
+                options["importance_cap"] = self._importance_cap
+            policy = linear_policy_loss(hidden_ND, student.head_weight(), micro.target_N, terms, **options)
+            divergence = None if micro.hidden_teacher_nE is None else self._divergence(micro, hidden_ND)
+            loss = policy.loss if divergence is None else policy.loss + divergence.loss
+            clamps = {"kl_clamp": self._objective.kl_clamp, "importance_cap": self._importance_cap}
+            return head_output(loss, micro_batch_stats(policy, micro, divergence=divergence, **clamps))
+
+    def _divergence(self, micro: MicroBatch, hidden_ND: Tensor) -> KLLoss:
+        assert micro.hidden_teacher_nE is not None and micro.head_teacher_UE is not None
+        scored_n = (micro.kl_weight_N != 0).nonzero()[:, 0]
+        return linear_kl(
             hidden_ND[scored_n],
-            weight,
-            batch.hidden_teacher_nE,
-            batch.head_teacher_UE,
-            weight_N=(batch.kl_weight_N * self._truncated_ratio(batch, hidden_TD))[scored_n],
+            self.chunks[-1].head_weight(),
+            micro.hidden_teacher_nE,
+            micro.head_teacher_UE,
+            weight_N=(micro.kl_weight_N * self._truncated_ratio(micro, hidden_ND.detach()))[scored_n],
             **self._objective.divergence_options(),
-            **head,
+            **self._loss_options(),
         )
-        return out.loss + full.loss, micro_batch_stats(out, batch, importance_cap=self._importance_cap, full=full)
 
     @torch.no_grad()
-    def _truncated_ratio(self, batch: MicroBatch, hidden_TD: Tensor) -> Tensor:
-        """min(pi / pi that sampled, cap) of each token, without gradient; 1 where these weights sampled it."""
-        sampled_N, cap = batch.logp_old_N, self._objective.divergence.ratio_cap
+    def _truncated_ratio(self, micro: MicroBatch, hidden_ND: Tensor) -> Tensor:
+        """[N] min(pi / pi_rollout, cap), without gradient; 1 where these weights sampled the token."""
         if self._importance_cap is not None:
-            sampled_N, cap = batch.logp_rollout_N, self._importance_cap
-        if sampled_N is None:
-            return torch.ones_like(batch.kl_weight_N)
-        return (self._logp(batch, hidden_TD) - sampled_N).exp().clamp(max=cap)
+            logp_sampled_N, cap = micro.logp_rollout_N, self._importance_cap
+        else:
+            assert self._objective.divergence is not None
+            logp_sampled_N, cap = micro.logp_old_N, self._objective.divergence.ratio_cap
+        if logp_sampled_N is None:
+            return torch.ones_like(micro.kl_weight_N)
+        return (self._logp(micro, hidden_ND) - logp_sampled_N).exp().clamp(max=cap)
 
-    def _head(self) -> dict:
-        """How logits are made of hidden states, for every function of vold_kernels."""
+    def _head_options(self) -> dict[str, Any]:
+        """How logits come from hidden states, for every function of vold_kernels."""
         return {
             "temperature": self._temperature,
             "tp_group": self._layout.tp_group,
             "vocab_size": self.vocab_size,
         }
 
+    def _loss_options(self) -> dict[str, Any]:
+        """The losses add the head's gradient to `main_grad` directly: accumulate_gradients zeroed it, and Megatron's
+        schedule does not scale the loss (see head_output)."""
+        return self._head_options() | {"weight_main_grad": self.chunks[-1].head_main_grad()}
+
     def _update(self) -> float:
         """Clip, check, update. Returns the gradient norm before clipping."""
-        self._optimizer.prepare_grads()
-        grad_norm = float(self._optimizer.clip_grad_norm(self._optimizer.config.clip_grad))
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.clip_grad_norm(self.optimizer.config.clip_grad))
         if math.isfinite(grad_norm):  # the norm is reduced over all ranks, so every rank decides alike
-            self._optimizer.step_with_ready_grads()
+            self.optimizer.step_with_ready_grads()
             self._bad_steps = 0
         else:
             remedy = "lower optimizer.lr, or look at the last rows of samples.jsonl"
             self._count_bad_step(f"gradient norm was {grad_norm}", remedy)
         return grad_norm
+
+    def skip(self, reason: str, remedy: str) -> StepReport:
+        """A step without samples: no parameter or moment changes, the schedule advances, and rank 0 logs `reason`.
+        Raises ValueError, with `remedy`, after optimizer.max_bad_steps bad steps in a row. All ranks call."""
+        if dist.get_rank() == 0:
+            log.warning("%s; this step trains nothing", reason)
+        self.schedule.step(1)
+        self._count_bad_step(reason, remedy)
+        return StepReport({"lr": self._lr(), "skipped": 1.0})
 
     def _count_bad_step(self, reason: str, remedy: str) -> None:
         self._bad_steps += 1
@@ -197,10 +198,29 @@ class Trainer:
                 f"them; {remedy}"
             )
 
+    def _report(
+        self,
+        batches: Sequence[Batch],
+        stats: Sequence[MicroBatchStats],
+        grad_norms: Sequence[float],
+        logged_sample_ids: Container[int],
+    ) -> StepReport:
+        """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
+        updates, the other metrics over all their tokens."""
+        group, updates = self._layout.dp_group, len(batches)
+        flops = sum(self._useful_flops(batch) for batch in batches)
+        metrics = reduce_stats(stats, group, train_tflop=flops / 1e12)
+        metrics |= {name: metrics[name] / updates for name in ("loss", "pg_loss", "kl_loss")}
+        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
+        metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
+        micro_batches = [micro for batch in batches for micro in batch.micro_batches]
+        logps = token_logps(micro_batches, stats, logged_sample_ids, group)
+        return StepReport(metrics, mean_kl(micro_batches, stats, group), logps)
+
     def _useful_flops(self, batch: Batch) -> float:
         """Of this rank's share; one-token fillers have no target and do not count."""
-        work = [micro.tokens for micro in batch.micro_batches if micro.sample_B]
-        return sum(training_flops(self.chunks[0].arch, tokens) for tokens in work)
+        arch = self.chunks[0].arch
+        return sum(training_flops(arch, micro.tokens) for micro in batch.micro_batches if micro.sample_B)
 
     @property
     def replicas(self) -> Replicas:
@@ -209,7 +229,7 @@ class Trainer:
         return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 
     def _lr(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     # -- reading the policy ----------------------------------------------------------------------------------------
 
@@ -217,35 +237,39 @@ class Trainer:
     def _with_logp_old(self, batch: Batch) -> Batch:
         """The batch with logp_old_N filled in on the last pipeline stage, where the loss is."""
 
-        def read(micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-            return hidden_TD, self._logp(micro, hidden_TD)
+        def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[Tensor]:
+            return head_output(hidden_TD, self._logp(micro, hidden_TD[micro.source_N]))
 
-        found = self._run(batch, read, forward_only=True)
+        logps = self._run_forward(batch, head)
         if not self._layout.is_last_stage:
             return batch
-        filled = zip(batch.micro_batches, found, strict=True)
-        return Batch(tuple(replace(micro, logp_old_N=logp_N) for micro, logp_N in filled))
+        pairs = zip(batch.micro_batches, logps, strict=True)
+        return Batch(tuple(replace(micro, logp_old_N=logp_N) for micro, logp_N in pairs))
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
-        """Sample place -> log-probability (nats, temperature 1) of each response token under the current weights, on
+        """Sample index -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
-        batch = batch_to(batch, self._layout.device)
-        found = self._run(batch, self._read, forward_only=True)
-        return self._layout.from_last_stage({place: logps for part in found for place, logps in part.items()})
 
-    def _logp(self, micro: MicroBatch, hidden_TD: Tensor, **head) -> Tensor:
-        weight = self.chunks[-1].head_weight()
-        return linear_logprob(hidden_TD[micro.source_N], weight, micro.target_N, **self._head() | head)
+        def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[dict[int, list[float]]]:
+            logp_N = self._logp(micro, hidden_TD[micro.source_N], temperature=1.0)
+            sequences = enumerate(micro.sample_B)
+            logps = {sample: logp_N[micro.sequence_N == sequence].tolist() for sequence, sample in sequences}
+            return head_output(hidden_TD, logps)
 
-    def _read(self, micro: MicroBatch, hidden_TD: Tensor) -> tuple[Tensor, dict[int, list[float]]]:
-        logp_N = self._logp(micro, hidden_TD, temperature=1.0)
-        places = enumerate(micro.sample_B)
-        return hidden_TD, {place: logp_N[micro.sequence_N == sequence].tolist() for sequence, place in places}
+        logps = self._run_forward(batch.to(self._layout.device), head)
+        return self._layout.from_last_stage({sample: logp for part in logps for sample, logp in part.items()})
+
+    def _run_forward(self, batch: Batch, head: Head[ResultT]) -> list[ResultT]:
+        micro_batches, layout = batch.micro_batches, self._layout
+        return run_pipeline(self._chunks, micro_batches, layout, head, vision=self._vision, forward_only=True)
+
+    def _logp(self, micro: MicroBatch, hidden_ND: Tensor, **changes) -> Tensor:
+        weight_UD, options = self.chunks[-1].head_weight(), self._head_options() | changes
+        return cast(Tensor, linear_logprob(hidden_ND, weight_UD, micro.target_N, **options))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Trained weights by transformers' names, streamed. Those of the vision tower's frozen part are not among
-        them."""
+        """Trained weights by transformers' names, streamed; a frozen vision tower's are not among them."""
         return export_weights(self.chunks)
 
     # -- for checkpoints -------------------------------------------------------------------------------------------
@@ -265,20 +289,6 @@ class Trainer:
             for number, chunk in enumerate(self.chunks)
             for name, parameter in chunk.named_parameters()
         }
-
-    @property
-    def optimizer(self) -> MegatronOptimizer:
-        return self._optimizer
-
-
-def load_student(
-    checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
-) -> list[LanguageModel]:
-    """This rank's part of what is trained of the student, with a checkpoint directory's weights."""
-    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
-    for chunk in chunks:
-        load_pretrained(chunk, checkpoint)
-    return chunks
 
 
 def _wrap(chunks: Sequence[LanguageModel]) -> list[DistributedDataParallel]:

@@ -1,4 +1,4 @@
-"""The student's exponential moving average, divided over ranks as the student is."""
+"""The exponential moving average of the student's weights, divided over ranks as the student is."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from vold.models.language_model import LanguageModel
 
 
 class WeightAverage:
-    """`chunks`, of the student's layout and weights, become its average: w += rate (student - w) after every step.
-    Accumulated in fp32: in bf16 a twentieth of a step's change would round to nothing."""
+    """An exponential moving average of weights: average += rate * (student - average) after every step.
+
+    chunks: a copy of the student's chunks; their weights become the average. fp32: the average of each parameter in
+    fp32, in which it accumulates: a twentieth of a step's change would round to nothing in bf16.
+    """
 
     def __init__(self, chunks: Sequence[LanguageModel], rate: float):
         self.chunks, self._rate = list(chunks), rate
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
-        self.exact: dict[nn.Parameter, Tensor] = {
-            p: p.data.float() for chunk in self.chunks for p in chunk.parameters()
-        }
+        self.fp32: dict[nn.Parameter, Tensor] = {p: p.data.float() for chunk in self.chunks for p in chunk.parameters()}
 
     @torch.no_grad()
-    def follow(self, student: Sequence[LanguageModel]) -> None:
-        for mine, theirs in zip(self.chunks, student, strict=True):
-            for parameter, new in zip(mine.parameters(), theirs.parameters(), strict=True):
-                self.put(parameter, self.exact[parameter].lerp(new.float(), self._rate))
+    def update(self, student: Sequence[LanguageModel]) -> None:
+        """Move the average towards the student's current weights."""
+        for average_chunk, student_chunk in zip(self.chunks, student, strict=True):
+            for average, current in zip(average_chunk.parameters(), student_chunk.parameters(), strict=True):
+                self.set(average, self.fp32[average].lerp(current.float(), self._rate))
 
     @torch.no_grad()
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """`value` as the average of this parameter, from a checkpoint too."""
-        self.exact[parameter].copy_(value)
+    def set(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace the average of one parameter of `chunks` by an fp32 value of its shape."""
+        self.fp32[parameter].copy_(value)
         parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""What test_seeing.py trains on, and one rank of it: prompts of text, with one image and with two, and siblings."""
+"""Samples and the rank function of test_vision_training.py: text prompts, prompts with one and two images, siblings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher, VisualAdvantageTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.trainer.checkpoint import Checkpoints
-from vold.trainer.metrics import SUMS
+from vold.trainer.metrics import SUM_NAMES
 from vold.trainer.trainer import Trainer
 from vold.types import Picture, Prompt, Sample
 
@@ -89,9 +89,9 @@ def nll_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float, di
     for every model), and gradients whole and by transformers' names."""
     batch = pack(make_samples(), max_tokens=max_tokens, encode=Pictures(trainer.chunks[0].arch))
     assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
-    tallies = trainer.accumulate_gradients(batch)
+    stats = trainer.accumulate_gradients(batch)
     named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
-    return float(sum(t["sums"][SUMS.index("nll")] for t in tallies)), {name: tensor.clone() for name, tensor in named}
+    return float(sum(s.sums_M[SUM_NAMES.index("nll")] for s in stats)), {name: tensor.clone() for name, tensor in named}
 
 
 def expected_nll_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
@@ -123,8 +123,8 @@ def check(trainer: Trainer, family: str) -> None:
         assert abs(nll - expected_nll) <= 1e-5 * expected_nll, (nll, expected_nll)
 
 
-class OtherPrompts(Pictures):
-    """A teacher's own rendering: an id more in front."""
+class TeacherPrompts(Pictures):
+    """A teacher's own rendering: one more id in front."""
 
     def __call__(self, prompt: Prompt) -> EncodedPrompt:
         return super().__call__(replace(prompt, token_ids=(3, *prompt.token_ids)))
@@ -132,7 +132,7 @@ class OtherPrompts(Pictures):
 
 def check_teacher(trainer: Trainer, student: Path, layout) -> None:
     """The student as its own teacher gives the log-probs that the student has behind the teacher's prompts."""
-    other = OtherPrompts(trainer.chunks[0].arch)
+    other = TeacherPrompts(trainer.chunks[0].arch)
     teacher = Teacher(student, layout, dtype=torch.float32, vocab_size=IDS, encode=other, patches_per_pass=40)
     samples = [replace(sample, kl_weight=float(number % 4 > 0)) for number, sample in enumerate(make_samples())]
     scored = teacher.score(pack(samples, max_tokens=60, encode=Pictures(other.arch)))
@@ -160,13 +160,13 @@ def visual_weights(trainer: Trainer, student: Path, layout) -> dict[int, list[fl
     samples = [replace(sample, kl_weight=1.0) for sample in make_samples()]
     batch = teacher.score(pack(samples, max_tokens=30, replicas=trainer.replicas, encode=encode))
     assert teacher.metrics["visual_advantage"] > 0, "told on every stage"
-    mine = {
-        place: micro.kl_weight_N[micro.sequence_N == sequence].tolist()
+    local = {
+        sample: micro.kl_weight_N[micro.sequence_N == sequence].tolist()
         for micro in (batch.micro_batches if layout.is_last_stage else ())
-        for sequence, place in enumerate(micro.sample_B)
+        for sequence, sample in enumerate(micro.sample_B)
     }
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, local)
     if layout.dp == 2:
         first, second = ({samples[place].prompt.id for place in found} for found in everyone)
         assert first & second, "siblings on two replicas were tried"
@@ -187,14 +187,16 @@ def image_sensitivity(trainer: Trainer, layout) -> dict[str, float]:
 def rank(students: dict[str, Path], run_dir: Path) -> None:
     """Every family on every layout of two processes, each continuing from the checkpoint of the one before."""
     weights_of: dict[str, dict] = {}
-    reliance_of: dict[str, dict] = {}
+    sensitivity_of: dict[str, dict] = {}
     for step, sizes in enumerate(LAYOUTS):
         layout = initialise(**sizes, seed=0)
         for family, student in students.items():
             trainer = open_trainer(student, layout, train_merger=True)
-            relies = image_sensitivity(trainer, layout)
-            reliance_of.setdefault(family, relies)
-            assert relies == approx(reliance_of[family], abs=1e-5) and abs(relies["image_sensitivity"]) > 1e-4
+            sensitivity = image_sensitivity(trainer, layout)
+            sensitivity_of.setdefault(family, sensitivity)
+            assert (
+                sensitivity == approx(sensitivity_of[family], abs=1e-5) and abs(sensitivity["image_sensitivity"]) > 1e-4
+            )
             if not sizes.get("distributed_optimizer"):  # whose ranks hold only their share of a gradient
                 check(trainer, family)
                 check_teacher(trainer, student, layout)

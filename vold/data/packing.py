@@ -187,7 +187,7 @@ def _divide(units: Sequence[_Unit], max_tokens: int, replicas: Replicas) -> tupl
 
 
 def _fill(sized: list[tuple[int, float, _Unit]], max_tokens: int, count: int) -> list[tuple[float, list[_Unit]]] | None:
-    """`count` bins of at most `max_tokens` (a longer unit is alone in its bin) with their work; None if they do not fit."""
+    """`count` bins of at most `max_tokens` (a longer unit is alone in one) with their work; None if they do not fit."""
     bins, fill, works = [[] for _ in range(count)], [0] * count, [0.0] * count
     for size, work, unit in sized:
         open_bins = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]

@@ -129,7 +129,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Hint:
-    """Text that a self-teacher reads beside the problem: a correct sibling's answer, what is wrong with the response, or
+    """Text that a self-teacher reads beside the problem: a correct sibling's answer, what is wrong, or
     both."""
 
     demonstration: str | None = None

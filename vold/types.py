@@ -1,6 +1,6 @@
-"""The nouns that flow through one step: Prompt -> Rollout -> Group -> Sample -> Batch -> StepReport.
+"""The records of one step: Prompt -> Rollout -> Group -> Sample -> Batch -> StepReport.
 
-Every record is frozen; a stage returns new ones. Shape letters, here and wherever these records are read:
+Every record is frozen; each stage returns new ones. Shape letters, here and wherever these records are read:
 P prompts, G responses per prompt, B sequences in a micro-batch, T packed tokens of a micro-batch, N of them that
 predict a response token, K keys and values that attention reads, S segments, D hidden width, V vocabulary.
 """
@@ -77,8 +77,8 @@ class _ScoredByTeacher:
 
 @dataclass(frozen=True, eq=False)
 class Prompt(_ArrayRecord):
-    """A problem, rendered once. `token_ids` holds *one* image-pad id per image; whoever runs a model expands it.
-    `choices`: the texts of options A, B, …, where gold is a letter; `category`: the data set's word for its kind."""
+    """A problem, rendered once. `token_ids` holds *one* image-pad id per image, expanded where a model reads it.
+    `choices`: the texts of options A, B, …, where gold is a letter; `category`: the data set's name for its kind."""
 
     id: str
     token_ids: TokenIds
@@ -102,14 +102,14 @@ class Rollout(_ArrayRecord, _ScoredByTeacher):
     logp_rollout: Logprobs
     finish_reason: Literal["stop", "length"]
     text: str
-    version: int = 0  # how often the engine that sampled it had been given weights
+    version: int = 0  # number of weight syncs before it was sampled
     logp_teacher: Logprobs | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the grader found, and by which rule. `broken` is not `wrong`: such a response is masked out and counted.
-    `gold` is the gold answer as it was compared."""
+    """The grader's result and the rule that decided it. broken: the grader failed, not the answer; such a response is
+    masked out and counted. gold: the normalised gold answer."""
 
     outcome: Literal["correct", "wrong", "broken"]
     extracted: str | None
@@ -121,7 +121,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Group:
     """All G responses of one prompt with their verdicts and rewards in [0, 1]; `None` reward = grader broke. earlier:
-    the rewards of each step before that drew responses to the same prompt."""
+    the rewards of each earlier step that sampled responses to the same prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -132,7 +132,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Hint:
-    """What a self-teacher reads beside the problem: a correct sibling's text, words on what is wrong, or both."""
+    """Text that a self-teacher reads beside the problem: a correct sibling's answer, what is wrong, or
+    both."""
 
     demonstration: str | None = None
     feedback: str | None = None
@@ -166,7 +167,7 @@ class Sample(_ArrayRecord, _ScoredByTeacher):
 class Picture:
     """An image as a model's processor prepared it. Pictures of one key are the same: its features are computed once.
 
-    pixel_values  float32 [patches, channels * frames * patch * patch], on the CPU until the vision tower wants them
+    pixel_values  float32 [patches, channels * frames * patch * patch], on the CPU until the vision tower runs
     grid_thw      patches along (time, height, width), before merging
     """
 
@@ -177,7 +178,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Sequences laid end to end, as both models read them. A prompt is there once for the responses that share it.
+    """Sequences laid end to end, as both models read them. A prompt is packed once for the responses that share it.
 
     A segment is a run of queries that read keys together, causally: its last query reads all its keys, the one before
     it all but the last. One holds a prompt and a response; each further response to the prompt is a segment of its
@@ -206,13 +207,13 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed tokens plus, for the N positions that predict a response token, what the loss needs of each.
+    """Packed tokens and, for the N positions that predict a response token, the inputs of the loss.
 
     source_N    int64, index into T of the position whose hidden state predicts the token
     target_N    int64, the token id
     sequence_N  int64, which of the B sequences the token belongs to
-    sample_B    for each sequence, its place in the list of samples that was packed
-    samples_B   the samples themselves, for a teacher that reads prompts of its own
+    sample_B    for each sequence, its index in the list of samples that was packed
+    samples_B   the samples themselves, for a teacher with its own prompt encoder
     advantage_N, pg_weight_N, kl_weight_N   float32, see Sample
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
@@ -263,7 +264,7 @@ class Batch:
 @dataclass(frozen=True)
 class StepReport:
     """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for the samples of
-    all ranks (by place) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2.
+    all ranks (by index) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2.
     tokens: for the samples that were asked for and trained on, `logp` and, where the teacher scored them,
     `logp_teacher` of each response token, nats."""
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from vold.config import dump_config, load_config
+from vold.config.load import RENAMED_KEYS
 from vold.config.schema import EvalConfig, ExportConfig, RlConfig, SelfplayConfig, SftConfig, Strict, TracesConfig
 from vold.objectives import PRESETS, build_objective
 
@@ -43,6 +44,36 @@ def test_overrides_are_typed_and_dotted(rl_yaml):
 
 def test_unknown_key_suggests_the_nearest(rl_yaml):
     assert "unknown key rollout.temprature; did you mean temperature?" in message(rl_yaml, "rollout.temprature=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("objective.clip_low=0.1", "unknown key objective.clip_low; it is now objective.clip_eps_low"),
+        ("objective.clip_high=0.1", "unknown key objective.clip_high; it is now objective.clip_eps_high"),
+        ("visual_reliance_every=5", "unknown key visual_reliance_every; it is now image_sensitivity_every"),
+        ("objective.divergence=full", "objective.divergence = 'full': 'full' is now 'reverse_kl'"),
+        ("objective.divergence=forward", "objective.divergence = 'forward': 'forward' is now 'forward_kl'"),
+    ],
+)
+def test_an_old_key_or_value_names_the_new_one(rl_yaml, override, says):
+    assert message(rl_yaml, override).endswith(f": {says}")
+
+
+def test_an_old_key_is_known_in_every_section(tmp_path):
+    base = ROOT / "configs" / "qwen2.5-vl-3b" / "selfplay-diverse.yaml"
+    line = message(base, "solver.objective.clip_low=0.1", schema=SelfplayConfig)
+    assert "unknown key solver.objective.clip_low; it is now solver.objective.clip_eps_low" in line
+    line = message(base, "not_visual_reliance_every=1", schema=SelfplayConfig)
+    assert "unknown key not_visual_reliance_every; " in line and "it is now" not in line
+
+
+@pytest.mark.parametrize("key", RENAMED_KEYS.values())
+def test_new_names_exist(key):
+    section = RlConfig
+    for part in key.split("."):
+        assert part in section.model_fields
+        section = section.model_fields[part].annotation
 
 
 def test_wrong_type_names_field_and_value(rl_yaml):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vold.config import dump_config, load_config
 from vold.config.load import load_training_config
 from vold.config.schema import EvalConfig, RlConfig, SftConfig, TracesConfig
+from vold.io import visible
 
 RL = {
     "run_dir": "runs/x",
@@ -35,6 +36,7 @@ def one_line(load) -> object | None:
         return load()
     except ValueError as error:
         assert str(error) and len(str(error).splitlines()) == 1, str(error)
+        assert visible(str(error)) == str(error), repr(str(error))
         return None
 
 
@@ -67,10 +69,30 @@ def test_any_values_and_what_is_accepted_is_saved_and_read_again(tmp_path, chang
         lambda x: f"{'.'.join(x[0])}={x[1]}"
     )
 )
+@example(override="\x1e=")
+@example(override="data.\x85=1")
+@example(override="\u2028")
+@example(override="steps=\x1b[2J")
+@example(override="\u202e=\u2066")
+@example(override="a\nb=c")
+@example(override="none\n.yaml")
 def test_any_override(tmp_path, override):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(RL))
     one_line(lambda: load_config(RlConfig, path, [override]))
+
+
+@pytest.mark.parametrize("hidden", ["\x1e", "\x85", "\u2028", "\x1b[2J", "\u202e", "\n"], ids=ascii)
+def test_hidden_characters_stay_on_one_line(tmp_path, hidden):
+    """In a key, in a section's key, in a value, in the file's name and in its text."""
+    path = tmp_path / f"c{hidden}.yaml"
+    for changes in ({hidden: 1}, {"data": {hidden: 1}}, {"steps": hidden}, {"dtype": hidden}, {"optimizer": hidden}):
+        path.write_text(yaml.safe_dump(RL | changes))
+        assert one_line(lambda: load_config(RlConfig, path)) is None
+        assert one_line(lambda: load_training_config(path)) is None
+    path.write_text(f"a: [{hidden}")
+    assert one_line(lambda: load_config(RlConfig, path)) is None
+    assert one_line(lambda: load_config(RlConfig, tmp_path / f"none{hidden}.yaml")) is None
 
 
 def test_a_valid_one_is_accepted(tmp_path):

@@ -8,16 +8,19 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import PROBLEM_LAYOUTS, READERS, TRACE_LAYOUTS, load_problems, load_text_traces
 from vold.data.traces import SCHEMA, load_samples
+from vold.io import visible
 from vold.models.tokenizer import load_tokenizer
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LOADERS = {**dict.fromkeys(PROBLEM_LAYOUTS, load_problems), **dict.fromkeys(TRACE_LAYOUTS, load_text_traces)}
+HIDDEN = ["\x1e", "\x85", "\u2028", "\x1b[2J", "\u202e", "\n", "\x0c", "\x00"]
+"""Separators of records, of lines and of pages, an escape sequence, a bidirectional override."""
 FIELDS = ["question", "answer", "messages", "content", "prompt", "response", "images", "image", "choices", "index", "A"]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
@@ -33,6 +36,7 @@ def one_line(load, config: DataConfig) -> None:
     try:
         load(config)
     except ValueError as error:
+        assert visible(str(error)) == str(error), repr(str(error))
         assert str(config.path) in str(error) and len(str(error).splitlines()) == 1, str(error)
 
 
@@ -69,10 +73,43 @@ def test_any_rows(tmp_path, rows, suffix, layout):
     header=st.lists(st.sampled_from(FIELDS), max_size=6),
     layout=st.sampled_from(["vlmevalkit", "vqa"]),
 )
+@example(cells=["\x0c"], header=["images"], layout="vqa")
+@example(cells=["\x85"], header=["image"], layout="vlmevalkit")
 def test_any_table(tmp_path, cells, header, layout):
     path = tmp_path / "data.tsv"
     path.write_text("\t".join(header) + "\n" + "\t".join(cells), encoding="utf-8")
     one_line(LOADERS[layout], DataConfig(path=path, layout=layout))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=ascii)
+def test_hidden_characters_in_rows_and_file_names_stay_on_one_line(tmp_path, hidden):
+    """As a value, as a key, as an image's name and in the data file's own name; skipped rows are reported so too."""
+    rows = [
+        {"question": "q", "answer": f"1{hidden}\\frac{{"},
+        {hidden: 1},
+        {"question": "q", "answer": "1", "image": f"{hidden}.png"},
+        {"question": [hidden], "answer": "1"},
+        {"question": "q", "answer": f"x{hidden}", "choices": [hidden, "b"]},
+    ]
+    for row in rows:
+        path = tmp_path / f"data{hidden.replace(chr(0), '')}.json"
+        path.write_text(json.dumps([row]))
+        with pytest.raises(ValueError) as error:
+            load_problems(DataConfig(path=path, layout="vqa"))
+        assert visible(str(error.value)) == str(error.value)
+        notes: list[str] = []
+        with pytest.raises(ValueError) as error:
+            load_problems(DataConfig(path=path, layout="vqa", on_error="skip"), notes.append)
+        assert visible(str(error.value)) == str(error.value) and [visible(note) for note in notes] == notes != []
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=ascii)
+def test_hidden_characters_in_a_trace_files_name_stay_on_one_line(tmp_path, tokenizer, hidden):
+    path = tmp_path / f"t{hidden.replace(chr(0), '')}.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="cannot be read as traces") as error:
+        load_samples(DataConfig(path=path, layout="traces"), tokenizer, PromptConfig(), max_tokens=64)
+    assert visible(str(error.value)) == str(error.value)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from PIL import Image
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import PROBLEM_LAYOUTS, load_problems, load_text_traces
 from vold.data.prompts import build_prompts
+from vold.io import configure_logging
 from vold.models.tokenizer import load_tokenizer
 
 GOOD = {
@@ -191,6 +192,7 @@ def test_too_long_prompts(geometry, tiny_student_dir):
 
 
 def test_too_long_prompts_are_left_out_by_name(tmp_path, tiny_student_dir, capsys):
+    configure_logging()
     rows = [{"question": text, "answer": "2"} for text in ("1+1", "1+1" * 9, "1")]
     problems = load_problems(config(write(tmp_path / "set.jsonl", rows), "vqa"))
     kept = build_prompts(problems, load_tokenizer(tiny_student_dir), PromptConfig(suffix="", max_tokens=9), "skip")

@@ -37,18 +37,18 @@ _SECRET_VALUE = re.compile(
 _USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
 
 
+@one_line_errors()
 def load_config(schema: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path`, apply the overrides in order, validate: `a.b=value` (values are YAML), or the path of a YAML file
     whose keys are laid over what is there, section by section. Raises ValueError with one line."""
-    with one_line_errors():
-        return _validate(schema, _read_tree(path, overrides), path)
+    return _validate(schema, _read_tree(path, overrides), path)
 
 
+@one_line_errors()
 def load_training_config(path: Path, overrides: Sequence[str] = ()) -> RlConfig | SftConfig:
     """`load_config` for either training stage; the schema is chosen by `rollout`, which only RlConfig has."""
-    with one_line_errors():
-        tree = _read_tree(path, overrides)
-        return _validate(RlConfig if "rollout" in tree else SftConfig, tree, path)
+    tree = _read_tree(path, overrides)
+    return _validate(RlConfig if "rollout" in tree else SftConfig, tree, path)
 
 
 def _read_tree(path: Path, overrides: Sequence[str]) -> dict:

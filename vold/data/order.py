@@ -1,4 +1,4 @@
-"""Which rows a step reads: a function of the seed and of what was read before, never of the world size."""
+"""The order of rows: a function of the seed and of the rows read before, never of the number of ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def rows_of_step(step: int, *, rows: int, per_step: int, seed: int | None) -> li
 
 
 class PromptOrder:
-    """The same order where steps take different numbers of rows, and where some are passed over (see
-    CurriculumConfig). Its state is what was taken and learnt: doing that again brings it back."""
+    """The same order as `rows_of_step` where steps take different numbers of rows and a curriculum skips some (see
+    CurriculumConfig). Repeating the calls of a run restores its state."""
 
     def __init__(self, rows: int, seed: int | None, curriculum: CurriculumConfig | None = None):
         self._rows, self._seed, self._curriculum = rows, seed, curriculum
@@ -32,20 +32,20 @@ class PromptOrder:
         while len(taken) < count:
             row = _row(self._position, self._rows, self._seed)
             self._position += 1
-            if not self._passes_over(row):
+            if not self._skips(row):
                 taken.append(row)
         return taken
 
     def update_pass_rates(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> None:
-        """The share of right answers to each row; None where none could be judged."""
+        """Record the share of right answers to each row; None where no answer could be graded."""
         for row, pass_rate in zip(rows, pass_rates, strict=True):
             if pass_rate is not None:
                 self._pass_rate[row] = pass_rate
 
-    def _passes_over(self, row: int) -> bool:
-        """Once for each verdict: what a model can do changes, so every row comes back."""
-        pass_rate, wanted = self._pass_rate.pop(row, None), self._curriculum
-        return wanted is not None and pass_rate is not None and not wanted.lowest <= pass_rate <= wanted.highest
+    def _skips(self, row: int) -> bool:
+        """True once for each recorded pass rate outside the range: the model changes, so every row comes back."""
+        pass_rate, allowed = self._pass_rate.pop(row, None), self._curriculum
+        return allowed is not None and pass_rate is not None and not allowed.lowest <= pass_rate <= allowed.highest
 
 
 def _row(position: int, rows: int, seed: int | None) -> int:

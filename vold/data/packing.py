@@ -43,8 +43,8 @@ def _queries(queries: int, keys: int) -> float:
 
 @dataclass(frozen=True)
 class Replicas:
-    """`count` data-parallel copies of the model share a step; this is number `rank`. `cost`: work that a segment of so
-    many queries and keys is, in any unit."""
+    """The data-parallel copies of the model, `count` of them, of which this is number `rank`. cost: (queries, keys) of
+    a segment -> its work, in any unit."""
 
     count: int = 1
     rank: int = 0
@@ -92,103 +92,108 @@ def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prom
     """What another model reads to predict `rows_n` (ascending) of a micro-batch's targets: the same responses behind
     prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; the targets keep their order."""
     sequence_N, rows_n = micro.sequence_N.cpu(), rows_n.cpu()
-    wanted = sequence_N[rows_n].unique()
-    units: dict[Prompt, Unit] = {}
-    for sequence in wanted.tolist():
+    read_sequences = sequence_N[rows_n].unique()
+    units: dict[Prompt, _Unit] = {}
+    for sequence in read_sequences.tolist():
         sample = micro.samples_B[sequence]
-        units.setdefault(sample.prompt, []).append(Placed(sequence, sample, 0))
-    read = _micro_batch(list(units.values()), encode)
-    # It lies in an order of its own; a stable sort by sequence gives back that of `micro`.
-    read_rows = torch.tensor(read.sample_B)[read.sequence_N].argsort(stable=True)
-    rows = torch.isin(sequence_N, wanted).nonzero()[:, 0]
-    order_n = read_rows[torch.searchsorted(rows, rows_n)]
-    return replace(micro, tokens=read.tokens, source_N=read.source_N[order_n], target_N=read.target_N[order_n])
+        units.setdefault(sample.prompt, []).append(_Member(sequence, sample, 0))
+    repacked = _micro_batch(list(units.values()), encode)
+    # Its sequences are in another order; a stable sort by sequence restores that of `micro`.
+    repacked_rows = torch.tensor(repacked.sample_B)[repacked.sequence_N].argsort(stable=True)
+    rows = torch.isin(sequence_N, read_sequences).nonzero()[:, 0]
+    order_n = repacked_rows[torch.searchsorted(rows, rows_n)]
+    return replace(
+        micro, tokens=repacked.tokens, source_N=repacked.source_N[order_n], target_N=repacked.target_N[order_n]
+    )
 
 
 def filler() -> MicroBatch:
-    """A micro-batch of one token and no target: the least a model runs, without loss or gradient."""
+    """A micro-batch of one token and no target: the smallest forward pass, without loss or gradient."""
     return _micro_batch([], encode_text)
 
 
-class Placed(NamedTuple):
-    """A sample, its place in the list of samples, and its prompt's tokens, those of images included."""
+class _Member(NamedTuple):
+    """A sample, its index in the list of samples, and the number of its prompt's tokens, those of images included."""
 
-    place: int
+    index: int
     sample: Sample
     prompt_tokens: int
 
 
-Unit = list[Placed]
-"""Siblings: they lie in one micro-batch and read their prompt once."""
+_Unit = list[_Member]
+"""Siblings of one micro-batch, whose prompt is packed once."""
 
 
-def _siblings(samples: Sequence[Sample], encode: PromptEncoder) -> list[Unit]:
+def _siblings(samples: Sequence[Sample], encode: PromptEncoder) -> list[_Unit]:
     """The samples that have a gradient, by prompt."""
-    found: dict[Prompt, Unit] = {}
-    for place, sample in enumerate(samples):
+    units: dict[Prompt, _Unit] = {}
+    for index, sample in enumerate(samples):
         if sample.pg_weight or sample.kl_weight:
-            unit = found.setdefault(sample.prompt, [])
+            unit = units.setdefault(sample.prompt, [])
             tokens = unit[0].prompt_tokens if unit else encode.length(sample.prompt)
-            unit.append(Placed(place, sample, tokens))
-    return list(found.values())
+            unit.append(_Member(index, sample, tokens))
+    return list(units.values())
 
 
-def _units(groups: Sequence[Unit], max_tokens: int, pieces: int) -> list[Unit]:
-    """Each group in so many pieces, or more where one would be too long."""
-    units: list[Unit] = []
+def _units(groups: Sequence[_Unit], max_tokens: int, pieces: int) -> list[_Unit]:
+    """Each group in `pieces` units, or more where one would exceed max_tokens."""
+    units: list[_Unit] = []
     for group in groups:
-        unit: Unit = []
-        for placed in group:
-            if len(unit) * pieces >= len(group) or (unit and _size([*unit, placed]) > max_tokens):
+        unit: _Unit = []
+        for member in group:
+            if len(unit) * pieces >= len(group) or (unit and _size([*unit, member]) > max_tokens):
                 units.append(unit)
                 unit = []
-            unit.append(placed)
+            unit.append(member)
         units.append(unit)
     return units
 
 
-def _size(unit: Unit) -> int:
+def _size(unit: _Unit) -> int:
     return sum(queries for queries, _ in _segments(unit))
 
 
-def _work(unit: Unit, cost: Callable[[int, int], float]) -> float:
+def _work(unit: _Unit, cost: Callable[[int, int], float]) -> float:
     return sum(cost(*segment) for segment in _segments(unit))
 
 
-def _segments(unit: Unit) -> list[tuple[int, int]]:
+def _segments(unit: _Unit) -> list[tuple[int, int]]:
     """(queries, keys) of the prompt with the first response, and of each further one."""
     prompt = unit[0].prompt_tokens
-    first, *others = (len(placed.sample.response_ids[:-1]) for placed in unit)
+    first, *others = (len(member.sample.response_ids[:-1]) for member in unit)
     return [(prompt + first, prompt + first), *((queries, prompt + queries) for queries in others)]
 
 
-def _divide(units: Sequence[Unit], max_tokens: int, replicas: Replicas) -> tuple[list[list[list[Unit]]], float]:
-    """Units by replica and micro-batch, and the work of the busiest replica. Longest unit first into the micro-batch
-    with the least work that has room; micro-batches are added, one a replica, until everything fits. Then the costliest
-    are dealt out to the replicas to and fro, which evens their sums."""
+def _divide(units: Sequence[_Unit], max_tokens: int, replicas: Replicas) -> tuple[list[list[list[_Unit]]], float]:
+    """Units by replica and micro-batch, and the work of the busiest replica.
+
+    The longest unit goes first, into the micro-batch with the least work that can hold it; micro-batches are added, one
+    per replica, until everything fits. Then the costliest micro-batches are dealt to the replicas in alternating order,
+    which evens their sums.
+    """
     sized = sorted(((_size(unit), _work(unit, replicas.cost), unit) for unit in units), key=lambda row: -row[0])
     each = max(1, -(-sum(size for size, _, _ in sized) // (max_tokens * replicas.count)))
     while (bins := _fill(sized, max_tokens, each * replicas.count)) is None:
         each += 1
-    bins.sort(key=lambda found: -found[0])
+    bins.sort(key=lambda work_and_units: -work_and_units[0])
     order = [*range(replicas.count), *reversed(range(replicas.count))]
-    shares: list[list[list[Unit]]] = [[] for _ in range(replicas.count)]
+    shares: list[list[list[_Unit]]] = [[] for _ in range(replicas.count)]
     works = [0.0] * replicas.count
-    for number, (work, found) in enumerate(bins):
+    for number, (work, units_of_bin) in enumerate(bins):
         replica = order[number % len(order)]
-        shares[replica].append(found)
+        shares[replica].append(units_of_bin)
         works[replica] += work
     return shares, max(works)
 
 
-def _fill(sized: list[tuple[int, float, Unit]], max_tokens: int, count: int) -> list[tuple[float, list[Unit]]] | None:
-    """`count` bins of at most `max_tokens` (a longer unit lies alone) with their work, or None: they do not fit."""
+def _fill(sized: list[tuple[int, float, _Unit]], max_tokens: int, count: int) -> list[tuple[float, list[_Unit]]] | None:
+    """`count` bins of at most `max_tokens` (a longer unit is alone in one) with their work; None if they do not fit."""
     bins, fill, works = [[] for _ in range(count)], [0] * count, [0.0] * count
     for size, work, unit in sized:
-        room = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]
-        if not room:
+        open_bins = [b for b in range(count) if not bins[b] or fill[b] + size <= max_tokens]
+        if not open_bins:
             return None
-        emptiest = min(room, key=works.__getitem__)
+        emptiest = min(open_bins, key=works.__getitem__)
         bins[emptiest].append(unit)
         fill[emptiest] += size
         works[emptiest] += work
@@ -197,19 +202,19 @@ def _fill(sized: list[tuple[int, float, Unit]], max_tokens: int, count: int) -> 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A sample at its place, behind a prompt that the first of its unit brings along."""
+    """A sample and its prompt, whose tokens are packed with the first sample of the unit."""
 
     unit: int
     first: bool
-    place: int
+    index: int
     sample: Sample
     prompt: EncodedPrompt
 
     @property
     def shape(self) -> tuple[int, int]:
         """(queries, keys)"""
-        prompt, own = len(self.prompt.prompt_ids), len(self.sample.response_ids[:-1])
-        return (prompt if self.first else 0) + own, prompt + own
+        prompt, response = len(self.prompt.prompt_ids), len(self.sample.response_ids[:-1])
+        return (prompt if self.first else 0) + response, prompt + response
 
     @property
     def ids(self) -> TokenIds:
@@ -219,15 +224,15 @@ class _Sequence:
     @property
     def position_ids_3L(self) -> Tensor:
         prompt_3P = self.prompt.position_ids_3P
-        own_3L = (prompt_3P.max() + 1 + torch.arange(len(self.sample.response_ids[:-1]))).expand(3, -1)
-        return torch.cat([prompt_3P, own_3L], dim=1) if self.first else own_3L
+        response_3L = (prompt_3P.max() + 1 + torch.arange(len(self.sample.response_ids[:-1]))).expand(3, -1)
+        return torch.cat([prompt_3P, response_3L], dim=1) if self.first else response_3L
 
 
-def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
+def _micro_batch(units: Sequence[_Unit], encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
     sequences = [
-        _Sequence(number, placed is unit[0], placed.place, placed.sample, prompt)
+        _Sequence(number, member is unit[0], member.index, member.sample, prompt)
         for number, (unit, prompt) in enumerate((unit, encode(unit[0].sample.prompt)) for unit in units)
-        for placed in unit
+        for member in unit
     ]
     # A prompt lies before those that read it; segments of one shape side by side: sdpa_attention runs them together.
     sequences.sort(key=lambda sequence: (not sequence.first, sequence.shape))
@@ -245,7 +250,7 @@ def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], EncodedPrompt
         source_N=torch.cat(sources) if sources else torch.zeros(0, dtype=torch.int64),
         target_N=_flat([s.response_ids for s in samples], torch.int64),
         sequence_N=torch.arange(len(samples)).repeat_interleave(counts),
-        sample_B=tuple(sequence.place for sequence in sequences),
+        sample_B=tuple(sequence.index for sequence in sequences),
         samples_B=tuple(samples),
         advantage_N=_per_token([s.advantage for s in samples], counts),
         pg_weight_N=_per_token([s.pg_weight for s in samples], counts),
@@ -256,24 +261,24 @@ def _micro_batch(units: Sequence[Unit], encode: Callable[[Prompt], EncodedPrompt
 
 
 def _keys(sequences: Sequence[_Sequence]) -> list[Tensor]:
-    """Of each sequence, the index into T of prompt and response."""
+    """For each sequence, the indices into T of its prompt and response tokens."""
     start, keys, prompt_of_unit = 0, [], {}
     for sequence in sequences:
         queries, _ = sequence.shape
-        own_L = torch.arange(start, start + queries)
+        query_L = torch.arange(start, start + queries)
         if sequence.first:
-            prompt_of_unit[sequence.unit] = own_L[: len(sequence.prompt.prompt_ids)]
-            keys.append(own_L)
+            prompt_of_unit[sequence.unit] = query_L[: len(sequence.prompt.prompt_ids)]
+            keys.append(query_L)
         else:
-            keys.append(torch.cat([prompt_of_unit[sequence.unit], own_L]))
+            keys.append(torch.cat([prompt_of_unit[sequence.unit], query_L]))
         start += queries
     return keys
 
 
 def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTokens:
-    if not sequences:  # nothing to learn here: the shortest input a model accepts
-        one, cu_seqlens = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
-        return PackedTokens(one, one.expand(3, 1), cu_seqlens, cu_seqlens)
+    if not sequences:  # no sequence: the shortest input that a model accepts
+        token_1, cu_seqlens = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32)
+        return PackedTokens(token_1, token_1.expand(3, 1), cu_seqlens, cu_seqlens)
     segments = [(s.shape, key_L) for s, key_L in zip(sequences, keys, strict=True) if s.shape[0]]
     cu_seqlens, cu_seqlens_k = torch.tensor([(0, 0), *(shape for shape, _ in segments)]).cumsum(0).to(torch.int32).T
     prompts = [s.prompt for s in sequences if s.first]

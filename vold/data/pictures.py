@@ -1,4 +1,4 @@
-"""Image files of a data set: what is refused before any model is touched, and how all who read the rest read it."""
+"""Image files of a data set: checks before a model is loaded, and the one way to read the pixels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vold.io import one_line_errors
+
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200  # of the longer side to the shorter: Qwen's image processor refuses more
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
@@ -19,8 +21,8 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB as every model sees it. What is transparent becomes white, as on the page that it was drawn for; 16 bits a
-    pixel become 8 by their upper half (Pillow's own conversions give hidden colours and saturated white)."""
+    """The image as RGB. Transparent pixels become white; 16 bits a pixel become 8 by their upper half (Pillow's own
+    conversions give hidden colours and saturated white)."""
     with Image.open(path) as image:
         if image.mode in SIXTEEN_BITS:
             return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
@@ -31,6 +33,7 @@ def read_picture(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
+@one_line_errors()
 def check_picture(path: Path) -> None:
     """Raises ValueError, one line that names the file: missing, empty, too large, no image, cut off, animated, or with
     pixels that have no 8-bit reading."""
@@ -40,18 +43,18 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"image {path} is empty (0 bytes)")
     try:
         with Image.open(path) as image:
-            wrong = _wrong_with(image)
-            if not wrong:
+            problem = _wrong_with(image)
+            if not problem:
                 image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
                 image.load()
     except Exception as error:  # Pillow's decoders raise what they like
-        wrong = f"cannot be decoded: {' '.join(str(error).split())}"
-    if wrong:
-        raise ValueError(f"image {path} {wrong}")
+        problem = f"cannot be decoded: {' '.join(str(error).split())}"
+    if problem:
+        raise ValueError(f"image {path} {problem}")
 
 
 def _wrong_with(image: Image.Image) -> str:
-    """By its header; "" where nothing is."""
+    """What the header of an image says against it; "" where nothing does."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"has {width}x{height} pixels, over {MAX_PIXELS}; scale it down"
@@ -64,8 +67,9 @@ def _wrong_with(image: Image.Image) -> str:
     return ""
 
 
+@one_line_errors()
 def store_picture(content: bytes, folder: Path) -> Path:
-    """A picture that a table holds, as a file named by its content. Raises ValueError where `folder` takes none."""
+    """Write a picture to a file in `folder`, named by its content. Raises ValueError where that cannot be written."""
     if not content:
         raise ValueError("image is empty (0 bytes)")
     path = folder / hashlib.sha256(content).hexdigest()[:32]
@@ -82,7 +86,7 @@ def store_picture(content: bytes, folder: Path) -> Path:
 
 
 def decode_base64(text: str) -> bytes:
-    """Raises ValueError where it is none."""
+    """The bytes that base64 text encodes. Raises ValueError where it is none."""
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:

@@ -1,7 +1,7 @@
-"""Problems and traces from the layouts of public data sets; every row is validated before a model is touched.
+"""Problems and text traces from the row schemas of public data sets; all rows are validated before a model is loaded.
 
-A layout is a pair: how the file is cut into rows, and a function row -> Problem or Trace. Adding a data set adds one
-function to a table.
+The file's suffix chooses the reader of its rows (READERS), `data.layout` the function from a row to a Problem or a
+TextTrace (PROBLEM_LAYOUTS, TRACE_LAYOUTS). A new data set is one function in a table.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pyarrow.parquet as parquet
 from vold.config.schema import DataConfig
 from vold.data.pictures import check_picture, decode_base64, store_picture
 from vold.grading import extract_answer, validate_gold
+from vold.io import log, one_line_errors, visible
 
 IMAGE = "<image>"
 THREADS = 8
@@ -30,8 +31,8 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A question before any template; `<image>` marks each image's place. `choices`: the texts of options A, B, …,
-    where gold is a letter; `category`: what the data set calls the kind of problem."""
+    """A question before any template; `<image>` marks each image's position. `choices`: the texts of options A, B, …,
+    where gold is a letter; `category`: the data set's name for the kind of problem."""
 
     id: str
     question: str
@@ -43,32 +44,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class TextTrace:
-    """A question with somebody's answer, as text (public SFT sets; our own traces carry token ids instead)."""
+    """A question with a response as text (public SFT sets; `vold traces` keeps token ids instead)."""
 
     problem: Problem
     response: str
 
 
-def load_problems(config: DataConfig, report: Callable[[str], None] = print) -> list[Problem]:
-    """All problems of a file. A bad row stops with file and row named, or is reported and skipped (on_error: skip)."""
+@one_line_errors()
+def load_problems(config: DataConfig, report: Callable[[str], None] = log.info) -> list[Problem]:
+    """All problems of a file, in order. Raises ValueError that names file and row for a bad row; with on_error: skip
+    the row is left out and `report` gets that line."""
     if config.layout not in PROBLEM_LAYOUTS:
         raise ValueError(f"data.layout = {config.layout!r} holds no problems; one of {', '.join(PROBLEM_LAYOUTS)}")
-    problems = list(_rows(config, PROBLEM_LAYOUTS[config.layout], report))
+    problems = list(_parse_rows(config, PROBLEM_LAYOUTS[config.layout], report))
     if not problems:
         raise ValueError(f"{config.path} holds no usable problem")
     return problems
 
 
-def load_text_traces(config: DataConfig, report: Callable[[str], None] = print) -> list[TextTrace]:
-    """All (question, response) rows of a text SFT set, see load_problems."""
-    traces = list(_rows(config, TRACE_LAYOUTS[config.layout], report))
+@one_line_errors()
+def load_text_traces(config: DataConfig, report: Callable[[str], None] = log.info) -> list[TextTrace]:
+    """All (question, response) rows of a text SFT set; `report` and errors as in load_problems."""
+    traces = list(_parse_rows(config, TRACE_LAYOUTS[config.layout], report))
     if not traces:
         raise ValueError(f"{config.path} holds no usable trace")
     return traces
 
 
-def _rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) -> Iterator:
-    """In order, some side by side: pictures take their time to be decoded."""
+def _parse_rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) -> Iterator:
+    """Problems or traces in order, parsed by several threads: decoding pictures is slow."""
 
     def attempt(numbered: tuple[int, dict | list]):
         number, row = numbered
@@ -77,16 +81,16 @@ def _rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) ->
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             return ValueError(f"{config.path} row {number}: {_reason(error, config.layout)}")
 
-    rows = enumerate(islice(_read(config.path), config.limit), start=1)
+    rows = enumerate(islice(_read_rows(config.path), config.limit), start=1)
     with ThreadPoolExecutor(THREADS) as pool:
         while window := list(islice(rows, 16 * THREADS)):
-            for found in pool.map(attempt, window):
-                if not isinstance(found, ValueError):
-                    yield found
+            for result in pool.map(attempt, window):
+                if not isinstance(result, ValueError):
+                    yield result
                 elif config.on_error == "stop":
-                    raise ValueError(f"{found} (data.on_error=skip leaves such rows out)")
+                    raise ValueError(f"{result} (data.on_error=skip leaves such rows out)")
                 else:
-                    report(f"skipped {found}")
+                    report(visible(f"skipped {result}"))
 
 
 def _reason(error: Exception, layout: str) -> str:
@@ -96,7 +100,7 @@ def _reason(error: Exception, layout: str) -> str:
     return f"not a row of layout {layout!r} ({reason})"
 
 
-def _read(path: Path) -> Iterator[dict | list]:
+def _read_rows(path: Path) -> Iterator[dict | list]:
     """Rows of a .json list, a .jsonl file, a .tsv table, a .parquet table, or all .parquet tables of a folder."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
@@ -126,7 +130,7 @@ def _read_json(path: Path) -> list:
 
 
 def _read_tsv(path: Path) -> Iterator[dict]:
-    """Rows without their empty cells. An image that an earlier row holds may be named by that row's index."""
+    """Rows without their empty cells. An image may be given as the index of an earlier row that holds it."""
     csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
     images: dict[str, str] = {}
     with path.open(encoding="utf-8", newline="") as lines:
@@ -170,32 +174,34 @@ def _gsm8k(row: dict, id: str, config: DataConfig) -> Problem:
 
 def _geometry3k(row: dict, id: str, config: DataConfig) -> Problem:
     """Geometry3K: {"problem" with <image> marks, "answer", "images": [paths, or {"bytes"} as in the hub's Parquet]}"""
-    return _seen(id, row["problem"], row["answer"], _images(row["images"], config), row)
+    return _problem_with_images(id, row["problem"], row["answer"], _images(row["images"], config), row)
 
 
 def _virl39k(row: dict, id: str, config: DataConfig) -> Problem:
     r"""ViRL39K: {"question", "answer": "\boxed{...}", "image": [relative paths], "category"}"""
     gold = extract_answer(row["answer"]) or row["answer"]
-    return _seen(id, row["question"], gold, _images(row["image"], config), row)
+    return _problem_with_images(id, row["question"], gold, _images(row["image"], config), row)
 
 
 def _vlaa(row: dict, id: str, config: DataConfig) -> Problem:
     """VLAA-Thinking: {"question", "gt" (or "answer"), "image": a relative path, "dataset"}"""
     gold = row["gt"] if "gt" in row else row["answer"]
-    return _seen(id, row["question"], gold, _images([row["image"]], config), {"category": row.get("dataset"), **row})
+    return _problem_with_images(
+        id, row["question"], gold, _images([row["image"]], config), {"category": row.get("dataset"), **row}
+    )
 
 
 def _vqa(row: dict, id: str, config: DataConfig) -> Problem:
-    """A set of one's own: {"question", "answer", "image" or "images": relative paths, "choices": [text of option A,
-    of B, ...], "category" or "skill"}; only the first two must be there."""
+    """Your own data: {"question", "answer", "image" or "images": relative paths, "choices": [text of option A,
+    of B, ...], "category" or "skill"}; only the first two are required."""
     images = row.get("images", row.get("image")) or []
     images = _images(images if isinstance(images, list) else [images], config)
-    return _seen(id, row["question"], row["answer"], images, row, row.get("choices") or ())
+    return _problem_with_images(id, row["question"], row["answer"], images, row, row.get("choices") or ())
 
 
 def _vlmevalkit(row: dict, id: str, config: DataConfig) -> Problem:
     """VLMEvalKit's TSV: index, question, [hint], [A, B, ...], answer, image (base64, a list of such, or the index of an
-    earlier row that holds it) or image_path, [category]. `<image 2>` in a question is the second image's place."""
+    earlier row that holds it) or image_path, [category]. `<image 2>` marks the second image's position."""
     cell = row["image"] if "image" in row else row["image_path"]
     cells = re.findall(r"""['"]([^'"]+)['"]""", cell) if cell.startswith("[") else [cell]
     question = row.get("question", "Answer the question in the image.")
@@ -204,9 +210,9 @@ def _vlmevalkit(row: dict, id: str, config: DataConfig) -> Problem:
     if named := re.findall(r"<image (\d+)>", question):
         cells = [cells[int(number) - 1] for number in named]
         question = re.sub(r"<image \d+>", IMAGE, question)
-    images = _images([decode_base64(one) for one in cells] if "image" in row else cells, config)
+    images = _images([decode_base64(cell) for cell in cells] if "image" in row else cells, config)
     choices = [row[letter] for letter in string.ascii_uppercase if letter in row]
-    return _seen(id, question, row["answer"], images, row, choices)
+    return _problem_with_images(id, question, row["answer"], images, row, choices)
 
 
 def _messages_problem(row: dict, id: str, config: DataConfig) -> Problem:
@@ -220,8 +226,11 @@ def _problem(id: str, question: str, gold) -> Problem:
     return Problem(id, _text(question, "question"), gold)
 
 
-def _seen(id: str, question: str, gold, images: tuple[Path, ...], row: dict, choices: Sequence[str] = ()) -> Problem:
-    """A problem with images: in front of the question where it does not say where. Of options, gold is the letter."""
+def _problem_with_images(
+    id: str, question: str, gold, images: tuple[Path, ...], row: dict, choices: Sequence[str] = ()
+) -> Problem:
+    """A problem that may have images and options. Images without marks go in front of the question; with options, gold
+    becomes the letter."""
     problem = _problem(id, question, gold)
     question, marks = problem.question, problem.question.count(IMAGE)
     if not marks and images:
@@ -238,7 +247,7 @@ def _seen(id: str, question: str, gold, images: tuple[Path, ...], row: dict, cho
 
 
 def _letter(gold: str, options: dict[str, str]) -> str:
-    """Of the option that `gold` names, by its letter or by its text."""
+    """The letter of the option that `gold` names by its letter or by its text."""
     if gold.strip() in options:
         return gold.strip()
     named = [letter for letter, text in options.items() if gold.strip() == text.strip()]
@@ -258,7 +267,7 @@ def _images(values: Sequence, config: DataConfig) -> tuple[Path, ...]:
 
 
 def _image(value: str | bytes | dict, config: DataConfig) -> Path:
-    """A path below the root, or a picture that the file itself holds and that becomes a file."""
+    """The path of an image below the root; a picture that the data file itself holds is written to a file first."""
     root = (config.image_root or (config.path if config.path.is_dir() else config.path.parent)).resolve()
     if isinstance(value, dict):  # as `datasets` keeps pictures in Parquet
         value = value.get("bytes") or value["path"]
@@ -276,7 +285,7 @@ def _image(value: str | bytes | dict, config: DataConfig) -> Path:
 
 
 def _messages_trace(row: dict, id: str, config: DataConfig) -> TextTrace:
-    """Mixture-of-Thoughts: the assistant content opens with <think>."""
+    """Mixture-of-Thoughts: the last user and assistant turns of {"messages": [{role, content}]}."""
     user, assistant = row["messages"][-2:]
     return TextTrace(Problem(id, _text(user["content"], "question")), _text(assistant["content"], "response"))
 

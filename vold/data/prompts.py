@@ -1,4 +1,4 @@
-"""Problem -> Prompt: one chat, rendered by the tokenizer's own template, as token ids."""
+"""Prompts from problems: one chat each, rendered by the tokenizer's own template, as token ids."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import PromptConfig, SelfTeacherConfig
 from vold.data.problems import Problem
+from vold.io import log, one_line_errors, visible
 from vold.types import Hint, Prompt
 
 
+@one_line_errors()
 def build_prompts(
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
@@ -21,8 +23,9 @@ def build_prompts(
     on_error: str = "stop",
     length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
 ) -> list[Prompt]:
-    """All prompts within prompt.max_tokens; a longer one stops the run, or is left out (on_error "skip") and named.
-    Raises ValueError where none is left. `length` counts a prompt's tokens (PromptEncoder.length: of images too)."""
+    """The prompts of problems, in order, each within prompt.max_tokens. A longer one raises ValueError, or is left out
+    (on_error "skip") and logged. Raises ValueError where none is left. length: a prompt's tokens; an encoder's `length`
+    counts those of images too."""
     built = [build_prompt(problem, tokenizer, config) for problem in problems]
     too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
     if not too_long:
@@ -35,14 +38,15 @@ def build_prompts(
         )
     if len(too_long) == len(built):
         raise ValueError(f"every prompt exceeds prompt.max_tokens = {config.max_tokens}; raise it")
-    named = [f"{id} ({tokens} tokens)" for id, tokens in islice(too_long.items(), 8)]
-    more = " …" if len(too_long) > len(named) else ""
-    print(f"skipped {len(too_long)} prompts over prompt.max_tokens = {config.max_tokens}: {', '.join(named)}{more}")
+    names = ", ".join(f"{id} ({tokens} tokens)" for id, tokens in islice(too_long.items(), 8))
+    more = " …" if len(too_long) > 8 else ""
+    log.info(visible(f"skipped {len(too_long)} prompts over prompt.max_tokens = {config.max_tokens}: {names}{more}"))
     return [prompt for prompt in built if prompt.id not in too_long]
 
 
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
-    """Token ids with one image-pad id per image: expansion belongs to whoever runs a model."""
+    """One prompt; its token ids hold one image-pad id per image (see Prompt). Raises ValueError where the chat template
+    refuses the messages."""
     messages = [{"role": "system", "content": config.system}] if config.system else []
     messages.append({"role": "user", "content": _content(problem, config.suffix)})
     try:
@@ -67,14 +71,14 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
 def show_hint(
     prompt: Prompt, hint: Hint, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, form: SelfTeacherConfig
 ) -> Prompt:
-    """The same problem as a self-teacher reads it. A part of the hint that is not there leaves its section out."""
+    """The prompt of a self-teacher: `form.template` with the problem and the sections of the hint's parts."""
     parts = {
         "problem": prompt.text,
         "demonstration": _section(form.demonstration, "demonstration", hint.demonstration),
         "feedback": _section(form.feedback, "feedback", hint.feedback),
     }
-    # in one pass: what is put in may hold braces of its own
-    question = re.sub(r"\{(problem|demonstration|feedback)\}", lambda found: parts[found[1]], form.template)
+    # in one pass: the inserted texts may hold braces of their own
+    question = re.sub(r"\{(problem|demonstration|feedback)\}", lambda match: parts[match[1]], form.template)
     return build_prompt(Problem(prompt.id, question, prompt.gold, prompt.images), tokenizer, config)
 
 
@@ -86,9 +90,9 @@ def _content(problem: Problem, suffix: str) -> str | list[dict]:
     """Plain text, or text and image items in the order of the problem's <image> marks."""
     if not problem.images:
         return problem.question + suffix
-    first, *rest = (problem.question + suffix).split("<image>")
-    items = [{"type": "text", "text": first}] if first else []
-    for text in rest:
+    before, *after = (problem.question + suffix).split("<image>")
+    items = [{"type": "text", "text": before}] if before else []
+    for text in after:
         items.append({"type": "image"})
         if text:
             items.append({"type": "text", "text": text})

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import DataConfig, PromptConfig
-from vold.data.problems import load_text_traces
+from vold.data.problems import TextTrace, load_text_traces
 from vold.data.prompts import build_prompt
+from vold.io import atomic_path, one_line_errors
 from vold.jsonl import parse_row
-from vold.types import Prompt, Rollout, Sample
+from vold.types import Prompt, Rollout, Sample, TokenIds
 
 PART = ".part.jsonl"
 IDS = ("prompt_ids", "response_ids")
@@ -39,9 +41,10 @@ READ = pa.schema([field for field in SCHEMA if field.name not in ("response", "f
 
 @dataclass(frozen=True)
 class TraceShard:
-    """One Parquet file to be. Until all its prompts are answered, the answers stand in a part file beside it, one line
-    for what arrived together: a line is there whole or not at all, whenever the process is killed. Each line, and the
-    Parquet file's footer, carry a digest of the prompts, so that answers to other prompts are never taken for these."""
+    """One Parquet file of traces, written when all its prompts are answered. Until then the answers are in a part file
+    beside it, one line for each batch that arrived: a line counts only if it is complete, whenever the process was
+    killed. Each line, and the Parquet file's footer, hold a digest of the prompts, so that answers to other prompts are
+    never mistaken for these."""
 
     directory: Path
     number: int
@@ -66,14 +69,14 @@ class TraceShard:
         return self.is_finished and not self.part.exists()
 
     def answered(self) -> set[str]:
-        """Ids of the prompts that need not be asked again. Raises ValueError when the answers are to other prompts."""
+        """Ids of the prompts that have an answer. Raises ValueError when the answers are to other prompts."""
         if self.is_finished:
             self.counts()
             return {prompt.id for prompt in self.prompts}
         return set(self._answers())
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
-        """Durable when this returns. Raises ValueError when the file system refuses."""
+        """Append answers to the part file, flushed to disk. Raises ValueError when the file system refuses."""
         answers = [[r.prompt.id, r.finish_reason, r.response_ids.tolist(), r.text] for r in rollouts]
         line = json.dumps({"prompts": self._digest, "answers": answers}) + "\n"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,43 +89,43 @@ class TraceShard:
             raise ValueError(f"{error}; make room, then continue with --resume") from None
 
     def repair(self) -> None:
-        """Drop the line that a killed process left unfinished; what is added next must not continue it."""
+        """Remove the line that a killed process left unfinished, so that the next one does not continue it."""
         if self.part.exists():
-            whole = sum(len(line) for line, _ in self._lines())
-            os.truncate(self.part, whole)
+            complete_bytes = sum(len(line) for line, _ in self._lines())
+            os.truncate(self.part, complete_bytes)
 
     def finish(self) -> None:
-        """The kept traces, in the order of the prompts, as Parquet. Prompts that the engine gave no answer to are
-        counted as failed."""
+        """Write the kept traces, in the order of the prompts, as Parquet. Prompts without an answer are counted as
+        failed."""
         if not self.is_finished:
             self._write_table()
         self.part.unlink(missing_ok=True)
 
     def _write_table(self) -> None:
-        """Beside the target, then renamed."""
         answers, rows = self._answers(), []
         counts = dict.fromkeys(("asked", "kept", "truncated", "too_long", "failed", "sampled_tokens", "kept_tokens"), 0)
         for prompt in self.prompts:
             finish_reason, ids, text = answers.get(prompt.id, (None, (), ""))
             fate = _fate(finish_reason, len(prompt.token_ids) + len(ids), self.max_tokens)
-            for name, more in (("asked", 1), (fate, 1), ("sampled_tokens", len(ids))):
-                counts[name] += more
+            for name, count in (("asked", 1), (fate, 1), ("sampled_tokens", len(ids))):
+                counts[name] += count
             if fate == "kept":
                 counts["kept_tokens"] += len(ids)
                 row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason)
                 rows.append(dict(zip(SCHEMA.names, row, strict=True)))
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
-        partial = self.path.with_suffix(".partial")
         self.directory.mkdir(parents=True, exist_ok=True)
-        with parquet.ParquetWriter(partial, SCHEMA.with_metadata(facts), write_page_checksum=True) as writer:
+        schema = SCHEMA.with_metadata(facts)
+        with (
+            atomic_path(self.path, durable=True) as partial,
+            parquet.ParquetWriter(partial, schema, write_page_checksum=True) as writer,
+        ):
             if rows:  # `datasets` cannot read an empty row group
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
 
     def counts(self) -> dict[str, int]:
-        """What became of a finished shard's prompts, and tokens. Raises ValueError when its prompts are not these."""
+        """Numbers of a finished shard's prompts by outcome, and of tokens. Raises ValueError when its prompts are not
+        these."""
         try:
             facts = parquet.read_schema(self.path).metadata or {}
         except pa.ArrowInvalid as error:
@@ -134,14 +137,14 @@ class TraceShard:
 
     def _answers(self) -> dict[str, tuple[str, list[int], str]]:
         """Prompt id -> finish reason, token ids, text."""
-        found = {}
+        answers = {}
         for _, row in self._lines():
             self._check_digest(row["prompts"], self.part)
-            found |= {id: (finish_reason, ids, text) for id, finish_reason, ids, text in row["answers"]}
-        return found
+            answers |= {id: (finish_reason, ids, text) for id, finish_reason, ids, text in row["answers"]}
+        return answers
 
     def _lines(self) -> Iterator[tuple[bytes, dict]]:
-        """Whole lines with what they say."""
+        """The part file's complete lines, raw and decoded."""
         if not self.part.exists():
             return
         with self.part.open("rb") as file:
@@ -153,20 +156,19 @@ class TraceShard:
 
     @cached_property
     def _digest(self) -> str:
-        """Of what the teacher is asked."""
-        asked = [(prompt.id, prompt.token_ids.tolist()) for prompt in self.prompts]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        prompts = [(prompt.id, prompt.token_ids.tolist()) for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
-    def _check_digest(self, found: str, where: Path) -> None:
-        if found != self._digest:
+    def _check_digest(self, digest: str, file: Path) -> None:
+        if digest != self._digest:
             raise ValueError(
-                f"{where} answers other prompts than data.path now holds; put the file back as it was, or start "
+                f"{file} answers other prompts than data.path now holds; put the file back as it was, or start "
                 "another run_dir"
             )
 
 
 def _fate(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
-    """The paper keeps complete traces under 8192 tokens."""
+    """The outcome of one prompt. The paper keeps complete traces under 8192 tokens."""
     if finish_reason is None:
         return "failed"
     if finish_reason == "length":
@@ -174,16 +176,18 @@ def _fate(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
     return "kept" if tokens < max_tokens else "too_long"
 
 
+@one_line_errors()
 def load_samples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, *, max_tokens: int
 ) -> Sequence[Sample]:
-    """Training sequences of stage 1 (weights still unset): our traces by id, public text sets tokenised once. Those of
-    more than max_tokens are left out."""
+    """Training sequences of stage 1 with weights still unset: traces of `vold traces` by their token ids, public text
+    sets tokenised once. Sequences of more than max_tokens are left out. Raises ValueError for a file that does not
+    fit."""
     if config.layout == "traces":
         samples = _Traces(_table(config, len(tokenizer)), max_tokens)
     elif config.layout in ("messages", "prompt-response"):
-        found = (_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config))
-        samples = [one for one in found if len(one.prompt.token_ids) + len(one.response_ids) <= max_tokens]
+        all_samples = (_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config))
+        samples = [s for s in all_samples if len(s.prompt.token_ids) + len(s.response_ids) <= max_tokens]
     else:
         raise ValueError(f"data.layout = {config.layout!r} holds no traces; use traces, messages or prompt-response")
     if not samples:
@@ -192,8 +196,7 @@ def load_samples(
 
 
 class _Traces(Sequence[Sample]):
-    """Rows of the table, made into samples when asked for: all of them as Python numbers would need ten times the
-    memory."""
+    """Samples made from the rows of a table on access: all of them at once would take more memory."""
 
     def __init__(self, table: pa.Table, max_tokens: int):
         lengths = compute.add(*(compute.list_value_length(table[name]) for name in IDS))
@@ -203,9 +206,10 @@ class _Traces(Sequence[Sample]):
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
-        (row,) = self._table.slice(self._kept[index].as_py(), 1).to_pylist()
-        prompt = Prompt(row["prompt_id"], row["prompt_ids"], row["prompt"], row["gold"])
-        return _sample(prompt, row["response_ids"])
+        row = self._kept[index].as_py()
+        prompt_ids, response_ids = (self._table[name][row].values.to_numpy() for name in IDS)
+        id, text, gold = (self._table[name][row].as_py() for name in ("prompt_id", "prompt", "gold"))
+        return _sample(Prompt(id, prompt_ids, text, gold), response_ids)
 
 
 def _table(config: DataConfig, vocab_size: int) -> pa.Table:
@@ -242,11 +246,11 @@ def _read(file: Path, vocab_size: int) -> pa.Table:
     return table
 
 
-def _from_text(trace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Sample:
-    """The response is tokenised with the end-of-turn token a sampled one would carry."""
+def _from_text(trace: TextTrace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Sample:
+    """A sample whose response ends with the end-of-turn token, as a sampled one does."""
     ids = tokenizer(trace.response, add_special_tokens=False)["input_ids"]
-    return _sample(build_prompt(trace.problem, tokenizer, config), [*ids, tokenizer.eos_token_id])
+    return _sample(build_prompt(trace.problem, tokenizer, config), np.array([*ids, tokenizer.eos_token_id], np.int32))
 
 
-def _sample(prompt: Prompt, response_ids: Sequence[int]) -> Sample:
+def _sample(prompt: Prompt, response_ids: TokenIds) -> Sample:
     return Sample(prompt, response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)

@@ -29,8 +29,8 @@ ROUNDING = 1e-5
 
 def degrade(image: Image.Image, scale: float = 0.1) -> Image.Image:
     """The image without its detail, at its own size: each side scaled by `scale` (bilinear) and back (nearest)."""
-    small = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
 
 
 def token_advantage(logp_L: Tensor, logp_degraded_L: Tensor) -> Tensor:

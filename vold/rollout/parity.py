@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vold.data.packing import PromptEncoder, pack
 from vold.rollout.sampler import Sampler
-from vold.types import Batch, Prompt, Sample
+from vold.types import Batch, Prompt, Sample, TokenIds
 
 TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
 
@@ -18,7 +18,9 @@ class ParityProbe:
     limit: the greatest allowed mean of exp|logp difference| over the tokens, e.g. 1.05.
     """
 
-    def __init__(self, sequences: Sequence[tuple[Prompt, Sequence[int]]], encode: PromptEncoder, limit: float):
+    def __init__(
+        self, sequences: Sequence[tuple[Prompt, TokenIds | Sequence[int]]], encode: PromptEncoder, limit: float
+    ):
         samples = [Sample(prompt, response, 1.0, 1.0, 0.0) for prompt, response in sequences]
         self._sequences, self._limit = samples, limit
         self._batch = pack(samples, max_tokens=1 << 30, encode=encode)

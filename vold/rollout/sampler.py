@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vold.config.schema import SamplingConfig
 from vold.models.images import ImageProcessor
-from vold.types import Prompt, Rollout
+from vold.types import Prompt, Rollout, TokenIds
 
 
 class Sampler(Protocol):
@@ -42,7 +42,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
+    def score(self, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> list[float]:
         """Log-probability (nats, temperature 1) of each given response token."""
         ...
 

@@ -32,7 +32,7 @@ def sample_rows(
         row = response_row(rollout, verdict)
         row |= {"reward": reward, "advantage": samples[index].advantage, "mean_kl": report.mean_kl.get(index)}
         if logps := report.tokens.get(index):
-            row["tokens"] = token_texts(tokenizer, rollout.response_ids)
+            row["tokens"] = token_texts(tokenizer, rollout.response_ids.tolist())
             row |= {name: [round(logp, 3) for logp in values] for name, values in logps.items()}
         rows.append(row)
     return rows

@@ -20,7 +20,7 @@ from vold.models.images import ImageProcessor, image_grids
 from vold.parallel import cpu
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode
-from vold.types import Prompt, Rollout
+from vold.types import Prompt, Rollout, TokenIds
 
 
 class TransformersSampler:
@@ -68,7 +68,7 @@ class TransformersSampler:
                 del rollouts[:responses]
 
     @torch.no_grad()
-    def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
+    def score(self, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> list[float]:
         """See Sampler. One sequence, no padding."""
         inputs = self._inputs([prompt])
         response = torch.tensor(response_ids, dtype=torch.int64, device=self._device)[None]

@@ -17,7 +17,7 @@ from vold.config.schema import VllmConfig
 from vold.data.pictures import read_picture
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel import cpu
-from vold.types import Prompt
+from vold.types import Prompt, TokenIds
 
 WORKER = "vold.rollout.vllm.worker.PolicyWorker"
 
@@ -37,7 +37,7 @@ class Request:
     scored: int = 0
 
     @classmethod
-    def scoring(cls, prompt: Prompt, response_ids: Sequence[int]) -> Request:
+    def scoring(cls, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> Request:
         """A request for the log-probabilities of a given response. vLLM samples at least one token more."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]

@@ -14,7 +14,7 @@ from vold.models.images import ImageProcessor
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.vllm.engines import Engines, Request
 from vold.seeding import derive_seed
-from vold.types import Prompt, Rollout
+from vold.types import Prompt, Rollout, TokenIds
 
 BANNED_BIAS = -100.0
 """Added to the logit of a banned id: vLLM's limit, e**-100 times as probable."""
@@ -92,7 +92,7 @@ class VllmSampler:
             index, outputs = indices[number], output.responses * (responses // sampled) if output else []
             yield index, [make_rollout(prompts[index], r.ids, r.logps, version=version) for r in outputs]
 
-    def score(self, prompt: Prompt, response_ids: Sequence[int]) -> list[float]:
+    def score(self, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> list[float]:
         """See Sampler."""
         ((_, output),) = self._engines.stream([Request.scoring(prompt, response_ids)])
         if output is None:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from vold.config.schema import RlConfig, SftConfig
 
-OPTIONAL = ("gpu", "vllm")  # extras whose packages need not be there, but if they are, fit
+OPTIONAL = ("gpu", "flash", "vllm")  # extras whose packages need not be there, but if they are, fit
 
 
 def versions(config: SftConfig | RlConfig) -> str:

@@ -31,6 +31,7 @@ SLOW = (
     "miniature/test_miniature_second_act.py",
     "miniature/test_miniature_selfplay.py",
     "security/test_hostile_data.py",
+    "selfplay/test_selfplay.py",
     "train",
     "trainer/test_methods_train.py",
 )
@@ -48,9 +49,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--fast"):
         slow = {path for path in {item.path for item in items} if _is_slow(path)}
-        left_out = [item for item in items if item.path in slow or "torchrun" in getattr(item, "fixturenames", ())]
-        items[:] = [item for item in items if item not in set(left_out)]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {item for item in items if item.path in slow or "torchrun" in getattr(item, "fixturenames", ())}
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 def _is_slow(path: Path) -> bool:

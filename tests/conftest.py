@@ -31,6 +31,7 @@ SLOW = (
     "miniature/test_miniature_second_act.py",
     "miniature/test_miniature_selfplay.py",
     "security/test_hostile_data.py",
+    "selfplay/test_questions.py",
     "selfplay/test_selfplay.py",
     "train",
     "trainer/test_methods_train.py",

@@ -131,8 +131,8 @@ SCHEMAS = {
 }
 
 
-METHODS = ROOT / "configs" / "methods"
-WHOLE = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent != METHODS)
+METHODS, LAUNCH = ROOT / "configs" / "methods", ROOT / "configs" / "launch"
+WHOLE = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent not in (METHODS, LAUNCH))
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: str(p.relative_to(ROOT)))

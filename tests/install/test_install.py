@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -190,12 +191,14 @@ def test_wheel_has_every_public_name(clean_python, run, tmp_path, package):
     assert (Path(file).parent / "py.typed").is_file()
 
 
-def test_wheel_has_every_data_file(wheel):
-    """What the repository keeps beside the code (templates, styles, the miniature's configs) is in the wheel."""
-    import zipfile
-
+def test_wheel_has_every_file(wheel):
+    """Templates, styles and the miniature's configs (some by a link to configs/) too, not the code alone."""
     inside = {re.sub(r"^vold_kernels/", "kernels/vold_kernels/", name) for name in zipfile.ZipFile(wheel).namelist()}
-    tracked = subprocess.run(
-        ["git", "ls-files", "vold", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert {name for name in tracked.stdout.split() if (ROOT / name).exists()} - inside - {"kernels/README.md"} == set()
+    here = {
+        str(Path(folder, name).relative_to(ROOT))
+        for package in ("vold", "kernels/vold_kernels")
+        for folder, _, names in os.walk(ROOT / package, followlinks=True)
+        for name in names
+        if not folder.endswith("__pycache__")
+    }
+    assert here - inside == set()

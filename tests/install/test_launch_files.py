@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -135,6 +138,47 @@ def test_torch_knows_the_shutdown_timeout():
     from torch.distributed.launcher import api
 
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in inspect.getsource(api)
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+trap 'echo saved >> "$LOG"; exit 0' TERM
+echo "$@" >> "$LOG"
+for _ in {1..600}; do sleep 0.1; done
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'node1\\nnode2\\n'; else echo "$@" >> "$LOG"; fi
+"""
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "requeued"])
+def test_slurm_job_saves_at_sigterm_and_is_requeued(tmp_path, before):
+    """With stand-ins for srun and scontrol: the ranks get SIGTERM, the job waits for them, then asks for a requeue; it
+    resumes where the run directory holds a run."""
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    run_dir.mkdir()
+    if before:
+        (run_dir / "config.yaml").touch()
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "vold", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    environment = os.environ | slurm | {"RUN_DIR": str(run_dir), "LOG": str(log)}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    job = subprocess.Popen(["bash", SLURM, "rl", "config.yaml", "steps=3"], env=environment, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)  # the stand-in is in its loop, the job in its wait
+        job.send_signal(signal.SIGTERM)
+        job.wait(60)
+    finally:
+        job.kill()
+    launch, *rest = log.read_text().splitlines()
+    assert "--nnodes 2" in launch and "--rdzv-endpoint node1:29500" in launch
+    assert launch.split(" -m vold ")[1].startswith(f"rl config.yaml steps=3 run_dir={run_dir}")
+    assert launch.endswith("--resume") == before
+    assert rest == ["saved", "requeue 7"]
 
 
 # -- paths and keys ------------------------------------------------------------------------------------------------

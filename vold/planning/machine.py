@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from vold.config.schema import RlConfig, SftConfig
 
-OPTIONAL_EXTRAS = ("gpu", "vllm")  # their packages may be absent; an installed one must be in range
+OPTIONAL_EXTRAS = ("gpu", "flash", "vllm")  # their packages may be absent; an installed one must be in range
 
 
 def hide_gpus() -> None:

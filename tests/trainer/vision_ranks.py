@@ -144,8 +144,8 @@ def check_teacher(trainer: Trainer, student: Path, layout) -> None:
 
 
 class Blank(Pictures):
-    """The same pictures without any detail. (With a tenth of their contrast, siblings' mean advantages differ by so little
-    that their z-scores, and with them the weights, amplify fp32 rounding to 1e-4.)"""
+    """The same pictures without any detail. (With a tenth of their contrast, siblings' mean advantages differ by so
+    little that their z-scores, and with them the weights, amplify fp32 rounding to 1e-4.)"""
 
     def pictures(self, prompt: Prompt) -> tuple[Picture, ...]:
         pictures = super().pictures(prompt)

@@ -68,7 +68,7 @@ class EvalConfig(RunConfig, EngineConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Problem sets and sampling."""
     vlmevalkit: VlmevalkitConfig = VlmevalkitConfig()
-    """Settings of `vold eval --vlmevalkit`."""
+    """Settings of `vold eval` with `--vlmevalkit`."""
     grader_workers: Positive = 2
     """Processes that grade answers."""
 

@@ -71,4 +71,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, for tab completion: neither helpers nor the imports of this file."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("vold")
-"""Information goes to standard output as it is; warnings go to standard error behind `vold: `."""
+"""Information goes to standard output, warnings to standard error behind `vold: `."""
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to whatever sys.stdout and sys.stderr are when a record arrives."""
+    """Writes to whatever sys.stdout and sys.stderr are when a record arrives. Hidden characters of names and paths are
+    shown (see `visible`), so that none reaches the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = visible(record.getMessage(), multiline=True)
         if record.levelno >= logging.WARNING:
             print(f"vold: {message}", file=sys.stderr, flush=True)
         else:

@@ -139,7 +139,8 @@ def _number(value):
 
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     first, *others = error.errors()
-    field = ".".join(str(part) for part in first["loc"]) or "config"
+    # the loc of a union's member ends in pydantic's name for it: step.constrained-int
+    field = ".".join(str(part) for part in first["loc"] if part != "constrained-int") or "config"
     if first["type"] == "extra_forbidden":
         line = f"unknown key {field}; {_fix_of_unknown_key(field, schema)}"
     elif first["type"] == "missing":
@@ -158,8 +159,14 @@ def _fix_of_unknown_key(field: str, schema: type[BaseModel]) -> str:
     for old, new in RENAMED_KEYS.items():
         if f".{field}".endswith(f".{old}"):
             return f"it is now {field.removesuffix(old)}{new}"
-    close = difflib.get_close_matches(field.rpartition(".")[2], _keys(schema), n=1)
-    return f"did you mean {close[0]}?" if close else "remove it"
+    keys = _dotted_keys(schema)
+    section, _, name = field.rpartition(".")
+    close = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], n=1)
+    if not close:
+        return "remove it"
+    if f"{section}.{close[0]}".lstrip(".") in keys:
+        return f"did you mean {close[0]}?"
+    return f"did you mean {next(key for key in keys if f'.{key}'.endswith(f'.{close[0]}'))}?"
 
 
 def _renamed_value(field: str, value: object) -> str | None:
@@ -169,11 +176,11 @@ def _renamed_value(field: str, value: object) -> str | None:
     return None
 
 
-def _keys(schema: type[BaseModel], seen: frozenset = frozenset()) -> list[str]:
+def _dotted_keys(schema: type[BaseModel], section: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in schema.model_fields.items():
-        keys.append(name)
+        keys.append(section + name)
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen:
-            keys += _keys(kind, seen | {kind})
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _dotted_keys(kind, f"{section}{name}.")
     return keys

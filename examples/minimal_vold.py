@@ -132,7 +132,7 @@ def train_step(
 
 
 def build_optimizer(policy: PreTrainedModel, lr: float) -> torch.optim.AdamW:
-    """AdamW; norms and biases are not decayed, and the vision tower stays as it is: training sees text alone."""
+    """AdamW; norms and biases are not decayed, and the vision tower stays as it is: training data is text alone."""
     if hasattr(policy.model, "visual"):
         policy.model.visual.requires_grad_(False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

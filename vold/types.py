@@ -265,7 +265,7 @@ class Batch:
 class StepReport:
     """metrics: numbers of one step, reduced over all ranks, as they go to metrics.jsonl. mean_kl: for the samples of
     all ranks (by index) that had a KL term, the mean of 1/2 (logp - logp_teacher)^2 over their tokens, nats^2.
-    tokens: for the samples that were asked for and trained on, `logp` and, where the teacher scored them,
+    tokens: for the samples that were requested and trained on, `logp` and, where the teacher scored them,
     `logp_teacher` of each response token, nats."""
 
     metrics: dict[str, float]

@@ -146,9 +146,9 @@ def test_order_is_a_function_of_seed_and_step():
 
 def test_the_order_of_prompts_is_that_of_the_rows_whatever_is_taken_at_a_time():
     order, taken = PromptOrder(10, seed=3), []
-    for portion in (4, 1, 0, 7, 8):
-        rows = order.take(portion)
-        order.update_pass_rates(rows, [1.0] * portion)
+    for size in (4, 1, 0, 7, 8):
+        rows = order.take(size)
+        order.update_pass_rates(rows, [1.0] * size)
         taken += rows
     assert taken == [row for step in range(5) for row in rows_of_step(step, rows=10, per_step=4, seed=3)]
 

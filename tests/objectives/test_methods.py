@@ -234,7 +234,7 @@ def test_only_objectives_and_configs_know_a_methods_name():
     known = "|".join(map(re.escape, PRESETS))
     decides = r"(?:[!=]=|\bcase\b|\b(?:if|and|or|not)\b[^\n]*\bin)"
     branch = re.compile(rf"PRESETS\b|preset\s*[!=]=|{decides}\s*[(\[{{]?\s*[\"'](?:{known})[\"']")
-    code = [path for room in ("vold", "kernels") for path in (ROOT / room).rglob("*.py")]
+    code = [path for folder in ("vold", "kernels") for path in (ROOT / folder).rglob("*.py")]
     code = [path for path in code if path.parent.name not in ("objectives", "miniature", "report")]
     found = {str(path.relative_to(ROOT)) for path in code if branch.search(path.read_text())}
     assert found == {"vold/__init__.py"} and len(code) > 80  # which exports PRESETS, and does not look into it

@@ -1,5 +1,6 @@
 """Every method beside other people's code, from rewards to gradients: verl's and TRL's own functions on materialised
-log-probs in fp64, Liger's fused loss in fp32. Ours is the whole way: `Objective.weigh`, then the fused kernel.
+log-probs in fp64, Liger's fused loss in fp32. Ours is `Objective.assign_token_weights`, then the fused
+kernel.
 
 `make test-peers` runs this in the bench environment; a peer that is not installed is a skip.
 """

@@ -70,7 +70,7 @@ def test_a_seeing_teacher_reads_the_images_too(configured, tiny_qwen3_vl_dir, la
 
 
 def test_qwen3_vl_is_its_own_teacher_without_any_divergence(configured, tiny_qwen3_vl_dir, layout):
-    """As student and as teacher, sampled and trained; its mergers are trained, handed over and exported."""
+    """As student and as teacher, sampled and trained; its mergers are trained, synced and exported."""
     same = [f"student={tiny_qwen3_vl_dir}", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd"]
     config = configured("self", *same, "vision.train_merger=true", "objective.beta=1.0")
     train_rl(config)

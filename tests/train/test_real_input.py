@@ -54,7 +54,7 @@ def save(model, tokenizer_file: Path, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
-    """Qwen2.5-VL with Qwen2.5's own tokenizer: no <think>. No image processor: this run never sees an image."""
+    """Qwen2.5-VL with Qwen2.5's own tokenizer: no <think>. No image processor: this run has no images."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=32)

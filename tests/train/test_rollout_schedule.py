@@ -138,7 +138,7 @@ def test_the_next_steps_rollouts_are_drawn_while_a_step_trains(load, tmp_path, l
 
 
 def test_sampler_and_grader_have_one_user_at_a_time(load, tmp_path, layout, monkeypatch):
-    """The thread, which here begins when a step is trained, the hand-over with its probe, an evaluation."""
+    """The thread, which here begins when a step is trained, the weight sync with its probe, an evaluation."""
     busy, trained = threading.Lock(), threading.Event()
     step, draw = Trainer.step, RolloutWorker.sample_groups
 
@@ -518,7 +518,7 @@ def test_all_ranks_decide_alike_and_a_resumed_run_goes_on_where_it_was(open_made
     with open_made_up(MadeUp(tmp_path, lost=("2", "5")), done=3, **settings) as resumed:
         assert [resumed.next(step).groups for step in (3, 4, 5)] == [found.groups for found in steps[1][3:]]
     before = {rewards for found in steps[1][3:] for group in found.groups for rewards in group.earlier}
-    assert before == {(1.0, 0.0)}, "the rewards of earlier epochs, of prompts that inform"
+    assert before == {(1.0, 0.0)}, "the rewards of earlier epochs, of prompts with a gradient"
 
 
 def test_an_error_in_the_thread_reaches_the_run(load, tmp_path, layout, sampler_that):

@@ -1,5 +1,5 @@
 """VllmSampler beside TransformersSampler: the same greedy ids and log-probs, with the same weights, before and after
-they are handed over. Real vLLM, in this process."""
+they are synced. Real vLLM, in this process."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def agree(pair, prompts) -> list[tuple[int, ...]]:
 
 
 def test_weights_arrive_again_and_again(pair, prompts, tiny_student_dir):
-    """Text and images: after each hand-over vLLM is transformers with the new weights, no cache remembers the old, and
-    rollouts carry the version."""
+    """Text and images: after each weight sync vLLM is transformers with the new weights, no cache remembers the old,
+    and rollouts carry the version."""
     found = [agree(pair, prompts)]
     for seed in (1, 2, 1):
         weights = other_weights(tiny_student_dir, seed)

@@ -43,7 +43,7 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"image {path} is empty (0 bytes)")
     try:
         with Image.open(path) as image:
-            problem = _wrong_with(image)
+            problem = _header_problem(image)
             if not problem:
                 image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size
                 image.load()
@@ -53,8 +53,8 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"image {path} {problem}")
 
 
-def _wrong_with(image: Image.Image) -> str:
-    """What the header of an image says against it; "" where nothing does."""
+def _header_problem(image: Image.Image) -> str:
+    """The reason to refuse an image, by its header; "" where there is none."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"has {width}x{height} pixels, over {MAX_PIXELS}; scale it down"

@@ -106,10 +106,10 @@ class TraceShard:
         counts = dict.fromkeys(("asked", "kept", "truncated", "too_long", "failed", "sampled_tokens", "kept_tokens"), 0)
         for prompt in self.prompts:
             finish_reason, ids, text = answers.get(prompt.id, (None, (), ""))
-            fate = _fate(finish_reason, len(prompt.token_ids) + len(ids), self.max_tokens)
-            for name, count in (("asked", 1), (fate, 1), ("sampled_tokens", len(ids))):
+            outcome = _outcome(finish_reason, len(prompt.token_ids) + len(ids), self.max_tokens)
+            for name, count in (("asked", 1), (outcome, 1), ("sampled_tokens", len(ids))):
                 counts[name] += count
-            if fate == "kept":
+            if outcome == "kept":
                 counts["kept_tokens"] += len(ids)
                 row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason)
                 rows.append(dict(zip(SCHEMA.names, row, strict=True)))
@@ -167,7 +167,7 @@ class TraceShard:
             )
 
 
-def _fate(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
+def _outcome(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
     """The outcome of one prompt. The paper keeps complete traces under 8192 tokens."""
     if finish_reason is None:
         return "failed"

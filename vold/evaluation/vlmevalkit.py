@@ -104,11 +104,11 @@ def run_vlmevalkit(config: EvalConfig) -> None:
     folder = (config.run_dir / "vlmevalkit" / config.vlmevalkit.judge).resolve()
     _write_config(kit_config(config.checkpoint, config.prompt, config.vlmevalkit), folder / "config.json")
     script = find_kit()
-    words = kit_command(folder, script or Path("run.py"), config.vlmevalkit, use_vllm=config.engine == "vllm")
-    log.info(shlex.join(words))
+    command = kit_command(folder, script or Path("run.py"), config.vlmevalkit, use_vllm=config.engine == "vllm")
+    log.info(shlex.join(command))
     if script is None:
         log.info("vlmeval is not installed here: run this in a clone of VLMEvalKit, then the same `vold eval` again")
-    elif code := subprocess.run(words, cwd=script.parent, env=_environment()).returncode:
+    elif code := subprocess.run(command, cwd=script.parent, env=_environment()).returncode:
         raise ValueError(f"VLMEvalKit ended with code {code}, see above; what it finished is in {folder}")
     benchmarks = {judge: results for judge in ("rule", "model") if (results := read_results(folder.parent / judge))}
     if not benchmarks:
@@ -161,9 +161,9 @@ def kit_command(folder: Path, script: Path, settings: VlmevalkitConfig, *, use_v
 
     gpus = torch.cuda.device_count()
     launcher = ["torchrun", f"--nproc-per-node={gpus}"] if gpus > 1 else ["python"]
-    words = [*launcher, str(script), "--config", str(folder / "config.json"), "--work-dir", str(folder), "--reuse"]
-    words += ["--use-vllm"] if use_vllm else []
-    return words + (["--judge", "exact_matching"] if settings.judge == "rule" else [])
+    command = [*launcher, str(script), "--config", str(folder / "config.json"), "--work-dir", str(folder), "--reuse"]
+    command += ["--use-vllm"] if use_vllm else []
+    return command + (["--judge", "exact_matching"] if settings.judge == "rule" else [])
 
 
 def find_kit() -> Path | None:

@@ -1,7 +1,7 @@
-"""When is an answer equal to the gold answer? The policy, rule by rule; math-verify decides what is left.
+"""Equality of an answer and the gold answer, rule by rule; math-verify decides the remaining cases.
 
 math-verify 0.9 is a lenient *comparer*: it takes the last number of `1=2=7`, treats words as products of letters,
-drops units and rounds tiny numbers to zero. Each rule below closes one of these before it is asked.
+drops units and rounds tiny numbers to zero. Each rule below decides one such case before math-verify runs.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _identical(answer: str, gold: str) -> bool | None:
 
 def _choice(answer: str, gold: str) -> bool | None:
     """Gold `D`, `(D)` or `D. 7` is a choice: `D`, `(D)` and `D. 7` choose it, `D. 7, B. 3` chooses nothing."""
-    wanted = _chosen(gold)
-    return None if wanted is None else _chosen(answer) == wanted
+    gold_letter = _chosen(gold)
+    return None if gold_letter is None else _chosen(answer) == gold_letter
 
 
 def _chosen(text: str) -> str | None:

@@ -1,4 +1,4 @@
-r"""Which part of a response is its answer: the last balanced \boxed{...} after the last </think>."""
+r"""Extraction of a response's answer: the last balanced \boxed{...} after the last </think>."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gold answers are checked when the data is loaded, so that a bad row stops no training step."""
+"""Checks of gold answers when the data is loaded, so that a bad row stops no training step."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _FRACTION_CHARS = 300
 def decimal(text: str) -> str | None:
     """Canonical spelling of a decimal literal of any length (`-0,012.50` -> `-12.5`), None if it is not one.
 
-    A string, never an int: Python refuses to convert thousands of digits, and a megabyte of them is a hack.
+    A string, never an int: Python refuses to convert thousands of digits, and a megabyte of them is an attack.
     """
     match = _DECIMAL.fullmatch(text)
     if match is None or not any(c.isdigit() for c in text):
@@ -49,7 +49,7 @@ def rational(text: str) -> Fraction | None:
 
 
 def compare(answer: str, gold: str) -> bool | None:
-    """Whether two number literals are equal; None if either is not one.
+    """True where two number literals are equal; None if either is not one.
 
     Exact, with one tolerance: a decimal may round a fraction (0.333333 for 1/3), to `close`.
     """

@@ -137,7 +137,7 @@ def _unwrap(text: str) -> str:
 
 
 def _one_group(inner: str) -> bool:
-    """Whether the braces around `inner` belong together."""
+    """True where the braces around `inner` belong together."""
     depth = 0
     for brace in re.findall(r"\\.|[{}]", inner, re.DOTALL):
         depth += (brace == "{") - (brace == "}")

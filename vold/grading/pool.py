@@ -1,7 +1,7 @@
-"""A pool of grading workers that are killed, not asked, when an answer hangs.
+"""A pool of grading worker processes; a worker whose answer hangs is killed and replaced.
 
 `concurrent.futures` cannot do this: `future.result(timeout)` leaves the hung worker in place, so two bad answers
-poison a two-worker pool and later correct answers score 0. Workers are plain child processes speaking JSON lines,
+poison a two-worker pool and later correct answers score 0. Workers are plain child processes that exchange JSON lines,
 which also works under torchrun: nothing is forked after CUDA starts and the main module is not imported again.
 """
 
@@ -52,7 +52,7 @@ class _Job:
 
 
 class _Worker:
-    """The parent's end of one worker process. Starting one takes about a second; it says when it is ready."""
+    """The parent's end of one worker process. Starting one takes about a second; it reports when it is ready."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.ready, self.job, self.buffer = seconds, False, None, b""
@@ -195,7 +195,7 @@ class Grader:
             worker: _Worker = key.data
             messages = worker.receive()
             if messages is None:
-                self._bury(worker, waiting)
+                self._handle_death(worker, waiting)
             else:
                 for message in messages:
                     self._accept(worker, message)
@@ -214,9 +214,9 @@ class Grader:
         if message["retire"]:
             self._replace(worker)
 
-    def _bury(self, worker: _Worker, waiting: deque[_Job]) -> None:
-        """A worker died: out of CPU time, or otherwise. Then its answer gets one more chance: something else may have
-        been the cause."""
+    def _handle_death(self, worker: _Worker, waiting: deque[_Job]) -> None:
+        """Replace a dead worker. An answer that ran out of CPU time is wrong; after any other death it is tried once
+        more, because something else may have been the cause."""
         job, code = worker.job, worker.exit_code()
         self._replace(worker)
         if job is None:

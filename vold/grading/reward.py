@@ -1,4 +1,4 @@
-"""A response's reward: whether its answer is right, and whether it is written as asked."""
+"""A response's reward: the answer's correctness and the required form."""
 
 from __future__ import annotations
 

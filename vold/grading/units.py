@@ -65,10 +65,11 @@ class Quantity:
 
 
 def same_unit(answer: Quantity, gold: Quantity) -> bool | None:
-    """None where only algebra can tell: letters that may be variables, against none or against other such letters."""
+    """True where the units agree; None where only algebra can tell: letters that may be variables, against none or
+    against other such letters."""
     if bool(answer.unit) != bool(gold.unit):
         side = answer if answer.unit else gold
-        return True if _goes_without_saying(side) else False if side.certain else None
+        return True if _may_be_omitted(side) else False if side.certain else None
     if answer.certain and gold.certain:
         return answer.unit == gold.unit
     if answer.unit == gold.unit:
@@ -78,8 +79,8 @@ def same_unit(answer: Quantity, gold: Quantity) -> bool | None:
     return None
 
 
-def _goes_without_saying(quantity: Quantity) -> bool:
-    """Measures, currencies and single nouns, which the question names; see above for what is not."""
+def _may_be_omitted(quantity: Quantity) -> bool:
+    """True for measures, currencies and single nouns, which the question names; see above for the exceptions."""
     if " " in quantity.unit or not _KEPT.isdisjoint(re.findall("[a-z]+", quantity.unit)):
         return False
     if quantity.unit == "degree" and "\\pi" in quantity.value:

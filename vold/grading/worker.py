@@ -45,8 +45,8 @@ def main() -> None:
 
 
 def _answer(symbolically_equal, line: bytes) -> dict:
-    """An exception is the answer's fault, and wrong, unless the gold raises by itself: nobody escapes a zero by
-    breaking the parser."""
+    """Grade one answer. An exception makes it wrong, unless the gold raises by itself: breaking the parser must not
+    mask a sample whose reward is 0."""
     job = json.loads(line)
     try:
         try:

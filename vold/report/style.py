@@ -40,7 +40,7 @@ class Metric:
     """How a metric is shown (metrics.yaml).
 
     healthy_max, healthy_min   rules of thumb; beyond them the page raises a flag
-    advice                     what to look at then
+    advice                     the first thing to check then
     better                     +1 where more is better, -1 where less is, 0 where neither is
     log                        whether a wide range is drawn on a logarithmic axis
     """

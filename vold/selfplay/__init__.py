@@ -1,1 +1,1 @@
-"""Self-play: what a posed question is worth, who answers it, and the memory bank (R-Zero, R-Diverse)."""
+"""Self-play: rewards of posed questions, the solver's votes on them, and the memory bank (R-Zero, R-Diverse)."""

@@ -63,7 +63,7 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps:
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether each data-parallel rank keeps only its share of the state."""
+    """True where each data-parallel rank keeps only its share of the state."""
     return isinstance(_inner(optimizer), DistributedOptimizer)
 
 

@@ -67,7 +67,7 @@ class EngineConfig(Strict):
 
     @property
     def batches_by_itself(self) -> bool:
-        """The engine takes all prompts at once; smaller portions would let it run dry at their ends."""
+        """The engine takes all prompts at once; smaller batches would leave it idle at their ends."""
         return self.engine == "vllm"
 
 

@@ -61,8 +61,8 @@ class EnginePool:
                 log.warning(f"engine {engine.url} gets no more requests: {reason}")
 
     def reinstate(self, urls: Sequence[str]) -> None:
-        """Admit those of `urls` that answer another request: the request that failed on all of them may be the cause.
-        Raises ValueError when no engine is left."""
+        """Bring back those of `urls` that answer another request: the request that failed on all may have been the
+        cause. Raises ValueError when no engine is left."""
         with self._lock:
             self._readmit(urls)
             if not self._live:

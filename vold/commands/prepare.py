@@ -1,4 +1,4 @@
-"""`vold prepare-student`: give a student the teacher's extra tokens, which the tokenizer check asks for."""
+"""`vold prepare-student`: give a student the teacher's extra tokens, which the tokenizer check requires."""
 
 from __future__ import annotations
 

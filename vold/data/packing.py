@@ -28,7 +28,7 @@ class EncodedPrompt:
 
 
 class PromptEncoder(Protocol):
-    """How a model reads prompts."""
+    """Turns a prompt into a model's input: token ids, position ids and pictures."""
 
     def __call__(self, prompt: Prompt) -> EncodedPrompt: ...
 
@@ -89,8 +89,8 @@ def pack(
 
 
 def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
-    """What another model reads to predict `rows_n` (ascending) of a micro-batch's targets: the same responses behind
-    prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; the targets keep their order."""
+    """The input with which another model predicts `rows_n` (ascending) of a micro-batch's targets: the same responses
+    behind prompts as `encode` gives them. Tokens, source_N and target_N are new, on the CPU; targets keep order."""
     sequence_N, rows_n = micro.sequence_N.cpu(), rows_n.cpu()
     read_sequences = sequence_N[rows_n].unique()
     units: dict[Prompt, _Unit] = {}

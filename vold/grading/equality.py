@@ -33,14 +33,14 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Undecided:
-    """What only symbolic mathematics can tell: the two values, without names and agreed units."""
+    """A comparison left to symbolic mathematics: the two values, without names and agreed units."""
 
     answer: str
     gold: str
 
 
 def equal(answer: str, gold: str) -> Decision:
-    """Whether `answer` equals `gold`, and the name of the rule that decided.
+    """(True where `answer` equals `gold`, the name of the rule that decided).
 
     Runs in this process and may run for ever on a hostile answer; `Grader` adds the time and memory limits.
     Raises ValueError for a gold answer that `validate_gold` refuses.

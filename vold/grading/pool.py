@@ -84,7 +84,7 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def exit_code(self) -> int | None:
-        """Of a worker whose pipe has closed; None if it lives on without it."""
+        """Exit code of a worker whose pipe has closed; None while it still runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(1.0)
         return None

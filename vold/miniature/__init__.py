@@ -1,1 +1,1 @@
-"""A tiny world with the shape of the real one: a text teacher, a vision-language base, problems in text and images."""
+"""The miniature: the whole pipeline at toy size, with a text teacher, a vision-language base and problems in both."""

@@ -29,7 +29,7 @@ LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Rule:
-    """How a Megatron parameter is put together from Hugging Face tensors.
+    """The assembly of a Megatron parameter from Hugging Face tensors.
 
     names  relative to the layer or to the model
     join   "single": the tensor itself; "qkv": for each group its queries, key, value; "gated": gate rows, then up rows

@@ -62,7 +62,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What a run of one pipeline stage on the meta device measured, in bytes but for `parameters` and
+    """Measurements of one pipeline stage's run on the meta device, in bytes but for `parameters` and
     `largest_parameter` (elements). Independent of sampler, optimizer division and offloading."""
 
     parameters: int

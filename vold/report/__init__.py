@@ -1,4 +1,4 @@
-"""Plots, tables, and one HTML page per run or comparison; reads run directories, knows nothing of training."""
+"""Plots, tables, and one HTML page per run or comparison; reads run directories alone, not the training code."""
 
 from .page import write_report
 from .plots import accuracy_bars, curve, curves, seeds_errorbars

@@ -1,4 +1,4 @@
-"""Where the time of a profiled run's steps went: medians per phase and rank, as a table, CSV and a figure."""
+"""Time by phase of a profiled run's steps: medians per phase and rank, as a table, CSV and a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the phases of a step ran: one timeline for the page (one step) and for `vold profile` (several runs)."""
+"""Start and end of a step's phases: one timeline for the page (one step) and for `vold profile` (several runs)."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def training_config(config: SelfplayConfig, iteration: Iteration, player: Player
 
 
 def request_prompt(pose: PoseConfig, prompt: PromptConfig) -> PromptConfig:
-    """How the request for a question is rendered."""
+    """The prompt section with which the request for a question is rendered."""
     return PromptConfig(system=pose.system, suffix="", max_tokens=prompt.max_tokens)
 
 

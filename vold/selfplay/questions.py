@@ -89,7 +89,7 @@ def vote(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[Vote]:
 
 
 def _count_spellings(answers: Sequence[str | None]) -> dict[str, int]:
-    """How often each answer was given, by its canonical spelling, in order. Answers that the grader could not compare
+    """Count of each answer, by its canonical spelling, in order. Answers that the grader could not compare
     are left out."""
     counts: dict[str, int] = {}
     for answer in answers:

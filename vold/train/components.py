@@ -76,7 +76,7 @@ def open_rl(
     reward_function: Callable[[Job, Grader], RewardFunction],
 ) -> Iterator[RlComponents]:
     """The components of a stage-2 run, with the weights to continue from. Raises ValueError for a config that cannot
-    work, before any model is loaded where that is visible then."""
+    work, before any model is loaded where that is possible."""
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     check_rl_config(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)

@@ -2,8 +2,8 @@
 reward, and for k2 distillation towards the teacher where the objective routes it (VOLD Eq. 6).
 
 A step: sample a group of responses to each prompt and grade them; assign each token its policy-gradient and KL weight;
-score the tokens with the teacher; update the student; sync its weights to the sampler. Prompts are text or images; of
-the vision tower nothing is trained, except for its mergers where the config says so.
+score the tokens with the teacher; update the student; sync its weights to the sampler. Prompts are text or images;
+the vision tower stays frozen, except for its mergers with `vision.train_merger`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def train_rl(
     """Train, evaluate and save as the config says; writes the finished model to run_dir/model.
 
     resume: continue the run in run_dir after its latest checkpoint. profiler: record the steps and save nothing.
-    reward_function: opens the rewards' source, where it is not the grader alone.
+    reward_function: makes the source of rewards, by default the grader.
     Raises ValueError for a config that cannot work, and where run_dir holds another run.
     """
     with open_rl(config, resume=resume, profiler=profiler, reward_function=reward_function) as run:

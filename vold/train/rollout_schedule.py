@@ -146,7 +146,7 @@ class RolloutSchedule:
 
     def _rows_to_add(self, sampled: int, with_gradient: Sized) -> list[int]:
         """Rows to sample in addition: as many as yield the missing groups at this step's rate so far, within the
-        budget. All ranks know the same groups and so decide alike."""
+        budget. All ranks have the same groups and so decide alike."""
         dynamic, target = self._config.dynamic_sampling, self._plan.prompts_per_step
         if dynamic is None or len(with_gradient) >= target:
             return []
@@ -166,7 +166,7 @@ class RolloutSchedule:
         ]
 
     def _restore_history(self) -> None:
-        """Repeat what was learnt about the prompts of the completed steps, from prompts.jsonl."""
+        """Restore pass rates and rewards of the completed steps' prompts, from prompts.jsonl."""
         logged: dict[int, list[dict]] = {}
         for prompt_row in self._job.broadcast(self._job.log.read_prompt_log()):
             logged.setdefault(prompt_row["step"], []).append(prompt_row)
@@ -182,7 +182,7 @@ class RolloutSchedule:
 
 
 def _set_device(device: torch.device) -> None:
-    """A new thread launches kernels on GPU 0 unless its device is set."""
+    """Set this thread's device: a new thread would launch kernels on GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -1,4 +1,4 @@
-"""One rank's rollout worker: samples responses, grades each group as it finishes, and requests its teacher scores."""
+"""One rank's rollout worker: samples responses, grades each group as it finishes, and sends it to a remote teacher."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class RolloutWorker:
         return RankRollouts(groups, tuple(finish_seconds), finish_seconds[-1] if finish_seconds else 0.0)
 
     def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:
-        """(position of their prompt in the step, siblings). Waiting for them counts as phase `rollout`."""
+        """(position in the step, responses) of each prompt as it finishes. Waiting counts as phase `rollout`."""
         for request in requests:
             positions: dict[str, deque[int]] = defaultdict(deque)  # a small data set may repeat a prompt within a step
             for offset, prompt in enumerate(request.prompts):
@@ -145,7 +145,7 @@ class RolloutWorker:
         return [rollout for rollout, needs_score in zip(group.rollouts, needed, strict=True) if needs_score]
 
     def _with_scores(self, group: Group, scores: Scores) -> Group:
-        """An empty `logp_teacher` marks a response that the teacher failed to score."""
+        """The group with teacher scores; an empty `logp_teacher` marks a response that the teacher failed to score."""
         remaining, needed = iter(scores), self.objective.needs_teacher_logprobs(group)
         rollouts = [
             replace(rollout, logp_teacher=next(remaining) or ()) if needs_score else rollout

@@ -22,7 +22,7 @@ from vold.trainer.trainer import Trainer
 
 @dataclass
 class TrainingRun:
-    """A stage's trainer with its run directory, and what evaluates it.
+    """A stage's trainer with its run directory, evaluator and sampler.
 
     sampler, probe   None where the stage never evaluates
     profiler         where there is one, nothing is saved or exported

@@ -1,4 +1,4 @@
-"""The only training engine: Megatron-core, from a laptop (tp = pp = 1, gloo) to a cluster.
+"""The trainer of both stages, on Megatron-core, from a laptop (tp = pp = 1, gloo) to a cluster.
 
 One step is `Trainer.step`: forward and backward over the micro-batches, one reduction, one update. The loss is the
 fused `linear_policy_loss` on the hidden states of the last stage; logits never exist.
@@ -43,8 +43,9 @@ class Trainer:
 
     vocab_size: ids that both models really have; logits of head rows beyond are -inf. objective: its ratio, bounds and
     divergence are read by the loss; advantages and normalisers are in the batches' weights already. importance_cap:
-    rollouts may be of older weights, and each token's terms get truncated importance weights (see linear_policy_loss);
-    None: they are of these weights. average: the student's moving average, where the objective distils from it.
+    rollouts may come from older weights, and each token's terms get truncated importance weights (see
+    linear_policy_loss); None: they come from the current weights. average: the student's moving average, where the
+    objective distils from it.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Trainer:
         return (self._logp(micro, hidden_ND) - logp_sampled_N).exp().clamp(max=cap)
 
     def _head_options(self) -> dict[str, Any]:
-        """How logits come from hidden states, for every function of vold_kernels."""
+        """Keywords that every function of vold_kernels takes to compute logits from hidden states."""
         return {
             "temperature": self._temperature,
             "tp_group": self._layout.tp_group,
@@ -169,7 +170,7 @@ class Trainer:
         return self._head_options() | {"weight_main_grad": self.chunks[-1].head_main_grad()}
 
     def _update(self) -> float:
-        """Clip, check, update. Returns the gradient norm before clipping."""
+        """Clip the gradient, check that it is finite, update. Returns the gradient norm before clipping."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.clip_grad_norm(self.optimizer.config.clip_grad))
         if math.isfinite(grad_norm):  # the norm is reduced over all ranks, so every rank decides alike
@@ -181,7 +182,7 @@ class Trainer:
         return grad_norm
 
     def skip(self, reason: str, remedy: str) -> StepReport:
-        """A step without samples: no parameter or moment changes, the schedule advances, and rank 0 logs `reason`.
+        """Record a step without samples: no parameter or moment changes, the schedule advances, rank 0 logs `reason`.
         Raises ValueError, with `remedy`, after optimizer.max_bad_steps bad steps in a row. All ranks call."""
         if dist.get_rank() == 0:
             log.warning("%s; this step trains nothing", reason)
@@ -204,8 +205,8 @@ class Trainer:
         grad_norms: Sequence[float],
         logged_sample_ids: Container[int],
     ) -> StepReport:
-        """On the last pipeline stage; a collective over its data-parallel group. Losses and norms are means over the
-        updates, the other metrics over all their tokens."""
+        """The step's report, on the last pipeline stage; a collective over its data-parallel group. Losses
+        and norms are means over the updates, the other metrics over all their tokens."""
         group, updates = self._layout.dp_group, len(batches)
         flops = sum(self._useful_flops(batch) for batch in batches)
         metrics = reduce_stats(stats, group, train_tflop=flops / 1e12)
@@ -217,13 +218,13 @@ class Trainer:
         return StepReport(metrics, mean_kl(micro_batches, stats, group), logps)
 
     def _useful_flops(self, batch: Batch) -> float:
-        """Of this rank's share; one-token fillers have no target and do not count."""
+        """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
         arch = self.chunks[0].arch
         return sum(training_flops(arch, micro.tokens) for micro in batch.micro_batches if micro.sample_B)
 
     @property
     def replicas(self) -> Replicas:
-        """How `pack` divides a step among the data-parallel copies."""
+        """The data-parallel copies of the model, among which `pack` divides a step."""
         cost = partial(segment_flops, self.chunks[0].arch)
         return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 

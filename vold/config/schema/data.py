@@ -38,7 +38,7 @@ class DataConfig(Strict):
 
 
 class PromptConfig(Strict):
-    """How a problem becomes a chat: [system], user (problem + suffix), rendered by the tokenizer's own template."""
+    """The chat made of a problem: [system], user (problem + suffix), rendered by the tokenizer's own template."""
 
     system: str | None = None
     """System message; none when null."""

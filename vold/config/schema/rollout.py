@@ -11,7 +11,7 @@ from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, Pos
 
 
 class SamplingConfig(Strict):
-    """How responses are sampled."""
+    """Sampling of responses."""
 
     max_new_tokens: Positive
     """Tokens of the longest response."""
@@ -46,7 +46,7 @@ class VllmConfig(Strict):
     timeout: PositiveFloat = 1800.0
     """Seconds that an engine of `urls` may take for one request."""
     retries: NonNegative = 2
-    """How often a failed request is sent to another engine."""
+    """Number of times that a failed request is sent again, to another engine."""
     restart_seconds: NonNegativeFloat = 120.0
     """Seconds to wait for an engine when none of `urls` answers."""
 

@@ -12,7 +12,7 @@ from vold.config.schema.data import PromptConfig
 
 
 class ParallelConfig(Strict):
-    """How one copy of the model is divided, student and teacher alike; the other ranks are data parallel."""
+    """Division of one copy of the model over ranks, student and teacher alike; the other ranks are data parallel."""
 
     tp: Positive = 1
     """Tensor parallel: ranks that share each layer."""
@@ -25,7 +25,7 @@ class ParallelConfig(Strict):
     distributed_optimizer: bool = False
     """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again: nothing, MLPs, or whole layers."""
+    """Activations that the backward pass recomputes: none, those of the MLPs, or those of whole layers."""
 
 
 class RunConfig(Strict):
@@ -40,8 +40,8 @@ class RunConfig(Strict):
     parallel: ParallelConfig = ParallelConfig()
     """Division of the model over ranks."""
     timeout_seconds: Positive = 1800
-    """Seconds after which a rank that keeps the others waiting ends the job, and is named."""
+    """Seconds that ranks wait for another in a collective; then the job ends with an error that names that rank."""
     prompt: PromptConfig = PromptConfig()
     """Rendering of problems."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment trackers that get the metrics, besides metrics.jsonl."""

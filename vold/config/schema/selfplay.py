@@ -17,7 +17,7 @@ from vold.config.schema.training import OptimizerConfig
 
 
 class PoseConfig(Strict):
-    """How the challenger poses a question (R-Zero)."""
+    """The challenger's request for a question, and the filter of its responses (R-Zero)."""
 
     request: str = (
         "Write one new, challenging mathematics problem that has a single answer. Put the problem, and nothing else, "

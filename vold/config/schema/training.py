@@ -83,7 +83,7 @@ class TracesConfig(RunConfig, EngineConfig):
     data: DataConfig
     """Problems."""
     sampling: SamplingConfig
-    """How the teacher answers."""
+    """Sampling of the teacher's responses."""
     max_tokens: Positive = 8192
     """Prompt and response tokens below which a complete trace is kept; longer or truncated ones are dropped."""
     prompts_per_shard: Positive = 512

@@ -66,11 +66,15 @@ class RunLog:
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
 
     def open(self, *, resume: bool) -> None:
-        """Create the directory, or check that it holds the same run."""
+        """Create the directory, or check that it holds the same run. Raises ValueError where it cannot be written."""
         if self._writer:
             check_run_dir(self._config, self._verb, resume)
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror}); choose another run_dir, or free some space"
+                raise ValueError(f"run_dir = {self.path} {reason}") from None
         self._progress.start()
 
     def set_total(self, total: int) -> None:

@@ -86,7 +86,9 @@ class PhaseTimers:
                 seconds[name] -= seconds.get(inner, 0.0)
         self._note_memory()
         if not self._cuda:
-            self.peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+            # the kernel's maximum may lag behind a reading of the present size by some pages
+            self.peak_gib = max(self.peak_gib, peak, *self._memory.values())
         metrics = {f"seconds_{name}": value for name, value in seconds.items()}
         metrics |= {f"memory_gib_{name}": value for name, value in self._memory.items()}
         self._spans, self._memory = [], defaultdict(float)

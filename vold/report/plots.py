@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import Format, figure_bytes, label_line_ends, new_figure, report_style, set_panel_title
-from .read import RunRecord
+from .read import RunRecord, group_by
 from .style import CURVES, INK, SOFT, arm_of, colours, metric, short_label
 from .tables import AccuracyTable, Mean, as_table, seed_cells
 
@@ -167,14 +167,6 @@ def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def seed_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group the runs of one arm in several folders (seed0/vold, seed1/vold) under the arm's name."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(arm_of(run.name) if "/" in run.name else run.name, []).append(run)
-    return groups
-
-
 def _dense(run: RunRecord, key: str) -> bool:
     """Return whether a metric is a line, logged on most steps or often, and not points of sparse evaluations."""
     logged = len(run.finite(key))
@@ -184,11 +176,13 @@ def _dense(run: RunRecord, key: str) -> bool:
 def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     described, paint = metric(key), colours([run.name for run in runs])
     ends: list[tuple[float, float, str, str]] = []
-    for name, group in seed_groups([run for run in runs if run.finite(key)]).items():
+    logged = [run for run in runs if run.finite(key)]
+    # the runs of one arm in several folders (seed0/vold, seed1/vold) go under the arm's name
+    for name, group in group_by(logged, lambda run: arm_of(run.name) if "/" in run.name else run.name).items():
         colour = paint[group[0].name]
         draw = _draw_arm if len(group) > 1 else _draw_run
         ends.append((*draw(axis, group, key, colour), short_label(name), colour))
-    values = [value for run in runs for _, value in run.finite(key)]
+    values = [value for run in logged for _, value in run.finite(key)]
     set_panel_title(axis, described.label, described.unit)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))

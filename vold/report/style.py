@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -104,6 +104,12 @@ def metric(key: str) -> Metric:
     if key.startswith("accuracy_"):
         return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "held-out problems", better=1)
     return Metric(key.replace("_", " ").capitalize())
+
+
+def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Return the names with those of `first` in front, in its order."""
+    names = dict.fromkeys(names)
+    return [name for name in dict.fromkeys([*first, *names]) if name in names]
 
 
 def arm_of(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from matplotlib.axes import Axes
 from vold.io import visible
 
 from .drawing import Format, add_legend, figure_bytes, new_figure, report_style
-from .read import OLD_METRICS, RunRecord, as_number
+from .read import OLD_METRICS, RunRecord, as_number, group_by
 from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours, short_label
+from .tables import csv_text
 
 STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
 NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
@@ -48,6 +48,12 @@ def _phase(name: Any) -> str:
     return OLD_METRICS.get(f"seconds_{name}", f"seconds_{name}").removeprefix("seconds_")
 
 
+def _from_zero(intervals: Sequence[Interval]) -> list[Interval]:
+    """Shift intervals so that the first of them starts at second 0."""
+    first = min(i.start for i in intervals)
+    return [i._replace(start=i.start - first, end=i.end - first) for i in intervals]
+
+
 # -- one step of a run ---------------------------------------------------------------------------------------------
 
 
@@ -67,12 +73,9 @@ def step_timeline(run: RunRecord) -> StepTimeline | None:
     if not steps:
         return None
     line, intervals = (ordinary or steps)[-1]
-    start = min(i.start for i in intervals)
-    seconds = max(max(i.end for i in intervals) - start, 1e-9)
-    threads: dict[str, list[Interval]] = {STEP_THREAD: []}
-    for interval in intervals:
-        shifted = interval._replace(start=interval.start - start, end=interval.end - start)
-        threads.setdefault(interval.thread, []).append(shifted)
+    intervals = _from_zero(intervals)
+    seconds = max(*(i.end for i in intervals), 1e-9)
+    threads = {STEP_THREAD: []} | group_by(intervals, lambda i: i.thread)
     rows = [
         ("" if thread == STEP_THREAD else thread, _join(row, NARROW * seconds))
         for thread, members in threads.items()
@@ -170,28 +173,25 @@ def workers_figure(runs: Mapping[str, Sequence[Interval]], *, fmt: Format = "svg
     """A panel per named run, all from second 0 on one axis: the sampler's phases above, the trainer's below."""
     figure = new_figure(9.6, 1.1 + 1.05 * len(runs))
     axes = figure.subplots(len(runs), 1, squeeze=False, sharex=True)[:, 0]
-    longest = max(max(i.end for i in run) - min(i.start for i in run) for run in runs.values())
-    for axis, (title, intervals) in zip(axes, runs.items(), strict=True):
-        start, idle = min(i.start for i in intervals), idle_shares(intervals)
-        shifted = [i._replace(start=i.start - start, end=i.end - start) for i in intervals]
-        rows = [(worker, _join(row, longest / 2000)) for worker, row in by_worker(shifted).items()]
+    shifted = [_from_zero(intervals) for intervals in runs.values()]
+    longest = max(i.end for intervals in shifted for i in intervals)
+    drawn: set[str] = set()
+    for axis, title, intervals in zip(axes, runs, shifted, strict=True):
+        rows = [(worker, _join(row, longest / 2000)) for worker, row in by_worker(intervals).items()]
         _draw_rows(axis, rows, seconds=longest)
-        axis.set_yticks(range(len(rows)), [f"{worker}, idle {idle[worker]:.0%}" for worker, _ in rows])
+        axis.set_yticks(range(len(rows)), [f"{name}, idle {idle:.0%}" for name, idle in idle_shares(intervals).items()])
         axis.set_title(title)
+        drawn.update(i.name for _, row in rows for i in row)
     axes[-1].set_xlabel("seconds")
-    drawn = {i.name for intervals in runs.values() for row in by_worker(intervals).values() for i in row}
     add_legend(figure, {name: colour for name, colour in PHASES.items() if name in drawn})
     return figure_bytes(figure, fmt)
 
 
 def to_csv(intervals: Iterable[Interval]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("name", "lane", "start", "end"))  # lane: the thread
-    writer.writerows((i.name, i.thread, f"{i.start:.6f}", f"{i.end:.6f}") for i in intervals)
-    return out.getvalue()
+    rows = ((i.name, i.thread, f"{i.start:.6f}", f"{i.end:.6f}") for i in intervals)
+    return csv_text(("name", "lane", "start", "end"), rows)  # lane: the thread
 
 
 def from_csv(text: str) -> list[Interval]:
-    rows = csv.DictReader(io.StringIO(text))
+    rows = csv.DictReader(text.splitlines())
     return [Interval(row["name"], row["lane"], float(row["start"]), float(row["end"])) for row in rows]

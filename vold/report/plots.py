@@ -57,8 +57,14 @@ def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "sv
     ends = [table.value(m, s) + np.nan_to_num(table.error(m, s)) for m in table.models for s in table.sets]
     figure, axes = _set_panels(table.models, table.sets, row_height=0.38)
     for axis, name in zip(axes, table.sets, strict=True):
-        for y, model in enumerate(table.models):
-            _draw_bar(axis, y, table.value(model, name), table.error(model, name), paint[model])
+        values = [100 * table.value(model, name) for model in table.models]
+        errors = [100 * table.error(model, name) or math.nan for model in table.models]
+        whiskers = {"color": INK, "ecolor": INK, "elinewidth": 1.2, "capsize": 3}
+        bars = axis.barh(range(len(values)), values, 0.62, xerr=errors, color=paint.values(), error_kw=whiskers)
+        axis.bar_label(bars, fmt="%.1f", padding=5, color=INK)
+        for y, value in enumerate(values):
+            if not math.isfinite(value):
+                axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.spines["bottom"].set_visible(False)
         axis.set_xlim(0, 118 * max(filter(math.isfinite, ends), default=1.0) or 1)
@@ -90,18 +96,6 @@ def _set_panels(models: Sequence[str], sets: Sequence[str], *, row_height: float
         axis.xaxis.grid(True)
     axes[0].set_ylim(len(models) - 0.5, -0.5)
     return figure, axes
-
-
-def _draw_bar(axis: Axes, y: float, value: float, error: float, colour: str) -> None:
-    if not math.isfinite(value):
-        axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
-        return
-    stderr = 100 * error if math.isfinite(error) else 0.0
-    axis.barh(y, 100 * value, height=0.62, color=colour)
-    if stderr:
-        axis.errorbar(100 * value, y, xerr=stderr, color=INK, linewidth=1.2, capsize=3)
-    offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axis.annotate(f"{100 * value:.1f}", (100 * value + stderr, y), color=INK, **offset)
 
 
 def draw_seeds(axis: Axes, y: float, mean: Mean, colour: str) -> None:

@@ -74,10 +74,11 @@ class RunRecord:
         scores = [(value, -step) for step, value in self.finite(key)]
         return (key, -max(scores)[1]) if name and scores else None
 
-    def finite(self, key: str, *, last: int = 0) -> list[tuple[float, float]]:
-        """(step, value) of the finite values of a metric, of the last `last` steps (0: of all)."""
-        pairs = zip(self.steps or range(len(self.metrics.get(key, ()))), self.metrics.get(key, ()), strict=False)
-        return [(step, value) for step, value in list(pairs)[-last:] if math.isfinite(value)]
+    def finite(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of the finite values of a metric."""
+        values = self.metrics.get(key, [])
+        pairs = zip(self.steps or range(len(values)), values, strict=False)
+        return [(step, value) for step, value in pairs if math.isfinite(value)]
 
     def evaluation_section(self, name: str) -> dict[str, Mapping[str, Any]]:
         """A table of evaluation.json ("sets", or VLMEvalKit's "benchmarks"), the entries that are well formed."""

@@ -60,7 +60,7 @@ def write_report(
         written=time.strftime("%Y-%m-%d %H:%M"),
         facts=facts,
         pipeline=health.as_phases(seconds if isinstance(seconds := facts.get("seconds"), Mapping) else {}),
-        table=table,
+        result=table,
         seeds=cells,
         seed_rows=seeds,
         seed_sets=tables.as_table(cells).sets,

@@ -22,11 +22,11 @@ class Phase:
 def phases(run: RunRecord) -> list[Phase]:
     """Seconds per phase over the whole run, in the order of a step; time outside every phase is "other"."""
     totals = {
-        name: sum(value for _, value in run.finite(key))
+        name: seconds
         for key in run.metrics
         if key.startswith("seconds_") and (name := key.removeprefix("seconds_")) not in TRAIN_PARTS
+        if (seconds := sum(value for _, value in run.finite(key))) > 0
     }
-    totals = {name: seconds for name, seconds in totals.items() if seconds > 0}
     run_seconds = sum(value for _, value in run.finite("seconds"))
     other = run_seconds - sum(totals.values())
     return as_phases(totals | ({"other" if totals else "step": other} if other > 0.005 * run_seconds else {}))
@@ -34,8 +34,8 @@ def phases(run: RunRecord) -> list[Phase]:
 
 def as_phases(seconds: Mapping[str, float]) -> list[Phase]:
     """{name: seconds} as phases with their share of the sum, the known ones in the order of a step."""
-    order = ordered(seconds, PHASES)
-    kept = {name: value for name in order if math.isfinite(value := as_number(seconds[name])) and value > 0}
+    numbers = {name: as_number(seconds[name]) for name in ordered(seconds, PHASES)}
+    kept = {name: value for name, value in numbers.items() if math.isfinite(value) and value > 0}
     total, colours = sum(kept.values()), phase_colours(list(kept))
     return [Phase(name, value, value / total, colours[name]) for name, value in kept.items()]
 

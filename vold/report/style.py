@@ -81,19 +81,8 @@ class Metric:
 
 
 _METRICS_FILE = files("vold.report").joinpath("metrics.yaml").read_text(encoding="utf-8")
-METRICS = {key: Metric(**fields) for key, fields in yaml.safe_load(_METRICS_FILE).items()}
-
-CURVES: dict[str, tuple[str, ...]] = {
-    "rl": (
-        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "image_sensitivity"),
-        *("entropy", "response_length", "grad_norm"),
-    ),
-    "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
-    "selfplay": (
-        *("accuracy_text", "accuracy_image", "questions_kept", "challenger_reward", "challenger_uncertainty"),
-        *("clusters_words", "clusters_vectors", "nearest_earlier", "seen_before"),
-    ),
-}
+CURVES, _FIELDS = yaml.safe_load_all(_METRICS_FILE)
+METRICS = {key: Metric(**fields) for key, fields in _FIELDS.items()}
 HEALTH = (*(key for key, metric in METRICS.items() if metric.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 

@@ -77,7 +77,7 @@ def step_timeline(run: RunRecord) -> StepTimeline | None:
     seconds = max(*(i.end for i in intervals), 1e-9)
     threads = {STEP_THREAD: []} | group_by(intervals, lambda i: i.thread)
     rows = [
-        ("" if thread == STEP_THREAD else thread, _join(row, NARROW * seconds))
+        ("" if thread == STEP_THREAD else thread, _join_by_phase(row, NARROW * seconds))
         for thread, members in threads.items()
         for row in _by_depth(members)
     ]
@@ -95,16 +95,19 @@ def _by_depth(intervals: Iterable[Interval]) -> list[list[Interval]]:
     return rows
 
 
-def _join(row: Iterable[Interval], narrow: float) -> list[Interval]:
+def _join_by_phase(row: Iterable[Interval], gap: float) -> list[Interval]:
     """Join thousands of short intervals of one phase, such as a grade after each group, that look like one."""
+    phases = group_by(row, lambda i: i.name).values()
+    return sorted((interval for phase in phases for interval in _join(phase, gap)), key=lambda i: i.start)
+
+
+def _join(intervals: Iterable[Interval], gap: float) -> list[Interval]:
+    """Join intervals that overlap or are less than `gap` seconds apart; the first of them names the result."""
     joined: list[Interval] = []
-    latest: dict[str, int] = {}  # phase -> its last position in `joined`
-    for interval in sorted(row, key=lambda i: i.start):
-        index = latest.get(interval.name)
-        if index is not None and interval.start - joined[index].end < narrow:
-            joined[index] = joined[index]._replace(end=max(joined[index].end, interval.end))
+    for interval in sorted(intervals, key=lambda i: i.start):
+        if joined and interval.start - joined[-1].end < gap:
+            joined[-1] = joined[-1]._replace(end=max(joined[-1].end, interval.end))
         else:
-            latest[interval.name] = len(joined)
             joined.append(interval)
     return joined
 
@@ -130,8 +133,8 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], *, seconds: float, labelled: boo
             name = visible(interval.name).replace("_", " ")
             bar = axis.broken_barh([(interval.start, length)], (y - 0.4, 0.8), facecolor=colour, linewidth=0)
             if labelled:
-                bar.set(gid=f"tooltip {name} {format_duration(length)}", facecolor=(colour, 0.5), edgecolor=colour)
-                bar.set_linewidth(0.8)
+                bar.set(gid=f"tooltip {name} {format_duration(length)}")
+                bar.set(facecolor=(colour, 0.5), edgecolor=colour, linewidth=0.8)
                 if CHARACTERS * length > (len(name) + 1) * seconds:
                     axis.text(interval.start + 0.005 * seconds, y, name, va="center", fontsize=8, clip_on=True)
     axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -157,15 +160,8 @@ def by_worker(intervals: Iterable[Interval]) -> dict[str, list[Interval]]:
 def idle_shares(intervals: Sequence[Interval]) -> dict[str, float]:
     """Share of the time from the first interval to the last in which the sampler, and the trainer, did not work."""
     first, last = min(i.start for i in intervals), max(i.end for i in intervals)
-    return {worker: 1.0 - _covered(row) / (last - first) for worker, row in by_worker(intervals).items()}
-
-
-def _covered(intervals: Iterable[Interval]) -> float:
-    covered, reached = 0.0, -math.inf
-    for interval in sorted(intervals, key=lambda i: i.start):
-        covered += max(interval.end - max(interval.start, reached), 0.0)
-        reached = max(reached, interval.end)
-    return covered
+    busy = {worker: sum(i.end - i.start for i in _join(row, 0.0)) for worker, row in by_worker(intervals).items()}
+    return {worker: 1.0 - seconds / (last - first) for worker, seconds in busy.items()}
 
 
 @report_style
@@ -177,7 +173,7 @@ def workers_figure(runs: Mapping[str, Sequence[Interval]], *, fmt: Format = "svg
     longest = max(i.end for intervals in shifted for i in intervals)
     drawn: set[str] = set()
     for axis, title, intervals in zip(axes, runs, shifted, strict=True):
-        rows = [(worker, _join(row, longest / 2000)) for worker, row in by_worker(intervals).items()]
+        rows = [(worker, _join_by_phase(row, longest / 2000)) for worker, row in by_worker(intervals).items()]
         _draw_rows(axis, rows, seconds=longest)
         axis.set_yticks(range(len(rows)), [f"{name}, idle {idle:.0%}" for name, idle in idle_shares(intervals).items()])
         axis.set_title(title)

@@ -58,7 +58,7 @@ def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "sv
     figure, axes = _set_panels(table.models, table.sets, row_height=0.38)
     for axis, name in zip(axes, table.sets, strict=True):
         values = [100 * table.value(model, name) for model in table.models]
-        errors = [100 * table.error(model, name) or math.nan for model in table.models]
+        errors = [100 * table.error(model, name) or math.nan for model in table.models]  # NaN: no whisker
         whiskers = {"color": INK, "ecolor": INK, "elinewidth": 1.2, "capsize": 3}
         bars = axis.barh(range(len(values)), values, 0.62, xerr=errors, color=paint.values(), error_kw=whiskers)
         axis.bar_label(bars, fmt="%.1f", padding=5, color=INK)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from .read import RunRecord, flatten
+from .read import RunRecord, flatten, group_by
 from .style import CURVES, Metric, metric
 from .tables import AccuracyTable, Mean
 
@@ -22,31 +23,26 @@ class EndValue:
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Runs of one verb: a row per metric, an EndValue per run, None where a run did not log it."""
+class Comparison(NamedTuple):
+    """Runs of one verb side by side: a row per metric or config key, its value in each run."""
 
     verb: str
     names: list[str]
-    rows: list[tuple[Metric, list[EndValue | None]]]
+    rows: list[tuple[Any, list]]
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Comparison]:
-    """Compare the runs of each verb of which at least two have metrics."""
-    tables = []
-    for verb, same in by_verb([run for run in runs if run.metrics]).items():
-        rows = [(metric(key), _end_values(same, key)) for key in curve_keys(same)]
-        rows = [row for row in rows if any(row[1])]
-        if len(same) > 1 and rows:
-            tables.append(Comparison(verb, [run.name for run in same], rows))
-    return tables
+    """Rows of Metric and EndValues, None where a run did not log it, for verbs of which two runs have metrics."""
+    return _side_by_side([run for run in runs if run.metrics], _metric_rows)
 
 
-def by_verb(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.verb, []).append(run)
-    return groups
+def config_differences(runs: Sequence[RunRecord]) -> list[Comparison]:
+    """Rows of config key and texts, for verbs whose runs differ in some keys."""
+    return _side_by_side([run for run in runs if run.config], _differing_keys)
+
+
+def by_verb(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    return group_by(runs, lambda run: run.verb)
 
 
 def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
@@ -56,11 +52,15 @@ def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys([*keys, *sets]))
 
 
-def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """(verb, names of its runs, [(config key, its value in each run)]) for verbs whose runs differ in some keys."""
-    groups = by_verb(run for run in runs if run.config)
-    tables = [(verb, [run.name for run in same], _differing_keys(same)) for verb, same in groups.items()]
-    return [table for table in tables if table[2]]
+def _side_by_side(runs: Sequence[RunRecord], rows_of: Callable[[Sequence[RunRecord]], list]) -> list[Comparison]:
+    groups = {verb: same for verb, same in by_verb(runs).items() if len(same) > 1}
+    tables = [Comparison(verb, [run.name for run in same], rows_of(same)) for verb, same in groups.items()]
+    return [table for table in tables if table.rows]
+
+
+def _metric_rows(runs: Sequence[RunRecord]) -> list[tuple[Metric, list[EndValue | None]]]:
+    rows = [(metric(key), _end_values(runs, key)) for key in curve_keys(runs)]
+    return [row for row in rows if any(row[1])]
 
 
 def _differing_keys(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

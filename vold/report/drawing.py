@@ -8,7 +8,6 @@ from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -48,24 +47,22 @@ report_style = matplotlib.rc_context(
     }
 )
 """Decorator of every function that draws a figure."""
-_NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+_SAVE_OPTIONS: dict[str, dict] = {
+    "svg": {"transparent": True, "metadata": dict.fromkeys(("Creator", "Date", "Format", "Type"))},
+    "png": {"dpi": 160, "facecolor": "white"},
+}
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def figure_bytes(figure: Figure, fmt: Format) -> bytes:
-    out = io.BytesIO()
-    if fmt == "svg":
-        figure.savefig(out, format="svg", transparent=True, metadata=_NO_METADATA)
-    elif fmt == "png":
-        figure.savefig(out, format="png", dpi=160, facecolor="white")
-    else:
+    if fmt not in _SAVE_OPTIONS:
         raise ValueError(f"fmt: {fmt!r} is not supported; use 'svg' or 'png'")
+    out = io.BytesIO()
+    figure.savefig(out, format=fmt, **_SAVE_OPTIONS[fmt])
     return out.getvalue()
 
 

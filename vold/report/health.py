@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .read import RunRecord, as_number
-from .style import HEALTH, PHASES, TRAIN_PARTS, Metric, metric, phase_colours
+from .style import HEALTH, PHASES, TRAIN_PARTS, Metric, metric, ordered, phase_colours
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Phase:
 def phases(run: RunRecord) -> list[Phase]:
     """Seconds per phase over the whole run, in the order of a step; time outside every phase is "other"."""
     totals = {
-        name: sum(value for _, value in run.finite(key))
+        name: seconds
         for key in run.metrics
         if key.startswith("seconds_") and (name := key.removeprefix("seconds_")) not in TRAIN_PARTS
+        if (seconds := sum(value for _, value in run.finite(key))) > 0
     }
-    totals = {name: seconds for name, seconds in totals.items() if seconds > 0}
     run_seconds = sum(value for _, value in run.finite("seconds"))
     other = run_seconds - sum(totals.values())
     return as_phases(totals | ({"other" if totals else "step": other} if other > 0.005 * run_seconds else {}))
@@ -34,8 +34,8 @@ def phases(run: RunRecord) -> list[Phase]:
 
 def as_phases(seconds: Mapping[str, float]) -> list[Phase]:
     """{name: seconds} as phases with their share of the sum, the known ones in the order of a step."""
-    order = [name for name in PHASES if name in seconds] + [name for name in seconds if name not in PHASES]
-    kept = {name: value for name in order if math.isfinite(value := as_number(seconds[name])) and value > 0}
+    numbers = {name: as_number(seconds[name]) for name in ordered(seconds, PHASES)}
+    kept = {name: value for name, value in numbers.items() if math.isfinite(value) and value > 0}
     total, colours = sum(kept.values()), phase_colours(list(kept))
     return [Phase(name, value, value / total, colours[name]) for name, value in kept.items()]
 
@@ -91,10 +91,9 @@ def keys_not_finite(run: RunRecord, *, last: int = 0) -> list[str]:
     return [key for key in dense if not all(map(math.isfinite, run.metrics.get(key, ())[-last:]))]
 
 
-def _polyline(values: Sequence[float], *, width: float = 100, height: float = 24) -> str:
+def _polyline(values: Sequence[float]) -> str:
     """SVG polyline points, at most about one per horizontal unit, over the values' own range."""
-    kept = values[:: max(1, len(values) // int(width))]
-    low, span = min(kept), max(kept) - min(kept)
-    across = width / max(1, len(kept) - 1)
+    kept = values[:: max(1, len(values) // 100)]
+    low, span, across = min(kept), max(kept) - min(kept), 100 / max(1, len(kept) - 1)
     ys = [(value - low) / span if span else 0.5 for value in kept]
-    return " ".join(f"{i * across:.1f},{height - 2 - y * (height - 4):.1f}" for i, y in enumerate(ys))
+    return " ".join(f"{i * across:.1f},{22 - 20 * y:.1f}" for i, y in enumerate(ys))

@@ -60,7 +60,7 @@ def write_report(
         written=time.strftime("%Y-%m-%d %H:%M"),
         facts=facts,
         pipeline=health.as_phases(seconds if isinstance(seconds := facts.get("seconds"), Mapping) else {}),
-        table=table,
+        result=table,
         seeds=cells,
         seed_rows=seeds,
         seed_sets=tables.as_table(cells).sets,
@@ -90,7 +90,6 @@ def inline_svg(svg: bytes) -> Markup:
     """A figure of vold.report as part of the page, in the page's colours, so that it follows light and dark."""
     text = svg.decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| version="[^"]*"', "", text)
     text = re.sub(r' d="[^"]*"', lambda path: _DIGITS.sub(r"\1", path.group()), text)  # to hundredths of a point
     text = re.sub(r'<g id="tooltip ([^"]*)">', r"<g><title>\1</title>", text)

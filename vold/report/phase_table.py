@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 
 from matplotlib.axes import Axes
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import tables
 from .drawing import Format, add_legend, figure_bytes, new_figure, report_style
-from .style import INK, PHASES
+from .style import INK, PHASES, ordered
 
 MetricRow = Mapping[str, float]
 OTHER, STEP = "other", "step"
@@ -57,7 +55,7 @@ def split_step(row: MetricRow) -> dict[str, float]:
     """Seconds of each phase of one step, in the step's order; they add up to the step."""
     seconds = {key.removeprefix("seconds_"): value for key, value in row.items() if key.startswith("seconds_")}
     seconds.pop("train", None)  # its parts are there
-    parts = {name: seconds[name] for name in dict.fromkeys([*PHASES, *seconds]) if name in seconds}
+    parts = {name: seconds[name] for name in ordered(seconds, PHASES)}
     return parts | {OTHER: max(row["seconds"] - sum(parts.values()), 0.0)}
 
 
@@ -86,21 +84,15 @@ def to_markdown(rows: Sequence[PhaseRow], notes: Sequence[str]) -> str:
 
 
 def to_rich(rows: Sequence[PhaseRow]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    columns = [Column(name, justify="left" if name == "phase" else "right") for name in HEADER]
+    table = Table(*columns, box=None, header_style="bold")
     for row in rows:
-        last = row.phase == STEP
-        table.add_row(*row.cells(), style="bold" if last else None, end_section=last)
+        table.add_row(*row.cells(), style="bold" if row.phase == STEP else None)
     return table
 
 
 def to_csv(rows: Sequence[PhaseRow]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([field.name for field in fields(PhaseRow)])
-    writer.writerows(["" if value is None else value for value in astuple(row)] for row in rows)
-    return out.getvalue()
+    return tables.csv_text([field.name for field in fields(PhaseRow)], map(astuple, rows))
 
 
 @report_style

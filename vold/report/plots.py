@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import Format, figure_bytes, label_line_ends, new_figure, report_style, set_panel_title
-from .read import RunRecord
+from .read import RunRecord, group_by
 from .style import CURVES, INK, SOFT, arm_of, colours, metric, short_label
 from .tables import AccuracyTable, Mean, as_table, seed_cells
 
@@ -57,8 +57,14 @@ def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "sv
     ends = [table.value(m, s) + np.nan_to_num(table.error(m, s)) for m in table.models for s in table.sets]
     figure, axes = _set_panels(table.models, table.sets, row_height=0.38)
     for axis, name in zip(axes, table.sets, strict=True):
-        for y, model in enumerate(table.models):
-            _draw_bar(axis, y, table.value(model, name), table.error(model, name), paint[model])
+        values = [100 * table.value(model, name) for model in table.models]
+        errors = [100 * table.error(model, name) or math.nan for model in table.models]  # NaN: no whisker
+        whiskers = {"color": INK, "ecolor": INK, "elinewidth": 1.2, "capsize": 3}
+        bars = axis.barh(range(len(values)), values, 0.62, xerr=errors, color=paint.values(), error_kw=whiskers)
+        axis.bar_label(bars, fmt="%.1f", padding=5, color=INK)
+        for y, value in enumerate(values):
+            if not math.isfinite(value):
+                axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.spines["bottom"].set_visible(False)
         axis.set_xlim(0, 118 * max(filter(math.isfinite, ends), default=1.0) or 1)
@@ -90,18 +96,6 @@ def _set_panels(models: Sequence[str], sets: Sequence[str], *, row_height: float
         axis.xaxis.grid(True)
     axes[0].set_ylim(len(models) - 0.5, -0.5)
     return figure, axes
-
-
-def _draw_bar(axis: Axes, y: float, value: float, error: float, colour: str) -> None:
-    if not math.isfinite(value):
-        axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
-        return
-    stderr = 100 * error if math.isfinite(error) else 0.0
-    axis.barh(y, 100 * value, height=0.62, color=colour)
-    if stderr:
-        axis.errorbar(100 * value, y, xerr=stderr, color=INK, linewidth=1.2, capsize=3)
-    offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axis.annotate(f"{100 * value:.1f}", (100 * value + stderr, y), color=INK, **offset)
 
 
 def draw_seeds(axis: Axes, y: float, mean: Mean, colour: str) -> None:
@@ -167,14 +161,6 @@ def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def seed_groups(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Group the runs of one arm in several folders (seed0/vold, seed1/vold) under the arm's name."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(arm_of(run.name) if "/" in run.name else run.name, []).append(run)
-    return groups
-
-
 def _dense(run: RunRecord, key: str) -> bool:
     """Return whether a metric is a line, logged on most steps or often, and not points of sparse evaluations."""
     logged = len(run.finite(key))
@@ -184,11 +170,13 @@ def _dense(run: RunRecord, key: str) -> bool:
 def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     described, paint = metric(key), colours([run.name for run in runs])
     ends: list[tuple[float, float, str, str]] = []
-    for name, group in seed_groups([run for run in runs if run.finite(key)]).items():
+    logged = [run for run in runs if run.finite(key)]
+    # the runs of one arm in several folders (seed0/vold, seed1/vold) go under the arm's name
+    for name, group in group_by(logged, lambda run: arm_of(run.name) if "/" in run.name else run.name).items():
         colour = paint[group[0].name]
         draw = _draw_arm if len(group) > 1 else _draw_run
         ends.append((*draw(axis, group, key, colour), short_label(name), colour))
-    values = [value for run in runs for _, value in run.finite(key)]
+    values = [value for run in logged for _, value in run.finite(key)]
     set_panel_title(axis, described.label, described.unit)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))

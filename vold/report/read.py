@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+from vold.jsonl import parse_row
+
+T, K = TypeVar("T"), TypeVar("K")
 
 EVALUATION_BYTES = 64 * 2**20  # read of an evaluation's samples.jsonl, from its end
 TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # read of a training run's, in parts spread over the run
@@ -71,10 +74,11 @@ class RunRecord:
         scores = [(value, -step) for step, value in self.finite(key)]
         return (key, -max(scores)[1]) if name and scores else None
 
-    def finite(self, key: str, *, last: int = 0) -> list[tuple[float, float]]:
-        """(step, value) of the finite values of a metric, of the last `last` steps (0: of all)."""
-        pairs = zip(self.steps or range(len(self.metrics.get(key, ()))), self.metrics.get(key, ()), strict=False)
-        return [(step, value) for step, value in list(pairs)[-last:] if math.isfinite(value)]
+    def finite(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of the finite values of a metric."""
+        values = self.metrics.get(key, [])
+        pairs = zip(self.steps or range(len(values)), values, strict=False)
+        return [(step, value) for step, value in pairs if math.isfinite(value)]
 
     def evaluation_section(self, name: str) -> dict[str, Mapping[str, Any]]:
         """A table of evaluation.json ("sets", or VLMEvalKit's "benchmarks"), the entries that are well formed."""
@@ -93,6 +97,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
+
+
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Collect the items of equal key, keys and items in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -173,12 +185,16 @@ def is_correct(row: Mapping[str, Any]) -> bool:
     return isinstance(reward, int | float) and reward > 0.5
 
 
+def problem_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(set, problem) that a row of samples.jsonl answers."""
+    return str(row.get("set", "")), str(row.get("prompt_id"))
+
+
 def parse_rows(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects among the lines and the number of other lines, blank ones left out."""
     texts = (line.decode("utf-8", errors="replace").strip() for line in lines)
-    rows = [_parsed(text) for text in texts if text]
-    good = [row for row in rows if isinstance(row, dict)]
-    return good, len(rows) - len(good)
+    rows = [parse_row(text) for text in texts if text]
+    return [row for row in rows if row is not None], rows.count(None)
 
 
 def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tuple[list[dict[str, Any]], int]:
@@ -226,10 +242,9 @@ class MetricsTail:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None."""
     try:
-        value = _parsed(path.read_text(encoding="utf-8", errors="replace"))
+        return parse_row(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -239,13 +254,6 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-99-99
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _lines(file: Any, size: int, most_bytes: int | None, parts: int) -> Iterable[bytes]:

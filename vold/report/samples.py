@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from vold.data.pictures import read_picture
 from vold.io import visible
 
-from .read import RunRecord, as_number, is_correct
+from .read import RunRecord, as_number, group_by, is_correct, problem_key
 from .style import arm_of
 from .tokens import Tokens, tokens_of
 
@@ -93,19 +93,15 @@ def shared_problems(evaluations: Sequence[RunRecord]) -> list[SharedProblem]:
     runs = [run for run in evaluations if run.samples]
     if len(runs) < 2:
         return []
-    answers = [{_problem_key(row): row for row in run.samples} for run in runs]
-    groups: dict[str, dict[tuple[bool, ...], list[tuple[str, str]]]] = {}
-    for key in answers[0]:
-        if all(key in rows for rows in answers[1:]):
-            pattern = tuple(is_correct(rows[key]) for rows in answers)
-            groups.setdefault(key[0], {}).setdefault(pattern, []).append(key)
+    answers = [{problem_key(row): row for row in run.samples} for run in runs]
+    shared = [key for key in answers[0] if all(key in rows for rows in answers)]
     problems = []
-    for name, patterns in sorted(groups.items()):
-        total = sum(map(len, patterns.values()))
-        for pattern, keys in sorted(patterns.items(), key=lambda item: -len(item[1]))[:PATTERNS]:
-            samples = tuple(sample_of(run, rows[keys[0]]) for run, rows in zip(runs, answers, strict=True))
+    for name, keys in sorted(group_by(shared, lambda key: key[0]).items()):
+        patterns = group_by(keys, lambda key: tuple(is_correct(rows[key]) for rows in answers))
+        for pattern, same in sorted(patterns.items(), key=lambda item: -len(item[1]))[:PATTERNS]:
+            samples = tuple(sample_of(run, rows[same[0]]) for run, rows in zip(runs, answers, strict=True))
             marks = tuple((arm_of(run.name), ok) for run, ok in zip(runs, pattern, strict=True))
-            problems.append(SharedProblem(samples, marks, len(keys), total, name))
+            problems.append(SharedProblem(samples, marks, len(same), len(keys), name))
     return problems
 
 
@@ -113,7 +109,7 @@ def failed_image_problems(evaluations: Sequence[RunRecord]) -> list[SampleList]:
     """Per evaluation, some of the image problems that none of its answers solved, evenly spread, in small pictures."""
     lists = []
     for run in evaluations:
-        answers = _grouped([row for row in run.samples if row.get("images")], _problem_key)
+        answers = group_by([row for row in run.samples if row.get("images")], problem_key)
         failed = [rows[0] for rows in answers.values() if not any(map(is_correct, rows))]
         if failed:
             chosen = failed[:: -(-len(failed) // PER_LIST)]
@@ -176,7 +172,7 @@ def thumbnail(path: Path, box: tuple[int, int] = THUMBNAIL) -> Picture:
 
 def _choose(rows: Sequence[Row]) -> list[Row]:
     """The first rows of each set, or of steps spread evenly from the newest to the oldest."""
-    groups = _grouped(rows, lambda row: str(row.get("set", row.get("step", ""))))
+    groups = group_by(rows, lambda row: str(row.get("set", row.get("step", ""))))
     names = list(groups) if "set" in rows[0] else list(reversed(groups))
     if len(names) > STEPS_PER_LIST:
         last = len(names) - 1
@@ -193,33 +189,19 @@ def _alternate(rows: Sequence[Row]) -> list[Row]:
     return pairs + wrong[len(pairs) // 2 :] + correct[len(pairs) // 2 :]
 
 
-def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def _problem_key(row: Row) -> tuple[str, str]:
-    return str(row.get("set", "")), str(row.get("prompt_id"))
-
-
 def _facts(row: Row) -> list[str]:
     """The numbers under a response, those that were logged."""
-    values = {name: as_number(row.get(key)) for key, name in _NUMBERS.items()}
+    names = {"reward": "reward", "advantage": "advantage", "mean_kl": "teacher KL"}
+    values = {name: as_number(row.get(key)) for key, name in names.items()}
     facts = [f"{name} {value:.3g}".replace("-", "−") for name, value in values.items() if value == value]
     return facts + (["cut at the length limit"] if row.get("finish_reason") == "length" else [])
 
 
-_NUMBERS = {"reward": "reward", "advantage": "advantage", "mean_kl": "teacher KL"}
-
-
 def _pictures(run: Path, images: Any, box: tuple[int, int]) -> list[Picture]:
     names = [name for name in images if isinstance(name, str)] if isinstance(images, list | tuple) else []
-    paths = [_locate(run, name) for name in names]
     return [
-        thumbnail(path, box) if path else Picture(None, note=f"{name}: no such file")
-        for name, path in zip(names, paths, strict=True)
+        thumbnail(path, box) if (path := _locate(run, name)) else Picture(None, note=f"{name}: no such file")
+        for name in names
     ]
 
 

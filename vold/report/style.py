@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -14,6 +14,7 @@ INK, SOFT, GRID = "#24221f", "#6c675e", "#e4dfd4"  # text, axis text, grid lines
 # Distinct for deuteranopes and protanopes by lightness as well as hue. page.css names them --run-0 … in this order.
 PALETTE = ("#b0aa9e", "#c48a0c", "#1d62ab", "#b83a57", "#1a8a76", "#8660b8", "#4fa5d8", "#8a5a2b")
 _RESERVED = {"base": 0, "teacher": 5, "sft": 1, "grpo": 2, "vold": 3, "unmasked": 4, "opd": 6, "traces": 7}
+_FREE_ORDER = (2, 3, 4, 1, 5, 6, 7, 0)
 
 # Phases in the order of a step. page.css names the colours --phase-0 … in this order.
 PHASES = {
@@ -80,19 +81,8 @@ class Metric:
 
 
 _METRICS_FILE = files("vold.report").joinpath("metrics.yaml").read_text(encoding="utf-8")
-METRICS = {key: Metric(**fields) for key, fields in yaml.safe_load(_METRICS_FILE).items()}
-
-CURVES: dict[str, tuple[str, ...]] = {
-    "rl": (
-        *("reward", "kl_teacher", "accuracy_image", "accuracy_text", "image_sensitivity"),
-        *("entropy", "response_length", "grad_norm"),
-    ),
-    "sft": ("loss", "accuracy_image", "accuracy_text", "grad_norm"),
-    "selfplay": (
-        *("accuracy_text", "accuracy_image", "questions_kept", "challenger_reward", "challenger_uncertainty"),
-        *("clusters_words", "clusters_vectors", "nearest_earlier", "seen_before"),
-    ),
-}
+CURVES, _FIELDS = yaml.safe_load_all(_METRICS_FILE)
+METRICS = {key: Metric(**fields) for key, fields in _FIELDS.items()}
 HEALTH = (*(key for key, metric in METRICS.items() if metric.has_limit), "entropy", "grad_norm")
 _ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
 
@@ -104,6 +94,12 @@ def metric(key: str) -> Metric:
     if key.startswith("accuracy_"):
         return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "held-out problems", better=1)
     return Metric(key.replace("_", " ").capitalize())
+
+
+def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Return the names with those of `first` in front, in its order."""
+    names = dict.fromkeys(names)
+    return [name for name in dict.fromkeys([*first, *names]) if name in names]
 
 
 def arm_of(name: str) -> str:
@@ -123,21 +119,13 @@ def short_label(name: str) -> str:
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """Assign one colour per run. Known arms have theirs in every report; others take a free one, in order."""
-    arms = list(dict.fromkeys(arm_of(name) for name in names))
+    slots: dict[str, int] = {}
     # exact names first: `vold` keeps its colour although `vold-beta1` may come before it
-    slots = {arm: _RESERVED[arm] for arm in arms if arm in _RESERVED}
-    for arm in arms:
-        if arm not in slots:
-            slots[arm] = _free_slot(arm, taken=set(slots.values()))
+    for arm in ordered(map(arm_of, names), _RESERVED):
+        related = [slot for known, slot in _RESERVED.items() if arm.startswith(known)]
+        free = (slot for slot in (*related, *_FREE_ORDER) if slot not in slots.values())
+        slots[arm] = next(free, _FREE_ORDER[0])
     return {name: PALETTE[slots[arm_of(name)]] for name in names}
-
-
-def _free_slot(arm: str, *, taken: set[int]) -> int:
-    for known, slot in _RESERVED.items():
-        if arm.startswith(known) and slot not in taken:
-            return slot
-    order = (2, 3, 4, 1, 5, 6, 7, 0)
-    return next((slot for slot in order if slot not in taken), order[len(taken) % len(order)])
 
 
 def phase_colours(names: Sequence[str]) -> dict[str, str]:

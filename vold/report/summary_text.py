@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, permutations
+from statistics import fmean
 
-from .read import RunRecord, is_correct
+from .read import RunRecord, group_by, is_correct, problem_key
 from .style import arm_of, label
-from .tables import AccuracyTable, Difference, percent
+from .tables import AccuracyTable, Difference, Mean, percent
 
 
 def lead_sentences(table: AccuracyTable) -> list[str]:
@@ -64,31 +65,20 @@ def paired_differences(
     """(new, old, set) -> difference over shared problems, where both runs' samples are those they were scored on."""
     shares = {arm_of(run.name): _correct_shares(run) for run in evaluations}
     pairs: dict[tuple[str, str, str], Difference] = {}
-    for new, old in permutations(table.models, 2):
-        for name in table.sets:
-            a, b = (shares.get(model, {}).get(name, {}) for model in (new, old))
-            complete = _matches(table, new, name, a) and _matches(table, old, name, b)
-            if complete and len(a) > 1 and a.keys() == b.keys():
-                pairs[new, old, name] = _paired([a[key] - b[key] for key in a])
+    for name in table.sets:
+        complete = {}
+        for model in table.models:
+            problems = {key: share for key, share in shares.get(model, {}).items() if key[0] == name}
+            # samples that do not reproduce the reported accuracy are not all there
+            if len(problems) > 1 and math.isclose(fmean(problems.values()), table.value(model, name), abs_tol=5e-4):
+                complete[model] = problems
+        for new, old in permutations(complete, 2):
+            if complete[new].keys() == complete[old].keys():
+                mean = Mean(tuple(share - complete[old][key] for key, share in complete[new].items()))
+                pairs[new, old, name] = Difference(mean.value, mean.stderr, paired=True)
     return pairs
 
 
-def _correct_shares(run: RunRecord) -> dict[str, dict[str, float]]:
-    """set -> problem -> share of its responses that are correct."""
-    correct: dict[str, dict[str, list[bool]]] = {}
-    for row in run.samples:
-        problems = correct.setdefault(str(row.get("set")), {})
-        problems.setdefault(str(row.get("prompt_id")), []).append(is_correct(row))
-    return {name: {key: sum(ok) / len(ok) for key, ok in problems.items()} for name, problems in correct.items()}
-
-
-def _matches(table: AccuracyTable, model: str, name: str, shares: Mapping[str, float]) -> bool:
-    """Return whether the samples reproduce the reported accuracy, so that none is missing."""
-    return bool(shares) and math.isclose(sum(shares.values()) / len(shares), table.value(model, name), abs_tol=5e-4)
-
-
-def _paired(differences: Sequence[float]) -> Difference:
-    n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return Difference(mean, math.sqrt(variance / n), paired=True)
+def _correct_shares(run: RunRecord) -> dict[tuple[str, str], float]:
+    """(set, problem) -> share of its responses that are correct."""
+    return {key: fmean(map(is_correct, rows)) for key, rows in group_by(run.samples, problem_key).items()}

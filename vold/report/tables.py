@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .read import RunRecord, as_number, mappings_in
-from .style import arm_of, label
+from .style import arm_of, label, ordered
 
 CLEAR = 2.0  # standard errors
 MODEL_ORDER = ("base", "sft", "grpo", "vold")
@@ -58,11 +60,11 @@ class AccuracyTable:
 
     @property
     def models(self) -> list[str]:
-        return _ordered(self.accuracy, MODEL_ORDER)
+        return ordered(self.accuracy, MODEL_ORDER)
 
     @property
     def sets(self) -> list[str]:
-        return _ordered(sorted({name for row in self.accuracy.values() for name in row}), _SET_ORDER)
+        return ordered(sorted({name for row in self.accuracy.values() for name in row}), _SET_ORDER)
 
     def value(self, model: str, name: str) -> float:
         return as_number(self.accuracy.get(model, {}).get(name))
@@ -96,10 +98,6 @@ class AccuracyTable:
         return first if gaps and all(gap.clear and gap.points > 0 for gap in gaps) else None
 
 
-def _ordered(names: Sequence[str] | Mapping[str, Any], first: Sequence[str]) -> list[str]:
-    return [name for name in first if name in names] + [name for name in names if name not in first]
-
-
 def as_table(report: Mapping[str, Any] | AccuracyTable) -> AccuracyTable:
     """report.json, or its `accuracy` alone, as an AccuracyTable; an unfinished report may hold null for a model."""
     if isinstance(report, AccuracyTable):
@@ -117,9 +115,8 @@ def table_of_runs(runs: Sequence[RunRecord]) -> AccuracyTable:
         {model: {name: as_number(result.get(key)) for name, result in sets.items()} for model, sets in models.items()}
         for key in ("accuracy", "stderr")
     )
-    results = [item for sets in models.values() for item in sets.items()]
-    n = {name: int(count) for name, result in results if math.isfinite(count := as_number(result.get("n")))}
-    return AccuracyTable(accuracy, stderr, n)
+    counts = {name: as_number(result.get("n")) for sets in models.values() for name, result in sets.items()}
+    return AccuracyTable(accuracy, stderr, {name: int(count) for name, count in counts.items() if math.isfinite(count)})
 
 
 def problem_kinds(run: RunRecord) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -191,6 +188,13 @@ def seeds_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for arm, row in cells.items()
     ]
     return markdown(["accuracy, %", "seeds", *sets], body)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A CSV file with a header; None is an empty cell."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue()
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

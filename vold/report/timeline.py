@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from matplotlib.axes import Axes
 from vold.io import visible
 
 from .drawing import Format, add_legend, figure_bytes, new_figure, report_style
-from .read import OLD_METRICS, RunRecord, as_number
+from .read import OLD_METRICS, RunRecord, as_number, group_by
 from .style import PHASES, TRAIN_PARTS, format_duration, phase_colours, short_label
+from .tables import csv_text
 
 STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
 NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
@@ -48,6 +48,12 @@ def _phase(name: Any) -> str:
     return OLD_METRICS.get(f"seconds_{name}", f"seconds_{name}").removeprefix("seconds_")
 
 
+def _from_zero(intervals: Sequence[Interval]) -> list[Interval]:
+    """Shift intervals so that the first of them starts at second 0."""
+    first = min(i.start for i in intervals)
+    return [i._replace(start=i.start - first, end=i.end - first) for i in intervals]
+
+
 # -- one step of a run ---------------------------------------------------------------------------------------------
 
 
@@ -67,14 +73,11 @@ def step_timeline(run: RunRecord) -> StepTimeline | None:
     if not steps:
         return None
     line, intervals = (ordinary or steps)[-1]
-    start = min(i.start for i in intervals)
-    seconds = max(max(i.end for i in intervals) - start, 1e-9)
-    threads: dict[str, list[Interval]] = {STEP_THREAD: []}
-    for interval in intervals:
-        shifted = interval._replace(start=interval.start - start, end=interval.end - start)
-        threads.setdefault(interval.thread, []).append(shifted)
+    intervals = _from_zero(intervals)
+    seconds = max(*(i.end for i in intervals), 1e-9)
+    threads = {STEP_THREAD: []} | group_by(intervals, lambda i: i.thread)
     rows = [
-        ("" if thread == STEP_THREAD else thread, _join(row, NARROW * seconds))
+        ("" if thread == STEP_THREAD else thread, _join_by_phase(row, NARROW * seconds))
         for thread, members in threads.items()
         for row in _by_depth(members)
     ]
@@ -92,16 +95,19 @@ def _by_depth(intervals: Iterable[Interval]) -> list[list[Interval]]:
     return rows
 
 
-def _join(row: Iterable[Interval], narrow: float) -> list[Interval]:
+def _join_by_phase(row: Iterable[Interval], gap: float) -> list[Interval]:
     """Join thousands of short intervals of one phase, such as a grade after each group, that look like one."""
+    phases = group_by(row, lambda i: i.name).values()
+    return sorted((interval for phase in phases for interval in _join(phase, gap)), key=lambda i: i.start)
+
+
+def _join(intervals: Iterable[Interval], gap: float) -> list[Interval]:
+    """Join intervals that overlap or are less than `gap` seconds apart; the first of them names the result."""
     joined: list[Interval] = []
-    latest: dict[str, int] = {}  # phase -> its last position in `joined`
-    for interval in sorted(row, key=lambda i: i.start):
-        index = latest.get(interval.name)
-        if index is not None and interval.start - joined[index].end < narrow:
-            joined[index] = joined[index]._replace(end=max(joined[index].end, interval.end))
+    for interval in sorted(intervals, key=lambda i: i.start):
+        if joined and interval.start - joined[-1].end < gap:
+            joined[-1] = joined[-1]._replace(end=max(joined[-1].end, interval.end))
         else:
-            latest[interval.name] = len(joined)
             joined.append(interval)
     return joined
 
@@ -127,8 +133,8 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], *, seconds: float, labelled: boo
             name = visible(interval.name).replace("_", " ")
             bar = axis.broken_barh([(interval.start, length)], (y - 0.4, 0.8), facecolor=colour, linewidth=0)
             if labelled:
-                bar.set(gid=f"tooltip {name} {format_duration(length)}", facecolor=(colour, 0.5), edgecolor=colour)
-                bar.set_linewidth(0.8)
+                bar.set(gid=f"tooltip {name} {format_duration(length)}")
+                bar.set(facecolor=(colour, 0.5), edgecolor=colour, linewidth=0.8)
                 if CHARACTERS * length > (len(name) + 1) * seconds:
                     axis.text(interval.start + 0.005 * seconds, y, name, va="center", fontsize=8, clip_on=True)
     axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -154,15 +160,8 @@ def by_worker(intervals: Iterable[Interval]) -> dict[str, list[Interval]]:
 def idle_shares(intervals: Sequence[Interval]) -> dict[str, float]:
     """Share of the time from the first interval to the last in which the sampler, and the trainer, did not work."""
     first, last = min(i.start for i in intervals), max(i.end for i in intervals)
-    return {worker: 1.0 - _covered(row) / (last - first) for worker, row in by_worker(intervals).items()}
-
-
-def _covered(intervals: Iterable[Interval]) -> float:
-    covered, reached = 0.0, -math.inf
-    for interval in sorted(intervals, key=lambda i: i.start):
-        covered += max(interval.end - max(interval.start, reached), 0.0)
-        reached = max(reached, interval.end)
-    return covered
+    busy = {worker: sum(i.end - i.start for i in _join(row, 0.0)) for worker, row in by_worker(intervals).items()}
+    return {worker: 1.0 - seconds / (last - first) for worker, seconds in busy.items()}
 
 
 @report_style
@@ -170,28 +169,25 @@ def workers_figure(runs: Mapping[str, Sequence[Interval]], *, fmt: Format = "svg
     """A panel per named run, all from second 0 on one axis: the sampler's phases above, the trainer's below."""
     figure = new_figure(9.6, 1.1 + 1.05 * len(runs))
     axes = figure.subplots(len(runs), 1, squeeze=False, sharex=True)[:, 0]
-    longest = max(max(i.end for i in run) - min(i.start for i in run) for run in runs.values())
-    for axis, (title, intervals) in zip(axes, runs.items(), strict=True):
-        start, idle = min(i.start for i in intervals), idle_shares(intervals)
-        shifted = [i._replace(start=i.start - start, end=i.end - start) for i in intervals]
-        rows = [(worker, _join(row, longest / 2000)) for worker, row in by_worker(shifted).items()]
+    shifted = [_from_zero(intervals) for intervals in runs.values()]
+    longest = max(i.end for intervals in shifted for i in intervals)
+    drawn: set[str] = set()
+    for axis, title, intervals in zip(axes, runs, shifted, strict=True):
+        rows = [(worker, _join_by_phase(row, longest / 2000)) for worker, row in by_worker(intervals).items()]
         _draw_rows(axis, rows, seconds=longest)
-        axis.set_yticks(range(len(rows)), [f"{worker}, idle {idle[worker]:.0%}" for worker, _ in rows])
+        axis.set_yticks(range(len(rows)), [f"{name}, idle {idle:.0%}" for name, idle in idle_shares(intervals).items()])
         axis.set_title(title)
+        drawn.update(i.name for _, row in rows for i in row)
     axes[-1].set_xlabel("seconds")
-    drawn = {i.name for intervals in runs.values() for row in by_worker(intervals).values() for i in row}
     add_legend(figure, {name: colour for name, colour in PHASES.items() if name in drawn})
     return figure_bytes(figure, fmt)
 
 
 def to_csv(intervals: Iterable[Interval]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("name", "lane", "start", "end"))  # lane: the thread
-    writer.writerows((i.name, i.thread, f"{i.start:.6f}", f"{i.end:.6f}") for i in intervals)
-    return out.getvalue()
+    rows = ((i.name, i.thread, f"{i.start:.6f}", f"{i.end:.6f}") for i in intervals)
+    return csv_text(("name", "lane", "start", "end"), rows)  # lane: the thread
 
 
 def from_csv(text: str) -> list[Interval]:
-    rows = csv.DictReader(io.StringIO(text))
+    rows = csv.DictReader(text.splitlines())
     return [Interval(row["name"], row["lane"], float(row["start"]), float(row["end"])) for row in rows]

@@ -21,6 +21,7 @@ from vold.rollout.vllm.remote import RemoteEngines
 from vold.types import Rollout
 
 Scores = list[list[float] | None]
+"""Teacher log-probs (nats) of the response ids of each rollout; None where the teacher failed."""
 
 MAX_CONCURRENT_CALLS = 8
 """Calls of `submit` that wait for remote engines at the same time."""

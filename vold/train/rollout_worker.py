@@ -15,12 +15,11 @@ from vold.config.schema import RewardConfig, RolloutConfig
 from vold.objectives import Objective
 from vold.rollout import Sampler
 from vold.seeding import derive_seed
+from vold.teacher.vllm import Scores
 from vold.train.reward_function import RewardFunction, grade_group
 from vold.types import Group, Prompt, Rollout
 
 PhaseTimer = Callable[[str], AbstractContextManager]
-Scores = list[list[float] | None]
-"""Teacher log-probs (nats) of the response ids of each rollout; None where the teacher failed."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """The pool under hostile answers: killed, replaced, counted, and never at the cost of the next answer."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from vold.grading import Grader, pool
+from vold.grading import Grader, pool, workers
 
 SECONDS = 2.0
 HARD = [(rf"\sqrt{{{12 * n * n}}}", rf"{2 * n}\sqrt{{3}}") for n in range(2, 8)]  # equal, but need a worker
@@ -85,14 +87,14 @@ def test_a_killed_idle_worker_is_replaced(grader):
 
 
 def test_a_worker_that_dies_on_an_answer_twice_breaks_it_and_only_it(grader, monkeypatch):
-    send = pool._Worker.send
+    send = workers.Worker.send
 
     def send_and_shoot(self, job):
         send(self, job)
         if job.question.answer == r"\sqrt{98}":
             os.kill(self.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(pool._Worker, "send", send_and_shoot)
+    monkeypatch.setattr(workers.Worker, "send", send_and_shoot)
     good = [(boxed(answer), gold, False) for answer, gold in HARD]
     verdicts = grader.grade([good[0], (boxed(r"\sqrt{98}"), r"7\sqrt{2}", False), *good[1:]])
     outcomes = [v.outcome for v in verdicts]
@@ -102,13 +104,13 @@ def test_a_worker_that_dies_on_an_answer_twice_breaks_it_and_only_it(grader, mon
 
 
 def test_an_answer_that_crashes_its_worker_twice_is_wrong_not_masked(monkeypatch):
-    send = pool._Worker.send
+    send = workers.Worker.send
 
     def send_and_crash(self, job):
         send(self, job)
         os.kill(self.process.pid, signal.SIGSEGV)
 
-    monkeypatch.setattr(pool._Worker, "send", send_and_crash)
+    monkeypatch.setattr(workers.Worker, "send", send_and_crash)
     with Grader(workers=1, seconds=SECONDS) as grader:
         (verdict,) = grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
         assert (verdict.outcome, verdict.rule) == ("wrong", "crashed")
@@ -130,32 +132,120 @@ def test_a_gold_on_which_the_parser_raises_by_itself_is_broken():
 
 
 def test_a_worker_that_dies_once_costs_nothing(grader, monkeypatch):
-    send, shots = pool._Worker.send, []
+    send, shots = workers.Worker.send, []
 
     def shoot_once(self, job):
         send(self, job)
         if not shots:
             shots.append(os.kill(self.process.pid, signal.SIGKILL))
 
-    monkeypatch.setattr(pool._Worker, "send", shoot_once)
+    monkeypatch.setattr(workers.Worker, "send", shoot_once)
     warm(grader)
     assert grader.counters["respawns"] == 1
 
 
 def test_a_worker_without_cpu_is_waited_for_and_then_broken_not_wrong(monkeypatch):
-    send = pool._Worker.send
+    send = workers.Worker.send
 
     def send_and_stop(self, job):
         send(self, job)
         os.kill(self.process.pid, signal.SIGSTOP)
 
-    monkeypatch.setattr(pool._Worker, "send", send_and_stop)
+    monkeypatch.setattr(workers.Worker, "send", send_and_stop)
     monkeypatch.setattr(pool, "_PATIENCE", 4)
     with Grader(workers=1, seconds=0.5) as grader:
         (verdict,) = grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
         assert (verdict.outcome, verdict.rule) == ("broken", "starved")
         assert verdict.seconds >= 4 * 0.5
         assert grader.counters == {"timeouts": 0, "respawns": 1, "broken": 1}
+
+
+def test_a_hanging_answer_that_gets_little_cpu_is_a_timeout_not_broken(monkeypatch):
+    """As on a loaded machine: its worker runs a tenth of the time, through several windows of patience."""
+    monkeypatch.setattr(pool, "_PATIENCE", 2)
+    stopped = threading.Event()
+
+    def hold_back(pid):
+        with contextlib.suppress(ProcessLookupError):
+            while not stopped.wait(0.03):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.3)
+                os.kill(pid, signal.SIGCONT)
+
+    windows = []
+    monkeypatch.setattr(
+        workers.Worker, "end_window", lambda self, now, end=workers.Worker.end_window: windows.append(end(self, now))
+    )
+    with Grader(workers=1, seconds=0.3) as grader:
+        warm(grader)
+        thread = threading.Thread(target=hold_back, args=(grader._workers[0].process.pid,))
+        thread.start()
+        (verdict,) = grader.grade([(boxed("100000000!"), "7", False)])
+        stopped.set()
+        thread.join()
+        assert (verdict.outcome, verdict.rule) == ("wrong", "timeout")
+        assert len(windows) > 1, "it would have been given up after the first"
+        assert grader.counters == {"timeouts": 1, "respawns": 1, "broken": 0}
+
+
+def test_time_in_which_the_trainer_itself_was_stopped_is_no_starvation(shared):
+    warm(shared)
+    worker = shared._workers[0]
+    worker.end_window(worker.deadline + 2 * workers.LATE)
+    assert worker.idle_windows == 0
+    worker.end_window(worker.deadline)
+    worker.end_window(worker.deadline)
+    assert worker.idle_windows == 2, "it has nothing to do and gets no CPU time"
+
+
+@pytest.fixture
+def kill_at_start(monkeypatch):
+    """kill_at_start(n): the next n workers are killed before they are ready, as by a system without memory."""
+    monkeypatch.setattr(workers, "START_DELAYS", (0.0, 0.05, 0.1, 0.2))
+    start, left = workers.Worker.__init__, [0]
+
+    def start_and_shoot(self, command):
+        start(self, command)
+        if left[0] > 0:
+            left[0] -= 1
+            os.kill(self.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(workers.Worker, "__init__", start_and_shoot)
+    return lambda n: left.__setitem__(0, n)
+
+
+def test_workers_killed_while_starting_are_started_again(grader, kill_at_start):
+    kill_at_start(3)
+    warm(grader)
+    assert grader.counters == {"timeouts": 0, "respawns": 3, "broken": 0}
+
+
+def test_workers_that_never_start_end_the_run_in_one_line(grader, kill_at_start):
+    kill_at_start(99)
+    with pytest.raises(
+        ValueError, match=r"died 4 times in a row while starting \(killed by SIGKILL\); free some memory"
+    ):
+        warm(grader)
+    kill_at_start(0)
+    warm(grader)
+
+
+def test_one_worker_is_enough_where_no_second_starts(grader, kill_at_start):
+    grader.grade([(boxed(HARD[0][0]), HARD[0][1], False)])
+    kill_at_start(99)
+    verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold in HARD])
+    assert [v.outcome for v in verdicts] == ["correct"] * len(HARD)
+
+
+def test_a_signal_to_the_whole_job_leaves_the_workers_to_their_trainer(shared):
+    """Schedulers send SIGTERM to every process: the step under way still has answers to grade."""
+    warm(shared)
+    respawns = shared.counters["respawns"]
+    for worker in shared._workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.process.pid, number)
+    warm(shared)
+    assert shared.counters["respawns"] == respawns
 
 
 def test_a_worker_close_to_its_memory_limit_is_retired(monkeypatch):
@@ -221,7 +311,7 @@ def test_the_worker_imports_neither_torch_nor_gmpy2():
     code = (
         "import sys, io; sys.argv = ['worker', '2', '1073741824']; sys.stdin.close()\n"
         "from vold.grading import worker\n"
-        "worker._lines = lambda parent: []\n"
+        "worker.lines = lambda parent: []\n"
         "worker.main()\n"
         "sys.stderr.write(str([m for m in ('torch', 'transformers', 'megatron', 'gmpy2') if sys.modules.get(m)]))"
     )

@@ -24,24 +24,25 @@ _WARM_UP = ((r"\frac{1}{2}", r"\sqrt{2}"), (r"\{1,2\}", "(1,x)"), (r"x^{2}+1", r
 def main() -> None:
     seconds, max_bytes = float(sys.argv[1]), int(sys.argv[2])
     parent = os.getppid()
-    output = _private_stdout()
-    _limit(max_bytes)
+    output = private_stdout()
+    limit(max_bytes)
+    sys.modules["gmpy2"] = None  # type: ignore[assignment]  # its powers cannot be interrupted
     try:
         from vold.grading.symbolic import symbolically_equal
 
         for answer, gold in _WARM_UP:  # the parser's tables and regexes are built on first use
             symbolically_equal(answer, gold)
     except Exception as error:
-        _send(output, {"failed": f"{type(error).__name__}: {error}"})
+        send(output, {"failed": f"{type(error).__name__}: {error}"})
         return
-    _send(output, {"ready": True})
-    for line in _lines(parent):
+    send(output, {"ready": True})
+    for line in lines(parent):
         signal.setitimer(signal.ITIMER_PROF, seconds)
         reply = _answer(symbolically_equal, line)
         signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy's caches grow; near the limit a MemoryError would make *correct* answers wrong.
-        reply["retire"] = _address_space() > max_bytes / 2
-        _send(output, reply)
+        reply["retire"] = address_space() > max_bytes / 2
+        send(output, reply)
 
 
 def _answer(symbolically_equal, line: bytes) -> dict:
@@ -59,24 +60,25 @@ def _answer(symbolically_equal, line: bytes) -> dict:
     return {"equal": verdict, "rule": rule}
 
 
-def _private_stdout() -> int:
+def private_stdout() -> int:
     """The pipe to the parent; whatever a library prints goes to stderr instead."""
     output = os.dup(1)
     os.dup2(2, 1)
     return output
 
 
-def _limit(max_bytes: int) -> None:
+def limit(max_bytes: int) -> None:
+    """Bound address space, write no core files, and let the kernel end the process at its CPU limit alone."""
     with contextlib.suppress(OSError, ValueError):  # not every system limits address space
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer; the closed pipe ends us
+    for asked_to_stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the trainer decides; its pipe then closes
+        signal.signal(asked_to_stop, lambda *_: None)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    sys.modules["gmpy2"] = None  # type: ignore[assignment]  # its powers cannot be interrupted
 
 
-def _address_space() -> int:
+def address_space() -> int:
     """Bytes in use, as RLIMIT_AS counts them; 0 where there is no /proc. (ru_maxrss inherits the trainer's peak.)"""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -85,7 +87,7 @@ def _address_space() -> int:
     return pages * resource.getpagesize()
 
 
-def _lines(parent: int):
+def lines(parent: int):
     """Lines from stdin until it closes or the parent changes (a forked sibling may hold the pipe open)."""
     buffer = b""
     while os.getppid() == parent:
@@ -94,12 +96,15 @@ def _lines(parent: int):
         chunk = os.read(0, 1 << 16)
         if not chunk:
             return
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        yield from lines
+        *complete, buffer = (buffer + chunk).split(b"\n")
+        yield from complete
 
 
-def _send(output: int, message: dict) -> None:
-    os.write(output, json.dumps(message).encode() + b"\n")
+def send(output: int, message: dict) -> None:
+    """Write one message to the parent."""
+    line = json.dumps(message).encode() + b"\n"
+    while line:
+        line = line[os.write(output, line) :]
 
 
 if __name__ == "__main__":

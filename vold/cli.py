@@ -283,9 +283,12 @@ def _exit_if_rank_lost(error: RuntimeError) -> None:
     Returns where the error has another cause.
     """
     collectives = sys.modules.get("vold.parallel.collectives")
-    if collectives is None or not collectives.is_lost_peer(error):
+    if collectives is None or not (collectives.is_lost_peer(error) or isinstance(error, collectives.RanksLost)):
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this process first: it names the dead rank itself
+    if isinstance(error, collectives.RanksLost):
+        _print_error(str(error), f" (rank {os.environ.get('RANK', '0')})")
+        os._exit(1)
     if not (unresponsive := collectives.unresponsive_ranks()):
         return
     names = ", ".join(map(str, unresponsive))

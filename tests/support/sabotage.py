@@ -82,6 +82,36 @@ def is_sent_sigterm_in_step(number: int) -> None:
     at_call(Trainer, "step", number, signalled)
 
 
+def gets_signals(number: int, *signals: tuple[float, int]) -> None:
+    """In the `number`-th step; each signal after so many seconds more."""
+
+    def signalled(step, *arguments, **keywords):
+        for seconds, sent in signals:
+            time.sleep(seconds)
+            os.kill(os.getpid(), sent)
+        return step(*arguments, **keywords)
+
+    at_call(Trainer, "step", number, signalled)
+
+
+def gets_signals_until_saved(number: int) -> None:
+    """SIGTERM in the `number`-th step, from a launcher and a scheduler, and again while its file is being written."""
+
+    def signalled(write, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return write(*arguments)
+
+    gets_signals(number, (0, signal.SIGTERM), (0, signal.SIGTERM))
+    at_call(checkpoint, "write_pieces", 1, signalled)
+
+
+def dies_before_it_starts() -> None:
+    from vold.parallel import launch
+
+    at_call(launch, "_start_world", 1, die)
+
+
 def disk_is_full_in_save(number: int, limit: int) -> None:
     """No file may grow beyond `limit` bytes; the kernel refuses the write itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -28,11 +29,36 @@ def run_on_all_ranks(action: Callable[[], ResultT]) -> list[ResultT]:
     return [result for result, _ in outcomes]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True when `flag` is set on at least one rank."""
-    any_flag = torch.tensor(int(flag), device=device)
-    dist.all_reduce(any_flag, op=dist.ReduceOp.MAX)
-    return bool(any_flag)
+def largest_of_ranks(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values, on every rank."""
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+class RanksLost(RuntimeError):
+    """Ranks of this job are dead or were never there. The message, one line, names them."""
+
+
+_store: dist.Store | None = None
+
+
+def use_store(store: dist.Store) -> None:
+    """Set the store through which the ranks of this job find each other."""
+    global _store
+    _store = store
+
+
+def note_start(store: dist.Store, rank: int | None = None) -> int:
+    """The number of ranks that have started, `rank` among them from now on."""
+    if rank is not None:
+        store.set(f"started/{rank}", "yes")
+    return store.add("started", int(rank is not None))
+
+
+def ranks_not_started(store: dist.Store, world: int) -> list[int]:
+    """Ranks that have not called `note_start`."""
+    return [rank for rank in range(world) if not store.check([f"started/{rank}"])]
 
 
 class SharedCounter:
@@ -52,8 +78,7 @@ class SharedCounter:
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Let every collective from here on fail after so many seconds. Before, while ranks start, they may be minutes
-    apart."""
+    """Let every collective from here on fail after so many seconds."""
     from megatron.core.parallel_state import update_pg_timeout
 
     timeout = datetime.timedelta(seconds=seconds)
@@ -64,7 +89,7 @@ def set_collective_timeout(seconds: float) -> None:
 def is_lost_peer(error: Exception) -> bool:
     """True for the error of a collective in which another rank died or was missing (gloo raises RuntimeErrors)."""
     failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    return failed and dist.is_initialized()
+    return failed and (dist.is_initialized() or _store is not None)
 
 
 def unresponsive_ranks() -> list[int]:
@@ -74,11 +99,11 @@ def unresponsive_ranks() -> list[int]:
     rank that lives gets there within a time-out of the first, so the call waits a little longer than that. It uses the
     rendezvous store, since the process groups no longer work.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = _store or dist.distributed_c10d._get_default_store()
     missing = [0]
     try:
-        store.set(f"alive/{dist.get_rank()}", "yes")
-        missing = list(range(dist.get_world_size()))
+        store.set(f"alive/{os.environ.get('RANK', '0')}", "yes")
+        missing = list(range(int(os.environ.get("WORLD_SIZE", "1"))))
         deadline = time.monotonic() + 1.5 * store.timeout.total_seconds()
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([f"alive/{rank}"])]

@@ -9,6 +9,7 @@ import datetime
 import os
 import random
 import socket
+import time
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from vold.parallel import cpu
+from vold.parallel.collectives import RanksLost, note_start, ranks_not_started, use_store
 
 ValueT = TypeVar("ValueT")
 
@@ -88,10 +90,12 @@ def initialise(
     sp: bool = False,
     distributed_optimizer: bool = False,
     recompute: str = "none",
+    timeout_seconds: float = 1800.0,
 ) -> Layout:
     """Create (or reuse) the process groups, seed every generator and return this rank's layout.
 
-    Raises ValueError when the sizes do not fit the world. May be called again in one process: the world is kept, and
+    Raises ValueError when the sizes do not fit the world, and RanksLost when not all of its processes have come here
+    within `timeout_seconds`. May be called again in one process: the world is kept, and
     the model-parallel groups are rebuilt only when their sizes change.
     """
     launch = LaunchEnvironment.from_environment()
@@ -99,8 +103,8 @@ def initialise(
     if tp > 1:  # Megatron requires it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cpu.install()
-    _start_world(launch)
-    _build_groups(tp, pp, vpp)
+    _start_world(launch, timeout_seconds)
+    _build_groups(tp, pp, vpp, timeout_seconds)
     _seed(seed)
     return _layout(launch.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
 
@@ -145,7 +149,7 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
 
 
-def _start_world(launch: LaunchEnvironment) -> None:
+def _start_world(launch: LaunchEnvironment, timeout_seconds: float) -> None:
     if launch.device.type == "cuda":
         torch.cuda.set_device(launch.device)
     else:
@@ -155,10 +159,37 @@ def _start_world(launch: LaunchEnvironment) -> None:
     if "MASTER_ADDR" not in os.environ and launch.world > 1:
         raise ValueError(f"WORLD_SIZE={launch.world} but MASTER_ADDR is not set: start with torchrun")
     backend = "nccl" if launch.device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if launch.world > 1:
+        store = _meet(launch, timeout)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=timeout)
+        return
     address = "env://" if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{_free_port()}"
-    dist.init_process_group(
-        backend, init_method=address, rank=launch.rank, world_size=launch.world, timeout=datetime.timedelta(minutes=30)
-    )
+    dist.init_process_group(backend, init_method=address, rank=launch.rank, world_size=launch.world, timeout=timeout)
+
+
+def _meet(launch: LaunchEnvironment, timeout: datetime.timedelta) -> dist.Store:
+    """The rendezvous store, once every rank has come to it. Raises RanksLost, naming those that have not."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    limit = f"within timeout_seconds = {timeout.total_seconds():g}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+        store.set_timeout(timeout)
+        started, deadline = note_start(store, launch.rank), time.monotonic() + timeout.total_seconds()
+        while started < launch.world and time.monotonic() < deadline:
+            time.sleep(0.1)
+            started = note_start(store)
+        missing = ranks_not_started(store, launch.world) if started < launch.world else []
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RanksLost(
+            f"the rendezvous at {where}, of rank 0 or torchrun, was not reached {limit}: {reason}"
+        ) from None
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise RanksLost(f"rank {names} did not start {limit}: see its own output; the job ends")
+    use_store(store)
+    return store
 
 
 def _free_port() -> int:
@@ -167,7 +198,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
+def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float = 1800.0) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -183,6 +214,7 @@ def _build_groups(tp: int, pp: int, vpp: int | None) -> None:
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        distributed_timeout_minutes=timeout_seconds / 60,
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
 

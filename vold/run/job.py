@@ -16,6 +16,7 @@ from vold.models.flops import peak_flops
 from vold.parallel.collectives import run_on_all_ranks, set_collective_timeout
 from vold.parallel.launch import Layout, initialise
 from vold.run.run_dir import RunLog
+from vold.run.stop import follow_launcher
 
 ItemT = TypeVar("ItemT")
 
@@ -62,7 +63,8 @@ def open_job(config: RunConfig, verb: str, *, total: int, resume: bool = False) 
     processes, or the run directory holds another run.
     """
     configure_logging()
-    layout = initialise(**config.parallel.model_dump(), seed=config.seed)
+    follow_launcher()
+    layout = initialise(**config.parallel.model_dump(), seed=config.seed, timeout_seconds=config.timeout_seconds)
     set_collective_timeout(config.timeout_seconds)
     peak = (peak_flops(layout.device) or 0.0) * dist.get_world_size()
     log = RunLog(config, verb, writer=dist.get_rank() == 0, total=total, peak_flops=peak)

@@ -1,6 +1,7 @@
 """The run directory and the progress line.
 
 config.yaml      the validated config
+lock.json        the process that writes here now (vold.run.lock)
 metrics.jsonl    one object a step
 samples.jsonl    a few responses of each step
 prompts.jsonl    one object for each prompt that a step sampled, with its pass rate and rewards
@@ -24,6 +25,7 @@ from vold.config import dump_config
 from vold.config.schema import RunConfig
 from vold.io import append_jsonl, one_line_errors, write_atomically
 from vold.jsonl import read_jsonl
+from vold.run.lock import RunLock
 from vold.run.loggers import Loggers
 from vold.run.timers import PhaseTimers
 
@@ -33,6 +35,7 @@ RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iterati
 FREE_KEYS = (
     "parallel",
     "timeout_seconds",
+    "stop_grace_seconds",
     "save_every",
     "save_async",
     "keep_checkpoints",
@@ -64,13 +67,17 @@ class RunLog:
         self.phase = PhaseTimers()
         self._step_started, self._cpu_started = time.perf_counter(), time.process_time()
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
+        self._lock: RunLock | None = None
 
     def open(self, *, resume: bool) -> None:
-        """Create the directory, or check that it holds the same run. Raises ValueError where it cannot be written."""
+        """Create the directory, or check that it holds the same run, and lock it. Raises ValueError where it cannot be
+        written, or where another process writes it."""
         if self._writer:
             check_run_dir(self._config, self._verb, resume)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(self.path, self._verb)
+                check_run_dir(self._config, self._verb, resume)  # of two that started together, the second
                 write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
             except OSError as error:
                 reason = f"cannot be written ({error.strerror}); choose another run_dir, or free some space"
@@ -123,6 +130,7 @@ class RunLog:
         if self._peak_flops and "train_tflop" in metrics:
             row["mfu"] = metrics["train_tflop"] * 1e12 / row["seconds_train"] / self._peak_flops
         if self._writer:
+            self.check_lock()
             append_jsonl(self.path / "metrics.jsonl", [row])
             append_jsonl(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._loggers.log(step, row)
@@ -134,6 +142,7 @@ class RunLog:
     def log_prompts(self, step: int, prompts: Iterable[dict]) -> None:
         """Append the prompts that a step (1-based) sampled to prompts.jsonl."""
         if self._writer:
+            self.check_lock()
             append_jsonl(self.path / "prompts.jsonl", [{"step": step, **prompt} for prompt in prompts])
 
     def read_metrics(self) -> list[dict]:
@@ -148,10 +157,21 @@ class RunLog:
         path = self.path / name
         return read_rows(path) if self._writer and path.exists() else []
 
+    def check_lock(self) -> None:
+        """Raise ValueError where another process has taken the run directory over, on rank 0."""
+        if self._lock:
+            self._lock.check()
+
+    def hide(self) -> None:
+        """Stop the progress line, where others show theirs."""
+        self._progress.stop()
+
     def close(self) -> None:
-        """Stop the progress line and the loggers."""
+        """Stop the progress line and the loggers, and give the run directory free."""
         self._progress.stop()
         self._loggers.close()
+        if self._lock:
+            self._lock.release()
 
 
 @one_line_errors()

@@ -64,7 +64,7 @@ def run_selfplay(config: SelfplayConfig, *, resume: bool = False) -> None:
     """
     check_objectives({"challenger": config.challenger, "solver": config.solver})
     job = open_job(config, "selfplay", total=config.iterations, resume=resume)
-    job.log.close()  # both trainings show their own progress
+    job.log.hide()  # both trainings show their own progress
     run = SelfplayRun(config, job)
     run.write_request()
     log_iteration(job, 0, run.evaluate_student)
@@ -75,6 +75,7 @@ def run_selfplay(config: SelfplayConfig, *, resume: bool = False) -> None:
         run.train_solver(iteration)
         log_iteration(job, number, partial(run.summarise, iteration))
     run_on_all_ranks(run.finish)
+    job.log.close()
 
 
 class SelfplayRun:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,10 +11,11 @@ from vold.evaluation.evaluator import Evaluator
 from vold.evaluation.scores import summarise
 from vold.grading import Grader
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.parallel.collectives import any_rank, run_on_all_ranks
+from vold.parallel.collectives import largest_of_ranks, run_on_all_ranks
 from vold.rollout import ParityProbe, Sampler
 from vold.run.job import Job
 from vold.run.step_profiler import StepProfiler
+from vold.run.stop import StopRequest
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.trainer import Trainer
 
@@ -42,9 +42,9 @@ class TrainingRun:
     completed_steps: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
     best_accuracy: float = -math.inf
-    stop_requested: bool = False
 
     def __post_init__(self) -> None:
+        self._stop = StopRequest(self.config.stop_grace_seconds)
         self.checkpoints = Checkpoints(
             self.config.run_dir, self.job.layout, self.config.keep_checkpoints, asynchronous=self.config.save_async
         )
@@ -71,17 +71,9 @@ class TrainingRun:
         self.checkpoints.set_best(row["step"])
 
     def steps(self) -> Iterator[int]:
-        """0-based steps still to do. SIGTERM lets the step under way finish (see finish_step); a second one kills."""
-
-        def request_stop(*_signal) -> None:
-            self.stop_requested = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        signal.signal(signal.SIGTERM, request_stop)
-        try:
+        """0-based steps still to do. A signal that asks to stop lets the step under way finish (see finish_step)."""
+        with self._stop:
             yield from range(self.completed_steps, self.config.steps)
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def evaluates_after(self, step: int) -> bool:
         """True where an evaluation is due once 0-based `step` is done."""
@@ -96,14 +88,16 @@ class TrainingRun:
     def finish_step(self, step: int, metrics: dict, rows: list[dict]) -> None:
         """Evaluate where due, log 0-based `step` with its sample rows, and save where due.
 
-        Where a rank received SIGTERM, all ranks save and exit with code 143.
+        Where a rank was asked to stop, all ranks save and exit with 128 plus the signal's number: 143 after SIGTERM.
         """
         done, total, best = step + 1, self.config.steps, False
         if self.evaluates_after(step):
             metrics |= self._evaluate()
             best = self._is_best(metrics)
         row = self.last_metrics = self.job.log.log_step(done, metrics, rows)
-        stop = any_rank(self.stop_requested, self.job.layout.device)
+        stop = largest_of_ranks(self._stop.signal, self.job.layout.device)
+        if stop:
+            self._stop.save_begins(stop)
         if self.profiler:
             self.profiler.step(row, self.job.log.phase.intervals)
         elif done == total or stop or best or (self.config.save_every and done % self.config.save_every == 0):
@@ -114,7 +108,7 @@ class TrainingRun:
             self.checkpoints.wait()
         if stop:
             self.job.log.close()
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(128 + stop)
 
     def _evaluate(self) -> dict[str, float]:
         assert self.sampler is not None

@@ -69,6 +69,9 @@ class TrainConfig(RunConfig):
     """Continue training while a checkpoint is written; its state is held in host memory meanwhile."""
     keep_checkpoints: Positive = 2
     """Number of latest checkpoints that are kept."""
+    stop_grace_seconds: Positive = 120
+    """Seconds in which a repeated SIGTERM or SIGHUP is ignored, from the first one and again from the start of the save
+    that follows it; a later one ends the run at once."""
     parity_limit: Annotated[float, Field(gt=1.0)] = 1.05
     """Largest mean exp|logp of the sampler - logp of the trainer| after a weight sync."""
     evaluation: EvaluationConfig = EvaluationConfig()

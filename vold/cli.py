@@ -1,7 +1,8 @@
 """The `vold` command: its subcommands and exit codes.
 
 A user's mistake is one line on standard error and exit code 2; a bug keeps its traceback, with 1. A rank that died or
-hangs is named, and ends the job with exit code 1. SIGTERM ends training after the step, saved, with 143.
+hangs is named, and ends the job with exit code 1. SIGTERM, SIGHUP and Ctrl-C end training
+after the step, saved, with 128 plus the signal.
 
 torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer.lr=1e-6 --resume
 """

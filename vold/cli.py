@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import typer
 
 from vold.config import load_config, load_training_config, schema
-from vold.io import configure_logging, visible
+from vold.io import configure_logging, one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -252,7 +252,7 @@ def main() -> None:
 
 def _print_error(message: str, rank: str = "") -> None:
     """Print one line on standard error, whatever characters the message took from files or the command line."""
-    print(f"vold{rank}: {visible(message)}", file=sys.stderr, flush=True)
+    print(f"vold{rank}: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def _error_line(error: Exception) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+LINE_CHARACTERS = 2000
+"""Longest line about a mistake: it may quote a value, and a value may be a picture."""
 log = logging.getLogger("vold")
 """Information goes to standard output, warnings to standard error behind `vold: `."""
 
@@ -79,7 +83,23 @@ def flush_to_disk(path: Path) -> None:
 def append_jsonl(path: Path, rows: list[dict]) -> None:
     """Append one JSON object per line."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(to_json(row) + "\n" for row in rows)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: null for NaN and infinities, for which JSON has no spelling."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def visible(text: str, *, multiline: bool = False) -> str:
@@ -91,6 +111,12 @@ def visible(text: str, *, multiline: bool = False) -> str:
     return "".join(c if c in kept or not _is_hidden(c) else f"⟨{ord(c):04X}⟩" for c in text)
 
 
+def one_line(text: str, most: int = LINE_CHARACTERS) -> str:
+    """`visible` text; of a longer one the beginning and the end."""
+    text = text if len(text) <= most else f"{text[: most // 2]} … ({len(text)} characters) … {text[-most // 4 :]}"
+    return visible(text)
+
+
 def _is_hidden(character: str) -> bool:
     category = unicodedata.category(character)
     return category[0] == "C" or category in ("Zl", "Zp")
@@ -98,12 +124,12 @@ def _is_hidden(character: str) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Re-raise a ValueError from inside with its message on one line (see `visible`): names and values in it may come
+    """Re-raise a ValueError from inside with its message on one line (see `one_line`): names and values in it may come
     from a file or a command line."""
     try:
         yield
     except ValueError as error:
-        message = visible(str(error))
+        message = one_line(str(error))
         if message == str(error):
             raise
         raise ValueError(message) from None

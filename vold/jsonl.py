@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+LINE_BYTES = 128 * 2**20
+"""Longest line that is read: a row may hold several pictures."""
 
 
 def parse_row(line: bytes | str) -> dict | None:
@@ -16,16 +20,30 @@ def parse_row(line: bytes | str) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
+def bounded_lines(file: BinaryIO, most_bytes: int = LINE_BYTES) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is longer than `most_bytes`, of which no more is held in memory."""
+    while line := file.readline(most_bytes):
+        if line.endswith(b"\n") or len(line) < most_bytes:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most_bytes)
+        yield None
+
+
 def read_jsonl(path: Path, is_valid: Callable[[dict], bool] = lambda row: True) -> list[dict]:
     """Rows of a JSONL file. An unreadable last line is left out.
 
     Raises ValueError, naming the line, where any other line is unreadable or its row is not valid.
     """
-    rows, lines = [], path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        row = parse_row(line)
-        if row is not None and is_valid(row):
-            rows.append(row)
-        elif number < len(lines):
-            raise ValueError(f"{path} line {number} is damaged; mend it or delete the lines from there on")
+    rows, damaged = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(bounded_lines(file), start=1):
+            if damaged:
+                raise ValueError(f"{path} line {damaged} is damaged; mend it or delete the lines from there on")
+            row = None if line is None else parse_row(line)
+            if row is not None and is_valid(row):
+                rows.append(row)
+            else:
+                damaged = number
     return rows

@@ -10,6 +10,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from vold.grading import Grader
+from vold.io import to_json
 
 CHUNK_BYTES = 1 << 16  # read at once; rows that end in a chunk are graded together
 
@@ -45,7 +46,7 @@ def _print_verdicts(rows: list[dict], grader: Grader) -> None:
     items = [(row["response"], str(row["gold"]), row.get("finish_reason") == "length") for row in rows]
     for row, verdict in zip(rows, grader.grade(items), strict=True):
         result = {"verdict": verdict.outcome, "extracted": verdict.extracted, "rule": verdict.rule}
-        sys.stdout.write(json.dumps(row | result | {"seconds": round(verdict.seconds, 6)}) + "\n")
+        sys.stdout.write(to_json(row | result | {"seconds": round(verdict.seconds, 6)}) + "\n")
     sys.stdout.flush()
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from vold.config.schema import RlConfig, SftConfig, Strict
 from vold.io import one_line_errors
+from vold.untrusted import parse_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
 
@@ -99,11 +100,7 @@ def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"config {path} {reason}; configs/ holds examples")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99, bytes
-        reason = " ".join(str(error).split()).replace('"<unicode string>", ', "")
-        raise ValueError(f"{path} is not YAML: {reason}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(tree).__name__}")
     tree.pop("verb", None)  # a run's own config.yaml can be used again
@@ -122,7 +119,7 @@ def _apply(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        tree[leaf] = _number(yaml.safe_load(text))
+        tree[leaf] = _number(parse_yaml(text))
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
 

@@ -37,7 +37,11 @@ def read_picture(path: Path) -> Image.Image:
 def check_picture(path: Path) -> None:
     """Raises ValueError, one line that names the file: missing, empty, too large, no image, cut off, animated, or with
     pixels that have no 8-bit reading."""
-    if not path.is_file():
+    try:
+        missing = not path.is_file()
+    except OSError as error:  # a name too long: a picture where its path belongs
+        raise ValueError(f"image {path} cannot be opened ({error.strerror})") from None
+    if missing:
         raise ValueError(f"image {path} does not exist")
     if not path.stat().st_size:
         raise ValueError(f"image {path} is empty (0 bytes)")

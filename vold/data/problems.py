@@ -23,7 +23,9 @@ import pyarrow.parquet as parquet
 from vold.config.schema import DataConfig
 from vold.data.pictures import check_picture, decode_base64, store_picture
 from vold.grading import extract_answer, validate_gold
-from vold.io import log, one_line_errors, visible
+from vold.io import log, one_line, one_line_errors
+from vold.jsonl import bounded_lines
+from vold.untrusted import JSON_BYTES, check_size
 
 IMAGE = "<image>"
 THREADS = 8
@@ -74,8 +76,10 @@ def load_text_traces(config: DataConfig, report: Callable[[str], None] = log.inf
 def _parse_rows(config: DataConfig, parse: Callable, report: Callable[[str], None]) -> Iterator:
     """Problems or traces in order, parsed by several threads: decoding pictures is slow."""
 
-    def attempt(numbered: tuple[int, dict | list]):
+    def attempt(numbered: tuple[int, dict | list | ValueError]):
         number, row = numbered
+        if isinstance(row, ValueError):  # a line that could not be read
+            return row
         try:
             return parse(row, f"{config.path.stem}:{number}", config)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -90,7 +94,7 @@ def _parse_rows(config: DataConfig, parse: Callable, report: Callable[[str], Non
                 elif config.on_error == "stop":
                     raise ValueError(f"{result} (data.on_error=skip leaves such rows out)")
                 else:
-                    report(visible(f"skipped {result}"))
+                    report(one_line(f"skipped {result}"))
 
 
 def _reason(error: Exception, layout: str) -> str:
@@ -100,8 +104,9 @@ def _reason(error: Exception, layout: str) -> str:
     return f"not a row of layout {layout!r} ({reason})"
 
 
-def _read_rows(path: Path) -> Iterator[dict | list]:
-    """Rows of a .json list, a .jsonl file, a .tsv table, a .parquet table, or all .parquet tables of a folder."""
+def _read_rows(path: Path) -> Iterator[dict | list | ValueError]:
+    """Rows of a .json list, a .jsonl file (an error in the place of a line that cannot be read), a .tsv table, a
+    .parquet table, or all .parquet tables of a folder."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(f"data file {path} does not exist" + (" or holds no .parquet" if path.is_dir() else ""))
@@ -118,11 +123,19 @@ def _read_parquet(path: Path) -> Iterator[dict]:
 
 
 def _read_jsonl(path: Path) -> Iterator:
-    with path.open(encoding="utf-8") as lines:
-        yield from (_json(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip())
+    with path.open("rb") as file:
+        for number, line in enumerate(bounded_lines(file), start=1):
+            if line is None:
+                yield ValueError(f"{path} line {number} is too long to be a row")
+            elif line.strip():
+                try:
+                    yield _json(line, f"{path} line {number}")
+                except ValueError as error:
+                    yield error
 
 
 def _read_json(path: Path) -> list:
+    check_size(path, 8 * JSON_BYTES)
     rows = _json(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of rows, found {type(rows).__name__}")
@@ -141,9 +154,9 @@ def _read_tsv(path: Path) -> Iterator[dict]:
             yield row
 
 
-def _json(text: str, where: str):
+def _json(text: str | bytes, where: str):
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, a thousand brackets
         raise ValueError(f"{where} is not JSON: {error}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
 from vold.grading import Grader, judged_text
-from vold.io import log, write_atomically
+from vold.io import log, to_json, write_atomically
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import Sampler, open_sampler
@@ -127,11 +126,11 @@ def evaluate(config: EvalConfig) -> None:
 
 def write_evaluation(run_dir: Path, checkpoint: Path, rows: dict[str, list[dict]]) -> None:
     """Write samples.jsonl, then evaluation.json, whose presence shows that the run is complete; log a line a set."""
-    lines = [json.dumps({"set": name, **row}) + "\n" for name, set_rows in rows.items() for row in set_rows]
+    lines = [to_json({"set": name, **row}) + "\n" for name, set_rows in rows.items() for row in set_rows]
     write_atomically(run_dir / "samples.jsonl", "".join(lines))
     sets = {name: summarise(set_rows) for name, set_rows in rows.items()}
     result = {"checkpoint": str(checkpoint), "judge": "rule", "sets": sets}
-    write_atomically(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(run_dir / "evaluation.json", to_json(result, indent=1) + "\n")
     for name, numbers in sets.items():
         line = f"{name}: {numbers['accuracy']:.3f} ± {numbers['stderr']:.3f} of {numbers['n']}"
         log.info(line + (f", maj@{numbers['k']} {numbers['majority']:.3f}" if numbers["k"] > 1 else ""))

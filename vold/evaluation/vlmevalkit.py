@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import os
 import shlex
 import subprocess
@@ -22,9 +21,10 @@ from statistics import fmean
 
 from vold.config import dump_config
 from vold.config.schema import EvalConfig, PromptConfig, VlmevalkitConfig
-from vold.io import configure_logging, log, write_atomically
+from vold.io import configure_logging, log, to_json, write_atomically
 from vold.report.published import compare_with_published
 from vold.report.tables import markdown
+from vold.untrusted import read_json
 
 MODEL = "vold"  # the checkpoint's name in the kit's file names
 CLASSES = {"qwen2_5_vl": "Qwen2VLChat", "qwen2_vl": "Qwen2VLChat", "qwen3_vl": "Qwen3VLChat"}
@@ -120,12 +120,18 @@ def run_vlmevalkit(config: EvalConfig) -> None:
 
 def _write_config(kit: dict, path: Path) -> None:
     """Raise ValueError where the folder is another model's: the kit would continue from that one's answers."""
-    if path.exists() and (before := json.loads(path.read_text())["model"]) != kit["model"]:
-        raise ValueError(
-            f"{path.parent} holds answers of {before[MODEL]['model_path']}, or by other settings; take another run_dir"
-        )
+    if path.exists() and _object(path).get("model") != kit["model"]:
+        raise ValueError(f"{path.parent} holds answers of another model, or by other settings; take another run_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(kit, indent=1) + "\n")
+    write_atomically(path, to_json(kit, indent=1) + "\n")
+
+
+def _object(path: Path) -> dict:
+    """The JSON object in a file; ValueError for another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__} where an object belongs; restore it")
+    return value
 
 
 def kit_config(checkpoint: Path, prompt: PromptConfig, settings: VlmevalkitConfig) -> dict:
@@ -133,7 +139,7 @@ def kit_config(checkpoint: Path, prompt: PromptConfig, settings: VlmevalkitConfi
     model_config = checkpoint / "config.json"
     if not model_config.is_file():
         raise ValueError(f"checkpoint = {checkpoint} holds no config.json; give a directory as `vold export` writes")
-    model_type = json.loads(model_config.read_text()).get("model_type")
+    model_type = _object(model_config).get("model_type")
     if model_type not in CLASSES:
         raise ValueError(f"checkpoint = {checkpoint} is a {model_type!r}; the kit is set up for {', '.join(CLASSES)}")
     arguments = {
@@ -208,7 +214,7 @@ def _read(path: Path, benchmark: Benchmark) -> dict[str, float]:
 def _write_results(config: EvalConfig, benchmarks: dict) -> None:
     """Add the benchmarks to evaluation.json; write config.yaml where an evaluation has not."""
     path = config.run_dir / "evaluation.json"
-    before = json.loads(path.read_text()) if path.exists() else {"checkpoint": str(config.checkpoint)}
-    write_atomically(path, json.dumps({**before, "benchmarks": benchmarks}, indent=1) + "\n")
+    before = _object(path) if path.exists() else {"checkpoint": str(config.checkpoint)}
+    write_atomically(path, to_json({**before, "benchmarks": benchmarks}, indent=1) + "\n")
     if not (config.run_dir / "config.yaml").exists():
         write_atomically(config.run_dir / "config.yaml", dump_config(config, "eval"))

@@ -14,11 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vold.io import flush_to_disk
+from vold.io import flush_to_disk, log
+from vold.untrusted import check_size, check_tensor_header, is_plain_name, read_json
 
 INDEX = "model.safetensors.index.json"
 # Text tensors as transformers spelled them over the years, on disk and in `state_dict()`.
 TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head)|model\.)")
+# Files that libraries read whole, and the most bytes they may have.
+TEXT_SUFFIXES, TEXT_BYTES = (".json", ".jinja", ".txt", ".model"), 8 * 2**20
+LARGE_TEXTS, LARGE_TEXT_BYTES = ("tokenizer.", "vocab.", "merges.", INDEX), 128 * 2**20
+USUAL_FILES = re.compile(
+    r"(config|generation_config|tokenizer.*|vocab|merges|special_tokens_map|added_tokens|.*processor_config|chat_template)"
+    r"\.(json|txt|jinja|model)"
+)
 # Weights in other formats would be stale copies; everything else in the source belongs to the checkpoint.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 
@@ -27,6 +35,7 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
 def reading(path: Path) -> Iterator[None]:
     """Turn any exception of a library that reads `path` into a ValueError of one line that names it. Our own pass."""
     try:
+        _check_sizes(path)
         yield
     except torch.OutOfMemoryError:
         raise
@@ -37,13 +46,24 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {reason}; copy it from the original again") from None
 
 
+def _check_sizes(path: Path) -> None:
+    """Of the files beside the weights, which libraries read whole."""
+    for file in path.iterdir() if path.is_dir() else ():
+        if file.suffix in TEXT_SUFFIXES and file.is_file():
+            check_size(file, LARGE_TEXT_BYTES if file.name.startswith(LARGE_TEXTS) else TEXT_BYTES)
+
+
 def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
     """The tensors of a checkpoint directory, sharded or not: {tensor name: file name}. Raises ValueError when a file is
     missing or damaged."""
     index = checkpoint_dir / INDEX
     if index.is_file():
         with reading(index):
-            files = dict(json.loads(index.read_text())["weight_map"])
+            files = dict(read_json(index)["weight_map"])
+        if bad := [file for file in files.values() if not is_plain_name(file)]:
+            raise ValueError(
+                f"{index} names {bad[0]!r}, which is no file beside it: copy the index from the original again"
+            )
         missing = sorted({file for file in files.values() if not (checkpoint_dir / file).is_file()})
         if missing:
             raise ValueError(f"{checkpoint_dir / missing[0]}, named by the index, is missing: download it again")
@@ -51,8 +71,15 @@ def tensor_files(checkpoint_dir: Path) -> dict[str, str]:
     single = checkpoint_dir / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"{checkpoint_dir} has no model.safetensors (nor an index): give a safetensors checkpoint")
-    with reading(single), safe_open(single, framework="pt", device="cpu") as handle:
+    with open_tensors(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, opened on the CPU; a context manager, too. Raises ValueError for a damaged file."""
+    with reading(path):
+        check_tensor_header(path)
+        return safe_open(path, framework="pt", device="cpu")
 
 
 def short_name(name: str) -> str:
@@ -97,14 +124,30 @@ def export_checkpoint(
 
 
 def _check_empty(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: export to a new directory")
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        reason = "is a link" if target.is_symlink() else "is not empty"
+        raise ValueError(f"{target} {reason}: export to a new directory")
 
 
 def _copy_files(source: Path, target: Path, shards: set[str]) -> None:
     for path in sorted(source.iterdir()):
-        if path.name in (INDEX, *shards) or (path.is_file() and not path.name.endswith(NOT_COPIED)):
+        if path.name in (INDEX, *shards):
             shutil.copyfile(path, target / path.name)
+        elif path.is_file() and not path.name.endswith(NOT_COPIED):
+            if _belongs(path):
+                shutil.copyfile(path, target / path.name)
+            else:
+                log.warning(f"{path} is not copied: it is a link to {path.resolve()}, out of the checkpoint")
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file is the checkpoint's own: no link that leads elsewhere, by which a copy would publish any file of
+    this machine. Links into the blobs of a Hugging Face cache, and of a checkpoint's usual files to ones of the same
+    name, are its own."""
+    real, directory = path.resolve(), path.parent.resolve()
+    blobs = directory.parent.parent / "blobs"
+    same_name = real.name == path.name and USUAL_FILES.fullmatch(path.name) is not None
+    return same_name or real.is_relative_to(directory) or real.parent == blobs
 
 
 def _overwrite(target: Path, files: dict[str, str], tensors: Iterable[tuple[str, Tensor]], source: Path) -> None:
@@ -118,7 +161,7 @@ def _overwrite(target: Path, files: dict[str, str], tensors: Iterable[tuple[str,
 
 
 def _overwrite_tensor(path: Path, name: str, new: Tensor, origin: Path) -> None:
-    with safe_open(path, framework="pt", device="cpu") as handle:
+    with open_tensors(path) as handle:
         stored = handle.get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored[:0].dtype
     if new.shape != shape:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -23,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import tensor_files
+from vold.models.checkpoint_dir import open_tensors, tensor_files
 from vold.parallel.launch import Layout
 from vold.types import Picture
 
@@ -149,8 +148,11 @@ def _vision_tensors(path: Path, expected: set[str]) -> dict[str, Tensor]:
         if name.startswith(VISION_PREFIXES):
             names_by_file.setdefault(file, []).append(name)
     for file, names in names_by_file.items():
-        with safe_open(path / file, framework="pt", device="cpu") as handle:
+        with open_tensors(path / file) as handle:
             tensors |= {name.split("visual.", 1)[1]: handle.get_tensor(name) for name in names}
+            for name in names:
+                if not handle.get_tensor(name).isfinite().all():
+                    raise ValueError(f"{path / file}: tensor {name} holds NaN or infinite values; copy it again")
     missing = sorted(expected - tensors.keys())
     if missing:
         raise ValueError(f"{path}: tensor visual.{missing[0]} is missing: the checkpoint is incomplete")

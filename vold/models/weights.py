@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import reading, short_name, tensor_files
+from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
 from vold.models.language_model import LanguageModel, build_chunks
 from vold.parallel.launch import Layout
 
@@ -166,9 +165,7 @@ class CheckpointReader:
         full_name = self._full_name[name]
         file = self._file_of[full_name]
         if file not in self._handles:
-            with reading(self.dir / file):
-                handle = safe_open(self.dir / file, framework="pt", device="cpu")
-            self._handles[file] = self._open_files.enter_context(handle)
+            self._handles[file] = self._open_files.enter_context(open_tensors(self.dir / file))
         with reading(self.dir / file):
             return self._handles[file].get_slice(full_name)
 
@@ -214,10 +211,17 @@ def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], spl
     reader.check_shape(name, shape)
     stored = reader.slice(name)
     if split is None or layout.tp == 1:
-        return stored[:]
+        return _finite(stored[:], name, reader)
     rows = shape[split] // layout.tp
     share = slice(layout.tp_rank * rows, (layout.tp_rank + 1) * rows)
-    return stored[share] if split == 0 else stored[:, share]
+    return _finite(stored[share] if split == 0 else stored[:, share], name, reader)
+
+
+def _finite(tensor: Tensor, name: str, reader: CheckpointReader) -> Tensor:
+    """The tensor. Raises ValueError naming it and its file where it holds NaN or infinities."""
+    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+        raise ValueError(f"{reader.where(name)} holds NaN or infinite values; take a checkpoint from before they arose")
+    return tensor
 
 
 # Exporting -----------------------------------------------------------------------------------------------------------

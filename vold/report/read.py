@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from vold.jsonl import parse_row
+from vold.untrusted import JSON_BYTES, check_size, read_yaml
 
 T, K = TypeVar("T"), TypeVar("K")
 
@@ -242,16 +241,17 @@ class MetricsTail:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None."""
     try:
+        check_size(path, JSON_BYTES)
         return parse_row(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; {} without one."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-99-99
+        value = read_yaml(path)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -29,11 +29,18 @@ class ParityProbe:
         """`parity_error`, the mean of exp|logp sampler - logp trainer| over all tokens, and `parity_max`, the greatest
         difference in nats. Raises ValueError where the error exceeds the limit."""
         logp_trainer = trainer_logprobs(self._batch)
-        gaps = [
-            abs(a - b)
+        pairs = [
+            pair
             for index, sample in enumerate(self._sequences)
-            for a, b in zip(sampler.score(sample.prompt, sample.response_ids), logp_trainer[index], strict=True)
+            for pair in zip(sampler.score(sample.prompt, sample.response_ids), logp_trainer[index], strict=True)
         ]
+        for which, logps in zip(("sampler", "trainer"), zip(*pairs, strict=True), strict=True):
+            if not all(map(math.isfinite, logps)):
+                raise ValueError(
+                    f"the {which}'s log-probs are NaN or infinite after a weight sync: weights overflowed; --resume "
+                    "from the last checkpoint with a lower optimizer.lr or clip_grad"
+                )
+        gaps = [abs(a - b) for a, b in pairs]
         error = sum(math.exp(min(gap, 50.0)) for gap in gaps) / len(gaps)
         if not error <= self._limit:
             raise ValueError(

@@ -10,7 +10,7 @@ timeline.jsonl   the phases of the last few steps
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
 from collections import deque
@@ -23,11 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vold.config import dump_config
 from vold.config.schema import RunConfig
-from vold.io import append_jsonl, one_line_errors, write_atomically
+from vold.io import append_jsonl, one_line_errors, to_json, write_atomically
 from vold.jsonl import read_jsonl
 from vold.run.lock import RunLock
 from vold.run.loggers import Loggers
 from vold.run.timers import PhaseTimers
+from vold.untrusted import read_yaml
 
 # any of these shows that a run got past its start
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
@@ -108,8 +109,8 @@ class RunLog:
             path = self.path / name
             if path.exists():
                 rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
-                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-                last_metrics = rows[-1] if rows and name == "metrics.jsonl" else last_metrics
+                write_atomically(path, "".join(to_json(row) + "\n" for row in rows))
+                last_metrics = _numbers(rows[-1]) if rows and name == "metrics.jsonl" else last_metrics
         self._progress.update(self._task, completed=step)
         return last_metrics
 
@@ -135,7 +136,7 @@ class RunLog:
             append_jsonl(self.path / "samples.jsonl", [{"step": step, **sample} for sample in samples])
             self._loggers.log(step, row)
             self._timeline.append({"step": step, "seconds": seconds, "intervals": self.phase.intervals})
-            write_atomically(self.path / "timeline.jsonl", "".join(json.dumps(row) + "\n" for row in self._timeline))
+            write_atomically(self.path / "timeline.jsonl", "".join(to_json(row) + "\n" for row in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
         return row
 
@@ -147,7 +148,7 @@ class RunLog:
 
     def read_metrics(self) -> list[dict]:
         """Rows of metrics.jsonl, on rank 0."""
-        return self._read("metrics.jsonl")
+        return [_numbers(row) for row in self._read("metrics.jsonl")]
 
     def read_prompt_log(self) -> list[dict]:
         """Rows of prompts.jsonl, on rank 0."""
@@ -211,8 +212,8 @@ def _bound_keys(tree: dict, section: str = "") -> dict:
 def read_config(saved: Path) -> dict:
     """A run directory's config.yaml, unvalidated. Raises ValueError for a file that holds no config."""
     try:
-        tree = yaml.safe_load(saved.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError):
+        tree = read_yaml(saved)
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         raise ValueError(f"{saved} is damaged; write the run's own config back, or start another run_dir")
@@ -223,6 +224,11 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a run's JSONL file; a half-written last line (killed run) is left out. Raises ValueError for other
     damage."""
     return read_jsonl(path, lambda row: isinstance(row.get("step", 0), int))
+
+
+def _numbers(row: dict) -> dict:
+    """A row of metrics; NaN where the file holds null, see to_json."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def progress_note(row: Mapping[str, float]) -> str:

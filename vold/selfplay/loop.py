@@ -20,7 +20,6 @@ A finished phase is not repeated: --resume continues in the one that was interru
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +30,7 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.evaluation.evaluator import Evaluator, summarise
 from vold.grading import Grader
-from vold.io import write_atomically
+from vold.io import to_json, write_atomically
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.collectives import run_on_all_ranks
@@ -88,7 +87,7 @@ class SelfplayRun:
     def write_request(self) -> None:
         """Write the one problem that every response of the challenger answers."""
         row = {"messages": [{"role": "user", "content": self._config.pose.request}]}
-        self._write(self._config.run_dir / "request.jsonl", json.dumps(row) + "\n")
+        self._write(self._config.run_dir / "request.jsonl", to_json(row) + "\n")
 
     def evaluate_student(self) -> tuple[dict[str, float], list[dict]]:
         """The accuracies of the student that both players begin with; no sample rows."""
@@ -138,7 +137,7 @@ class SelfplayRun:
             )
         banked = self._banked(iteration, kept)
         counts = {"candidates": len(responses), "posed": len(questions), "kept": len(kept)}
-        self._write(iteration.folder / "posed.json", json.dumps(counts) + "\n")
+        self._write(iteration.folder / "posed.json", to_json(counts) + "\n")
         run_on_all_ranks(lambda: self._bank.append(iteration.number, banked) if job.is_writer else None)
         free_device_memory()
 
@@ -240,4 +239,4 @@ def _orz_rows(questions: Sequence[BankedQuestion]) -> str:
         [{"from": "human", "value": q.question}, {"from": "assistant", "ground_truth": {"value": q.label}}]
         for q in questions
     ]
-    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+    return "[\n" + ",\n".join(map(to_json, rows)) + "\n]\n"

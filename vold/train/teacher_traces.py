@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from vold.config.schema import DataConfig, PromptConfig, SamplingConfig, TracesC
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import TraceShard
-from vold.io import log, write_atomically
+from vold.io import log, to_json, write_atomically
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.collectives import SharedCounter, run_on_all_ranks
 from vold.rollout import Sampler, open_sampler
@@ -165,7 +164,7 @@ def _card(config: TracesConfig, shards: Sequence[TraceShard], left_out: dict[str
 
 def _write_card(directory: Path, card: dict, names: Sequence[str]) -> None:
     """Write card.json, whose presence shows that the set is complete, and log its counts."""
-    write_atomically(directory / "card.json", json.dumps(card, indent=1) + "\n")
+    write_atomically(directory / "card.json", to_json(card, indent=1) + "\n")
     log.info(f"{directory}: " + ", ".join(f"{name} {card[name]}" for name in names))
 
 

@@ -14,7 +14,6 @@ Only safetensors and JSON: loading a checkpoint never runs code from it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vold.io import flush_to_disk, write_atomically
+from vold.io import flush_to_disk, to_json, write_atomically
 from vold.models.language_model import LanguageModel
 from vold.parallel.collectives import run_on_all_ranks
 from vold.parallel.launch import Layout
@@ -41,6 +40,9 @@ from vold.trainer.shards import (
     write_pieces,
 )
 from vold.trainer.trainer import Trainer
+from vold.untrusted import is_plain_name, read_json
+
+STATE_KEYS = {"step", "updates", "schedule", "layout"}  # that loading needs
 
 
 class Checkpoints:
@@ -113,9 +115,9 @@ class Checkpoints:
             return ""
         partial, target = writer.directory, self._root / _step_name(writer.state["step"])
         try:
-            write_atomically(partial / "state.json", json.dumps(writer.state, indent=1) + "\n", durable=True)
+            write_atomically(partial / "state.json", to_json(writer.state, indent=1) + "\n", durable=True)
             digests = {**digests, "state.json": _digest(partial / "state.json")}
-            write_atomically(partial / "manifest.json", json.dumps({"sha256": digests}, indent=1) + "\n", durable=True)
+            write_atomically(partial / "manifest.json", to_json({"sha256": digests}, indent=1) + "\n", durable=True)
             if target.exists():  # of a run that died before it moved the pointer, or that went back behind this step
                 self._remove(target)
             os.replace(partial, target)
@@ -207,7 +209,9 @@ class Checkpoints:
             load_weights(chunks, reader)
 
     def _restore(self, trainer: Trainer, path: Path, step: int) -> None:
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+            raise ValueError(f"{path / 'state.json'} is not one that vold wrote; resume from another checkpoint")
         if state["step"] != step:
             raise ValueError(f"{path} holds step {state['step']}: it was renamed; give it its own name back")
         with PieceReader(shard_files(path)) as reader:
@@ -256,8 +260,8 @@ def _manifest(path: Path) -> dict[str, str]:
     """File name -> SHA-256. Raises ValueError where there is no manifest."""
     manifest = path / "manifest.json"
     try:
-        digests = json.loads(manifest.read_bytes())["sha256"]
-        if "state.json" not in digests or any(Path(name).name != name for name in digests):
+        digests = read_json(manifest)["sha256"]
+        if "state.json" not in digests or not all(map(is_plain_name, digests)):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{manifest} is missing or unreadable; this is not a checkpoint vold wrote") from None

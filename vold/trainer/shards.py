@@ -38,6 +38,7 @@ from vold.trainer.optimizer import (
     state_fields,
 )
 from vold.trainer.weight_average import WeightAverage
+from vold.untrusted import check_tensor_header
 
 OFFSETS = "DCP_SHARDING_INFO"
 
@@ -135,13 +136,16 @@ class PieceReader:
         self._pieces: dict[str, list[tuple[list[int], Any]]] = {}
         for file in files:
             try:
+                check_tensor_header(file)
                 handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                offsets = json.loads((handle.metadata() or {}).get(OFFSETS, "{}"))
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    piece = ([int(start) for start in offsets[name]["saved_offsets"]], handle.get_slice(name))
+                    self._pieces.setdefault(name, []).append(piece)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from None
-            offsets = json.loads((handle.metadata() or {}).get(OFFSETS, "{}"))
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                piece = (offsets[name]["saved_offsets"], handle.get_slice(name))
-                self._pieces.setdefault(name, []).append(piece)
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError):
+                raise ValueError(f"{file} cannot be read: it has no offsets as vold writes them") from None
 
     def __enter__(self) -> PieceReader:
         return self

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import PromptConfig, SelfTeacherConfig
 from vold.data.problems import Problem
+from vold.data.templates import ChatRefused, render_chats
 from vold.io import log, one_line_errors, visible
 from vold.types import Hint, Prompt
 
@@ -26,7 +26,7 @@ def build_prompts(
     """The prompts of problems, in order, each within prompt.max_tokens. A longer one raises ValueError, or is left out
     (on_error "skip") and logged. Raises ValueError where none is left. length: a prompt's tokens; an encoder's `length`
     counts those of images too."""
-    built = [build_prompt(problem, tokenizer, config) for problem in problems]
+    built = _build(problems, tokenizer, config)
     too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
     if not too_long:
         return built
@@ -47,25 +47,32 @@ def build_prompts(
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
     """One prompt; its token ids hold one image-pad id per image (see Prompt). Raises ValueError where the chat template
     refuses the messages."""
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    messages.append({"role": "user", "content": _content(problem, config.suffix)})
+    (prompt,) = _build([problem], tokenizer, config)
+    return prompt
+
+
+def _build(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[Prompt]:
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    chats = [[*system, {"role": "user", "content": _content(problem, config.suffix)}] for problem in problems]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:  # many templates know no system turn
-        reason = " ".join(str(error).split())
+        texts = render_chats(tokenizer, chats, add_generation_prompt=True)
+    except ChatRefused as error:  # many templates know no system turn
         raise ValueError(
-            f"{problem.id}: the tokenizer's chat template refuses this prompt: {reason}; leave prompt.system out"
+            f"{problems[error.number].id}: the tokenizer's chat template refuses this prompt: {error}; leave "
+            "prompt.system out"
         ) from None
-    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(
-        id=problem.id,
-        token_ids=token_ids,
-        text=problem.question,
-        gold=problem.gold,
-        images=problem.images,
-        choices=problem.choices,
-        category=problem.category,
-    )
+    return [
+        Prompt(
+            id=problem.id,
+            token_ids=tokenizer(text, add_special_tokens=False)["input_ids"],
+            text=problem.question,
+            gold=problem.gold,
+            images=problem.images,
+            choices=problem.choices,
+            category=problem.category,
+        )
+        for problem, text in zip(problems, texts, strict=True)
+    ]
 
 
 def show_hint(

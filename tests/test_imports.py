@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"types", "io", "jsonl", "untrusted", "seeding", "processes", "config", "parallel"},
+    {"types", "io", "jsonl", "untrusted", "seeding", "processes", "file_errors", "config", "parallel"},
     {"grading", "objectives"},
     {"data"},
     {"models", "report"},

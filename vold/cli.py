@@ -9,7 +9,6 @@ torchrun --nproc-per-node 8 -m vold rl configs/qwen2.5-vl-3b/vold.yaml optimizer
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import Annotated, Literal
 import typer
 
 from vold.config import load_config, load_training_config, schema
+from vold.file_errors import file_error_line
 from vold.io import configure_logging, one_line
 
 app = typer.Typer(
@@ -31,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-FILE_SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # not bugs
 USAGE_ERROR = typer.BadParameter.__base__  # click's UsageError, or that of the click inside newer typers
 TRAINING_CONFIGS = {"sft": schema.SftConfig, "rl": schema.RlConfig}
 
@@ -241,7 +240,7 @@ def main() -> None:
     try:
         raise SystemExit(app(prog_name="vold", standalone_mode=False))
     except (ValueError, USAGE_ERROR, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in FILE_SYSTEM_ERRORS:
+        if isinstance(error, OSError) and file_error_line(error) is None:
             raise
         _print_error(_error_line(error), _rank_after_others())
         raise SystemExit(2) from None
@@ -258,7 +257,7 @@ def _print_error(message: str, rank: str = "") -> None:
 def _error_line(error: Exception) -> str:
     """A user's mistake with its fix."""
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file could not be written'}: {error.strerror}; make room, or choose another path"
+        return file_error_line(error) or str(error)
     if not isinstance(error, USAGE_ERROR):
         return str(error)
     command = error.ctx.command_path if error.ctx else "vold"

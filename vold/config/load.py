@@ -3,6 +3,7 @@ fix."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -82,6 +83,53 @@ def dump_config(config: Strict, verb: str) -> str:
     return yaml.safe_dump({"verb": verb, **_redacted(config.model_dump(mode="json"))}, sort_keys=False)
 
 
+def in_present_terms(tree: dict, schema: type[BaseModel]) -> dict:
+    """A run's config as this version would write it: renamed keys and values have their new names, and keys that the
+    version before did not have their defaults. Keys that are no longer known stay as they are, and so does a config
+    that is not valid today."""
+    try:
+        return _in_present_terms(_renamed(tree), schema)
+    except (LookupError, TypeError, AttributeError, RecursionError):  # a damaged file
+        return tree
+
+
+def _in_present_terms(renamed: dict, schema: type[BaseModel]) -> dict:
+    known = copy.deepcopy({name: value for name, value in renamed.items() if name != "verb"})
+    unknown: list[tuple[tuple, object]] = []
+    while True:
+        try:
+            present = {"verb": renamed.get("verb"), **_redacted(schema.model_validate(known).model_dump(mode="json"))}
+            break
+        except ValidationError as error:
+            found = [tuple(item["loc"]) for item in error.errors() if item["type"] == "extra_forbidden"]
+            if not found:
+                return renamed
+            unknown += [(place, _section(known, place).pop(place[-1])) for place in found]
+    for place, value in unknown:
+        _section(present, place)[place[-1]] = value
+    return present
+
+
+def _section(tree: dict, place: tuple) -> dict:
+    for name in place[:-1]:
+        tree = tree[name]
+    return tree
+
+
+def _renamed(tree: dict, section: str = "") -> dict:
+    """The tree with the present names of its keys and values, wherever they are."""
+    renamed = {}
+    for name, value in tree.items():
+        path = f"{section}.{name}"
+        for old, new in RENAMED_KEYS.items():
+            if path.endswith(f".{old}"):
+                path = path.removesuffix(old) + new
+        if isinstance(value, dict):
+            value = _renamed(value, path)
+        renamed[path.rpartition(".")[2]] = _renamed_value(path, value) or value
+    return renamed
+
+
 def _redacted(value, key: str = ""):
     """The value without secrets, as run directories are shared: values of keys like `api_key`, known kinds of tokens,
     and passwords in URLs."""
@@ -103,7 +151,8 @@ def _read_yaml(path: Path) -> dict:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, found {type(tree).__name__}")
-    tree.pop("verb", None)  # a run's own config.yaml can be used again
+    if tree.pop("verb", None) and path.name == "config.yaml" and (path.parent / "metrics.jsonl").is_file():
+        tree["run_dir"] = str(path.parent)  # a run's own config, used again: the run is here, wherever it began
     return tree
 
 

@@ -36,6 +36,14 @@ class PromptOrder:
                 taken.append(row)
         return taken
 
+    def state(self) -> dict:
+        """What the next rows depend on, for `restore`."""
+        return {"position": self._position, "pass_rates": dict(self._pass_rate) if self._curriculum else {}}
+
+    def restore(self, state: dict) -> None:
+        """Continue where another order, of the same rows and seed, was at its `state`."""
+        self._position, self._pass_rate = state["position"], dict(state["pass_rates"])
+
     def update_pass_rates(self, rows: Sequence[int], pass_rates: Sequence[float | None]) -> None:
         """Record the share of right answers to each row; None where no answer could be graded."""
         for row, pass_rate in zip(rows, pass_rates, strict=True):

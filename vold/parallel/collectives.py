@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from vold.file_errors import file_error_line
+
 ResultT = TypeVar("ResultT")
 
 
@@ -20,7 +22,7 @@ def run_on_all_ranks(action: Callable[[], ResultT]) -> list[ResultT]:
     try:
         outcome = (action(), "")
     except (ValueError, OSError) as error:
-        outcome = (None, str(error))
+        outcome = (None, file_error_line(error) or str(error))
     outcomes: list = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     for _, message in outcomes:

@@ -61,6 +61,11 @@ class RunLock:
         self._release()
 
 
+def locked_run() -> str:
+    """The name of the run directory that this process has locked last; "" without one."""
+    return ([path.parent.name for path in _held] or [""])[-1]
+
+
 def living_holder(run_dir: Path) -> str:
     """Who holds the lock of a run directory, as far as that is known without waiting; "" for nobody."""
     record = _read(run_dir / FILE)

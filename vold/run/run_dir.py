@@ -10,6 +10,7 @@ timeline.jsonl   the phases of the last few steps
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -22,9 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vold.config import dump_config
+from vold.config.load import in_present_terms
 from vold.config.schema import RunConfig
-from vold.io import append_jsonl, one_line_errors, to_json, write_atomically
+from vold.io import append_jsonl, flush_to_disk, log, one_line_errors, to_json, write_atomically
 from vold.jsonl import read_jsonl
+from vold.run.leftovers import remove, unfinished
 from vold.run.lock import RunLock
 from vold.run.loggers import Loggers
 from vold.run.timers import PhaseTimers
@@ -34,6 +37,7 @@ from vold.untrusted import read_yaml
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
 # keys that may differ between a run and its resumption
 FREE_KEYS = (
+    "run_dir",  # moved or mounted elsewhere
     "parallel",
     "timeout_seconds",
     "stop_grace_seconds",
@@ -49,6 +53,8 @@ FREE_KEYS = (
     "teacher_vllm",
     "loggers",
 )
+LOGS = ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl")
+CHECKED_LOGS = ("metrics.jsonl", "prompts.jsonl")
 TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few steps represent the run
 
 
@@ -78,6 +84,7 @@ class RunLog:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = RunLock(self.path, self._verb)
+                remove(unfinished(self.path))
                 check_run_dir(self._config, self._verb, resume)  # of two that started together, the second
                 write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
             except OSError as error:
@@ -105,14 +112,50 @@ class RunLog:
         if not self._writer:
             return {}
         last_metrics: dict[str, float] = {}
-        for name in ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl"):
+        for name in LOGS:
             path = self.path / name
             if path.exists():
-                rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
-                write_atomically(path, "".join(to_json(row) + "\n" for row in rows))
+                lines = zip(read_rows(path), path.read_bytes().splitlines(), strict=False)  # a torn last one is no row
+                kept = [(row, line) for row, line in lines if row.get("step", 0) <= step]
+                write_atomically(path, b"".join(line + b"\n" for _, line in kept), durable=True)
+                rows = [row for row, _ in kept]
                 last_metrics = _numbers(rows[-1]) if rows and name == "metrics.jsonl" else last_metrics
+                if name == "timeline.jsonl":
+                    self._timeline.extend(rows)
         self._progress.update(self._task, completed=step)
         return last_metrics
+
+    def flush(self) -> dict[str, dict]:
+        """Put every row on disk, before a checkpoint that follows them. Returns, on rank 0, the size and SHA-256 of the
+        logs whose rows a report draws, for `check_rows`."""
+        if not self._writer:
+            return {}
+        found = {}
+        for name in LOGS:
+            if (path := self.path / name).exists():
+                flush_to_disk(path)
+                if name in CHECKED_LOGS:
+                    content = path.read_bytes()
+                    found[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        flush_to_disk(self.path)
+        return found
+
+    def check_rows(self, step: int, logs: dict[str, dict] | None) -> None:
+        """Warn, on rank 0, about rows up to `step` that were lost or changed since its checkpoint, which `flush` then
+        described as `logs`: the run continues without them, and its curves do not."""
+        if not self._writer or not step:
+            return
+        for name, then in (logs or {}).items():
+            path = self.path / name
+            now = path.read_bytes()[: then["bytes"]] if path.exists() else b""
+            if hashlib.sha256(now).hexdigest() != then["sha256"]:
+                rows = {row.get("step", 0) for row in read_rows(path)} if path.exists() else set()
+                missing = [number for number in range(1, step + 1) if number not in rows]
+                what = f"{_ranges(missing)} missing" if missing else "rows were changed"
+                log.warning(
+                    f"{path}: {what} since the checkpoint of step {step} was written; training is not affected, it "
+                    "continues from the checkpoint alone, but curves and reports are"
+                )
 
     def log_step(self, step: int, metrics: Mapping[str, float], samples: Iterable[dict] = ()) -> dict[str, float]:
         """Append one finished step (1-based) and move the progress line.
@@ -189,13 +232,34 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    before, now = _bound_keys(read_config(saved)), _bound_keys(yaml.safe_load(dump_config(config, verb)))
+    tree = read_config(saved)
+    before = _bound_keys(in_present_terms(tree, type(config)))
+    now = _bound_keys(yaml.safe_load(dump_config(config, verb)))
+    moved = _Move(str(tree.get("run_dir")), str(config.run_dir))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if now.get(key) not in (before.get(key), moved.apply(before.get(key))):
             raise ValueError(
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
                 f"{saved}, or start another run_dir"
             )
+
+
+class _Move:
+    """A run directory, or a folder above it, that was moved: paths below the old place are now below the new one."""
+
+    def __init__(self, before: str, now: str):
+        old, new = list(Path(before).parts), list(Path(now).parts)
+        while old and new and old[-1] == new[-1]:
+            old.pop(), new.pop()
+        self._old, self._new = tuple(old), tuple(new)
+
+    def apply(self, value: object) -> object:
+        """A path, or a list of values, at its new place; other values as they are."""
+        if isinstance(value, list):
+            return [self.apply(item) if isinstance(item, str) else item for item in value]
+        if not isinstance(value, str) or (parts := Path(value).parts)[: len(self._old)] != self._old:
+            return value
+        return str(Path(*self._new, *parts[len(self._old) :]))
 
 
 def _bound_keys(tree: dict, section: str = "") -> dict:
@@ -229,6 +293,18 @@ def read_rows(path: Path) -> list[dict]:
 def _numbers(row: dict) -> dict:
     """A row of metrics; NaN where the file holds null, see to_json."""
     return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def _ranges(steps: list[int]) -> str:
+    """ "step 3" or "steps 3-5, 8": numbers in order."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and parts[-1][1] == step - 1:
+            parts[-1][1] = step
+        else:
+            parts.append([step, step])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+    return f"steps {text} are" if len(steps) > 1 else f"step {text} is"
 
 
 def progress_note(row: Mapping[str, float]) -> str:

@@ -106,7 +106,12 @@ def open_rl(
         rewards = reward_function(job, grader)
         worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher)
         plan = StepPlan(
-            config.steps, config.prompts_per_step, config.seed, config.data.shuffle, completed=training.completed_steps
+            config.steps,
+            config.prompts_per_step,
+            config.seed,
+            config.data.shuffle,
+            completed=training.completed_steps,
+            restored=training.restored.get("prompts"),
         )
         packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
         with RolloutSchedule(job, prompts, worker, plan) as rollouts:

@@ -62,5 +62,5 @@ def train_rl(
             metrics = sampled.metrics | teacher_metrics(scorable, run.encode.length) | image_metrics(weighted, scorable)
             metrics |= {**run.teacher.metrics, **objective.metrics(), **report.metrics, **parity, **sensitivity}
             rows = sample_rows(sampled.groups, samples, report, logged, run.tokenizer)
-            run.training.finish_step(step, metrics, rows)
+            run.training.finish_step(step, metrics, rows, run.rollouts.state)
     run.training.export()

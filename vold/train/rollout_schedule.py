@@ -21,6 +21,7 @@ from itertools import islice
 import torch
 
 from vold.data.order import PromptOrder
+from vold.objectives.advantages import smoothed
 from vold.run.job import Job
 from vold.train.group_metrics import group_metrics, pass_rate, speed_metrics, staleness_metrics
 from vold.train.reward_function import StepGroups
@@ -30,13 +31,15 @@ from vold.types import Group, Prompt
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The steps of a run. completed: steps done before this process started, whose weights the sampler got first."""
+    """The steps of a run. completed: steps done before this process started, whose weights the sampler got first.
+    restored: the schedule's `state` after those; without it the state is rebuilt from prompts.jsonl."""
 
     steps: int
     prompts_per_step: int
     seed: int
     shuffle: bool
     completed: int = 0
+    restored: dict | None = None
 
 
 class RolloutSchedule:
@@ -47,7 +50,8 @@ class RolloutSchedule:
         self._config = worker.config
         self._order = PromptOrder(len(prompts), plan.seed if plan.shuffle else None, self._config.curriculum)
         self._earlier: dict[int, tuple[tuple[float, ...], ...]] = {}  # rewards of each row, step by step
-        self._restore_history()
+        self.state: dict = {}
+        self._restore(plan.restored)
         self._ahead: tuple[list[int], Future[RankRollouts]] | None = None  # the next step's rows and their rollouts
         self._thread: ThreadPoolExecutor | None = None
         if self._config.lag:
@@ -82,6 +86,7 @@ class RolloutSchedule:
         rewarded = self._worker.reward_function.assign_rewards(step, StepGroups(list(kept.values()), metrics))
         prompt_rows = self._prompt_rows(rows, groups | dict(zip(kept, rewarded.groups, strict=True)))
         self._add_to_history(rows, prompt_rows)
+        self.state = self._state()  # of this step, before prompts of the next one are taken
         self._job.log.log_prompts(step + 1, prompt_rows)
         if self._thread and step + 1 < self._plan.steps:
             self._sample_ahead(step + 1)
@@ -165,11 +170,48 @@ class RolloutSchedule:
             for position, row in enumerate(rows)
         ]
 
-    def _restore_history(self) -> None:
-        """Restore pass rates and rewards of the completed steps' prompts, from prompts.jsonl."""
+    def _state(self) -> dict:
+        """What the steps from here on depend on, in values of JSON: row numbers are the first of each pair."""
+        order = self._order.state()
+        earlier = list(self._earlier.items()) if self._reads_earlier else []
+        return {
+            "prompts": len(self._prompts),
+            "position": order["position"],
+            "pass_rates": list(order["pass_rates"].items()),
+            "earlier": earlier,
+        }
+
+    @property
+    def _reads_earlier(self) -> bool:
+        return self._worker.objective.advantage is smoothed
+
+    def _restore(self, state: dict | None) -> None:
+        """Restore what the completed steps left. Raises ValueError where the data have changed since."""
+        if state is None:
+            self._restore_from_log()
+            return
+        if state["prompts"] != len(self._prompts):
+            raise ValueError(
+                f"--resume: the data held {state['prompts']} prompts and now hold {len(self._prompts)}: give the run "
+                "its own data back, or start another run_dir"
+            )
+        self._order.restore(state)
+        self._earlier = {row: tuple(map(tuple, steps)) for row, steps in state["earlier"]}
+        self.state = state
+
+    def _restore_from_log(self) -> None:
+        """Restore pass rates and rewards of the completed steps' prompts from prompts.jsonl, for a checkpoint without a
+        state. Raises ValueError where steps are missing that decide about the next."""
         logged: dict[int, list[dict]] = {}
         for prompt_row in self._job.broadcast(self._job.log.read_prompt_log()):
             logged.setdefault(prompt_row["step"], []).append(prompt_row)
+        missing = [step for step in range(1, self._plan.completed + 1) if step not in logged]
+        if missing and (self._config.curriculum or self._config.dynamic_sampling or self._reads_earlier):
+            raise ValueError(
+                f"--resume: prompts.jsonl has no rows of step {missing[0]} ({len(missing)} of {self._plan.completed} "
+                "steps are missing), from which curriculum, dynamic sampling and smoothed advantages continue; restore "
+                "it, or start another run_dir"
+            )
         for step in range(1, self._plan.completed + 1):
             prompt_rows = logged.get(step, [{"pass_rate": None}] * self._plan.prompts_per_step)
             self._add_to_history(self._order.take(len(prompt_rows)), prompt_rows)

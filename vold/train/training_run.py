@@ -28,7 +28,8 @@ class TrainingRun:
     profiler         where there is one, nothing is saved or exported
     completed_steps  counts those before a resumption
     last_metrics     the row of the last completed step; its seconds are this rank's own
-    best_accuracy    accuracy on evaluation.best of the checkpoint that `best` points at
+    best_accuracy    accuracy on evaluation.best of the checkpoint that `best` points at, which has `best_step`
+    restored         what the loaded checkpoint says about the next steps (see `_steering`); empty where it says nothing
     """
 
     config: TrainConfig
@@ -42,6 +43,8 @@ class TrainingRun:
     completed_steps: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
     best_accuracy: float = -math.inf
+    best_step: int | None = None
+    restored: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._stop = StopRequest(self.config.stop_grace_seconds)
@@ -57,18 +60,43 @@ class TrainingRun:
         if step is not None:
             self.checkpoints.load(self.trainer, step)
             self.completed_steps = step
-        self.last_metrics = self.job.broadcast(self.job.log.drop_rows_after(self.completed_steps))
+            self.restored = self.job.broadcast(self.checkpoints.steering(step)) or {}
+        run_on_all_ranks(lambda: self.job.log.check_rows(step or 0, self.restored.get("logs")))
+        logged = self.job.broadcast(self.job.log.drop_rows_after(self.completed_steps))
+        self.last_metrics = self.restored.get("last_metrics", logged)
+        self._check_steered_from()
         self._find_best()
 
+    def _check_steered_from(self) -> None:
+        """Raise ValueError where beta is steered by a step whose metrics are lost."""
+        objective, found = getattr(self.config, "objective", None), self.last_metrics.get("step", 0)
+        if objective is not None and objective.target_kl is not None and found != self.completed_steps:
+            raise ValueError(
+                f"--resume: metrics.jsonl ends at step {found} and the checkpoint at {self.completed_steps}, from "
+                "whose beta objective.target_kl continues; restore the file, or start another run_dir"
+            )
+
     def _find_best(self) -> None:
-        """Continue from the best logged step whose checkpoint is still there; of equals the earlier."""
+        """Continue from the best step so far whose checkpoint is still there; of equals the earlier."""
         if self.config.evaluation.best is None:
             return
         key, saved = f"accuracy_{self.config.evaluation.best}", self.checkpoints.saved()
-        rows = [row for row in self.job.log.read_metrics() if key in row and row["step"] in saved]
-        row = self.job.broadcast(max(rows, key=lambda row: row[key], default={key: -math.inf, "step": None}))
-        self.best_accuracy = row[key]
-        self.checkpoints.set_best(row["step"])
+        best = self.restored.get("best", {"step": None})
+        if best["step"] not in saved:
+            rows = [row for row in self.job.log.read_metrics() if key in row and row["step"] in saved]
+            row = max(rows, key=lambda row: row[key], default={key: -math.inf, "step": None})
+            best = {"accuracy": row[key], "step": row["step"]}
+        best = self.job.broadcast(best)
+        self.best_accuracy, self.best_step = best["accuracy"], best["step"]
+        self.checkpoints.set_best(best["step"])
+
+    def _steering(self, prompts: dict) -> dict:
+        """What decides about the next steps beside the weights, kept in each checkpoint. The logs are on disk before
+        it is. prompts: the state of RolloutSchedule; logs: see RunLog.flush."""
+        best = {"accuracy": self.best_accuracy if self.best_step else None, "step": self.best_step}
+        last = {key: value for key, value in self.last_metrics.items() if _is_finite(value)}
+        logs = run_on_all_ranks(self.job.log.flush)[0]
+        return {"last_metrics": last, "best": best, "prompts": prompts or None, "logs": logs}
 
     def steps(self) -> Iterator[int]:
         """0-based steps still to do. A signal that asks to stop lets the step under way finish (see finish_step)."""
@@ -85,15 +113,16 @@ class TrainingRun:
         self.sampler.load_weights(self.trainer.weights())
         return self.probe.check(self.sampler, self.trainer.logprobs)
 
-    def finish_step(self, step: int, metrics: dict, rows: list[dict]) -> None:
-        """Evaluate where due, log 0-based `step` with its sample rows, and save where due.
+    def finish_step(self, step: int, metrics: dict, rows: list[dict], prompts: dict | None = None) -> None:
+        """Evaluate where due, log 0-based `step` with its sample rows, and save where due, with the state of the
+        prompts where there is one.
 
         Where a rank was asked to stop, all ranks save and exit with 128 plus the signal's number: 143 after SIGTERM.
         """
         done, total, best = step + 1, self.config.steps, False
         if self.evaluates_after(step):
             metrics |= self._evaluate()
-            best = self._is_best(metrics)
+            best = self._is_best(metrics, done)
         row = self.last_metrics = self.job.log.log_step(done, metrics, rows)
         stop = largest_of_ranks(self._stop.signal, self.job.layout.device)
         if stop:
@@ -101,7 +130,7 @@ class TrainingRun:
         if self.profiler:
             self.profiler.step(row, self.job.log.phase.intervals)
         elif done == total or stop or best or (self.config.save_every and done % self.config.save_every == 0):
-            self.checkpoints.save(self.trainer, done, best=best)
+            self.checkpoints.save(self.trainer, done, best=best, steering=self._steering(prompts or {}))
         else:
             self.checkpoints.poll()
         if done == total or stop:
@@ -120,10 +149,11 @@ class TrainingRun:
             metrics |= {f"accuracy_{name}": summary["accuracy"], f"stderr_{name}": summary["stderr"]}
         return metrics
 
-    def _is_best(self, metrics: dict) -> bool:
+    def _is_best(self, metrics: dict, done: int) -> bool:
         """True where this evaluation exceeds those before it on evaluation.best; the same on every rank."""
         accuracy = metrics.get(f"accuracy_{self.config.evaluation.best}", -math.inf)
-        better, self.best_accuracy = accuracy > self.best_accuracy, max(accuracy, self.best_accuracy)
+        if better := accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, done
         return better
 
     def export(self) -> None:
@@ -139,6 +169,10 @@ class TrainingRun:
                 for _ in weights:  # a collective: this rank sends its shards
                     pass
         self.job.log.close()
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def evaluates_after(step: int, steps: int, config: EvaluationConfig) -> bool:

@@ -1,18 +1,19 @@
 """Checkpoints that are complete or absent: fresh directory -> fsync -> rename -> pointer, with each file's SHA-256.
 
-    checkpoints/step-000040/  rank-00000.safetensors ...  state.json  manifest.json
+    checkpoints/step-000040/  rank-00000.safetensors ...  state.json  steering.json  manifest.json
     checkpoints/latest        the name of the newest complete one
     checkpoints/best          the name of the one with the best score so far (evaluation.best)
 
 Every rank writes its own pieces (vold.trainer.shards), in `save` or in a background thread; rank 0 commits when all
 have finished. state.json holds the step (which is also the data position: rows and sampling seeds are functions of it),
-the schedule, Adam's update count, layout and versions. Objectives keep no state: a steered beta continues from
-metrics.jsonl.
+the schedule, Adam's update count, layout and versions. steering.json holds what else decides about the next steps (see
+TrainingRun): nothing is read back from metrics.jsonl or prompts.jsonl.
 Only safetensors and JSON: loading a checkpoint never runs code from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from vold.file_errors import file_error_line
 from vold.io import flush_to_disk, to_json, write_atomically
 from vold.models.language_model import LanguageModel
 from vold.parallel.collectives import run_on_all_ranks
@@ -58,8 +60,9 @@ class Checkpoints:
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
-    def save(self, trainer: Trainer, step: int, *, best: bool = False) -> None:
-        """Save step `step` (completed updates) unless it is saved already; with `best`, point `best` at it. Readers see
+    def save(self, trainer: Trainer, step: int, *, best: bool = False, steering: dict | None = None) -> None:
+        """Save step `step` (completed updates) unless it is saved already; with `best`, point `best` at it. Rank 0's
+        `steering`, of JSON values, is kept with it. Readers see
         it only once every file of every rank is on disk. Raises ValueError on all ranks when one could not write."""
         self.wait()
         if run_on_all_ranks(self.latest_step)[0] == step:
@@ -75,7 +78,7 @@ class Checkpoints:
             "layout": _layout_sizes(self._layout),
             "versions": {name: version(name) for name in ("vold", "torch", "megatron-core")},
         }
-        self._pending = _ShardWriter(partial, state, pieces, best)
+        self._pending = _ShardWriter(partial, state, pieces, best, to_json(steering or {}))
         if not self._asynchronous:
             self.wait()
 
@@ -116,7 +119,8 @@ class Checkpoints:
         partial, target = writer.directory, self._root / _step_name(writer.state["step"])
         try:
             write_atomically(partial / "state.json", to_json(writer.state, indent=1) + "\n", durable=True)
-            digests = {**digests, "state.json": _digest(partial / "state.json")}
+            write_atomically(partial / "steering.json", writer.steering + "\n", durable=True)
+            digests |= {name: _digest(partial / name) for name in ("state.json", "steering.json")}
             write_atomically(partial / "manifest.json", to_json({"sha256": digests}, indent=1) + "\n", durable=True)
             if target.exists():  # of a run that died before it moved the pointer, or that went back behind this step
                 self._remove(target)
@@ -128,7 +132,7 @@ class Checkpoints:
             for old in self._obsolete(writer.state["step"]):
                 self._remove(old)
         except OSError as error:
-            return str(error)
+            return file_error_line(error) or str(error)
         return ""
 
     def set_best(self, step: int | None) -> None:
@@ -165,13 +169,15 @@ class Checkpoints:
         shutil.rmtree(renamed, ignore_errors=True)
 
     def _abandon(self, writer: _ShardWriter, error: str, needed: int) -> None:
-        step, free = writer.state["step"], shutil.disk_usage(self._root).free
         if dist.get_rank() == 0:
             shutil.rmtree(writer.directory, ignore_errors=True)
         before = self.latest_step()
+        with contextlib.suppress(OSError):  # a file server that is gone does not say
+            free = shutil.disk_usage(self._root).free
+            error += f" (it needs {needed} bytes and {self._root} has {free} free)"
         raise ValueError(
-            f"step {step} could not be saved: {error}; it needs {needed} bytes and {self._root} has {free} free; make "
-            f"room, then --resume continues after " + (f"step {before}" if before is not None else "the start")
+            f"step {writer.state['step']} could not be saved: {error}; then --resume continues after "
+            + (f"step {before}" if before is not None else "the start")
         )
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -201,6 +207,14 @@ class Checkpoints:
         run_on_all_ranks(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
         run_on_all_ranks(lambda: self._restore(trainer, path, step))
 
+    def steering(self, step: int) -> dict | None:
+        """What `save` was given, on rank 0 and after `load`; None on other ranks, and for a checkpoint of an older
+        vold, which has none."""
+        path = self._root / _step_name(step)
+        if dist.get_rank() != 0 or "steering.json" not in _manifest(path):
+            return None
+        return read_json(path / "steering.json", most_bytes=1 << 31)
+
     def load_weights(self, chunks: Sequence[LanguageModel], step: int) -> None:
         """Restore parameters only, for an export."""
         path = self._root / _step_name(step)
@@ -228,9 +242,10 @@ class Checkpoints:
 class _ShardWriter(threading.Thread):
     """Writes one rank's file in the background. `error` is empty when the file is on disk."""
 
-    def __init__(self, directory: Path, state: dict, pieces: dict[str, Piece], best: bool):
+    def __init__(self, directory: Path, state: dict, pieces: dict[str, Piece], best: bool, steering: str):
         super().__init__(name="checkpoint", daemon=True)
         self.directory, self.state, self._pieces, self.best = directory, state, pieces, best
+        self.steering = steering
         self.error, self.digest = "", ""
         self.bytes = sum(piece.tensor.nbytes for piece in pieces.values())
         self.start()
@@ -242,7 +257,9 @@ class _ShardWriter(threading.Thread):
             flush_to_disk(file)
             self.digest = _digest(file)
         except Exception as error:  # it must reach the main thread whatever it is
-            self.error = str(error) or repr(error)
+            if (line := file_error_line(error)) and getattr(error, "filename", None) is None:
+                line = f"{file}: {line.partition(': ')[2]}"
+            self.error = line or str(error) or repr(error)
         self._pieces = {}
 
 

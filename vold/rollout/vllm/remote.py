@@ -33,6 +33,7 @@ from vold.rollout.vllm import weight_files, weight_stream
 from vold.rollout.vllm.engine_pool import EnginePool
 from vold.rollout.vllm.engines import EngineOutput, Request
 from vold.rollout.vllm.http import Cancellation, EngineFailed, call_workers, generate, get, post
+from vold.run import leftovers
 
 ResultT = TypeVar("ResultT")
 
@@ -57,6 +58,8 @@ class RemoteEngines:
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream
         self._files: tempfile.TemporaryDirectory | None = None
         self._pool = EnginePool(settings.urls, settings.restart_seconds, self._is_ready)
+        if self._is_leader:
+            leftovers.remove(leftovers.dead_weights(settings.weights_dir))
         self._run = self._on_leader(lambda: secrets.token_hex(4))
         self._label = f"{self._run}-0"
         self._pool.set_engines(self._on_leader(self._provide_all))
@@ -131,8 +134,9 @@ class RemoteEngines:
         return run_on_all_ranks(action if self._is_leader else others)[0]
 
     def _write_and_provide(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-        self._files = tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix="vold-weights-")
+        self._files = tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix=leftovers.weights_prefix())
         self._directory = Path(self._files.name)
+        leftovers.sign(self._directory)
         weight_files.write_parts(weights, self._directory)
         return self._provide_all()
 

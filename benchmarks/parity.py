@@ -31,7 +31,16 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from vold.config.schema import OptimizerConfig
 from vold.data.packing import filler, pack
@@ -45,6 +54,7 @@ from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
+HEADS = ("tied", "untied", "tied-llama")  # of a Qwen2, whose projections have biases; of a Llama, without
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -87,8 +97,9 @@ LAYOUTS = {
 # The problem ---------------------------------------------------------------------------------------------------------
 
 
-def student(tied: bool) -> PreTrainedModel:
-    config = Qwen2Config(
+def student(head: str) -> PreTrainedModel:
+    llama = head.endswith("llama")
+    config = (LlamaConfig if llama else Qwen2Config)(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
@@ -97,9 +108,9 @@ def student(tied: bool) -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=tied,
+        tie_word_embeddings=head != "untied",
     )
-    return _perturbed(Qwen2ForCausalLM, config, seed=0)
+    return _perturbed(LlamaForCausalLM if llama else Qwen2ForCausalLM, config, seed=0)
 
 
 def teacher() -> PreTrainedModel:
@@ -197,7 +208,7 @@ def _named(kind: str, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor
 
 def train_transformers(models: Path, out: Path) -> None:
     """The same three steps in plain torch: sequence by sequence, on materialised logits, with torch's AdamW."""
-    learner = Qwen2ForCausalLM.from_pretrained(models / "student", dtype=torch.float32)
+    learner = AutoModelForCausalLM.from_pretrained(models / "student", dtype=torch.float32)
     scorer = Qwen3ForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32)
     matrices = [p for p in learner.parameters() if p.ndim > 1]
     vectors = [p for p in learner.parameters() if p.ndim == 1]
@@ -252,7 +263,7 @@ def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterato
     """A row for each head and layout, as it is finished."""
     for head in heads:
         models = folder / head
-        student(tied=head == "tied").save_pretrained(models / "student")
+        student(head).save_pretrained(models / "student")
         teacher().save_pretrained(models / "teacher")
         run_world(1, train_transformers, models, folder / "transformers")
         run_world(1, train_vold, Layout(), models, folder / "one process")
@@ -324,7 +335,7 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--heads", nargs="+", choices=("tied", "untied"), default=["tied", "untied"])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)

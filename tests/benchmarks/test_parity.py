@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 
+import pytest
+
 LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
 
 
-def test_layouts_equal_one_process_and_transformers(torchrun, tmp_path):
-    arguments = ("--layouts", *LAYOUTS, "--heads", "tied", "--out", tmp_path)
+@pytest.mark.parametrize(("head", "layouts"), [("tied", LAYOUTS), ("tied-llama", ("tp2-pp2",))])
+def test_layouts_equal_one_process_and_transformers(head, layouts, torchrun, tmp_path):
+    arguments = ("--layouts", *layouts, "--heads", head, "--out", tmp_path)
     run = torchrun(1, "-m", "benchmarks.parity", *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     with (tmp_path / "parity.csv").open() as file:
         rows = {row["layout"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == {"one process", *LAYOUTS}
+    assert rows.keys() == {"one process", *layouts}
     for name, row in rows.items():
         compared = {key for key, value in row.items() if " vs " in key and value}
         assert {"loss vs transformers", "parameter vs transformers"} <= compared, name

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from support import tiny
 from vold.models.architecture import Architecture, transformer_config
@@ -17,6 +17,14 @@ def test_families_are_read_from_disk(tmp_path):
     qwen3 = Architecture.from_pretrained(tiny.save(tiny.qwen3(), tmp_path / "qwen3"))
     assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.tied) == (32, True, False, True)
     assert (qwen3.mrope_section, qwen3.vision, qwen3.rope_theta) == ((16, 0, 0), None, 1e6)
+    llama = Architecture.from_pretrained(tiny.save(tiny.llama(), tmp_path / "llama"))
+    assert (llama.model_type, llama.head_dim, llama.qk_norm, llama.qkv_bias, llama.tied) == (
+        "llama",
+        32,
+        False,
+        False,
+        True,
+    )
     vl = Architecture.from_pretrained(tiny.save(tiny.qwen2_5_vl(tied=False), tmp_path / "vl"))
     assert (vl.head_dim, vl.qk_norm, vl.qkv_bias, vl.tied) == (16, False, True, False)
     assert (vl.mrope_axes, vl.vision.image_token_id, vl.vision.merge_size) == (
@@ -44,8 +52,16 @@ def test_the_flat_config_of_the_hub_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LlamaConfig(), "model_type 'llama' is not supported: use one of qwen2, qwen3, qwen2_5_vl"),
-        (tiny.qwen3(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}).config, "'yarn'"),
+        (MistralConfig(), "model_type 'mistral' is not supported: use one of llama, qwen2, qwen3, qwen2_5_vl"),
+        (tiny.llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}).config, "'dynamic'"),
+        (tiny.llama(rope_parameters={**tiny.ROPE, "partial_rotary_factor": 0.5}).config, "partial_rotary_factor 0.5"),
+        (tiny.llama(attention_bias=True).config, "attention_bias"),
+        (tiny.llama(mlp_bias=True).config, "mlp_bias"),
+        (tiny.llama(hidden_act="gelu").config, "hidden_act 'gelu'"),
+        (tiny.llama(attention_dropout=0.1).config, "attention_dropout 0.1"),
+        (tiny.llama(sliding_window=64).config, "sliding_window to null"),
+        (LlamaConfig(quantization_config={"quant_method": "fp8"}), "quantization_config is not supported"),
+        (tiny.qwen2(hidden_act="relu").config, "hidden_act 'relu'"),
         (tiny.qwen2(use_sliding_window=True, max_window_layers=1).config, "sliding-window"),
         (tiny.qwen3(attention_bias=True).config, "attention_bias"),
     ],

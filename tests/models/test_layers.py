@@ -63,16 +63,46 @@ def test_gpu_kernels_are_as_accurate_as_sdpa(attend):
 
 
 def test_rotary_angles_are_bit_equal_to_transformers():
-    config = tiny.qwen2_5_vl().config.text_config
+    model = tiny.qwen2_5_vl()
     positions = torch.randint(0, 40_000, (3, 1, 50), generator=torch.Generator().manual_seed(0))
-    cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), positions)
-    rotary = Rotary(16, 1e6, [0] * 2 + [1] * 3 + [2] * 3, torch.device("cpu")).to(torch.bfloat16)  # must stay float32
+    cos, sin = Qwen2_5_VLRotaryEmbedding(model.config.text_config)(torch.zeros(1), positions)
+    rotary = Rotary(Architecture.from_config(model.config), torch.device("cpu")).to(torch.bfloat16)  # stays float32
     ours = rotary(positions, [2, 3, 3])[:, :, 0, 0]
     if cos.dim() == 4:  # per axis: choose as apply_multimodal_rotary_pos_emb does
         axis = torch.tensor([0] * 2 + [1] * 3 + [2] * 3).repeat(2)
         cos, sin = (x[axis, 0, :, torch.arange(16)].T[None] for x in (cos, sin))
     assert ours.dtype == torch.float32
     assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
+
+
+SCALED = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "llama3": {  # Llama 3.1's, for 1 / 64 of its length
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", SCALED)
+def test_logits_with_a_scaled_rope_equal_transformers(kind, family, tmp_path, layout):
+    reference = tiny.FAMILIES[family](rope_parameters=SCALED[kind])
+    plain = tiny.FAMILIES[family](rope_parameters={"rope_type": "default", "rope_theta": SCALED[kind]["rope_theta"]})
+    row = tiny.text_row(300)
+    expected = row.logits(reference)
+    assert (expected - row.logits(plain)).abs().max() > 0.02, "the scaling matters here"
+    model = build_language_model(
+        Architecture.from_pretrained(tiny.save(reference, tmp_path / "c")), layout, torch.float32
+    )
+    load_pretrained(model, tmp_path / "c")
+    ours = hidden_states(model, tiny.pack([row])) @ model.head_weight().T
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -102,3 +102,47 @@ def test_an_untied_head_must_exist_and_a_tied_one_is_not_read(tmp_path, layout):
         loaded(untied, layout)
     model = loaded(tiny.save(tiny.qwen3(tied=True), tmp_path / "tied"), layout)
     assert model.head_weight() is model.embedding.word_embeddings.weight
+
+
+HEAD = "lm_head.weight"
+STRANGERS = {
+    "a bias that config.json lacks": (
+        "model.layers.0.self_attn.q_proj.bias",
+        torch.ones(128),
+        "q_proj.bias is no part",
+    ),
+    "a layer beyond the last": ("model.layers.2.mlp.down_proj.weight", torch.ones(64, 96), "layers.2.mlp"),
+    "a reward model's head": ("score.weight", torch.ones(1, 64), "score.weight is no part of the llama of 2 layers"),
+    "fp8 scales": ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1), "weight_scale_inv"),
+    "a head of its own beside tied": (HEAD, torch.ones(tiny.VOCAB, 64), "differs from the embedding"),
+    "a tied head of another size": (HEAD, torch.ones(tiny.VOCAB - 1, 64), "differs from the embedding"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_a_tensor_that_the_model_would_leave_out_is_refused(case, tmp_path, layout):
+    name, tensor, message = STRANGERS[case]
+    directory = tiny.save(tiny.llama(), tmp_path / "c")
+    rewrite(directory, change={name: tensor})
+    with pytest.raises(ValueError, match=message) as error:
+        loaded(directory, layout)
+    assert "\n" not in str(error.value) and str(directory) in str(error.value)
+
+
+def test_tensors_that_say_nothing_new_are_read_past(tmp_path, layout):
+    """A stored copy of a tied embedding, and the rotary buffer of checkpoints of 2023."""
+    reference = tiny.llama()
+    directory = tiny.save(reference, tmp_path / "c")
+    embedding = reference.state_dict()["model.embed_tokens.weight"].clone()
+    rewrite(directory, change={HEAD: embedding, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    found = dict(export_weights([loaded(directory, layout)]))
+    assert all(torch.equal(found[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+def test_quantised_weights_are_refused(tmp_path, layout):
+    directory = tiny.save(tiny.llama(), tmp_path / "c")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = load_file(directory / "model.safetensors")[name]
+    rewrite(directory, change={name: weight.to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=r"up_proj\.weight is F8_E4M3, quantised"):
+        loaded(directory, layout)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -74,6 +76,11 @@ def qwen3(tied: bool = True, **changes) -> Qwen3ForCausalLM:
     return perturbed(Qwen3ForCausalLM, config)
 
 
+def llama(tied: bool = True, **changes) -> LlamaForCausalLM:
+    config = LlamaConfig(**{**TEXT, "head_dim": 32, "rope_parameters": ROPE, "tie_word_embeddings": tied, **changes})
+    return perturbed(LlamaForCausalLM, config)
+
+
 def qwen2(tied: bool = False, **changes) -> Qwen2ForCausalLM:
     config = Qwen2Config(**{**TEXT, "rope_parameters": ROPE, "tie_word_embeddings": tied, **changes})
     return perturbed(Qwen2ForCausalLM, config)
@@ -113,7 +120,7 @@ def save(model, directory: Path, **options) -> Path:
     return directory
 
 
-FAMILIES = {"qwen3": qwen3, "qwen2": qwen2, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+FAMILIES = {"llama": llama, "qwen3": qwen3, "qwen2": qwen2, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 @dataclass(frozen=True)

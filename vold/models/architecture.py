@@ -1,7 +1,8 @@
 """A model's architecture as its checkpoint's config.json describes it, and the Megatron configuration that builds it.
 
-Supported: Qwen2/Qwen2.5, Qwen3 (dense), and Qwen2.5-VL and Qwen3-VL (dense), whose text part is a Qwen2 or a Qwen3 with
-a three-axis rotary embedding.
+Supported: Llama (1 to 3, SmolLM2, TinyLlama), Qwen2/Qwen2.5, Qwen3 (dense), and Qwen2.5-VL and Qwen3-VL (dense), whose
+text part is a Qwen2 or a Qwen3 with a three-axis rotary embedding. A field of config.json that would change the numbers
+and that the layers here do not compute is refused by name.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vold.models.checkpoint_dir import reading
 from vold.parallel.launch import Layout
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+# Frequencies that do not depend on the length of a sequence; transformers' own functions compute them.
+SCALED_ROPES = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Architecture:
 
     ffn                feed-forward width
     vocab              rows of embedding and head, padding included
+    rope_frequencies   radians a position of each of the head_dim / 2 pairs, float32, scaled as rope_type says
+    rope_factor        multiplies cosines and sines (YaRN's attention factor)
     mrope_section      numbers of rotary frequencies for (temporal, height, width) positions; all temporal for text
     mrope_interleaved  the axes alternate over the frequencies (t h w t h w ... t t) instead of following each other
     tied               embedding and head share their weights
@@ -61,6 +68,8 @@ class Architecture:
     vocab: int
     rms_eps: float
     rope_theta: float
+    rope_frequencies: tuple[float, ...] = field(repr=False)
+    rope_factor: float
     mrope_section: tuple[int, int, int]
     mrope_interleaved: bool
     tied: bool
@@ -86,7 +95,9 @@ class Architecture:
             raise ValueError(f"{origin}: model_type {config.model_type!r} is not supported: use one of {supported}")
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        _check_computed(config, text, origin)
         rope = _supported_rope(text, origin)
+        frequencies, factor = _rope_frequencies(text, rope, head_dim, origin)
         return cls(
             model_type=config.model_type,
             layers=text.num_hidden_layers,
@@ -98,6 +109,8 @@ class Architecture:
             vocab=text.vocab_size,
             rms_eps=text.rms_norm_eps,
             rope_theta=float(rope["rope_theta"]),
+            rope_frequencies=tuple(frequencies.tolist()),
+            rope_factor=factor,
             mrope_section=tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
             mrope_interleaved=config.model_type == "qwen3_vl",
             tied=bool(config.tie_word_embeddings),
@@ -119,21 +132,54 @@ class Architecture:
         return axes
 
 
+# Fields that would change the numbers, with the values that the layers here compute. Absent counts as the first.
+_COMPUTED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0.0, None),
+    "quantization_config": (None,),
+}
+
+
+def _check_computed(config: PretrainedConfig, text: PretrainedConfig, origin: str) -> None:
+    """ValueError that names a field of config.json whose value the layers here do not compute."""
+    for name, values in _COMPUTED.items():
+        value = getattr(text, name, None) or getattr(config, name, None) or values[0]
+        if value not in values:
+            shown = "is" if isinstance(value, dict) else f"{value!r} is"
+            raise ValueError(f"{origin}: {name} {shown} not supported: use a checkpoint with {name} {values[0]}")
+    window = text.sliding_window if text.model_type == "llama" and hasattr(text, "sliding_window") else None
+    if window is not None or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        fix = "set use_sliding_window to false" if window is None else "set sliding_window to null"
+        raise ValueError(f"{origin}: sliding-window attention is not supported: {fix}")
+
+
 def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
-    """Rope parameters; ValueError for what the layers here do not compute (YaRN, sliding windows, biases)."""
+    """Rope parameters; ValueError for what the layers here do not compute."""
     rope = text.rope_parameters
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "mrope"):
+    if rope_type not in ("default", "mrope", *SCALED_ROPES):
+        supported = ", ".join(("default", *SCALED_ROPES))
         raise ValueError(
-            f"{origin}: rope_type {rope_type!r} is not supported: use a checkpoint with rope_type 'default'"
+            f"{origin}: rope_type {rope_type!r} is not supported: use a checkpoint with one of {supported}"
         )
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-        raise ValueError(f"{origin}: sliding-window attention is not supported: set use_sliding_window to false")
-    if getattr(text, "attention_bias", False):
-        raise ValueError(f"{origin}: attention_bias true is not supported: use a checkpoint without it")
     if text.model_type.endswith("_vl_text") and not rope.get("mrope_section"):
         raise ValueError(f"{origin}: rope parameters have no mrope_section: add the one of the original checkpoint")
     return rope
+
+
+def _rope_frequencies(text: PretrainedConfig, rope: dict, head_dim: int, origin: str) -> tuple[Tensor, float]:
+    """(float32 [head_dim / 2] on the CPU, factor of cosines and sines), as transformers computes them."""
+    share = rope.get("partial_rotary_factor", getattr(text, "partial_rotary_factor", None)) or 1.0
+    if share != 1.0:
+        raise ValueError(f"{origin}: partial_rotary_factor {share} is not supported: use a checkpoint that rotates all")
+    rope_type = rope.get("rope_type", "default")
+    if rope_type in SCALED_ROPES:
+        with reading(Path(origin)):
+            return ROPE_INIT_FUNCTIONS[rope_type](text, device=torch.device("cpu"))
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    return 1.0 / (float(rope["rope_theta"]) ** exponent), 1.0
 
 
 def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:

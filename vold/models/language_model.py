@@ -86,7 +86,7 @@ def build_language_model(
         rotary_base=arch.rope_theta,
         vp_stage=vp_stage,
     )
-    model.rotary_pos_emb = Rotary(arch.head_dim, arch.rope_theta, arch.mrope_axes, layout.device)
+    model.rotary_pos_emb = Rotary(arch, layout.device)
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)

@@ -8,7 +8,6 @@ functions behind each module are chosen in `vold.models.layer_ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from vold.models.architecture import Architecture
 from vold.models.layer_ops import layer_ops
 
 
@@ -52,16 +52,16 @@ class Rotary(nn.Module):
     """Angles of the rotary embedding for positions on three axes (temporal, height, width).
 
     Replaces Megatron's MultimodalRotaryEmbedding: the same angles, but the inverse frequencies are computed on
-    the CPU in float32, as transformers does, and multiplied elementwise, so that no matmul precision setting
-    (TF32, autocast) changes a position.
+    the CPU in float32, as transformers does (scaled ones too: see vold.models.architecture), and multiplied
+    elementwise, so that no matmul precision setting (TF32, autocast) changes a position.
     """
 
-    def __init__(self, head_dim: int, theta: float, axes: Sequence[int], device: torch.device):
+    def __init__(self, arch: Architecture, device: torch.device):
         super().__init__()
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         # Plain attributes, not buffers: a later `.to(bfloat16)` of the model must not touch them.
-        self.inverse_frequency = (1.0 / (theta**exponent)).to(device)
-        self.axis = torch.tensor(axes, device=device)
+        self.inverse_frequency = torch.tensor(arch.rope_frequencies, dtype=torch.float32, device="cpu").to(device)
+        self.axis = torch.tensor(arch.mrope_axes, device=device)
+        self.factor = arch.rope_factor
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group=None) -> Tensor:
@@ -69,7 +69,7 @@ class Rotary(nn.Module):
         positions_TF = position_ids[self.axis, 0].T.float()
         angles_TF = positions_TF * self.inverse_frequency
         angles_TH = torch.cat((angles_TF, angles_TF), dim=-1)
-        return torch.stack((angles_TH.cos(), angles_TH.sin()))[:, :, None, None, :]
+        return (self.factor * torch.stack((angles_TH.cos(), angles_TH.sin())))[:, :, None, None, :]
 
 
 class PackedSelfAttention(SelfAttention):

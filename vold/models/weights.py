@@ -24,6 +24,8 @@ from vold.models.language_model import LanguageModel, build_chunks
 from vold.parallel.launch import Layout
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+STORED_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; anything else needs scales that are not read
+NOT_WEIGHTS = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; transformers leaves it out too
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ MODEL_RULES = {
     "decoder.final_layernorm.weight": Rule(("norm.weight",)),
     "output_layer.weight": HEAD_RULE,
 }
+
+
+def text_tensors(arch: Architecture) -> set[str]:
+    """Short names of the tensors that a language model of this architecture reads."""
+    absent = {"self_attention.linear_qkv.bias"} if not arch.qkv_bias else set()
+    if not arch.qk_norm:
+        absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    names = [name for key, rule in LAYER_RULES.items() if key not in absent for name in rule.names]
+    of_layers = {f"layers.{layer}.{name}" for layer in range(arch.layers) for name in names}
+    return of_layers | {name for rule in MODEL_RULES.values() for name in rule.names}
 
 
 def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]]:
@@ -171,9 +183,33 @@ class CheckpointReader:
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
-        stored = tuple(self.slice(name).get_shape())
-        if stored != shape:
-            raise ValueError(f"{self.where(name)} has shape {stored} but config.json asks for {shape}")
+        part = self.slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise ValueError(f"{self.where(name)} has shape {tuple(part.get_shape())} but config.json asks for {shape}")
+        if part.get_dtype() not in STORED_FLOATS:
+            raise ValueError(f"{self.where(name)} is {part.get_dtype()}, quantised: give the unquantised checkpoint")
+
+    def check_names(self, arch: Architecture) -> None:
+        """Raises ValueError naming a tensor that a model of this architecture would leave out, so that transformers or
+        vLLM could compute with what the trainer has not read; a head beside `tied` must equal its embedding."""
+        read = text_tensors(arch)
+        for name in self._full_name:
+            known = name in read or name.endswith(NOT_WEIGHTS) or (arch.vision and name.startswith("visual."))
+            if not known:
+                model = f"the {arch.model_type} of {arch.layers} layers"
+                raise ValueError(f"{self.where(name)} is no part of {model} in config.json: correct one of the two")
+        if arch.tied and "lm_head.weight" in self and not self._equal("lm_head.weight", "embed_tokens.weight"):
+            raise ValueError(
+                f"{self.where('lm_head.weight')} differs from the embedding, but config.json says tie_word_embeddings "
+                "true: set it to false to keep this head, or delete the tensor"
+            )
+
+    def _equal(self, one: str, other: str, rows: int = 16384) -> bool:
+        first, second = self.slice(one), self.slice(other)
+        if first.get_shape() != second.get_shape():
+            return False
+        starts = range(0, first.get_shape()[0], rows)
+        return all(torch.equal(first[start : start + rows], second[start : start + rows]) for start in starts)
 
     def where(self, name: str) -> str:
         """The tensor's file and full name, for an error line."""
@@ -195,9 +231,10 @@ def load_chunks(
 def load_pretrained(chunk: LanguageModel, checkpoint_dir: str | Path) -> None:
     """Fill every parameter of a chunk from a Hugging Face checkpoint directory, reading only this tp rank's share.
 
-    Raises ValueError naming the tensor and the file when one is missing or has another shape.
+    Raises ValueError naming the tensor and the file when one is missing, has another shape, or would be left out.
     """
     with CheckpointReader(checkpoint_dir) as reader:
+        reader.check_names(chunk.arch)
         for _name, parameter, rule in named_rules(chunk):
             if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
                 rule = EMBEDDING_RULE

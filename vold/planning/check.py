@@ -132,7 +132,7 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     path: Path = getattr(config, role)
     arch = Architecture.from_pretrained(path)
     train_merger = role == "student" and config.vision.train_merger
-    tensors = check_tensors(rank_shards(arch, config.parallel, processes, train_merger=train_merger), path)
+    tensors = check_tensors(rank_shards(arch, config.parallel, processes, train_merger=train_merger), path, arch)
     parameters = language_model_parameters(arch)
     return f"{path}: {arch.model_type}, {parameters:,} parameters in {tensors} tensors, shapes as built"
 

@@ -43,13 +43,14 @@ def rank_shards(
     return shards
 
 
-def check_tensors(shards: Sequence[RankShard], checkpoint: Path) -> int:
+def check_tensors(shards: Sequence[RankShard], checkpoint: Path, arch: Architecture) -> int:
     """Compare the shape of every tensor in a checkpoint directory with the model's. Returns the number of tensors.
 
-    Raises ValueError naming the first tensor that differs.
+    Raises ValueError naming the first tensor that differs, or that the model would leave out.
     """
     shapes = {name: shape for shard in shards for name, (shape, _) in shard.tensors.items()}
     with CheckpointReader(checkpoint) as reader:
+        reader.check_names(arch)
         for name, shape in shapes.items():
             reader.check_shape(name, shape)
     return len(shapes)

@@ -222,6 +222,21 @@ def prepare_student(
     _module("commands.prepare").prepare_student(student, teacher, out)
 
 
+@app.command(rich_help_panel=PREPARE)
+def convert(
+    gguf: Annotated[Path, typer.Argument(help="GGUF file of a Llama, Qwen2 or Qwen3")],
+    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="float32 holds the file's values exactly, bfloat16 rounds")
+    ] = "float32",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="checkpoint directory to take the tokenizer of, instead of the file's")
+    ] = None,
+) -> None:
+    """Write a GGUF file as a checkpoint directory: config, dequantised weights, tokenizer, chat template."""
+    _module("commands.convert").convert(gguf, out, dtype=dtype, tokenizer=tokenizer)
+
+
 def _module(name: str):
     """Import vold.NAME on first use, so that --help is instant, without the libraries' own messages: progress bars, and
     advice about packages that are absent by design (apex, TransformerEngine)."""

@@ -103,16 +103,27 @@ def export_checkpoint(
     Raises ValueError when the target is not empty, or when a tensor is unknown to the source or has another shape.
     """
     source, target = Path(source_dir), Path(target_dir)
-    _check_empty(target)
-    files = tensor_files(source)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_checkpoint(target) as partial:
+        files = tensor_files(source)
         _copy_files(source, partial, set(files.values()))
         _overwrite(partial, files, tensors, source)
         if amend is not None:
             amend(partial)
+    return target
+
+
+@contextmanager
+def new_checkpoint(target: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when the block ends without an error and its files are on disk.
+
+    Raises ValueError when the target is not empty.
+    """
+    _check_empty(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         for path in (*partial.iterdir(), partial):  # or the rename could survive a crash that the content did not
             flush_to_disk(path)
         if target.is_dir():
@@ -120,7 +131,6 @@ def export_checkpoint(
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _check_empty(target: Path) -> None:

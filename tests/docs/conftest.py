@@ -24,7 +24,7 @@ def reader_dir(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_
     checkpoints = {
         "checkpoints/Qwen2.5-VL-3B-Instruct": tiny_student_dir,
         "checkpoints/Qwen3-8B": tiny_teacher_dir,
-        "checkpoints/Qwen3-VL-8B-Instruct": tiny_qwen3_vl_dir,
+        "checkpoints/Qwen3-VL-8B-Thinking": tiny_qwen3_vl_dir,
         "runs/miniature/seed0/teacher": tiny_teacher_dir,
         "runs/miniature/seed0/base": tiny_student_dir,
         "runs/demo/sft/model": tiny_student_dir,
@@ -47,11 +47,13 @@ def _public_data(world: Path, data: Path) -> None:
     messages = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     parquet.write_table(pa.Table.from_pylist(messages), data / "mixture-of-thoughts.parquet")
     shutil.copytree(world / "images", data / "geometry3k" / "images")
-    for name in ("train", "test"):
-        shutil.copy(world / "val_image.jsonl", data / "geometry3k" / f"{name}.jsonl")
     rows = [json.loads(line) for line in (world / "test_image.jsonl").read_text().splitlines()]
     with_bytes = [row | {"images": [{"bytes": (world / row["images"][0]).read_bytes(), "path": None}]} for row in rows]
-    parquet.write_table(pa.Table.from_pylist(with_bytes), data / "geometry3k" / "test.parquet")
+    for name in ("train", "validation", "test"):
+        parquet.write_table(pa.Table.from_pylist(with_bytes), data / "geometry3k" / f"{name}.parquet")
+    shutil.copytree(world / "images", data / "vlaa" / "images")
+    vlaa = [{"question": row["problem"], "gt": row["answer"], "image": row["images"][0]} for row in rows]
+    (data / "VLAA-Thinking-GRPO-25K.json").write_text(json.dumps(vlaa))
     mine = data / "mine"
     (mine / "images").mkdir(parents=True)
     (mine / "problems.jsonl").write_text(fenced("your-own-data", "json"))

@@ -20,13 +20,25 @@ from vold import cli
 RUN = ["dtype=float32"]
 EVALUATION = ["evaluation.sampling.max_new_tokens=4"]
 TRAIN = [*RUN, *EVALUATION, "steps=1", "optimizer.warmup_steps=0", "microbatch_tokens=256"]
-ROLLOUT = ["rollout.max_new_tokens=6", "rollout.responses_per_prompt=2", "prompts_per_step=4"]
+ROLLOUT = [
+    "rollout.engine=transformers",
+    "rollout.max_new_tokens=6",
+    "rollout.responses_per_prompt=2",
+    "prompts_per_step=4",
+]
 SIZES = {
-    "traces": [*RUN, "prompt.suffix=''", "sampling={max_new_tokens: 30}", "max_tokens=64", "prompts_per_shard=8"],
+    "traces": [
+        *RUN,
+        "engine=transformers",
+        "prompt.suffix=''",
+        "sampling={max_new_tokens: 30}",
+        "max_tokens=64",
+        "prompts_per_shard=8",
+    ],
     "sft": [*TRAIN, "batch_size=4", "max_tokens=128"],
     "rl": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1"],
     "profile": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1"],
-    "eval": [*RUN, *EVALUATION, "grader_workers=1"],
+    "eval": [*RUN, "engine=transformers", *EVALUATION, "grader_workers=1"],
 }
 STAGES = ("train.teacher_traces", "train.sft", "train.rl", "evaluation.evaluator")
 OUTPUTS = {name: lambda config: config.run_dir for name in STAGES}  # module -> directory that it writes

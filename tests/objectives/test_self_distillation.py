@@ -29,15 +29,15 @@ def test_routing():
 
 
 def test_with_feedback_every_failed_response_is_taught():
-    """By what was wrong with it, and by a correct sibling where there is one; a right response without one is not."""
+    """By a correct sibling, else by what was wrong with it; a right response without a sibling is not."""
     rewards = [[0.0, 1.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
     assert taught("sdpo", *rewards, feedback=True) == [[True] * 3, [True, False], [True, True]]
     assert taught("srpo", *rewards, feedback=True) == [[True, False, False], [True, False], [True, True]]
     told = "The answer is wrong."
     hints = [[s.hint for s in assign_token_weights("sdpo", [group(r)], feedback=True)] for r in rewards]
     assert hints == [
-        [Hint("text", told), Hint("text", None), Hint("text", None)],
-        [Hint("text", told), None],
+        [Hint("text", None)] * 3,
+        [Hint("text", None), None],
         [Hint(None, told)] * 2,
     ]
     assert [s.hint for s in assign_token_weights("sdpo", [group([0.0, 1.0])])] == [Hint("text", None), None]

@@ -229,6 +229,7 @@ def test_no_question_worth_training_on_is_one_line(world, layout, tmp_path, monk
         (["answers.highest=11"], "must ascend"),
         (["solver.rollout.vllm={urls: ['http://a:1']}"], r"solver\.rollout\.vllm\.urls names engines"),
         (["microbatch_tokens=99"], r"prompt\.max_tokens \+ challenger\.rollout\.max_new_tokens = 104"),
+        (["solver.minibatches=4096"], r"solver\.minibatches = 4096 exceeds solver\.prompts_per_step"),
         (["challenger.rollout.dynamic_sampling={}"], r"challenger\.rollout\.dynamic_sampling and curriculum"),
     ],
 )

@@ -503,6 +503,16 @@ def test_the_objective_says_what_informs(open_made_up, tmp_path):
     assert len(found.groups) == 6 and {int(name) % 3 for name in names(found)} == {1, 2}
 
 
+def test_mixed_groups_alone_are_kept_as_dapo_has_it(open_made_up, tmp_path):
+    """Where an overlong penalty or a teacher gives every group a gradient."""
+    made_up = MadeUp(tmp_path)
+    made_up.objective = build_objective(ObjectiveConfig(preset="vold-unmasked", beta=0.1), 40)
+    mixed = FACTOR_4.model_copy(update={"keep": "mixed"})
+    assert {int(name) % 3 for name in names(open_made_up(made_up, dynamic_sampling=FACTOR_4).next(0))} == {0, 1, 2}
+    found = open_made_up(MadeUp(tmp_path), dynamic_sampling=mixed).next(0)
+    assert len(found.groups) == 6 and {int(name) % 3 for name in names(found)} == {2}
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_all_ranks_decide_alike_and_a_resumed_run_goes_on_where_it_was(open_made_up, tmp_path, lag):
     settings = dict(dynamic_sampling=FACTOR_4, curriculum=CurriculumConfig(highest=0.9), lag=lag)

@@ -29,7 +29,8 @@ class SelfDistillation:
 
     rate        of the moving average: w += rate (student - w) after each step
     confident   weight each token's KL by exp(-H) of the self-teacher, divided by its mean in the update (SRPO)
-    feedback    the self-teacher reads what is wrong with a failed response
+    feedback    the self-teacher of a failed response without a correct sibling reads what is wrong with it; with one
+                it reads the sibling alone, as in SDPO's published code (environment_feedback_only_without_solution)
     """
 
     rate: float = 0.05
@@ -42,7 +43,7 @@ class SelfDistillation:
         hints = []
         for (_, verdict), sibling in zip(responses, siblings_G, strict=True):
             demonstration = None if sibling is None else without_thinking(responses[sibling][0].text)
-            feedback = feedback_on(verdict) if self.feedback else None
+            feedback = feedback_on(verdict) if self.feedback and demonstration is None else None
             hints.append(None if demonstration is None and feedback is None else Hint(demonstration, feedback))
         return hints
 

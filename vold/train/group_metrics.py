@@ -9,6 +9,14 @@ from vold.train.rollout_worker import RankRollouts
 from vold.types import Group
 
 
+def is_mixed(group: Group) -> bool:
+    """Whether some, and not all, of the graded responses are right."""
+    right = [
+        v.outcome == "correct" for v, reward in zip(group.verdicts, group.rewards, strict=True) if reward is not None
+    ]
+    return any(right) and not all(right)
+
+
 def pass_rate(group: Group | None) -> float | None:
     """Share of correct answers; None for a group that was lost, or where the grader broke on every response."""
     graded = [verdict.outcome for verdict in group.verdicts if verdict.outcome != "broken"] if group else []

@@ -23,7 +23,7 @@ import torch
 from vold.data.order import PromptOrder
 from vold.objectives.advantages import smoothed
 from vold.run.job import Job
-from vold.train.group_metrics import group_metrics, pass_rate, speed_metrics, staleness_metrics
+from vold.train.group_metrics import group_metrics, is_mixed, pass_rate, speed_metrics, staleness_metrics
 from vold.train.reward_function import StepGroups
 from vold.train.rollout_worker import PromptBatch, RankRollouts, RolloutWorker, SamplingRequest, sampling_requests
 from vold.types import Group, Prompt
@@ -144,10 +144,12 @@ class RolloutSchedule:
         }
 
     def _with_gradient(self, groups: dict[int, Group]) -> dict[int, Group]:
-        """The groups that the step may train on: all, unless dynamic sampling replaces those without gradient."""
-        if self._config.dynamic_sampling is None:
+        """The groups that the step may train on: all, unless dynamic sampling replaces some (DynamicSamplingConfig)."""
+        dynamic = self._config.dynamic_sampling
+        if dynamic is None:
             return groups
-        return {i: group for i, group in groups.items() if self._worker.objective.has_gradient(group)}
+        keep = is_mixed if dynamic.keep == "mixed" else self._worker.objective.has_gradient
+        return {i: group for i, group in groups.items() if keep(group)}
 
     def _rows_to_add(self, sampled: int, with_gradient: Sized) -> list[int]:
         """Rows to sample in addition: as many as yield the missing groups at this step's rate so far, within the

@@ -48,7 +48,7 @@ class ObjectiveConfig(Strict):
     average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """sdpo, srpo: rate per step of the moving average that teaches."""
     feedback: bool | None = None
-    """sdpo, srpo: the self-teacher reads what the grader found wrong with a failed response."""
+    """sdpo, srpo: the self-teacher of a failed response without a correct sibling reads what the grader found wrong."""
     overlong_share: Share | None = None
     """Last part of rollout.max_new_tokens over which the penalty on the reward grows; 0: no penalty."""
     overlong_penalty: PositiveFloat = 0.5

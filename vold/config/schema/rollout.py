@@ -72,7 +72,11 @@ class EngineConfig(Strict):
 
 
 class DynamicSamplingConfig(Strict):
-    """DAPO's dynamic sampling: groups without a gradient are dropped, and further prompts sampled in their place."""
+    """DAPO's dynamic sampling: some groups are dropped, and further prompts sampled in their place."""
+
+    keep: Literal["gradient", "mixed"] = "gradient"
+    """gradient: groups with a gradient under the objective; mixed: those with right and other answers, as DAPO has it,
+    even where an overlong penalty or a teacher would give others a gradient."""
 
     max_prompts_factor: Annotated[float, Field(ge=1.0)] = 3.0
     """Prompts that a step may sample, in units of prompts_per_step."""

@@ -104,6 +104,8 @@ class SelfplayPhaseConfig(Strict):
     """Steps per iteration."""
     prompts_per_step: Positive
     """Prompts per step, over all ranks."""
+    minibatches: Positive = 1
+    """Updates that a step's prompts are divided among; at 1 no ratio is clipped."""
     rollout: RolloutConfig
     """Sampling."""
     objective: ObjectiveConfig = ObjectiveConfig(preset="grpo")
@@ -152,6 +154,11 @@ class SelfplayConfig(RunConfig):
     @model_validator(mode="after")
     def _rollouts_fit(self):
         for name, phase in (("challenger", self.challenger), ("solver", self.solver)):
+            if phase.minibatches > phase.prompts_per_step:
+                raise ValueError(
+                    f"{name}.minibatches = {phase.minibatches} exceeds {name}.prompts_per_step = "
+                    f"{phase.prompts_per_step}; lower it"
+                )
             if phase.rollout.vllm.urls:
                 raise ValueError(
                     f"{name}.rollout.vllm.urls names engines that hold one checkpoint, and self-play asks several: "

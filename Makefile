@@ -13,7 +13,7 @@ PYTHON    ?= $(shell for p in python3.11 python3.12 python3; do \
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-peers check bench bench-rl clean
+.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers check bench bench-rl clean
 .DEFAULT_GOAL := help
 
 help:                ## this list
@@ -42,7 +42,7 @@ reproduce: env       ## every table of docs/: runs/reproduce/report.html, runs/m
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay
 
-test: env            ## every test but those of the next two targets
+test: env            ## every test but those of the next three targets
 	$(PY) -m pytest
 
 test-fast: env       ## the tests that start no process and are not slow: under three minutes
@@ -53,6 +53,9 @@ test-install: env    ## pins resolve on both Pythons as on any machine; the buil
 
 test-vllm: env       ## real vLLM on the CPU, in an environment of its own
 	bash tests/vllm/run.sh
+
+test-real: env       ## SmolLM2-135M-Instruct, a real language model, through every stage: 93 MB, minutes
+	bash tests/real/run.sh
 
 test-peers: $(BENCH)/.ready  ## every method's loss and gradient beside TRL's, Liger's and verl's own functions
 	$(BENCH)/bin/python -m pytest tests/objectives/test_peers.py

@@ -17,11 +17,11 @@ from vold.data.packing import pack
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.models.architecture import Architecture
-from vold.models.images import load_prompt_encoder
+from vold.models.images import ImageProcessor, load_prompt_encoder
 from vold.models.tokenizer import check_vocabularies, load_tokenizer
 from vold.objectives import assign_sft_weights
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
-from vold.rollout.vllm.engines import Request, vllm_prompt
+from vold.rollout.vllm.engines import Request, sized_images, vllm_prompt
 from vold.types import Sample
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +240,9 @@ def test_trl_6718_the_engine_gets_one_pad_an_image(tiny_student_dir, tmp_path):
     tokenizer, encode = load_tokenizer(tiny_student_dir), load_prompt_encoder(tiny_student_dir)
     prompt = build_prompt(Problem("p", "[<image>]", images=(path,)), tokenizer, PromptConfig(suffix=""))
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    request = vllm_prompt(Request(prompt.token_ids.tolist(), prompt.images, {}))
+    request = vllm_prompt(
+        Request(prompt.token_ids.tolist(), sized_images(prompt, ImageProcessor(tiny_student_dir)), {})
+    )
     assert request["prompt_token_ids"].count(pad) == len(request["multi_modal_data"]["image"]) == 1
     encoded = encode(prompt)
     (picture,) = encoded.pictures

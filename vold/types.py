@@ -61,7 +61,8 @@ class _ArrayRecord:
         return hash(self._values())
 
     def _values(self) -> tuple[object, ...]:
-        return tuple(value.tobytes() if isinstance(value, np.ndarray) else value for value in vars(self).values())
+        values = (value for name, value in vars(self).items() if name != "metadata")
+        return tuple(value.tobytes() if isinstance(value, np.ndarray) else value for value in values)
 
 
 class _ScoredByTeacher:
@@ -77,8 +78,8 @@ class _ScoredByTeacher:
 
 @dataclass(frozen=True, eq=False)
 class Prompt(_ArrayRecord):
-    """A problem, rendered once. `token_ids` holds *one* image-pad id per image, expanded where a model reads it.
-    `choices`: the texts of options A, B, …, where gold is a letter; `category`: the data set's name for its kind."""
+    """A problem, rendered once. `token_ids` holds *one* image-pad id per image, expanded where a model reads it. The
+    other fields are the problem's (see Problem); `metadata` takes no part in comparisons."""
 
     id: str
     token_ids: TokenIds
@@ -87,6 +88,9 @@ class Prompt(_ArrayRecord):
     images: tuple[Path, ...] = ()
     choices: tuple[str, ...] = ()
     category: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    other_golds: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vold.config.schema import DataConfig, PromptConfig
-from vold.data.problems import PROBLEM_LAYOUTS, READERS, TRACE_LAYOUTS, load_problems, load_text_traces
+from vold.data.problems import PROBLEM_LAYOUTS, TRACE_LAYOUTS, load_problems, load_text_traces
+from vold.data.rows import READERS
 from vold.data.traces import SCHEMA, load_samples
 from vold.io import visible
 from vold.models.tokenizer import load_tokenizer

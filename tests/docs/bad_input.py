@@ -213,7 +213,7 @@ SECTIONS: dict[str, list[Case]] = {
         data("all rows bad, on_error=skip", "vqa", {"question": "1+1?"}, on_error="skip"),
         data("no question", "vqa", {"question": " ", "answer": "2"}),
         data("no answer", "vqa", {"question": "1+1?", "answer": ""}),
-        data("an answer that is not text", "vqa", {"question": "1+1?", "answer": ["2"]}),
+        data("an answer that is not text", "vqa", {"question": "1+1?", "answer": {"value": 2}}),
         data("an answer with unbalanced braces", "vqa", {"question": "1+1?", "answer": "\\frac{1}{2"}),
         data("an answer with a box of its own", "vqa", {"question": "1+1?", "answer": "\\boxed{1}\\boxed{2}"}),
         data("an answer outside the options", "vqa", {"question": "?", "answer": "C", "choices": ["1", "2"]}),

@@ -18,8 +18,6 @@ OPTIONAL = {"flash_attn": "flash-attn", "vllm": "vllm", "wandb": "wandb", "track
 FOREIGN = {"vlmeval", "transformer_engine", "apex"}
 # Declared for what a library needs in turn: torch.utils.tensorboard.
 INDIRECT = {"tensorboard"}
-# Declared and not imported yet: rows are to be read from the Hub's formats with it (issue 15).
-TO_COME = {"datasets"}
 # Extras of tools and tests, which the package itself never imports.
 TOOLS = ("dev",)
 
@@ -56,7 +54,7 @@ def test_every_import_is_declared():
 
 def test_every_declared_package_is_imported():
     needed = declared(tuple(set(PROJECT["optional-dependencies"]) - set(TOOLS))).keys()
-    assert needed - imported_distributions().keys() - INDIRECT == TO_COME
+    assert needed - imported_distributions().keys() - INDIRECT == set()
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-vllm.txt"])

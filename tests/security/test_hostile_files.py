@@ -228,7 +228,13 @@ BAD_LINES += [
 @pytest.mark.parametrize("layout", ["virl39k", "vqa", "gsm8k", "messages", "geometry3k"])
 def test_bad_lines_are_skipped_and_reported_one_by_one(tmp_path, layout):
     path = tmp_path / "rows.jsonl"
-    row = {"question": "1+1?", "answer": "#### 2", "problem": "1+1?", "image": [], "images": []}
+    row = {
+        "question": "1+1?",
+        "answer": "#### 2" if layout == "gsm8k" else "2",
+        "problem": "1+1?",
+        "image": [],
+        "images": [],
+    }
     row |= {"messages": [{"role": "user", "content": "1+1?"}]}
     good = json.dumps(row).encode()
     path.write_bytes(b"\n".join([good, *BAD_LINES, good, b""]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,8 @@ def build_prompts(
     """The prompts of problems, in order, each within prompt.max_tokens. A longer one raises ValueError, or is left out
     (on_error "skip") and logged. Raises ValueError where none is left. length: a prompt's tokens; an encoder's `length`
     counts those of images too."""
-    built = _build(problems, tokenizer, config)
-    too_long = {prompt.id: tokens for prompt in built if (tokens := length(prompt)) > config.max_tokens}
+    built, lengths = _measured(_build(problems, tokenizer, config), length, on_error)
+    too_long = {id: tokens for id, tokens in lengths.items() if tokens > config.max_tokens}
     if not too_long:
         return built
     if on_error == "stop":
@@ -44,6 +44,27 @@ def build_prompts(
     return [prompt for prompt in built if prompt.id not in too_long]
 
 
+def _measured(
+    prompts: Iterable[Prompt], length: Callable[[Prompt], int], on_error: str
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts that the model can read, and the tokens of each by its id. One that it cannot (its text spells out an
+    image-pad token) raises ValueError, or is left out and logged (on_error "skip")."""
+    kept, lengths, errors = [], {}, []
+    for prompt in prompts:
+        try:
+            lengths[prompt.id] = length(prompt)
+            kept.append(prompt)
+        except ValueError as error:
+            if on_error == "stop":
+                raise ValueError(f"{error} (data.on_error=skip leaves such rows out)") from None
+            errors.append(error)
+    if not kept:
+        raise ValueError(f"the model can read no prompt; the first: {errors[0]}")
+    if errors:
+        log.info(visible(f"skipped {len(errors)} prompts that the model cannot read, the first: {errors[0]}"))
+    return kept, lengths
+
+
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
     """One prompt; its token ids hold one image-pad id per image (see Prompt). Raises ValueError where the chat template
     refuses the messages."""
@@ -52,8 +73,7 @@ def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: P
 
 
 def _build(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[Prompt]:
-    system = [{"role": "system", "content": config.system}] if config.system else []
-    chats = [[*system, {"role": "user", "content": _content(problem, config.suffix)}] for problem in problems]
+    chats = [_chat(problem, config) for problem in problems]
     try:
         texts = render_chats(tokenizer, chats, add_generation_prompt=True)
     except ChatRefused as error:  # many templates know no system turn
@@ -70,9 +90,20 @@ def _build(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, conf
             images=problem.images,
             choices=problem.choices,
             category=problem.category,
+            history=problem.history,
+            other_golds=problem.other_golds,
+            metadata=problem.metadata,
         )
         for problem, text in zip(problems, texts, strict=True)
     ]
+
+
+def _chat(problem: Problem, config: PromptConfig) -> list[dict]:
+    """The messages of a problem. A system turn of its own stands in for prompt.system."""
+    turns = [*problem.history, ("user", problem.question + config.suffix_text)]
+    if config.system and turns[0][0] != "system":
+        turns.insert(0, ("system", config.system))
+    return [{"role": role, "content": _content(text, bool(problem.images))} for role, text in turns]
 
 
 def show_hint(
@@ -86,21 +117,22 @@ def show_hint(
     }
     # in one pass: the inserted texts may hold braces of their own
     question = re.sub(r"\{(problem|demonstration|feedback)\}", lambda match: parts[match[1]], form.template)
-    return build_prompt(Problem(prompt.id, question, prompt.gold, prompt.images), tokenizer, config)
+    problem = Problem(prompt.id, question, prompt.gold, prompt.images, history=prompt.history)
+    return build_prompt(problem, tokenizer, config)
 
 
 def _section(template: str, name: str, text: str | None) -> str:
     return "" if text is None else template.replace(f"{{{name}}}", text)
 
 
-def _content(problem: Problem, suffix: str) -> str | list[dict]:
-    """Plain text, or text and image items in the order of the problem's <image> marks."""
-    if not problem.images:
-        return problem.question + suffix
-    before, *after = (problem.question + suffix).split("<image>")
+def _content(text: str, has_images: bool) -> str | list[dict]:
+    """Plain text, or text and image items in the order of a turn's <image> marks."""
+    if not has_images or "<image>" not in text:
+        return text
+    before, *after = text.split("<image>")
     items = [{"type": "text", "text": before}] if before else []
-    for text in after:
+    for part in after:
         items.append({"type": "image"})
-        if text:
-            items.append({"type": "text", "text": text})
+        if part:
+            items.append({"type": "text", "text": part})
     return items

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import TextTrace, load_text_traces
 from vold.data.prompts import build_prompt
-from vold.io import atomic_path, one_line_errors
+from vold.io import atomic_path, log, one_line_errors
 from vold.jsonl import parse_row
 from vold.types import Prompt, Rollout, Sample, TokenIds
 
@@ -185,13 +185,16 @@ def load_samples(
     fit."""
     if config.layout == "traces":
         samples = _Traces(_table(config, len(tokenizer)), max_tokens)
-    elif config.layout in ("messages", "prompt-response"):
-        all_samples = (_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config))
-        samples = [s for s in all_samples if len(s.prompt.token_ids) + len(s.response_ids) <= max_tokens]
+        rows = samples.rows
     else:
-        raise ValueError(f"data.layout = {config.layout!r} holds no traces; use traces, messages or prompt-response")
+        prompt = prompt.without_grading()
+        all_samples = [_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config)]
+        samples = [s for s in all_samples if len(s.prompt.token_ids) + len(s.response_ids) <= max_tokens]
+        rows = len(all_samples)
     if not samples:
         raise ValueError(f"{config.path} holds no trace of at most max_tokens = {max_tokens}; raise it")
+    if len(samples) < rows:
+        log.warning(f"{config.path}: {rows - len(samples)} of {rows} traces are longer than max_tokens and left out")
     return samples
 
 
@@ -201,6 +204,7 @@ class _Traces(Sequence[Sample]):
     def __init__(self, table: pa.Table, max_tokens: int):
         lengths = compute.add(*(compute.list_value_length(table[name]) for name in IDS))
         self._table, self._kept = table, compute.indices_nonzero(compute.less_equal(lengths, max_tokens))
+        self.rows = len(table)
 
     def __len__(self) -> int:
         return len(self._kept)

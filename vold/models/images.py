@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vold.data.packing import EncodedPrompt, PromptEncoder, TextPromptEncoder, encode_text
-from vold.data.pictures import read_picture
+from vold.data.pictures import picture_size, read_picture
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.types import Picture, Prompt, TokenIds
@@ -49,17 +50,30 @@ class ImageProcessor:
         return tuple(self._read(path) for path in paths)
 
     def _read(self, path: Path) -> Picture:
-        image, key = read_picture(path), str(path)
+        image, key = read_picture(path, self.size(path)), str(path)
         if self._transform is not None:
             image, key = self._transform(image), f"{path} ({self._transform.__name__})"
         out = self._processor(images=[image], return_tensors="pt")
         return Picture(key, out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
 
+    def size(self, path: Path) -> tuple[int, int]:
+        """(width, height) at which the model reads an image: whole merged patches, within the processor's bounds. Only
+        the file's header is read. An image of this size is not resized again, by transformers or by vLLM."""
+        width, height = picture_size(path)
+        processor, bounds = self._processor, self._processor.size
+        height, width = smart_resize(
+            height,
+            width,
+            factor=processor.patch_size * processor.merge_size,
+            min_pixels=bounds["shortest_edge"],
+            max_pixels=bounds["longest_edge"],
+        )
+        return width, height
+
     def _token_count(self, path: Path) -> int:
-        """Number of tokens that an image becomes. Only the file's header, which has its size, is read."""
-        with Image.open(path) as image:
-            width, height = image.size
-        return self._processor.get_number_of_image_patches(height, width) // self.arch.vision.merge_size**2
+        """Number of tokens that an image becomes."""
+        width, height = self.size(path)
+        return width * height // (self._processor.patch_size * self._processor.merge_size) ** 2
 
     def expand(self, token_ids: TokenIds, pictures: Sequence[Picture]) -> TokenIds:
         """Repeat each image-pad id once per merged patch. Raises ValueError when pads and pictures differ in number."""

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
 from vold.models.architecture import Architecture
+from vold.models.images import ImageProcessor
 from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, settings_for_scoring
 from vold.rollout.vllm.remote import RemoteEngines
 from vold.types import Rollout
@@ -36,7 +37,7 @@ class VllmTeacher:
     """
 
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, temperature: float, dtype: torch.dtype | None = None):
-        self._reads_images = Architecture.from_pretrained(checkpoint).vision is not None
+        self._images = ImageProcessor(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
         self._engines: Engines
         self._pool: ThreadPoolExecutor | None = None
         if settings.urls:
@@ -52,11 +53,11 @@ class VllmTeacher:
         often than `retries`: such a sample is to be masked, never filled in. The future raises ValueError when no
         engine is left."""
         for rollout in rollouts:
-            if rollout.prompt.images and not self._reads_images:
+            if rollout.prompt.images and self._images is None:
                 raise ValueError(
                     f"prompt {rollout.prompt.id} has images: a text-only teacher cannot score its responses"
                 )
-        requests = [Request.scoring(rollout.prompt, rollout.response_ids) for rollout in rollouts]
+        requests = [Request.scoring(rollout.prompt, rollout.response_ids, self._images) for rollout in rollouts]
         if self._pool:
             return self._pool.submit(self._score, requests)
         done: Future[Scores] = Future()

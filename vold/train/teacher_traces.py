@@ -67,8 +67,8 @@ class _Prompts:
 
 def _load_prompts(data: DataConfig, prompt: PromptConfig, teacher: Path) -> _Prompts:
     skipped: list[str] = []
-    problems = load_problems(data, skipped.append)
-    prompts = build_prompts(problems, load_tokenizer(teacher), prompt, data.on_error)
+    problems = load_problems(data, skipped.append, needs_gold=False)
+    prompts = build_prompts(problems, load_tokenizer(teacher), prompt.without_grading(), data.on_error)
     unique: dict[tuple, Prompt] = {}  # the first of those with the same ids and images
     for built in prompts:
         unique.setdefault((tuple(built.token_ids), built.images), built)

@@ -6,20 +6,39 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
 from vold.data.pictures import read_picture
+from vold.models.images import ImageProcessor
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel import cpu
 from vold.types import Prompt, TokenIds
 
 WORKER = "vold.rollout.vllm.worker.PolicyWorker"
+
+
+class SizedImage(NamedTuple):
+    """An image file, and the (width, height) at which the model reads it. vLLM gets pixels of that size: its own resize
+    differs from the trainer's by up to 18 of 255 in a pixel, and .2 nats in a log-prob."""
+
+    path: Path
+    size: tuple[int, int]
+
+    def read(self) -> Image.Image:
+        """The pixels that the trainer reads too."""
+        return read_picture(self.path, self.size)
+
+
+def sized_images(prompt: Prompt, processor: ImageProcessor | None) -> tuple[SizedImage, ...]:
+    """A prompt's images as the model with this processor reads them; a text model has none."""
+    return tuple(SizedImage(path, processor.size(path)) for path in prompt.images) if processor else ()
 
 
 @dataclass(frozen=True)
@@ -32,16 +51,18 @@ class Request:
     """
 
     token_ids: list[int]
-    images: Sequence[Path]
+    images: Sequence[SizedImage]
     params: dict[str, Any]
     scored: int = 0
 
     @classmethod
-    def scoring(cls, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> Request:
+    def scoring(
+        cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: ImageProcessor | None
+    ) -> Request:
         """A request for the log-probabilities of a given response. vLLM samples at least one token more."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]
-        return cls(ids, prompt.images, params, scored=len(response_ids))
+        return cls(ids, sized_images(prompt, processor), params, scored=len(response_ids))
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ def vllm_prompt(request: Request) -> dict:
     """A request as `LLM.generate` takes it."""
     prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
     if request.images:
-        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in request.images]}
+        prompt["multi_modal_data"] = {"image": [image.read() for image in request.images]}
     return prompt
 
 

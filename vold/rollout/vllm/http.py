@@ -10,13 +10,11 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from vold.data.pictures import read_picture
-from vold.rollout.vllm.engines import EngineOutput, Request, Response, scored_logps
+from vold.rollout.vllm.engines import EngineOutput, Request, Response, SizedImage, scored_logps
 
 # One connection a request: an engine that was started again meets no connection of its predecessor's.
 _client = httpx2.Client(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0), trust_env=False)
@@ -55,7 +53,7 @@ def generate(
     version is called `label`."""
     body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
     if request.images:
-        body["content_parts"] = [{"type": "image_url", "url": _data_url(path)} for path in request.images]
+        body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in request.images]
     answer = post(url, "/inference/v1/generate", body, timeout, cancellation)
     try:
         output = EngineOutput(
@@ -115,11 +113,11 @@ def _one_line(text: bytes) -> str:
     return " ".join(text.decode(errors="replace").split())[:200]
 
 
-def _data_url(path: Path) -> str:
-    """The decoded image as a PNG, as the trainer reads it: the server would decode transparency and 16 bits
-    differently from the file."""
+def _data_url(image: SizedImage) -> str:
+    """The pixels as a PNG, as the trainer reads them: the server would decode transparency and 16 bits differently from
+    the file, and resize differently."""
     png = io.BytesIO()
-    read_picture(path).save(png, "PNG", compress_level=1)
+    image.read().save(png, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 

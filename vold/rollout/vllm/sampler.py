@@ -12,7 +12,7 @@ from vold.io import log
 from vold.models.architecture import Architecture
 from vold.models.images import ImageProcessor
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
-from vold.rollout.vllm.engines import Engines, Request
+from vold.rollout.vllm.engines import Engines, Request, sized_images
 from vold.seeding import derive_seed
 from vold.types import Prompt, Rollout, TokenIds
 
@@ -82,7 +82,7 @@ class VllmSampler:
         requests = [
             Request(
                 prompts[index].token_ids.tolist(),
-                prompts[index].images,
+                sized_images(prompts[index], self.images),
                 {**params, "seed": first_seed + index * responses},
             )
             for index in indices
@@ -94,7 +94,7 @@ class VllmSampler:
 
     def score(self, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> list[float]:
         """See Sampler."""
-        ((_, output),) = self._engines.stream([Request.scoring(prompt, response_ids)])
+        ((_, output),) = self._engines.stream([Request.scoring(prompt, response_ids, self.images)])
         if output is None:
             raise ValueError(f"the engines failed to score {prompt.id} (vllm.retries), see above")
         return output.scored

@@ -14,28 +14,34 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
 from vold.config.schema import OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
-from vold.io import log
 from vold.models.flops import segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
 from vold.models.weights import export_weights, load_chunks
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
+from vold.trainer import bad_steps
 from vold.trainer.metrics import MicroBatchStats, mean_kl, micro_batch_stats, reduce_stats, token_logps
 from vold.trainer.optimizer import build_optimizer, build_schedule
 from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, MicroBatch, StepReport
 from vold_kernels import KLLoss, linear_kl, linear_logprob, linear_policy_loss
+
+
+class _Update(NamedTuple):
+    """grad_norm: before clipping; made: the parameters were updated."""
+
+    grad_norm: float
+    made: bool
 
 
 class Trainer:
@@ -69,7 +75,7 @@ class Trainer:
         self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
-        self._max_bad_steps, self._bad_steps = optimizer.max_bad_steps, 0
+        self._bad_steps = bad_steps.BadSteps(optimizer.max_bad_steps)
         self.average: WeightAverage | None = None
         if objective.uses_self_teacher:
             assert objective.self_distillation is not None
@@ -81,22 +87,26 @@ class Trainer:
 
     def step(self, *minibatches: Batch, logged_sample_ids: Container[int] = ()) -> StepReport:
         """One update for each minibatch of a step's rollouts; with several, log-probs before the first are the ratios'
-        denominators. Metrics are reduced over all ranks; a non-finite gradient changes no parameter anywhere.
-        logged_sample_ids: indices of the samples whose log-probs are reported token by token."""
+        denominators. Metrics are reduced over all ranks; an update that is not finite, or has no gradient, changes no
+        parameter anywhere (see bad_steps). logged_sample_ids: indices of the samples whose log-probs are reported token
+        by token. Raises ValueError for an id that is not the vocabulary's."""
+        for batch in minibatches:
+            bad_steps.check_ids(batch, self.vocab_size)
         batches = [batch.to(self._layout.device) for batch in minibatches]
         if len(batches) > 1:
             with self.phases("old_logprobs"):
                 batches = [self._with_logp_old(batch) for batch in batches]
         self.schedule.step(1)
         stats: list[MicroBatchStats] = []
-        grad_norms: list[float] = []
+        updates: list[_Update] = []
         for batch in batches:
-            stats += self.accumulate_gradients(batch)
+            batch_stats = self.accumulate_gradients(batch)
             with self.phases("optimizer"):
-                grad_norms.append(self._update())
-        if self.average is not None:
+                updates.append(self._update(bad_steps.nonfinite_reason(batch, batch_stats, self._layout.device)))
+            stats += batch_stats
+        if self.average is not None and any(update.made for update in updates):
             self.average.update(self.chunks)
-        report = self._report(batches, stats, grad_norms, logged_sample_ids) if self._layout.is_last_stage else None
+        report = self._report(batches, stats, updates, logged_sample_ids) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
 
     def accumulate_gradients(self, batch: Batch) -> list[MicroBatchStats]:
@@ -169,50 +179,46 @@ class Trainer:
         schedule does not scale the loss (see head_output)."""
         return self._head_options() | {"weight_main_grad": self.chunks[-1].head_main_grad()}
 
-    def _update(self) -> float:
-        """Clip the gradient, check that it is finite, update. Returns the gradient norm before clipping."""
+    def _update(self, nonfinite: str | None) -> _Update:
+        """Clip the gradient and update, unless the loss is not finite (`nonfinite`: why) or the gradient is not, or is
+        exactly zero. Every rank decides alike: the norm is reduced over all."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.clip_grad_norm(self.optimizer.config.clip_grad))
-        if math.isfinite(grad_norm):  # the norm is reduced over all ranks, so every rank decides alike
-            self.optimizer.step_with_ready_grads()
-            self._bad_steps = 0
+        norm_reason = None if math.isfinite(grad_norm) else f"gradient norm was {grad_norm}"
+        if nonfinite or norm_reason:
+            bad_steps.warn(nonfinite or norm_reason)
+            self._bad_steps.add(norm_reason or nonfinite)
+        elif grad_norm == 0.0:
+            bad_steps.warn("no response has a gradient")
         else:
-            remedy = "lower optimizer.lr, or look at the last rows of samples.jsonl"
-            self._count_bad_step(f"gradient norm was {grad_norm}", remedy)
-        return grad_norm
+            self.optimizer.step_with_ready_grads()
+            self._bad_steps.reset()
+            return _Update(grad_norm, made=True)
+        return _Update(grad_norm, made=False)
 
     def skip(self, reason: str, remedy: str) -> StepReport:
         """Record a step without samples: no parameter or moment changes, the schedule advances, rank 0 logs `reason`.
         Raises ValueError, with `remedy`, after optimizer.max_bad_steps bad steps in a row. All ranks call."""
-        if dist.get_rank() == 0:
-            log.warning("%s; this step trains nothing", reason)
+        bad_steps.warn(reason)
         self.schedule.step(1)
-        self._count_bad_step(reason, remedy)
+        self._bad_steps.add(reason, remedy)
         return StepReport({"lr": self._lr(), "skipped": 1.0})
-
-    def _count_bad_step(self, reason: str, remedy: str) -> None:
-        self._bad_steps += 1
-        if self._bad_steps >= self._max_bad_steps:
-            raise ValueError(
-                f"{reason} for {self._bad_steps} steps in a row (optimizer.max_bad_steps); no parameter was changed by "
-                f"them; {remedy}"
-            )
 
     def _report(
         self,
         batches: Sequence[Batch],
         stats: Sequence[MicroBatchStats],
-        grad_norms: Sequence[float],
+        updates: Sequence[_Update],
         logged_sample_ids: Container[int],
     ) -> StepReport:
         """The step's report, on the last pipeline stage; a collective over its data-parallel group. Losses
         and norms are means over the updates, the other metrics over all their tokens."""
-        group, updates = self._layout.dp_group, len(batches)
+        group = self._layout.dp_group
         flops = sum(self._useful_flops(batch) for batch in batches)
         metrics = reduce_stats(stats, group, train_tflop=flops / 1e12)
-        metrics |= {name: metrics[name] / updates for name in ("loss", "pg_loss", "kl_loss")}
-        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
-        metrics |= {"grad_norm": sum(grad_norms) / updates, "lr": self._lr(), "skipped": float(skipped)}
+        metrics |= {name: metrics[name] / len(updates) for name in ("loss", "pg_loss", "kl_loss")}
+        metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
+        metrics |= {"lr": self._lr(), "skipped": float(sum(not update.made for update in updates))}
         micro_batches = [micro for batch in batches for micro in batch.micro_batches]
         logps = token_logps(micro_batches, stats, logged_sample_ids, group)
         return StepReport(metrics, mean_kl(micro_batches, stats, group), logps)

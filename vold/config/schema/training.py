@@ -35,8 +35,8 @@ class OptimizerConfig(Strict):
     clip_grad: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
     max_bad_steps: Positive = 3
-    """Steps in a row, non-finite or with nothing to learn from, each skipped on every rank, after which the run
-    stops."""
+    """Steps in a row, non-finite or without a graded response, each skipped on every rank, after which the run stops;
+    a step whose gradient is zero is skipped too and does not count."""
 
 
 class VisionConfig(Strict):

@@ -1,0 +1,81 @@
+"""The steps that change no parameter, by one rule for every stage and method: an update whose loss, likelihoods or
+gradient are not finite on any rank is not made, and neither is one without any gradient (moments and weight decay alone
+would move the weights). Metric `skipped` counts both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from vold.io import log
+from vold.trainer.metrics import MicroBatchStats
+from vold.types import Batch, MicroBatch
+
+REMEDY = "lower optimizer.lr, or look at the last rows of samples.jsonl"
+
+
+class BadSteps:
+    """Counts bad steps in a row, up to `limit`: those that are not finite, and those without a graded response. A step
+    whose gradient is zero is none: it neither counts nor ends the row."""
+
+    def __init__(self, limit: int):
+        self._limit, self._count = limit, 0
+
+    def reset(self) -> None:
+        """An update was made."""
+        self._count = 0
+
+    def add(self, reason: str, remedy: str = REMEDY) -> None:
+        """One more, the same on every rank. Raises ValueError, with `remedy`, at the limit."""
+        self._count += 1
+        if self._count >= self._limit:
+            raise ValueError(
+                f"{reason} for {self._count} steps in a row (optimizer.max_bad_steps); no parameter was changed by "
+                f"them; {remedy}"
+            )
+
+
+def check_ids(batch: Batch, vocab_size: int) -> None:
+    """Raise ValueError where a response has an id that both models do not really have: its likelihood would be 0."""
+    for micro in batch.micro_batches:
+        beyond_N = micro.target_N >= vocab_size
+        if bool(beyond_N.any()):
+            position = int(beyond_N.nonzero()[0])
+            prompt = micro.samples_B[int(micro.sequence_N[position])].prompt
+            raise ValueError(
+                f"{prompt.id}: the response has token id {int(micro.target_N[position])} and ids end at "
+                f"{vocab_size - 1}; its tokenizer is another model's"
+            )
+
+
+def nonfinite_reason(batch: Batch, stats: Sequence[MicroBatchStats], device: torch.device) -> str | None:
+    """Why an update must not be made: a loss, log-probability or divergence of it is not finite, on any rank; None
+    where all are finite. A collective over all ranks. stats: of the batch, on the last pipeline stage; else empty."""
+    finite = torch.stack([s.sums_M.isfinite().all() for s in stats]).all() if stats else torch.tensor(True)
+    flag = (~finite).to(device, torch.float32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if not flag.item():
+        return None
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _first_nonfinite(batch.micro_batches, stats))
+    where = next((reason for reason in found if reason), "the loss")
+    return f"{where} was not finite"
+
+
+def _first_nonfinite(micro_batches: Sequence[MicroBatch], stats: Sequence[MicroBatchStats]) -> str | None:
+    """The first response of this rank with a likelihood or KL term that is not finite."""
+    for micro, s in zip(micro_batches, stats, strict=False):
+        weighted_N = (micro.pg_weight_N != 0) | (micro.kl_weight_N != 0)
+        bad_N = weighted_N & ~s.logp_N.isfinite()
+        sequences = micro.sequence_N[bad_N].tolist() + (~s.kl_B.isfinite()).nonzero()[:, 0].tolist()
+        if sequences:
+            return f"the likelihood of a response to {micro.samples_B[sequences[0]].prompt.id}"
+    return None
+
+
+def warn(reason: str) -> None:
+    """Say on rank 0 that the step trains nothing, and why."""
+    if dist.get_rank() == 0:
+        log.warning("%s; this step trains nothing", reason)

@@ -196,8 +196,8 @@ def test_trl_5224_ids_that_text_does_not_bring_back(tiny_student_dir):
     """A response may spell its text as no tokenizer would; what is trained are its ids all the same."""
     vocabulary = SamplingVocabulary.from_checkpoint(tiny_student_dir)
     tokenizer = vocabulary.tokenizer
-    unknown, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
-    ids = (*tokenizer.convert_tokens_to_ids(["7", "*"]), unknown, tokenizer.convert_tokens_to_ids("6"), eos)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = (*tokenizer.convert_tokens_to_ids(["7", "*"]), pad, tokenizer.convert_tokens_to_ids("6"), eos)
     prompt = build_prompt(Problem("p", "[7*6]"), tokenizer, PromptConfig(suffix=""))
     rollout = vocabulary.make_rollout(prompt, ids, [-0.1] * len(ids), version=0)
     assert tokenizer(rollout.text, add_special_tokens=False)["input_ids"] != rollout.response_ids[:-1].tolist()
@@ -209,7 +209,7 @@ def test_trl_5224_ids_that_text_does_not_bring_back(tiny_student_dir):
 
 TOKENISERS = {
     "vold/data/prompts.py": 1,  # prompts
-    "vold/data/traces.py": 1,  # SFT sets that are text
+    "vold/data/responses.py": 2,  # SFT sets that are text, and the end of a turn
     "vold/models/tokenizer.py": 1,  # the spelling of tokens a student lacks
     "vold/selfplay/embedders.py": 1,  # an encoder's own reading
     "vold/selfplay/questions.py": 1,  # posed questions, which become prompts

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import TextTrace, load_text_traces
 from vold.data.prompts import build_prompt
+from vold.data.responses import response_ids
 from vold.io import atomic_path, log, one_line_errors
 from vold.jsonl import parse_row
 from vold.types import Prompt, Rollout, Sample, TokenIds
@@ -178,17 +178,22 @@ def _outcome(finish_reason: str | None, tokens: int, max_tokens: int) -> str:
 
 @one_line_errors()
 def load_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, *, max_tokens: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    *,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
 ) -> Sequence[Sample]:
     """Training sequences of stage 1 with weights still unset: traces of `vold traces` by their token ids, public text
     sets tokenised once. Sequences of more than max_tokens are left out. Raises ValueError for a file that does not
     fit."""
     if config.layout == "traces":
-        samples = _Traces(_table(config, len(tokenizer)), max_tokens)
+        samples = _Traces(_table(config, max(tokenizer.get_vocab().values()) + 1), max_tokens)
         rows = samples.rows
     else:
         prompt = prompt.without_grading()
-        all_samples = [_from_text(trace, tokenizer, prompt) for trace in load_text_traces(config)]
+        all_samples = [_from_text(trace, tokenizer, prompt, stop_ids) for trace in load_text_traces(config)]
         samples = [s for s in all_samples if len(s.prompt.token_ids) + len(s.response_ids) <= max_tokens]
         rows = len(all_samples)
     if not samples:
@@ -250,10 +255,12 @@ def _read(file: Path, vocab_size: int) -> pa.Table:
     return table
 
 
-def _from_text(trace: TextTrace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Sample:
-    """A sample whose response ends with the end-of-turn token, as a sampled one does."""
-    ids = tokenizer(trace.response, add_special_tokens=False)["input_ids"]
-    return _sample(build_prompt(trace.problem, tokenizer, config), np.array([*ids, tokenizer.eos_token_id], np.int32))
+def _from_text(
+    trace: TextTrace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, stop_ids: Sequence[int]
+) -> Sample:
+    """A sample whose response begins and ends as a sampled one does."""
+    prompt = build_prompt(trace.problem, tokenizer, config)
+    return _sample(prompt, response_ids(trace.response, prompt, tokenizer, stop_ids))
 
 
 def _sample(prompt: Prompt, response_ids: TokenIds) -> Sample:

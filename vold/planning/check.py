@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from vold.config.schema import ParallelConfig, RlConfig, SftConfig
+from vold.data.responses import turn_end
 from vold.io import visible
 from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
-from vold.models.tokenizer import check_pair, load_tokenizer
+from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.objectives import build_objective
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine
@@ -143,11 +144,18 @@ def _check_tokenizers(config: SftConfig | RlConfig) -> str:
     if teacher is not None:
         pair = check_pair(config.student, teacher)
         heads = f"heads of {pair.student_head_rows} and {pair.teacher_head_rows} rows"
-        return f"{pair.shared_vocab_size} ids mean the same to student and teacher; {heads}"
-    ids, rows = len(load_tokenizer(config.student)), Architecture.from_pretrained(config.student).vocab
-    if ids > rows:
-        raise ValueError(f"{ids} token ids do not fit the {rows} head rows of {config.student}: enlarge its head first")
-    return f"{ids} ids, a head of {rows} rows"
+        return f"{pair.shared_vocab_size} ids mean the same to student and teacher; {heads}" + _ends(config.student)
+    rows = Architecture.from_pretrained(config.student).vocab
+    return f"{check_checkpoint(config.student)} ids, a head of {rows} rows" + _ends(config.student)
+
+
+def _ends(student: Path) -> str:
+    """The tokens at which sampler and evaluation stop; SFT teaches the first."""
+    tokenizer = load_tokenizer(student)
+    ids = stop_ids(student, tokenizer)
+    taught = turn_end(tokenizer, ids)
+    names = tokenizer.convert_ids_to_tokens([taught, *(token_id for token_id in ids if token_id != taught)])
+    return "; responses end with " + " or ".join(map(repr, names))
 
 
 def _check_run_dir(config: SftConfig | RlConfig) -> str:

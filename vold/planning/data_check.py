@@ -12,7 +12,7 @@ from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import load_tokenizer
+from vold.models.tokenizer import load_tokenizer, stop_ids
 from vold.planning.row_preview import row_preview
 from vold.train.components import check_trained_vision
 from vold.types import Prompt, Sample
@@ -34,7 +34,8 @@ class DataCheck:
         config, skipped = self._config, []
         tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
         if isinstance(config, SftConfig):
-            samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
+            limits = {"max_tokens": config.max_tokens, "stop_ids": stop_ids(config.student, tokenizer)}
+            samples = load_samples(config.data, tokenizer, config.prompt, **limits)
             self._training, kind = samples, "traces"
             prompts = [samples[index].prompt for index in range(len(samples))]
         else:

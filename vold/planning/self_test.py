@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vold.data.packing import pack
-from vold.models.tokenizer import load_tokenizer
+from vold.models.tokenizer import check_checkpoint
 from vold.models.weights import load_chunks
 from vold.parallel.launch import initialise, shutdown
 from vold.teacher import Teacher
@@ -23,7 +23,7 @@ def self_divergence(checkpoint: Path, dtype_name: str, seed: int) -> tuple[int, 
     loaded once as the trainer loads it and once as a teacher."""
     layout, dtype = initialise(seed=seed), getattr(torch, dtype_name)
     try:
-        vocab_size = len(load_tokenizer(checkpoint))
+        vocab_size = check_checkpoint(checkpoint)
         teacher = Teacher(checkpoint, layout, dtype=dtype, vocab_size=vocab_size, full_distributions=True)
         student = load_chunks(checkpoint, layout, dtype)
         batch = teacher.score(pack(_samples(vocab_size), max_tokens=SEQUENCES * (PROMPT_TOKENS + RESPONSE_TOKENS)))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from vold.data.responses import open_thought
 from vold.models.checkpoint_dir import reading
-from vold.models.tokenizer import load_tokenizer
+from vold.models.tokenizer import id_bound, load_tokenizer, stop_ids
 from vold.types import Prompt, Rollout
 
 
@@ -18,7 +19,7 @@ class SamplingVocabulary:
     """The sampler's token ids.
 
     size        ids below it may be sampled: the tokenizer's; the model's head may have more rows
-    banned_ids  ids below `size` that are never sampled
+    banned_ids  ids below `size` that are never sampled: the image pad, and those without a token
     stop_ids    each of them ends a response
     """
 
@@ -29,35 +30,34 @@ class SamplingVocabulary:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> SamplingVocabulary:
-        """The tokenizer's ids without the image pad. Stop ids are the generation config's list (Qwen3 has two), or the
-        tokenizer's end token."""
+        """The tokenizer's ids, and the ends that the checkpoint's files name (`vold.models.tokenizer: stop_ids`)."""
         tokenizer = load_tokenizer(checkpoint)
         with reading(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-            stop = _generation_config(checkpoint, config).eos_token_id
-        stop = tokenizer.eos_token_id if stop is None else stop
-        return cls(
-            size=len(tokenizer),
-            banned_ids=(config.image_token_id,) if hasattr(config, "vision_config") else (),
-            stop_ids=tuple(stop) if isinstance(stop, list | tuple) else (stop,),
-            tokenizer=tokenizer,
-        )
+        size = id_bound(tokenizer)
+        banned = set(range(size)) - set(tokenizer.get_vocab().values())
+        if hasattr(config, "vision_config"):
+            banned.add(config.image_token_id)
+        return cls(size, tuple(sorted(banned)), stop_ids(checkpoint, tokenizer), tokenizer)
+
+    @property
+    def pad_id(self) -> int:
+        """The id in front of shorter prompts; nothing reads it."""
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None else pad
 
     def make_rollout(self, prompt: Prompt, ids: Sequence[int], logps: Sequence[float], *, version: int) -> Rollout:
-        """The response up to and with its first stop token; what follows that is padding, whatever its ids are."""
+        """The response up to and with its first stop token; what follows that is padding, whatever its ids are. Its
+        text has every token but end and pad, and begins with the `<think>` that the prompt has opened."""
         stops = [index for index, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
+        unread = {*self.stop_ids, self.tokenizer.pad_token_id}
+        written = [*open_thought(prompt.token_ids, self.tokenizer), *(i for i in ids[:length] if i not in unread)]
         return Rollout(
             prompt=prompt,
             response_ids=ids[:length],
             logp_rollout=logps[:length],
             finish_reason="stop" if stops else "length",
-            text=self.tokenizer.decode(ids[: length - bool(stops)], skip_special_tokens=True),
+            text=self.tokenizer.decode(written),
             version=version,
         )
-
-
-def _generation_config(checkpoint: Path, config) -> GenerationConfig:
-    if (checkpoint / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
-    return GenerationConfig.from_model_config(config)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from vold.grading import Grader
 from vold.io import log
 from vold.models.architecture import Architecture
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import check_pair, load_tokenizer
+from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.objectives import Objective, build_objective
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import TransformersSampler, open_sampler
@@ -81,7 +82,7 @@ def open_rl(
     check_rl_config(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     tokenizer = load_tokenizer(config.student)
-    vocab_size = check_pair(config.student, config.teacher).shared_vocab_size if config.teacher else len(tokenizer)
+    vocab_size = _vocab_size(config.student, config.teacher)
     problems, encode = load_problems(config.data), load_prompt_encoder(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_trained_vision(config.vision, prompts)
@@ -127,9 +128,9 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     check_sft_config(config)
     job = open_job(config, "sft", total=config.steps, resume=resume)
     tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
-    if config.pair_with is not None:
-        check_pair(config.student, config.pair_with)
-    samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens)
+    vocab_size = _vocab_size(config.student, config.pair_with)
+    ends = stop_ids(config.student, tokenizer)
+    samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens, stop_ids=ends)
     check_trained_vision(config.vision, (sample.prompt for sample in samples))
     trainer = Trainer(
         config.student,
@@ -137,7 +138,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
         config.optimizer,
         steps=config.steps,
         dtype=job.dtype,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         vision=config.vision,
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
@@ -151,6 +152,11 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
             training.resume()
         packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
         yield SftComponents(job, samples, trainer, training, packer)
+
+
+def _vocab_size(student: Path, teacher: Path | None) -> int:
+    """The bound of the ids that a student shares with its teacher, or of its own where it has none (see check_pair)."""
+    return check_checkpoint(student) if teacher is None else check_pair(student, teacher).shared_vocab_size
 
 
 # -- checks that need no model -------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class TransformersSampler:
             self.images.expand(prompt.token_ids, images) if images else prompt.token_ids
             for prompt, images in zip(prompts, pictures, strict=True)
         ]
-        ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.tokenizer.pad_token_id)
+        ids = torch.full((len(rows), max(map(len, rows))), self._vocabulary.pad_id)
         mask = torch.zeros_like(ids)
         for row, (row_ids, row_mask) in zip(rows, zip(ids, mask, strict=True), strict=True):
             row_ids[-len(row) :] = torch.tensor(row)

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from vold.config.schema import VllmConfig
 from vold.data.pictures import read_picture
 from vold.models.images import ImageProcessor
-from vold.models.tokenizer import load_tokenizer
+from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
 from vold.types import Prompt, TokenIds
 
@@ -144,7 +144,7 @@ class ColocatedEngine:
             )
             # Its clean-up destroys every process group of the process, the trainer's too.
             self._llm.llm_engine.engine_core._finalizer.detach()
-            self._llm.collective_rpc("prepare_policy", args=(len(load_tokenizer(checkpoint)), temperature))
+            self._llm.collective_rpc("prepare_policy", args=(id_bound(load_tokenizer(checkpoint)), temperature))
         self._may_sleep = settings.sleep
         self._asleep: list[str] = []  # vLLM's tags of memory that is not on the GPU
         self._sleep()

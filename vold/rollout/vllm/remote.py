@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vold.config.schema import VllmConfig
 from vold.io import log
-from vold.models.tokenizer import load_tokenizer
+from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel.collectives import run_on_all_ranks
 from vold.rollout.vllm import weight_files, weight_stream
 from vold.rollout.vllm.engine_pool import EnginePool
@@ -52,7 +52,7 @@ class RemoteEngines:
         if not settings.weights_dir.is_dir():
             raise ValueError(f"vllm.weights_dir = {settings.weights_dir} is no directory; choose another")
         self._settings = settings
-        self._prepare_arguments = [len(load_tokenizer(checkpoint)), temperature]  # of PolicyWorker.prepare_policy
+        self._prepare_arguments = [id_bound(load_tokenizer(checkpoint)), temperature]  # of PolicyWorker.prepare_policy
         self._is_leader = not dist.is_initialized() or dist.get_rank() == 0
         self._can_provide = True  # this rank may load weights into a restarted engine: every rank the checkpoint's
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vold.data.responses import turn_end
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint, reading
-from vold.models.weights import CheckpointReader, check_tied_head
+from vold.models.weights import CheckpointReader, check_names
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_checkpoint(checkpoint_dir: str | Path) -> int:
         raise ValueError(
             f"{bound} token ids do not fit the {rows} head rows of {checkpoint_dir}: enlarge its head first"
         )
-    check_tied_head(checkpoint_dir)
+    check_names(checkpoint_dir)
     stop_ids(checkpoint_dir, tokenizer)
     return bound
 
@@ -107,7 +107,7 @@ def check_pair(student_dir: str | Path, teacher_dir: str | Path) -> PairReport:
             "a checkpoint's tokenizer belongs to another model"
         )
     for path in (student_dir, teacher_dir):
-        check_tied_head(path)
+        check_names(path)
     _check_ends(student_dir, teacher_dir, student, teacher)
     return PairReport(size, *rows)
 

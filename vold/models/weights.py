@@ -23,7 +23,6 @@ from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor
 from vold.models.language_model import LanguageModel, build_chunks
 from vold.parallel.launch import Layout
 
-HEAD_ROWS = 8192  # rows of head and embedding that are compared at once
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 STORED_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; anything else needs scales that are not read
 NOT_WEIGHTS = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; transformers leaves it out too
@@ -218,32 +217,16 @@ class CheckpointReader:
         return f"{self.dir / self._file_of[full_name]}: tensor {full_name}"
 
 
-def check_tied_head(checkpoint_dir: str | Path) -> None:
-    """Raise ValueError where config.json ties the head to the embedding and the files hold another head: transformers
-    and vLLM would use that one, and this trainer the embedding."""
-    if not Architecture.from_pretrained(checkpoint_dir).tied:
-        return
+def check_names(checkpoint_dir: str | Path) -> None:
+    """Raises ValueError as `CheckpointReader.check_names` does, from the files' headers (and a tied head's rows)."""
     with CheckpointReader(checkpoint_dir) as reader:
-        if "lm_head.weight" not in reader:
-            return
-        head, embedding = reader.slice("lm_head.weight"), reader.slice("embed_tokens.weight")
-        same = head.get_shape() == embedding.get_shape() and all(
-            torch.equal(head[first : first + HEAD_ROWS], embedding[first : first + HEAD_ROWS])
-            for first in range(0, head.get_shape()[0], HEAD_ROWS)
-        )
-        if not same:
-            raise ValueError(
-                f"{reader.where('lm_head.weight')} differs from the embedding, and config.json ties the two "
-                "(tie_word_embeddings true): set it to false, or remove the tensor"
-            )
+        reader.check_names(Architecture.from_pretrained(checkpoint_dir))
 
 
 def load_chunks(
     checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
 ) -> list[LanguageModel]:
-    """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights. Raises
-    ValueError for a head that check_tied_head refuses."""
-    check_tied_head(checkpoint)
+    """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights."""
     chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)

@@ -41,11 +41,12 @@ SAMPLING_KEYS |= {"general.sampling.top_p": "top_p"}
 # Llama 3.1 to 3.3, whose files hold the divisors of the frequencies as a tensor instead of these numbers.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_DIVISORS = "rope_freqs.weight"
+UNREAD = ("tokenizer.ggml.merges", "tokenizer.ggml.scores")  # long, and transformers' reader of tokenizers takes them
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """metadata: every key with its value. tensors: name -> the reader's record, whose data are read when used."""
+    """metadata: every key with its value, but for UNREAD. tensors: name -> the reader's record, whose data are read when used."""
 
     path: Path
     metadata: dict[str, Any]
@@ -78,7 +79,7 @@ def open_gguf(path: Path) -> GgufFile:
         raise ValueError(f"{path} is no file: give a .gguf file")
     with reading(path):
         reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        metadata = {key: field.contents() for key, field in reader.fields.items() if key not in UNREAD}
     file = GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
     if architecture not in ARCHITECTURES or kind != "model":

@@ -46,11 +46,12 @@ def _public_data(world: Path, data: Path) -> None:
     questions = [row[0]["value"] for row in json.loads((world / "traces_prompts.json").read_text())]
     messages = [{"messages": [{"role": "user", "content": question}]} for question in questions]
     parquet.write_table(pa.Table.from_pylist(messages), data / "mixture-of-thoughts.parquet")
-    shutil.copytree(world / "images", data / "geometry3k" / "images")
     rows = [json.loads(line) for line in (world / "test_image.jsonl").read_text().splitlines()]
     with_bytes = [row | {"images": [{"bytes": (world / row["images"][0]).read_bytes(), "path": None}]} for row in rows]
+    snapshot = data / "geometry3k" / "data"
+    snapshot.mkdir(parents=True)
     for name in ("train", "validation", "test"):
-        parquet.write_table(pa.Table.from_pylist(with_bytes), data / "geometry3k" / f"{name}.parquet")
+        parquet.write_table(pa.Table.from_pylist(with_bytes), snapshot / f"{name}-00000-of-00001.parquet")
     shutil.copytree(world / "images", data / "vlaa" / "images")
     vlaa = [{"question": row["problem"], "gt": row["answer"], "image": row["images"][0]} for row in rows]
     (data / "VLAA-Thinking-GRPO-25K.json").write_text(json.dumps(vlaa))

@@ -46,7 +46,7 @@ UNREAD = ("tokenizer.ggml.merges", "tokenizer.ggml.scores")  # long, and transfo
 
 @dataclass(frozen=True)
 class GgufFile:
-    """metadata: every key with its value, but for UNREAD. tensors: name -> the reader's record, whose data are read when used."""
+    """metadata: every key but UNREAD, with its value. tensors: name -> the reader's record, its data read when used."""
 
     path: Path
     metadata: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
@@ -95,7 +96,8 @@ def test_answers_to_other_prompts_are_refused_in_one_line(shard):
     assert "\n" not in str(error.value)
 
 
-IDS = range(151_669)  # of the tokenizer nothing is asked but how many there are
+# Of the tokenizer nothing is asked but its ids; without a template, prompts stay as they were asked.
+IDS = SimpleNamespace(get_vocab=lambda: {"</think>": 151_668}, chat_template=None)
 
 
 def test_sft_reads_them_as_they_are(shard):

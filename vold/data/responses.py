@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from vold.data.templates import ChatRefused, render_chats
 from vold.types import Prompt, TokenIds
 
 THINK, END_THINK = "<think>", "</think>"
@@ -30,8 +30,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> int
 def _rendered_after_a_response(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (ValueError, TemplateError):  # no template, or one that knows no such chat
+        (text,) = render_chats(tokenizer, [turns])
+    except (ValueError, ChatRefused):  # no template, or one that knows no such chat
         return []
     return tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
 

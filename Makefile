@@ -13,7 +13,7 @@ PYTHON    ?= $(shell for p in python3.11 python3.12 python3; do \
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers check bench bench-rl clean
+.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers chaos check bench bench-rl clean
 .DEFAULT_GOAL := help
 
 help:                ## this list
@@ -59,6 +59,9 @@ test-real: env       ## SmolLM2-135M-Instruct, a real language model, through ev
 
 test-peers: $(BENCH)/.ready  ## every method's loss and gradient beside TRL's, Liger's and verl's own functions
 	$(BENCH)/bin/python -m pytest tests/objectives/test_peers.py
+
+chaos: env           ## faults against small runs, each compared with the uninterrupted one (MINUTES=4 SEED=0): runs/chaos.md
+	$(PY) -m benchmarks.chaos --minutes $(or $(MINUTES),4) --seed $(or $(SEED),0) --out runs/chaos.md
 
 check: env           ## style, format and types
 	$(VENV)/bin/ruff check .

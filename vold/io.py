@@ -72,10 +72,12 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a directory."""
+    """fsync a file or a directory. Raises OSError naming it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 

@@ -25,6 +25,8 @@ from vold.planning.memory_table import fullest, rank_table
 from vold.planning.rank_shapes import check_tensors, rank_shards
 from vold.planning.stage_memory import StageMemory, stage_memories
 from vold.planning.step_sizes import StepSizes
+from vold.run import leftovers
+from vold.run.lock import living_holder
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
 from vold.train.components import check_rl_config, check_sft_config
@@ -65,6 +67,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "data": data.check_training,
         "evaluation": data.check_evaluation if config.evaluation.sets else None,
         "run_dir": lambda: _check_run_dir(config),
+        "leftovers": lambda: _check_leftovers(config),
         "disk": lambda: _check_disk(config),
         "memory": lambda: _check_memory(StepSizes(config, processes), stages),
         "self-test": (lambda: _self_test(config)) if self_test else None,
@@ -160,10 +163,31 @@ def _ends(student: Path) -> str:
 
 def _check_run_dir(config: SftConfig | RlConfig) -> str:
     verb = "rl" if isinstance(config, RlConfig) else "sft"
+    if holder := living_holder(config.run_dir):
+        raise ValueError(f"run_dir = {config.run_dir} is in use by {holder}; wait for it, or choose another run_dir")
     if not (config.run_dir / "config.yaml").is_file():
         return f"{config.run_dir} is free"
     check_run_dir(config, verb, resume=True)
     return f"{config.run_dir} holds this run; it goes on with --resume"
+
+
+def _check_leftovers(config: SftConfig | RlConfig) -> str:
+    """What killed runs left in shared memory and in the run directory."""
+    engines = [config.rollout.vllm, config.teacher_vllm] if isinstance(config, RlConfig) else []
+    folders = sorted({engine.weights_dir for engine in engines})
+    dead = [path for folder in folders for path in leftovers.dead_weights(folder)] + leftovers.unfinished(
+        config.run_dir
+    )
+    unknown = [path for folder in folders for path in leftovers.unknown_weights(folder)]
+    found = [f"{_sized(dead)}: of dead processes, removed at the next start"] if dead else []
+    found += (
+        [f"{_sized(unknown)}: of an unknown or another machine's process; remove what no run uses"] if unknown else []
+    )
+    return Undecided("; ".join(found)) if found else "no weights or unfinished files of dead processes"
+
+
+def _sized(paths: list[Path]) -> str:
+    return ", ".join(f"{path} ({leftovers.size_of(path) / GIB:.2f} GiB)" for path in paths)
 
 
 def _check_disk(config: SftConfig | RlConfig) -> str:

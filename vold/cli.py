@@ -178,14 +178,19 @@ def serve(
     config: Config,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option(help="port, as in the config's vllm.urls or teacher_vllm.urls")] = 8000,
-    host: Annotated[
-        str, typer.Option(help="address to listen on; anyone who reaches it can replace the weights")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    socket: Annotated[
+        Path | None, typer.Option(help="listen on this unix socket instead, named unix:/PATH in the config's urls")
+    ] = None,
 ) -> None:
-    """Start one vLLM engine as a server, for a config that names it in vllm.urls."""
+    """Start one vLLM engine as a server, for a config that names it in vllm.urls.
+
+    It answers those who have the secret in run_dir/engines.secret (vllm.secret_file).
+    """
     config_type = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(stage, schema.RlConfig)
-    options = {"host": host, "port": port, "teacher": stage == "teacher"}
-    _module("commands.serve").serve_engine(load_config(config_type, config, overrides or ()), **options)
+    where = {"host": host, "port": port} if socket is None else {"uds": str(socket.absolute())}
+    serve_config = load_config(config_type, config, overrides or ())
+    _module("commands.serve").serve_engine(serve_config, where=where, teacher=stage == "teacher")
 
 
 @app.command(rich_help_panel=INSPECT)

@@ -18,9 +18,11 @@ class _Server(ThreadingHTTPServer):
 
 class FakeEngine:
     """Answers every request with the ids 1, 2, 3. `fault` changes how: see `_Handler.generate`; with a `victim`, only
-    for requests that begin with this id. Requests that begin with one of `held` wait while it is there."""
+    for requests that begin with this id. Requests that begin with one of `held` wait while it is there. secret: what a
+    request must carry, where there is one."""
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, secret: str = ""):
+        self.secret = secret
         self.version, self.fault, self.answered, self.calls = "default", "", 0, []
         self.victim: int | None = None
         self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
@@ -43,11 +45,15 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.refuses():
+            return
         self.reply({"weight_version": self.server.engine.version})
 
     def do_POST(self) -> None:
         engine = self.server.engine
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refuses():
+            return None
         if self.path == "/inference/v1/generate":
             return self.generate(engine, body)
         engine.calls.append((self.path, body))
@@ -61,6 +67,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/update_weight_version":
             engine.version = body["new_version"]
         self.reply({"success": True})
+
+    def refuses(self) -> bool:
+        secret = self.server.engine.secret
+        if wrong := bool(secret) and self.headers["X-Vold-Secret"] != secret:
+            self.reply({"error": "whose secret the request does not carry"}, 401)
+        return wrong
 
     def generate(self, engine: FakeEngine, body: dict) -> None:
         asked = body["token_ids"]
@@ -91,6 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
             choices[0]["logprobs"]["content"][1]["token_id"] = 9
         if fault == "no log-probs":
             choices[0].pop("logprobs")
+        if fault == "ids of no token":
+            choices = [choice([1, 2, 1 << 40], engine.version) for _ in range(n)]
+        if fault == "negative ids":
+            choices = [choice([1, 2, -3], engine.version) for _ in range(n)]
+        if fault == "brackets":
+            return self.reply("[" * 100_000)
         if fault == "nan":
             choices[0]["logprobs"]["content"][1]["logprob"] = float("nan")
         if fault == "restarted":

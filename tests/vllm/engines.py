@@ -21,16 +21,19 @@ class Engine:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         self._checkpoint, self._log = checkpoint, log
+        self.secret_file = log.parent / "engines.secret"
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
 
     def start(self) -> None:
-        from vold.commands.serve import ENVIRONMENT, server_command
+        from vold.commands.serve import server_command, server_environment
         from vold.config.schema import VllmConfig
 
-        settings = VllmConfig(kv_cache_gib=0.25, max_model_len=256, enforce_eager=True)
-        command = server_command(self._checkpoint, settings, dtype="float32", host="127.0.0.1", port=self._port)
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        settings = VllmConfig(kv_cache_gib=0.25, max_model_len=256, enforce_eager=True, transport="nccl")
+        where = {"host": "127.0.0.1", "port": self._port}
+        command = server_command(self._checkpoint, settings, dtype="float32", where=where)
+        guard = server_environment(self._checkpoint, settings, self.secret_file, where)
+        environment = {**os.environ, **guard, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         # A session of its own, so that its worker dies with it.
         self._process = subprocess.Popen(
             command, env=environment, stdout=self._log.open("a"), stderr=subprocess.STDOUT, start_new_session=True

@@ -32,9 +32,43 @@ def engines(tiny_student_dir, tmp_path_factory):
             engine.kill()
 
 
+def remote(engines, **settings) -> VllmConfig:
+    return VllmConfig(urls=tuple(engine.url for engine in engines), secret_file=engines[0].secret_file, **settings)
+
+
+def test_a_stranger_gets_nothing(engines, tiny_student_dir, tmp_path):
+    """Neither weights nor paths nor connections: vLLM's own endpoints stay behind the guard."""
+    import httpx2
+
+    url, secret = engines[0].url, engines[0].secret_file.read_text().strip()
+    ours = {"x-vold-secret": secret}
+    for path in ("/collective_rpc", "/inference/v1/generate", "/v1/completions", "/invocations", "/sleep", "/pause"):
+        for headers in ({}, {"x-vold-secret": secret[:-1]}, {"authorization": f"Bearer {secret}"}):
+            assert httpx2.post(url + path, json={}, headers=headers).status_code == 401
+        if path not in ("/collective_rpc", "/inference/v1/generate"):
+            assert httpx2.post(url + path, json={}, headers=ours).status_code == 404
+    for call in (
+        {"method": "load_policy", "args": ["/etc"]},
+        {"method": "load_policy", "args": [str(tmp_path)]},
+        {"method": "receive_policy", "args": ["192.0.2.1", 80, 1, 2]},
+        {"method": "save_sharded_state", "args": [str(tmp_path)]},
+    ):
+        assert httpx2.post(f"{url}/collective_rpc", json=call, headers=ours).status_code == 403
+    picture = {"token_ids": [1], "sampling_params": {"max_tokens": 1}}
+    for image in ("http://127.0.0.1:9/x.png", f"file://{tmp_path}/x.png"):
+        body = picture | {"content_parts": [{"type": "image_url", "url": image}]}
+        assert httpx2.post(f"{url}/inference/v1/generate", json=body, headers=ours, timeout=60).status_code >= 400
+    assert httpx2.get(f"{url}/health").status_code == 200
+    settings = VllmConfig(urls=(url,), secret_file=tmp_path / "another")
+    with pytest.raises(ValueError, match=r"HTTP 401: .*give both the same vllm.secret_file"):
+        open_sampler(EngineConfig(engine="vllm", vllm=settings), tiny_student_dir, dtype=torch.float32, device=CPU)
+
+
 def test_weights_by_a_stream(engines, prompts, tiny_student_dir):  # noqa: F811
     """`transport: nccl` on a CPU is gloo; all engines receive together."""
-    settings = VllmConfig(urls=tuple(engine.url for engine in engines), transport="nccl")
+    settings = VllmConfig(
+        urls=tuple(engine.url for engine in engines), secret_file=engines[0].secret_file, transport="nccl"
+    )
     vllm = open_sampler(EngineConfig(engine="vllm", vllm=settings), tiny_student_dir, dtype=torch.float32, device=CPU)
     pair = vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
     found = [agree(pair, prompts)]
@@ -47,7 +81,7 @@ def test_weights_by_a_stream(engines, prompts, tiny_student_dir):  # noqa: F811
 
 def test_a_teacher_behind_the_engines(engines, prompts, tiny_student_dir):  # noqa: F811
     """One with eyes, at the run's temperature."""
-    settings = VllmConfig(urls=tuple(engine.url for engine in engines))
+    settings = remote(engines)
     expected = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
     rollouts = expected.sample(prompts, SamplingConfig(max_new_tokens=12), responses=2, seed=0)
     teacher = VllmTeacher(tiny_student_dir, settings, temperature=0.7)
@@ -60,7 +94,7 @@ def test_a_teacher_behind_the_engines(engines, prompts, tiny_student_dir):  # no
 
 
 def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, capfd):  # noqa: F811
-    config = EngineConfig(engine="vllm", vllm=VllmConfig(urls=tuple(engine.url for engine in engines)))
+    config = EngineConfig(engine="vllm", vllm=remote(engines))
     vllm = open_sampler(config, tiny_student_dir, dtype=torch.float32, device=CPU)
     pair = vllm, TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
+from vold.config.schema.run import SECRET
 from vold.rollout.vllm.engines import engine_options, settings_for_scoring
+from vold.rollout.vllm.guard import SETTINGS, Guard, Settings, read_secret
+from vold.rollout.vllm.remote import is_local
+
+NO_DOMAIN = "pictures-travel-in-requests.invalid"  # that pictures may be fetched from
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that weight sync uses
@@ -18,23 +24,40 @@ ENVIRONMENT = {
 }
 
 
-def serve_engine(config: RlConfig | EvalConfig | TracesConfig, *, host: str, port: int, teacher: bool = False) -> None:
+def serve_engine(
+    config: RlConfig | EvalConfig | TracesConfig, *, where: dict[str, str | int], teacher: bool = False
+) -> None:
     """Replace this process by vLLM's API server; does not return.
 
-    It serves the model that the config's stage samples, or with `teacher` an rl config's teacher. Anyone who reaches
-    the port can replace the weights: keep it on loopback, or inside the cluster's private network. Raises ValueError
-    where vLLM is not installed or there is no teacher.
+    It serves the model that the config's stage samples, or with `teacher` an rl config's teacher, to those who have the
+    run's secret (vold.rollout.vllm.guard). where: {"host", "port"}, or {"uds": path of a socket}. Raises ValueError
+    where vLLM is not installed, there is no teacher, or others may read the secret.
     """
     checkpoint, settings = _teacher(config) if teacher else _sampled_model(config)
-    command = server_command(checkpoint, settings, dtype=config.dtype, host=host, port=port)
+    command = server_command(checkpoint, settings, dtype=config.dtype, where=where)
     if find_spec("vllm") is None:
         raise ValueError("vold serve becomes vLLM's server, which is not installed here: pip install 'vold[vllm]'")
-    os.execvpe(command[0], command, {**os.environ, **ENVIRONMENT})
+    secret_file = settings.secret_file or config.run_dir / SECRET
+    read_secret(secret_file)
+    os.umask(0o077)  # a socket of ours alone
+    os.execvpe(command[0], command, {**os.environ, **server_environment(checkpoint, settings, secret_file, where)})
 
 
-def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, host: str, port: int) -> list[str]:
+def server_environment(
+    checkpoint: Path, settings: VllmConfig, secret_file: Path, where: dict[str, str | int]
+) -> dict[str, str]:
+    """Environment variables of the server, with what its guard has to know."""
+    paths = (str(path.resolve()) for path in (secret_file, checkpoint, settings.weights_dir))
+    reachable = "host" in where and not is_local(f"http://{where['host']}")
+    streams = settings.transport == "nccl" or (settings.transport == "auto" and reachable)
+    return {**ENVIRONMENT, SETTINGS: json.dumps(asdict(Settings(*paths, streams=streams)))}
+
+
+def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, where: dict[str, str | int]) -> list[str]:
     """Arguments that start vLLM's server by its module: builds of vLLM under another name have no `vllm` program."""
-    options = {**engine_options(checkpoint, settings, dtype), "host": host, "port": port, "enable_scale_out": True}
+    options = {**engine_options(checkpoint, settings, dtype), **where, "enable_scale_out": True}
+    options |= {"middleware": f"{Guard.__module__}.{Guard.__name__}", "allowed_media_domains": NO_DOMAIN}
+    options["disable_fastapi_docs"] = True
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-log-stats"]
     for name, value in options.items():
         flag = name.replace("_", "-")

@@ -11,7 +11,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Url = Annotated[str, Field(pattern=r"^https?://[^/]+$")]
+Url = Annotated[str, Field(pattern=r"^(https?://[^/\s]+|unix:/[^\s]{1,100})$")]
 
 
 class Strict(BaseModel):

@@ -29,7 +29,11 @@ class VllmConfig(Strict):
     """Settings of vLLM, with `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
 
     urls: tuple[Url, ...] = ()
-    """http://host:port of each engine of `vold serve`; empty: one engine inside each process."""
+    """http://host:port, or unix:/path of the socket, of each engine of `vold serve`; empty: one engine inside each
+    process."""
+    secret_file: Path | None = None
+    """File, of mode 600, with the secret that engines of `urls` ask for; made where it is missing; when null,
+    engines.secret in run_dir."""
     kv_cache_gib: PositiveFloat = 8.0
     """GiB that an engine reserves for keys and values."""
     max_model_len: Positive | None = None

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vold.config.schema.base import NonNegative, Positive, Strict
 from vold.config.schema.data import PromptConfig
+from vold.config.schema.rollout import VllmConfig
+
+SECRET = "engines.secret"
+"""File of run_dir, see vllm.secret_file."""
 
 
 class ParallelConfig(Strict):
@@ -45,3 +49,21 @@ class RunConfig(Strict):
     """Rendering of problems."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers that get the metrics, besides metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _engines_ask_for_this_runs_secret(self):
+        for name, section in _with_secret(self, self.run_dir / SECRET).items():
+            object.__setattr__(self, name, section)  # frozen for everyone else
+        return self
+
+
+def _with_secret(section: Strict, path: Path) -> dict[str, Strict]:
+    """Of a section's own sections those that change: vllm.secret_file gets `path` where engines have urls and no file
+    is given."""
+    changed: dict[str, Strict] = {}
+    for name, value in section:
+        if isinstance(value, VllmConfig) and value.urls and value.secret_file is None:
+            changed[name] = value.model_copy(update={"secret_file": path})
+        elif isinstance(value, Strict) and (inner := _with_secret(value, path)):
+            changed[name] = value.model_copy(update=inner)
+    return changed

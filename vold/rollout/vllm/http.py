@@ -9,15 +9,36 @@ import math
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import httpx2
 
+from vold.io import visible
 from vold.rollout.vllm.engines import EngineOutput, Request, Response, SizedImage, scored_logps
+from vold.rollout.vllm.guard import HEADER
+
+UNIX = "unix:"
 
 # One connection a request: an engine that was started again meets no connection of its predecessor's.
-_client = httpx2.Client(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0), trust_env=False)
+_LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+ANSWER_BYTES = 1 << 30  # 64 responses of 32768 tokens have some 150 MB
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an engine is, http://host:port or unix:/path of its socket, and the secret that its run shares with it."""
+
+    url: str
+    secret: str = field(default="", repr=False)
+
+
+@cache
+def _client(socket_path: str = "") -> httpx2.Client:
+    transport = httpx2.HTTPTransport(uds=socket_path, limits=_LIMITS, trust_env=False) if socket_path else None
+    return httpx2.Client(limits=_LIMITS, trust_env=False, transport=transport)
 
 
 class EngineFailed(Exception):
@@ -40,21 +61,21 @@ class Cancellation:
 
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """Take note of a new connection (httpx2's `trace` extension)."""
-        if event == "connection.connect_tcp.complete":
+        if event in ("connection.connect_tcp.complete", "connection.connect_unix_socket.complete"):
             self._sockets.append(info["return_value"].get_extra_info("socket"))
             if self.cancelled:
                 self.cancel()
 
 
 def generate(
-    url: str, request: Request, label: str, timeout: float, cancellation: Cancellation | None = None
+    engine: Address, request: Request, label: str, timeout: float, cancellation: Cancellation | None = None
 ) -> EngineOutput:
     """The engine's output for one request. Raises EngineFailed for anything but a complete answer by the weights whose
     version is called `label`."""
     body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
     if request.images:
         body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in request.images]
-    answer = post(url, "/inference/v1/generate", body, timeout, cancellation)
+    answer = post(engine, "/inference/v1/generate", body, timeout, cancellation)
     try:
         output = EngineOutput(
             [_response(choice, label) for choice in answer["choices"]],
@@ -71,46 +92,67 @@ def generate(
     return output
 
 
-def call_workers(url: str, method: str, arguments: list, timeout: float) -> None:
+def call_workers(engine: Address, method: str, arguments: list, timeout: float) -> None:
     """Call a method of PolicyWorker in the engine's process."""
-    post(url, "/collective_rpc", {"method": method, "args": arguments}, timeout)
+    post(engine, "/collective_rpc", {"method": method, "args": arguments}, timeout)
 
 
 def post(
-    url: str, path: str, body: dict[str, Any], timeout: float, cancellation: Cancellation | None = None
+    engine: Address, path: str, body: dict[str, Any], timeout: float, cancellation: Cancellation | None = None
 ) -> dict[str, Any]:
     """The JSON object that answers a POST. Raises EngineFailed for whatever else happens; ValueError where the request
     is wrong, so that every engine would refuse it."""
-    return _send("POST", url, path, body, timeout, cancellation)
+    return _send("POST", engine, path, body, timeout, cancellation)
 
 
-def get(url: str, path: str, timeout: float = 10.0) -> dict[str, Any]:
+def get(engine: Address, path: str, timeout: float = 10.0) -> dict[str, Any]:
     """The JSON object that answers a GET; errors as in `post`."""
-    return _send("GET", url, path, None, timeout, None)
+    return _send("GET", engine, path, None, timeout, None)
 
 
 def _send(
-    method: str, url: str, path: str, body: dict | None, timeout: float, cancellation: Cancellation | None
+    method: str, engine: Address, path: str, body: dict | None, timeout: float, cancellation: Cancellation | None
 ) -> dict[str, Any]:
     extensions = {"trace": cancellation.trace} if cancellation else {}
+    is_socket = engine.url.startswith(UNIX)
+    client = _client(engine.url.removeprefix(UNIX)) if is_socket else _client()
+    headers = {HEADER: engine.secret} if engine.secret else {}
+    url = ("http://engine" if is_socket else engine.url) + path
+    options = {"json": body, "timeout": timeout, "extensions": extensions, "headers": headers}
     try:
-        reply = _client.request(method, f"{url}{path}", json=body, timeout=timeout, extensions=extensions)
-    except httpx2.HTTPError as error:  # refused, reset, timed out, half an answer
+        with client.stream(method, url, **options) as reply:
+            content = _bounded(reply)
+    except (httpx2.HTTPError, OSError) as error:  # refused, reset, timed out, half an answer, no such socket
         raise EngineFailed(str(error) or type(error).__name__) from None
+    if reply.status_code in (401, 403):
+        raise ValueError(
+            f"{engine.url}{path}: HTTP {reply.status_code}: {_one_line(content)}; start the engine with this run's "
+            "config, or give both the same vllm.secret_file"
+        )
     if reply.status_code >= 400:
-        reason = f"HTTP {reply.status_code}: {_one_line(reply.content)}"
+        reason = f"HTTP {reply.status_code}: {_one_line(content)}"
         if reply.status_code < 500:
-            raise ValueError(f"{url}{path}: {reason}; is it an engine of `vold serve`?")
+            raise ValueError(f"{engine.url}{path}: {reason}; is it an engine of `vold serve`?")
         raise EngineFailed(reason)
     try:
-        answer = json.loads(reply.content or b"{}")
-    except ValueError:
-        raise EngineFailed(f"an answer that is not JSON: {_one_line(reply.content)}") from None
+        answer = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        raise EngineFailed(f"an answer that is not JSON: {_one_line(content)}") from None
     return answer if isinstance(answer, dict) else {"": answer}
 
 
+def _bounded(reply: httpx2.Response) -> bytes:
+    """An answer's body. Raises EngineFailed for one without end."""
+    content = bytearray()
+    for chunk in reply.iter_bytes():
+        content += chunk
+        if len(content) > ANSWER_BYTES:
+            raise EngineFailed(f"an answer of more than {ANSWER_BYTES} bytes")
+    return bytes(content)
+
+
 def _one_line(text: bytes) -> str:
-    return " ".join(text.decode(errors="replace").split())[:200]
+    return visible(" ".join(text[:2000].decode(errors="replace").split())[:200])
 
 
 def _data_url(image: SizedImage) -> str:
@@ -132,6 +174,8 @@ def _response(choice: dict[str, Any], label: str) -> Response:
             f"it answers with weights {sorted(versions)}, not {label!r}: it was started again, or serves another run"
         )
     ids = choice["token_ids"]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise EngineFailed("ids that are no token's")
     steps = (choice["logprobs"] or {"content": []})["content"]
     if steps and [step["token_id"] for step in steps] != ids:
         raise EngineFailed("log-probs of other tokens than it sampled")

@@ -32,7 +32,8 @@ from vold.parallel.collectives import run_on_all_ranks
 from vold.rollout.vllm import weight_files, weight_stream
 from vold.rollout.vllm.engine_pool import EnginePool
 from vold.rollout.vllm.engines import EngineOutput, Request
-from vold.rollout.vllm.http import Cancellation, EngineFailed, call_workers, generate, get, post
+from vold.rollout.vllm.guard import read_secret
+from vold.rollout.vllm.http import UNIX, Address, Cancellation, EngineFailed, call_workers, generate, get, post
 from vold.run import leftovers
 
 ResultT = TypeVar("ResultT")
@@ -57,6 +58,7 @@ class RemoteEngines:
         self._can_provide = True  # this rank may load weights into a restarted engine: every rank the checkpoint's
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream
         self._files: tempfile.TemporaryDirectory | None = None
+        self._secret = self._on_leader(lambda: read_secret(settings.secret_file) if settings.secret_file else "")
         self._pool = EnginePool(settings.urls, settings.restart_seconds, self._is_ready)
         if self._is_leader:
             leftovers.remove(leftovers.dead_weights(settings.weights_dir))
@@ -103,7 +105,7 @@ class RemoteEngines:
                 return None
             with self._pool.least_busy() as engine:
                 try:
-                    return generate(engine.url, request, self._label, self._settings.timeout, cancellation)
+                    return self._generate(engine.url, request, cancellation)
                 except EngineFailed as failure:
                     if cancellation.cancelled:
                         return None
@@ -112,15 +114,24 @@ class RemoteEngines:
         self._pool.reinstate(failed_urls)
         return None
 
+    def _generate(self, url: str, request: Request, cancellation: Cancellation) -> EngineOutput:
+        output = generate(self._at(url), request, self._label, self._settings.timeout, cancellation)
+        if any(token >= self._prepare_arguments[0] for response in output.responses for token in response.ids):
+            raise EngineFailed("ids that the tokenizer does not have")
+        return output
+
+    def _at(self, url: str) -> Address:
+        return Address(url, self._secret)
+
     def _is_ready(self, url: str) -> bool:
         """The engine answers, with this version's weights. Only rank 0 can provide trained weights; other ranks wait
         for that."""
         try:
             if self._can_provide:
                 self._provide(url)
-            if get(url, "/weight_info").get("weight_version") != self._label:
+            if get(self._at(url), "/weight_info").get("weight_version") != self._label:
                 return False
-            generate(url, TRIAL, self._label, self._pool.check_seconds)
+            generate(self._at(url), TRIAL, self._label, self._pool.check_seconds)
             return True
         except EngineFailed:
             return False
@@ -135,7 +146,7 @@ class RemoteEngines:
 
     def _write_and_provide(self, weights: Iterable[tuple[str, Tensor]]) -> list[str]:
         self._files = tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix=leftovers.weights_prefix())
-        self._directory = Path(self._files.name)
+        self._directory = Path(self._files.name).resolve()
         leftovers.sign(self._directory)
         weight_files.write_parts(weights, self._directory)
         return self._provide_all()
@@ -150,13 +161,13 @@ class RemoteEngines:
         self._directory = None
         urls = self._successful(self._prepare)
         urls = urls or [self._pool.wait_for_one(lambda url: not _failure(self._prepare, url))]
-        world, address = 1 + len(urls), _address_towards(min(urls, key=_is_local))
+        world, address = 1 + len(urls), _address_towards(min(urls, key=is_local))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         store = weight_stream.open_store(address, world)
         receive = partial(call_workers, method="receive_policy", timeout=self._settings.timeout)
         with ThreadPoolExecutor(max_workers=len(urls)) as threads:
             calls = [
-                threads.submit(receive, url, arguments=[address, store.port, rank, world])
+                threads.submit(receive, self._at(url), arguments=[address, store.port, rank, world])
                 for rank, url in enumerate(urls, start=1)
             ]
             try:
@@ -183,40 +194,41 @@ class RemoteEngines:
 
     def _provide(self, url: str) -> None:
         """Load this version's weights into an engine that lacks them."""
-        if get(url, "/weight_info").get("weight_version") == self._label:
+        if get(self._at(url), "/weight_info").get("weight_version") == self._label:
             return
         if self._directory is None:
             raise EngineFailed("it gets weights with the next update")
         self._prepare(url)
-        call_workers(url, "load_policy", [str(self._directory)], self._settings.timeout)
+        call_workers(self._at(url), "load_policy", [str(self._directory)], self._settings.timeout)
         self._commit(url)
 
     def _prepare(self, url: str) -> None:
-        call_workers(url, "prepare_policy", self._prepare_arguments, self._settings.timeout)
+        call_workers(self._at(url), "prepare_policy", self._prepare_arguments, self._settings.timeout)
 
     def _commit(self, url: str) -> None:
         """Empty all three caches, then set the version's name: in this order, so that an engine that fails in between
         is never taken for up to date."""
         timeout = self._settings.timeout
         for cache in ("mm", "encoder"):
-            post(url, f"/reset_{cache}_cache", {}, timeout)
+            post(self._at(url), f"/reset_{cache}_cache", {}, timeout)
         for _ in range(RESET_ATTEMPTS):
-            if post(url, "/reset_prefix_cache", {}, timeout)["success"]:
+            if post(self._at(url), "/reset_prefix_cache", {}, timeout)["success"]:
                 break
             time.sleep(RESET_PAUSE)
         else:
             raise EngineFailed("it kept its prefix cache over a weight update: requests are still running")
-        post(url, "/update_weight_version", {"new_version": self._label}, timeout)
+        post(self._at(url), "/update_weight_version", {"new_version": self._label}, timeout)
 
 
 def syncs_by_stream(settings: VllmConfig) -> bool:
     """True where weights go over NCCL. Within a machine files do as well, and a restarted engine can read them."""
-    remote = not all(map(_is_local, settings.urls))
+    remote = not all(map(is_local, settings.urls))
     return settings.transport == "nccl" or (settings.transport == "auto" and remote and torch.cuda.is_available())
 
 
-def _is_local(url: str) -> bool:
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+def is_local(url: str) -> bool:
+    """Whether an engine is on this machine, by its address."""
+    return url.startswith(UNIX) or urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _failure(action: Callable[[str], None], url: str) -> EngineFailed | None:
@@ -229,6 +241,8 @@ def _failure(action: Callable[[str], None], url: str) -> EngineFailed | None:
 
 def _address_towards(url: str) -> str:
     """This machine's address, as the engine reaches it."""
+    if url.startswith(UNIX):
+        return "127.0.0.1"
     where = urlsplit(url)
     with socket.create_connection((where.hostname, where.port), timeout=10.0) as connection:
         return connection.getsockname()[0]

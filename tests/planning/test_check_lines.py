@@ -34,12 +34,13 @@ def run_check(torchrun, world, run_dir: Path, stage: str, *arguments: str):
 
 
 def test_a_valid_config_passes_every_check_and_the_self_test(torchrun, world, tmp_path):
-    run = run_check(torchrun, world, tmp_path / "run", "rl", "--self-test")
+    shm = [f"{engine}.weights_dir={tmp_path}" for engine in ("rollout.vllm", "teacher_vllm")]
+    run = run_check(torchrun, world, tmp_path / "run", "rl", "--self-test", *shm)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line[2:].split()[0]: line for line in run.stdout.splitlines() if line[:2] in ("✓ ", "✗ ", "· ")}
     assert list(lines) == [
         *("versions", "method", "layout", "student", "teacher", "tokenizers"),
-        *("data", "evaluation", "run_dir", "disk", "memory", "self-test"),
+        *("data", "evaluation", "run_dir", "leftovers", "disk", "memory", "self-test"),
     ]
     assert all(line.startswith("✓") for line in lines.values())
     assert "KL exactly 0 on each of 24 tokens" in lines["self-test"]

@@ -7,6 +7,7 @@ predict a response token, K keys and values that attention reads, S segments, D 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -124,14 +125,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """All G responses of one prompt with their verdicts and rewards in [0, 1]; `None` reward = grader broke. earlier:
-    the rewards of each earlier step that sampled responses to the same prompt."""
+    """All G responses of one prompt with their verdicts and rewards; `None` reward = grader or reward function broke.
+    earlier: the rewards of each earlier step that sampled responses to the same prompt. values: of each response, the
+    reward's terms by name, before their weights; empty where the rewards are made otherwise."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
     rewards: tuple[float | None, ...]
     earlier: tuple[tuple[float, ...], ...] = ()
+    values: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ Every key that a YAML file or an override may hold, with type, default and unit.
 A key without a default is required. On the command line a key is dotted: `optimizer.lr=1e-6`.
 """
 _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-_NAMES: dict[object, str] = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path"}
+_NAMES: dict[object, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true, false",
+    Path: "path",
+    Any: "value",
+}
 
 
 def markdown() -> str:

@@ -1,8 +1,9 @@
-"""A response's reward: the answer's correctness and the required form."""
+"""A response's reward: the answer's correctness, the required form, and terms of one's own by their weights."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vold.grading.extract import extract_answer
@@ -22,8 +23,21 @@ def well_formed(response: str) -> bool:
 
 
 def reward(rollout: Rollout, verdict: Verdict, config: RewardConfig) -> float | None:
-    """In [0, 1]; None where the grader broke. A truncated response, whose verdict is wrong, has no form either."""
-    if verdict.outcome == "broken":
-        return None
+    """Of answer and form alone, in [0, 1]; None where the grader broke."""
+    return weighted_sum(answer_values(rollout, verdict), config.weights)
+
+
+def answer_values(rollout: Rollout, verdict: Verdict) -> dict[str, float]:
+    """accuracy, left out where the grader broke, and format. A truncated response, whose verdict is wrong, has no form
+    either."""
     formed = rollout.finish_reason != "length" and well_formed(rollout.text)
-    return config.accuracy * (verdict.outcome == "correct") + config.format * formed
+    accuracy = {} if verdict.outcome == "broken" else {"accuracy": float(verdict.outcome == "correct")}
+    return accuracy | {"format": float(formed)}
+
+
+def weighted_sum(values: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """Sum of weight x value over the terms that have a weight; None where the value of one is missing."""
+    weighted = {name: weight for name, weight in weights.items() if weight}
+    if not weighted.keys() <= values.keys():
+        return None
+    return sum(weight * values[name] for name, weight in weighted.items())

@@ -18,6 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
+START_SECONDS = 300.0
 _WARM_UP = ((r"\frac{1}{2}", r"\sqrt{2}"), (r"\{1,2\}", "(1,x)"), (r"x^{2}+1", r"2x"), ("1<x", r"[2,\infty)"))
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     except Exception as error:
         send(output, {"failed": f"{type(error).__name__}: {error}"})
         return
+    signal.setitimer(signal.ITIMER_PROF, 0)
     send(output, {"ready": True})
     for line in lines(parent):
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -68,7 +70,8 @@ def private_stdout() -> int:
 
 
 def limit(max_bytes: int) -> None:
-    """Bound address space, write no core files, and let the kernel end the process at its CPU limit alone."""
+    """Bound address space and the CPU time of starting, write no core files, and leave other signals than that of the
+    CPU limit to the parent."""
     with contextlib.suppress(OSError, ValueError):  # not every system limits address space
         resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -76,6 +79,7 @@ def limit(max_bytes: int) -> None:
         signal.signal(asked_to_stop, lambda *_: None)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    signal.setitimer(signal.ITIMER_PROF, START_SECONDS)
 
 
 def address_space() -> int:

@@ -27,9 +27,9 @@ from typing import Any
 
 import psutil
 
+from vold.grading.worker import START_SECONDS
 from vold.io import log
 
-START_SECONDS = 300.0  # a second where there is CPU
 EXIT_SECONDS = 30.0  # from a worker's closed pipe to its end: it may have much memory to return
 START_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before each start after one that failed, seconds
 LATE = 1.0  # seconds behind its own deadline at which this process did not run either
@@ -46,6 +46,7 @@ class Job:
     message   what the worker reads, a JSON object
     outcome   "" while open
     rule      what decided it
+    reply     the worker's, where it was kept
     """
 
     question: Any = None
@@ -55,6 +56,7 @@ class Job:
     seconds: float = 0.0
     outcome: str = ""
     rule: str = ""
+    reply: Mapping[str, Any] | None = None
 
     def close(self, outcome: str, rule: str) -> None:
         """Set what came of it, and how long it took."""
@@ -265,11 +267,15 @@ class WorkerPool:
             raise ValueError(self.start_error(message["failed"]))
         if "ready" in message:
             worker.ready, self._failed_starts = True, 0
+            self.note_ready(message)
             return
         job, worker.job = worker.job, None
         self.finish_job(job, message)
         if message["retire"]:
             self._replace(worker)
+
+    def note_ready(self, message: Mapping[str, Any]) -> None:
+        """Read what a worker reports when it is ready."""
 
     def start_error(self, reason: str) -> str:
         """The message for a worker that reports that it cannot start."""
@@ -279,6 +285,8 @@ class WorkerPool:
         """Replace a dead worker. A question that ran out of CPU time is over; after any other death it is asked once
         more, because something else may have been the cause."""
         job, code = worker.job, worker.exit_code()
+        if code == _TIMEOUT and not worker.ready:
+            raise ValueError(self.start_error(f"it computed for more than {START_SECONDS:g} s"))
         self._last_death = _cause(code)
         self._replace(worker)
         if job is None:
@@ -300,6 +308,8 @@ class WorkerPool:
             if now < worker.deadline or (worker.ready and worker.job is None):
                 continue
             worker.end_window(now)
+            if worker.job is None and worker.idle_windows and worker.sleeps():
+                raise ValueError(self.start_error(f"it waited for {START_SECONDS:g} s"))
             if worker.job is None:
                 rule = "starved" if worker.idle_windows else ""
             elif rule := self.overdue_rule(worker):

@@ -22,7 +22,7 @@ import torch
 from vold.objectives import advantages, normalisers, ratios, schedules
 from vold.objectives.divergences import VocabularyDivergence
 from vold.objectives.rewards import OverlongPenalty
-from vold.objectives.routing import Routing, nowhere
+from vold.objectives.routing import Routing, failed, failed_groups, nowhere
 from vold.objectives.self_distillation import SelfDistillation
 from vold.types import Group, MicroBatch, Rollout, Sample
 from vold_kernels import PolicyTerms
@@ -32,6 +32,7 @@ from vold_kernels import PolicyTerms
 class Objective:
     """A training method. The choices for each part are in the module of its type.
 
+    routing_term          the reward's term that routing reads as success
     divergence            between the whole distributions of student and teacher; None: k2 of the sampled tokens
     self_distillation     set: the moving average of the student is the teacher (SDPO, SRPO)
     visual_advantage      scale each KL weight by how much the image's detail changes the teacher's log-prob (VA-OPD)
@@ -45,6 +46,7 @@ class Objective:
 
     advantage: advantages.Advantage = advantages.none
     routing: Routing = nowhere
+    routing_term: str = "accuracy"
     ratio: ratios.Ratio = ratios.TOKEN
     normaliser: normalisers.Normaliser = normalisers.tokens
     divergence: VocabularyDivergence | None = None
@@ -69,6 +71,11 @@ class Objective:
     def uses_self_teacher(self) -> bool:
         """The KL term needs the moving average of the student."""
         return self._has_kl_term and self.self_distillation is not None
+
+    @property
+    def routed_by(self) -> str | None:
+        """The reward's term that decides where the KL term applies; None where all responses are alike."""
+        return self.routing_term if self._has_kl_term and self.routing in (failed, failed_groups) else None
 
     @property
     def _has_kl_term(self) -> bool:
@@ -112,7 +119,9 @@ class Objective:
         """The group's graded responses, with weights that the normaliser still has to scale."""
         responses = zip(group.rollouts, group.verdicts, group.rewards, strict=True)
         graded = [(rollout, verdict, reward) for rollout, verdict, reward in responses if reward is not None]
-        right_G = [float(verdict.outcome == "correct") for _, verdict, _ in graded]
+        right_G = [
+            success for success, reward in zip(self._successes(group), group.rewards, strict=True) if reward is not None
+        ]
         advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, _, reward in graded], group.earlier)
         factors_G, hints_G = self.routing(right_G), [None] * len(graded)
         if self.self_distillation:
@@ -132,6 +141,13 @@ class Objective:
             )
             for (rollout, *_), advantage, factor, hint in parts
         ]
+
+    def _successes(self, group: Group) -> list[float]:
+        """[G] what routing reads, within [0, 1]; 0 where a response has no such value, which then has no reward."""
+        if self.routing_term == "accuracy":
+            return [float(verdict.outcome == "correct") for verdict in group.verdicts]
+        values = group.values or [{}] * len(group.rollouts)
+        return [min(max(of_response.get(self.routing_term, 0.0), 0.0), 1.0) for of_response in values]
 
     def _pg_weight(self, advantage: float, kl_factor: float) -> float:
         if advantage == 0.0 and self.entropy_bonus == 0.0:

@@ -79,7 +79,8 @@ def build_objective(config: ObjectiveConfig, max_response_tokens: int) -> Object
     if config.overlong_share is not None:
         penalty = OverlongPenalty(config.overlong_share, config.overlong_penalty)
         changes["overlong"] = penalty if config.overlong_share else None
-    objective = replace(objective, max_response_tokens=max_response_tokens, **changes)
+    changes |= {"routing_term": config.routing_term, "max_response_tokens": max_response_tokens}
+    objective = replace(objective, **changes)
     objective = replace(objective, divergence=_divergence(config, objective))
     objective = replace(objective, self_distillation=_self_distillation(config, objective))
     return replace(objective, schedule=_schedule(config, objective))

@@ -1,6 +1,7 @@
 """Routing: the responses that the KL term applies to, as factors in [0, 1]. G: responses per prompt.
 
-right_G: 1 for a right answer, else 0, whatever else the reward is made of.
+right_G: success in [0, 1]: 1 for a right answer, else 0, whatever else the reward is made of; or the value of another
+term (objective.routing_term).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def every(right_G: Sequence[float]) -> list[float]:
 
 def failed_groups(right_G: Sequence[float]) -> list[float]:
     """Distil where no response of the prompt succeeded at all (KDRL's group-level mask)."""
-    return [float(not any(right_G))] * len(right_G)
+    return [1.0 - max(right_G, default=0.0)] * len(right_G)
 
 
 def nowhere(right_G: Sequence[float]) -> list[float]:

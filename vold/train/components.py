@@ -31,6 +31,7 @@ from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, 
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.probe import build_probe
 from vold.train.reward_function import RewardFunction
+from vold.train.reward_terms import check_reward_terms, open_reward_terms, record_reward_files
 from vold.train.rollout_schedule import RolloutSchedule, StepPlan
 from vold.train.rollout_worker import RemoteTeacher, RolloutWorker
 from vold.train.training_run import TrainingRun, evaluates_after
@@ -80,7 +81,9 @@ def open_rl(
     work, before any model is loaded where that is possible."""
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     check_rl_config(config, objective)
+    reward_files = check_reward_terms(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
+    record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = _vocab_size(config.student, config.teacher)
     problems, encode = load_problems(config.data), load_prompt_encoder(config.student)
@@ -98,14 +101,15 @@ def open_rl(
     teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
-    with Grader(workers=config.grader_workers) as grader:
+    reward_terms = open_reward_terms(config, objective, job.world_size)
+    with Grader(workers=config.grader_workers) as grader, reward_terms as terms:
         training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
         if resume:
             training.resume()
         training.sync_weights()
         remote_teacher = _remote_teacher(config, job, objective)
         rewards = reward_function(job, grader)
-        worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher)
+        worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher, terms)
         plan = StepPlan(
             config.steps,
             config.prompts_per_step,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
+from vold.io import log
+from vold.train.reward_function import StepGroups
 from vold.train.rollout_worker import RankRollouts
 from vold.types import Group
 
@@ -59,3 +63,19 @@ def staleness_metrics(groups: Sequence[Group], updates: int) -> dict[str, float]
     """
     ages = [updates - (rollout.version - 1) for group in groups for rollout in group.rollouts]
     return {"staleness_mean": statistics.fmean(ages), "staleness_max": float(max(ages))} if ages else {}
+
+
+def mask_non_finite(step_groups: StepGroups) -> StepGroups:
+    """The groups with rewards that are NaN or infinite masked, and counted as `rewards_not_finite` where there are
+    any."""
+    broken = [[r is not None and not math.isfinite(r) for r in group.rewards] for group in step_groups.groups]
+    count = sum(map(sum, broken))
+    if not count:
+        return step_groups
+    log.warning(f"{count} rewards are NaN or infinite; their responses are masked")
+    groups = [
+        replace(group, rewards=tuple(None if bad else r for bad, r in zip(flags, group.rewards, strict=True)))
+        for group, flags in zip(step_groups.groups, broken, strict=True)
+    ]
+    metrics = step_groups.metrics | group_metrics(groups) | {"rewards_not_finite": float(count)}
+    return StepGroups(groups, metrics)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from vold.config.schema import RewardConfig
-from vold.grading import Grader, reward
+from vold.grading import Grader
+from vold.grading.reward import answer_values, weighted_sum
 from vold.run.job import Job
+from vold.train.reward_terms import RewardTerms
 from vold.types import Group, Rollout, Verdict
 
 
@@ -45,8 +48,48 @@ class GraderReward:
         return step_groups
 
 
-def grade_group(rollouts: Sequence[Rollout], reward_function: RewardFunction, config: RewardConfig) -> Group:
-    """Siblings with their verdicts and rewards."""
+@dataclass(frozen=True)
+class PendingGroup:
+    """Siblings that are graded, but for a judge that may still have to answer.
+
+    values: of each response, the terms of its reward by name; one whose term failed lacks it.
+    """
+
+    rollouts: Sequence[Rollout]
+    verdicts: Sequence[Verdict]
+    values: Sequence[Mapping[str, float]]
+    judged: Sequence[Future]
+    terms: RewardTerms | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would return at once."""
+        return all(future.done() for future in self.judged)
+
+    def finish(self, config: RewardConfig, routed_by: str | None) -> Group:
+        """The group with its rewards. A response without a term that is weighted, or that routing reads, has none."""
+        values = self.values
+        if self.judged:
+            assert self.terms is not None
+            answers = map(self.terms.judge_values, self.rollouts, self.judged)
+            values = [{**known, **judged} for known, judged in zip(values, answers, strict=True)]
+        rewards = [
+            weighted_sum(of_response, config.weights) if routed_by is None or routed_by in of_response else None
+            for of_response in values
+        ]
+        return Group(
+            self.rollouts[0].prompt, tuple(self.rollouts), tuple(self.verdicts), tuple(rewards), values=tuple(values)
+        )
+
+
+def start_grading(
+    rollouts: Sequence[Rollout], reward_function: RewardFunction, terms: RewardTerms | None
+) -> PendingGroup:
+    """Grade siblings and call the reward functions; the judge's requests are under way when this returns."""
+    judged = terms.ask_judge(rollouts) if terms else []
     verdicts = reward_function.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
-    rewards = tuple(reward(rollout, verdict, config) for rollout, verdict in zip(rollouts, verdicts, strict=True))
-    return Group(rollouts[0].prompt, tuple(rollouts), tuple(verdicts), rewards)
+    values = [answer_values(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+    if terms:
+        own = terms.function_values(rollouts)
+        values = [answer | functions for answer, functions in zip(values, own, strict=True)]
+    return PendingGroup(rollouts, verdicts, values, judged, terms)

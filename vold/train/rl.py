@@ -22,7 +22,8 @@ from vold.train.teacher_coverage import image_metrics, mask_unscored, teacher_me
 
 NO_GROUPS = (
     "no group of responses is left",
-    "see above for prompts that were lost, and prompts.jsonl for pass rates (rollout.dynamic_sampling drops groups)",
+    "see above for prompts that were lost and rewards that failed, and prompts.jsonl for pass rates "
+    "(rollout.dynamic_sampling drops groups)",
 )
 
 

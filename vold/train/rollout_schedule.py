@@ -23,8 +23,16 @@ import torch
 from vold.data.order import PromptOrder
 from vold.objectives.advantages import smoothed
 from vold.run.job import Job
-from vold.train.group_metrics import group_metrics, is_mixed, pass_rate, speed_metrics, staleness_metrics
+from vold.train.group_metrics import (
+    group_metrics,
+    is_mixed,
+    mask_non_finite,
+    pass_rate,
+    speed_metrics,
+    staleness_metrics,
+)
 from vold.train.reward_function import StepGroups
+from vold.train.reward_terms import term_metrics
 from vold.train.rollout_worker import PromptBatch, RankRollouts, RolloutWorker, SamplingRequest, sampling_requests
 from vold.types import Group, Prompt
 
@@ -83,7 +91,10 @@ class RolloutSchedule:
         metrics = group_metrics(list(groups.values())) | _prompt_counts(rows, groups, kept)
         metrics |= staleness_metrics(list(kept.values()), step - self._plan.completed)
         metrics |= speed_metrics(batches, list(groups.values()))
+        if self._worker.terms:
+            metrics |= term_metrics(list(groups.values()), self._worker.reward.weights)
         rewarded = self._worker.reward_function.assign_rewards(step, StepGroups(list(kept.values()), metrics))
+        rewarded = mask_non_finite(rewarded)
         prompt_rows = self._prompt_rows(rows, groups | dict(zip(kept, rewarded.groups, strict=True)))
         self._add_to_history(rows, prompt_rows)
         self.state = self._state()  # of this step, before prompts of the next one are taken

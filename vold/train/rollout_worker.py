@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,8 @@ from vold.objectives import Objective
 from vold.rollout import Sampler
 from vold.seeding import derive_seed
 from vold.teacher.vllm import Scores
-from vold.train.reward_function import RewardFunction, grade_group
+from vold.train.reward_function import PendingGroup, RewardFunction, start_grading
+from vold.train.reward_terms import RewardTerms
 from vold.types import Group, Prompt, Rollout
 
 PhaseTimer = Callable[[str], AbstractContextManager]
@@ -97,6 +98,7 @@ class RolloutWorker:
     config: RolloutConfig
     reward: RewardConfig
     teacher: RemoteTeacher | None = None
+    terms: RewardTerms | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def sample_groups(
@@ -105,23 +107,38 @@ class RolloutWorker:
         """Sample all requests, grading each group as it finishes and submitting it to the teacher while others are
         still sampled. `show_status` gets a line of progress after each group, and "" at the end."""
         started, finish_seconds, groups = time.perf_counter(), [], {}
+        pending: dict[int, PendingGroup] = {}
         prompts, tokens = sum(len(request.prompts) for request in requests), 0
         scores: dict[int, Future[Scores]] = {}
         for position, rollouts in self._stream(requests, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
-                groups[position] = grade_group(rollouts, self.reward_function, self.reward)
-            if self.teacher and (to_score := self._rollouts_to_score(groups[position])):
-                scores[position] = self.teacher.submit(to_score)
+                pending[position] = start_grading(rollouts, self.reward_function, self.terms)
+            groups |= self._finished({i: group for i, group in pending.items() if group.is_done}, pending, scores)
             finish_seconds.append(seconds)
             tokens += sum(len(rollout.response_ids) for rollout in rollouts)
             running = prompts - len(finish_seconds)
             show_status(f"{running} of {prompts} prompts running, {tokens / max(seconds, 1e-9):.0f} tok/s")
         show_status("")
+        if pending:
+            with phase("judge"):
+                groups |= self._finished(dict(pending), pending, scores)
         if scores:
             with phase("teacher"):
                 groups |= {i: self._with_scores(groups[i], future.result()) for i, future in scores.items()}
         return RankRollouts(groups, tuple(finish_seconds), finish_seconds[-1] if finish_seconds else 0.0)
+
+    def _finished(
+        self, ready: Mapping[int, PendingGroup], pending: dict[int, PendingGroup], scores: dict[int, Future[Scores]]
+    ) -> dict[int, Group]:
+        """The groups of `ready`, which are taken out of `pending` and submitted to the teacher. Waits for a judge."""
+        groups = {}
+        for position, graded in ready.items():
+            group = groups[position] = graded.finish(self.reward, self.objective.routed_by)
+            del pending[position]
+            if self.teacher and (to_score := self._rollouts_to_score(group)):
+                scores[position] = self.teacher.submit(to_score)
+        return groups
 
     def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:
         """(position in the step, responses) of each prompt as it finishes. Waiting counts as phase `rollout`."""

@@ -10,7 +10,7 @@ from vold.types import Group, Sample, StepReport
 
 def logged_sample_ids(groups: Sequence[Group], limit: int) -> list[int]:
     """Indices of the samples to log: up to `limit`, spread evenly over the graded responses of all groups."""
-    graded = sum(verdict.outcome != "broken" for group in groups for verdict in group.verdicts)
+    graded = sum(reward is not None for group in groups for reward in group.rewards)
     stride = max(graded // max(limit, 1), 1)
     return list(range(0, graded, stride))[:limit]
 
@@ -21,16 +21,20 @@ def sample_rows(
     """Rows of the samples with these indices. A sample that was trained on also has its `tokens`, with `logp` and
     `logp_teacher` of each (nats, to 3 decimals)."""
     graded = [
-        (rollout, verdict, reward)
+        (rollout, verdict, reward, group.values[index] if group.values else {})
         for group in groups
-        for rollout, verdict, reward in zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        for index, (rollout, verdict, reward) in enumerate(
+            zip(group.rollouts, group.verdicts, group.rewards, strict=True)
+        )
         if reward is not None
     ]
     rows = []
     for index in sample_ids:
-        rollout, verdict, reward = graded[index]
+        rollout, verdict, reward, values = graded[index]
         row = response_row(rollout, verdict)
         row |= {"reward": reward, "advantage": samples[index].advantage, "mean_kl": report.mean_kl.get(index)}
+        if values.keys() - {"accuracy", "format"}:
+            row["values"] = dict(values)
         if logps := report.tokens.get(index):
             row["tokens"] = token_texts(tokenizer, rollout.response_ids.tolist())
             row |= {name: [round(logp, 3) for logp in values] for name, values in logps.items()}

@@ -7,7 +7,8 @@ Functions receive the section that they use, never the root.
 from vold.config.schema.base import Strict
 from vold.config.schema.data import DataConfig, PromptConfig
 from vold.config.schema.evaluation import EvalConfig, EvaluationConfig, ExportConfig, VlmevalkitConfig
-from vold.config.schema.objective import ObjectiveConfig, RewardConfig, SelfTeacherConfig
+from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig
+from vold.config.schema.reward import JudgeConfig, RewardConfig
 from vold.config.schema.rollout import (
     CurriculumConfig,
     DynamicSamplingConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "EvalConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "JudgeConfig",
     "MemoryConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

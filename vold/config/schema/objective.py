@@ -1,4 +1,4 @@
-"""Objective, reward and the prompts of a self-teacher."""
+"""Objective and the prompts of a self-teacher."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class ObjectiveConfig(Strict):
     """Importance ratio: token, sequence or adaptive."""
     routing: str | None = None
     """Responses with a KL term: nowhere, every, failed or failed-groups."""
+    routing_term: str = "accuracy"
+    """Term of the reward that routing reads as success, in [0, 1]: accuracy, format, judge, the NAME of a function, or
+    NAME.KEY of what it returns."""
     normaliser: str | None = None
     """Weight of a token: tokens, sequences or constant."""
     divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd"] | None = None
@@ -62,23 +65,6 @@ class ObjectiveConfig(Strict):
             raise ValueError("objective.beta_end and objective.beta_step belong together; give both or neither")
         if self.target_kl is not None and self.beta_end is not None:
             raise ValueError("objective.target_kl and objective.beta_end both steer beta; leave one out")
-        return self
-
-
-class RewardConfig(Strict):
-    """Reward = accuracy x (the answer is right) + format x (<think>...</think>, then a boxed answer). VOLD: 1 and 0;
-    EasyR1: .9 and .1; VLM-R1, which adds the two up: .5 and .5. Routing uses the answer alone."""
-
-    accuracy: Share = 1.0
-    """Reward of a right answer."""
-    format: Share = 0.0
-    """Reward of the right form."""
-
-    @model_validator(mode="after")
-    def _adds_up_to_one(self):
-        if abs(self.accuracy + self.format - 1.0) > 1e-6 or not self.accuracy:
-            values = f"reward.accuracy = {self.accuracy} and reward.format = {self.format}"
-            raise ValueError(f"{values} must add up to 1, the first above 0")
         return self
 
 

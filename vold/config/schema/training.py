@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share, Strict
 from vold.config.schema.data import DataConfig
 from vold.config.schema.evaluation import EvaluationConfig
-from vold.config.schema.objective import ObjectiveConfig, RewardConfig, SelfTeacherConfig
+from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig
+from vold.config.schema.reward import RewardConfig
 from vold.config.schema.rollout import EngineConfig, RolloutConfig, SamplingConfig, VllmConfig
 from vold.config.schema.run import RunConfig
 

@@ -59,7 +59,9 @@ class Judge:
                     f"reward.judge.api_key_env = {config.api_key_env}: the environment has no such variable; export it"
                 )
             headers["Authorization"] = f"Bearer {key}"
-        self._client = httpx2.Client(timeout=config.seconds, headers=headers, follow_redirects=False)
+        self._client = httpx2.Client(
+            timeout=config.seconds, headers=headers, follow_redirects=False, verify=config.url.startswith("https:")
+        )
         self._threads = ThreadPoolExecutor(config.concurrency, "judge")
         self._lock = threading.Lock()
         self._asked: dict[str, Future] = {}  # requests that are under way, by their key

@@ -58,7 +58,7 @@ class JudgeConfig(Strict):
     """Rubric, the user message; {prompt}, {gold}, {response} and columns of data.metadata are put in."""
     system: str | None = None
     """System message; none when null."""
-    pattern: str = r"(?i)score\W{0,5}(\d+(?:\.\d+)?)"
+    pattern: str = r"(?i)score[\s:=*_]{0,8}(\d+(?:\.\d+)?)"
     """Regular expression; the group of its last match in the judge's answer is the score."""
     scores: dict[str, Weight] = Field({})
     """Values of scores that are words: {yes: 1, no: 0}. A number is scaled from [lowest, highest] to [0, 1]."""

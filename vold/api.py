@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -17,6 +18,7 @@ from vold.config.schema import (
     Strict,
     TracesConfig,
 )
+from vold.config.schema.reward import function_specs
 
 ConfigT = TypeVar("ConfigT", bound=Strict)
 
@@ -38,21 +40,26 @@ class _AnyKeys(Strict):
 
 
 @overload
-def load_config(path: str | Path, *overrides: str | Path, schema: type[ConfigT]) -> ConfigT: ...
+def load_config(path: str | Path, *overrides: str | Path, schema: type[ConfigT], reward: Any = None) -> ConfigT: ...
 @overload
-def load_config(path: str | Path, *overrides: str | Path) -> Any: ...
+def load_config(path: str | Path, *overrides: str | Path, reward: Any = None) -> Any: ...
 
 
-def load_config(path: str | Path, *overrides: str | Path, schema: type[Strict] | None = None) -> Strict:
+def load_config(
+    path: str | Path, *overrides: str | Path, schema: type[Strict] | None = None, reward: Any = None
+) -> Strict:
     """Read a YAML file, apply the overrides in order, and return the frozen config.
 
     path: YAML file, see configs/.
     overrides: `"section.key=value"` (values are YAML), or the path of a YAML file whose keys are laid over `path`'s.
     schema: class of the config (see vold.config.schema); without it, chosen by the keys that the file has: RlConfig,
         SftConfig, EvalConfig, TracesConfig, SelfplayConfig or ExportConfig.
+    reward: `reward.function`: a function at the top level of a file, "PATH.py:NAME", or several with their weights.
     Raises ValueError, in one line with the fix, for a file, key or value that does not fit.
     """
     path, changes = Path(path), [str(override) for override in overrides]
+    if reward is not None:
+        changes.append(f"reward.function={json.dumps(function_specs(reward))}")
     return load.load_config(schema or _schema_by_content(path, changes), path, changes)
 
 

@@ -3,14 +3,10 @@ wrong."""
 
 from __future__ import annotations
 
-import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
 from pydantic import ValidationError
 
+from support.chat_server import ChatServer, completion
 from vold.config.schema import JudgeConfig
 from vold.grading.judge import Judge
 
@@ -25,52 +21,10 @@ ROW = {
 }
 
 
-def completion(text):
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
-
-
-class Server:
-    """Answers with `answers` in turn, the last one for ever, and keeps what it was asked."""
-
-    def __init__(self):
-        self.asked, self.headers, self.paths, self.running, self.most = [], [], [], 0, 0
-        self.answers, self.delay, self.lock = [completion("Score: 7")], 0.0, threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    answer = server.answers[min(len(server.asked), len(server.answers) - 1)]
-                    server.asked.append(body)
-                    server.headers.append(dict(self.headers))
-                    server.paths.append(self.path)
-                    server.running += 1
-                    server.most = max(server.most, server.running)
-                time.sleep(server.delay)
-                with server.lock:
-                    server.running -= 1
-                status, text, *headers = answer
-                self.send_response(status)
-                for name, value in headers:
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
 @pytest.fixture
 def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with ChatServer() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ ROW = {
 }
 OTHER = ROW | {"response_text": "\\boxed{5} \ud800", "finish_reason": "length"}
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import asyncio, os, signal, subprocess, sys, time
 import neighbour
 
@@ -68,8 +68,8 @@ async def awaited_raises(gold): raise KeyError("topic")
 async def one_never(response_text):
     if "5" in response_text: await never()
     return 1.0
-'''
-MORE = '''
+"""
+MORE = """
 import os, signal, subprocess, sys, time
 def computes(gold):
     while gold == "4": pass
@@ -85,7 +85,7 @@ def crashes(gold):
     return 1
 def eats(gold):
     return len(bytearray(1 << 40))
-'''
+"""
 
 
 def names(source):
@@ -229,7 +229,7 @@ BAD_FILES = {
     "no argument": ("def g(): return 1", "it takes no argument"),
     "a training on import": (
         "from vold.grading.functions import FunctionPool\nFunctionPool(['mine.py:g'], 1, 1, 1)",
-        "importing the file failed: ValueError: reward.function: its file starts a training when it is imported; put that under if __name__",
+        "importing the file failed: ValueError: reward.function: its file starts a training when it is imported; put",
     ),
 }
 
@@ -274,7 +274,7 @@ def test_files_that_are_not_there_or_where_no_code_is_run(tmp_path):
     (tmp_path / "link.py").symlink_to(tmp_path / "student" / "model.py")
     (tmp_path / "folder.py").mkdir()
     for name in ("student/model.py", "link.py", "student/../student/model.py"):
-        with pytest.raises(ValueError, match="the file lies in student = .*, from which no code is run"):
+        with pytest.raises(ValueError, match=r"the file lies in student = .*, from which no code is run"):
             check_function_file(f"{tmp_path}/{name}:g", {"student": tmp_path / "student"})
     with pytest.raises(ValueError, match="is no regular file"):
         check_function_file(f"{tmp_path}/folder.py:g", {})
@@ -332,5 +332,5 @@ def test_a_function_of_python_is_named_by_its_file():
     assert RewardConfig(function=reward_at_top_level).function == spec
     assert RewardConfig(function={reward_at_top_level: 0.5}, accuracy=1.0).function == {spec: 0.5}
     for hidden in (lambda gold: 1.0, len, test_a_function_of_python_is_named_by_its_file.__call__):
-        with pytest.raises(ValueError, match="it must be a function at the top level of a .py file"):
+        with pytest.raises(ValueError, match=r"it must be a function at the top level of a .py file"):
             function_spec(hidden)

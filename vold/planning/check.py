@@ -30,6 +30,7 @@ from vold.run.lock import living_holder
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
 from vold.train.components import check_rl_config, check_sft_config
+from vold.train.reward_terms import check_reward_terms
 
 
 class Undecided(str):
@@ -60,6 +61,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
     checks: dict[str, Check | None] = {
         "versions": lambda: machine.check_versions(config),
         "method": lambda: _check_method(config),
+        "reward": (lambda: _check_reward(config)) if _has_own_terms(config) else None,
         "layout": lambda: _check_layout(config.parallel, processes),
         "student": lambda: _check_model("student", config, processes),
         "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
@@ -123,6 +125,18 @@ def _check_method(config: SftConfig | RlConfig) -> str:
         f"{config.rollout.responses_per_prompt} responses, "
         + ("the student's average teaches" if objective.uses_self_teacher else teacher)
     )
+
+
+def _has_own_terms(config: SftConfig | RlConfig) -> bool:
+    return isinstance(config, RlConfig) and config.reward.has_own_terms
+
+
+def _check_reward(config: RlConfig) -> str:
+    files = check_reward_terms(config, build_objective(config.objective, config.rollout.max_new_tokens))
+    weights = {name: weight for name, weight in config.reward.weights.items() if weight}
+    terms = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
+    judge = f"; scores by {config.reward.judge.url}, which was not asked" if config.reward.judge else ""
+    return terms + (f"; code of {', '.join(sorted(files))}" if files else "") + judge
 
 
 def _check_layout(parallel: ParallelConfig, processes: int) -> str:

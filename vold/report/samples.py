@@ -193,6 +193,8 @@ def _facts(row: Row) -> list[str]:
     """The numbers under a response, those that were logged."""
     names = {"reward": "reward", "advantage": "advantage", "mean_kl": "teacher KL"}
     values = {name: as_number(row.get(key)) for key, name in names.items()}
+    terms = row.get("values")
+    values |= {excerpt(key): as_number(value) for key, value in terms.items()} if isinstance(terms, Mapping) else {}
     facts = [f"{name} {value:.3g}".replace("-", "−") for name, value in values.items() if value == value]
     return facts + (["cut at the length limit"] if row.get("finish_reason") == "length" else [])
 

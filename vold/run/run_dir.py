@@ -5,6 +5,9 @@ lock.json        the process that writes here now (vold.run.lock)
 metrics.jsonl    one object a step
 samples.jsonl    a few responses of each step
 prompts.jsonl    one object for each prompt that a step sampled, with its pass rate and rewards
+reward.json      SHA-256 of the files of reward functions of one's own
+reward.log       what they print, and why a response has no reward
+judge/           requests to a judge, and its answers
 timeline.jsonl   the phases of the last few steps
 """
 
@@ -52,6 +55,14 @@ FREE_KEYS = (
     "vllm",
     "teacher_vllm",
     "loggers",
+    "reward.memory_gib",
+    "reward.judge.url",
+    "reward.judge.concurrency",
+    "reward.judge.seconds",
+    "reward.judge.retries",
+    "reward.judge.budget",
+    "reward.judge.cache",
+    "reward.judge.api_key_env",
 )
 LOGS = ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl")
 CHECKED_LOGS = ("metrics.jsonl", "prompts.jsonl")

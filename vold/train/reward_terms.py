@@ -53,10 +53,10 @@ class RewardTerms:
 
     def _flat(self, rollout: Rollout, results: Mapping[str, Values | str]) -> dict[str, float]:
         flat: dict[str, float] = {}
+        term, _, routed_key = (self._routed_by or "").partition(".")
         for name, values in results.items():
-            key = (self._routed_by or "").removeprefix(f"{name}.")
-            if isinstance(values, dict) and key != self._routed_by and key not in values:
-                values = f"returned a dict without {key!r}, which objective.routing_term reads"
+            if isinstance(values, dict) and name == term and routed_key and routed_key not in values:
+                values = f"returned a dict without {routed_key!r}, which objective.routing_term reads"
             if isinstance(values, str):
                 self._report(name, values, rollout)
                 continue

@@ -9,8 +9,10 @@ the vision tower stays frozen, except for its mergers with `vision.train_merger`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from vold.config.schema import RlConfig
+from vold.config.schema import RewardConfig, RlConfig
+from vold.config.schema.reward import function_specs
 from vold.grading import Grader
 from vold.objectives import split_minibatches
 from vold.run.job import Job
@@ -33,13 +35,19 @@ def train_rl(
     resume: bool = False,
     profiler: StepProfiler | None = None,
     reward_function: Callable[[Job, Grader], RewardFunction] = GraderReward,
+    reward: Any = None,
 ) -> None:
     """Train, evaluate and save as the config says; writes the finished model to run_dir/model.
 
     resume: continue the run in run_dir after its latest checkpoint. profiler: record the steps and save nothing.
-    reward_function: makes the source of rewards, by default the grader.
+    reward_function: makes the source of verdicts and of a whole step's rewards, by default the grader.
+    reward: `reward.function` of the config: a function at the top level of a file, "PATH.py:NAME", or several with
+        their weights.
     Raises ValueError for a config that cannot work, and where run_dir holds another run.
     """
+    if reward is not None:
+        settings = config.reward.model_dump(exclude_unset=True) | {"function": function_specs(reward)}
+        config = config.model_copy(update={"reward": RewardConfig(**settings)})
     with open_rl(config, resume=resume, profiler=profiler, reward_function=reward_function) as run:
         phase = run.job.log.phase
         for step in run.training.steps():

@@ -34,14 +34,15 @@ def function_spec(function: Callable | str | Any) -> Any:
     return spec
 
 
-def _specs(value: Any) -> Any:
+def function_specs(value: Any) -> Any:
+    """`function_spec` of a function, or of each in a mapping to weights."""
     if isinstance(value, Mapping):
         return {function_spec(function): weight for function, weight in value.items()}
     return function_spec(value)
 
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
-Functions = Annotated[str | dict[str, Weight] | None, BeforeValidator(_specs)]
+Functions = Annotated[str | dict[str, Weight] | None, BeforeValidator(function_specs)]
 
 
 class JudgeConfig(Strict):

@@ -127,14 +127,14 @@ class Verdict:
 class Group:
     """All G responses of one prompt with their verdicts and rewards; `None` reward = grader or reward function broke.
     earlier: the rewards of each earlier step that sampled responses to the same prompt. values: of each response, the
-    reward's terms by name, before their weights; empty where the rewards are made otherwise."""
+    reward's terms by name, before their weights (None: it failed); empty where the rewards are made otherwise."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     verdicts: tuple[Verdict, ...]
     rewards: tuple[float | None, ...]
     earlier: tuple[tuple[float, ...], ...] = ()
-    values: tuple[Mapping[str, float], ...] = ()
+    values: tuple[Mapping[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True)

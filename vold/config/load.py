@@ -124,9 +124,10 @@ def _renamed(tree: dict, section: str = "") -> dict:
         for old, new in RENAMED_KEYS.items():
             if path.endswith(f".{old}"):
                 path = path.removesuffix(old) + new
+                name = new.rpartition(".")[2]  # other names may hold dots of their own: a file, a data set
         if isinstance(value, dict):
             value = _renamed(value, path)
-        renamed[path.rpartition(".")[2]] = _renamed_value(path, value) or value
+        renamed[name] = _renamed_value(path, value) or value
     return renamed
 
 

@@ -35,9 +35,9 @@ def answer_values(rollout: Rollout, verdict: Verdict) -> dict[str, float]:
     return accuracy | {"format": float(formed)}
 
 
-def weighted_sum(values: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+def weighted_sum(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
     """Sum of weight x value over the terms that have a weight; None where the value of one is missing."""
-    weighted = {name: weight for name, weight in weights.items() if weight}
-    if not weighted.keys() <= values.keys():
+    parts = [(weight, values.get(name)) for name, weight in weights.items() if weight]
+    if any(value is None for _, value in parts):
         return None
-    return sum(weight * values[name] for name, weight in weighted.items())
+    return sum(weight * value for weight, value in parts if value is not None)

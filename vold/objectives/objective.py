@@ -147,7 +147,7 @@ class Objective:
         if self.routing_term == "accuracy":
             return [float(verdict.outcome == "correct") for verdict in group.verdicts]
         values = group.values or [{}] * len(group.rollouts)
-        return [min(max(of_response.get(self.routing_term, 0.0), 0.0), 1.0) for of_response in values]
+        return [min(max(of_response.get(self.routing_term) or 0.0, 0.0), 1.0) for of_response in values]
 
     def _pg_weight(self, advantage: float, kl_factor: float) -> float:
         if advantage == 0.0 and self.entropy_bonus == 0.0:

@@ -52,12 +52,12 @@ class GraderReward:
 class PendingGroup:
     """Siblings that are graded, but for a judge that may still have to answer.
 
-    values: of each response, the terms of its reward by name; one whose term failed lacks it.
+    values: of each response, the terms of its reward by name; None where a term failed.
     """
 
     rollouts: Sequence[Rollout]
     verdicts: Sequence[Verdict]
-    values: Sequence[Mapping[str, float]]
+    values: Sequence[Mapping[str, float | None]]
     judged: Sequence[Future]
     terms: RewardTerms | None = None
 
@@ -74,7 +74,9 @@ class PendingGroup:
             answers = map(self.terms.judge_values, self.rollouts, self.judged)
             values = [{**known, **judged} for known, judged in zip(values, answers, strict=True)]
         rewards = [
-            weighted_sum(of_response, config.weights) if routed_by is None or routed_by in of_response else None
+            weighted_sum(of_response, config.weights)
+            if routed_by is None or of_response.get(routed_by) is not None
+            else None
             for of_response in values
         ]
         return Group(
@@ -93,3 +95,8 @@ def start_grading(
         own = terms.function_values(rollouts)
         values = [answer | functions for answer, functions in zip(values, own, strict=True)]
     return PendingGroup(rollouts, verdicts, values, judged, terms)
+
+
+def grade_group(rollouts: Sequence[Rollout], reward_function: RewardFunction, config: RewardConfig) -> Group:
+    """Siblings with their verdicts and rewards, which are of the answer and its form alone."""
+    return start_grading(rollouts, reward_function, None).finish(config, None)

@@ -39,27 +39,27 @@ class RewardTerms:
             return []
         return [self._judge.submit(reward_row(rollout)) for rollout in rollouts]
 
-    def function_values(self, rollouts: Sequence[Rollout]) -> list[dict[str, float]]:
-        """Name -> value of each response, `NAME.KEY` where a function returned a dict. Without those that failed, which
-        are logged."""
+    def function_values(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+        """Name -> value of each response, `NAME.KEY` where a function returned a dict; None where it failed, which is
+        logged."""
         if self._functions is None:
             return [{} for _ in rollouts]
         results = self._functions.call([reward_row(rollout) for rollout in rollouts])
         return [self._flat(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
 
-    def judge_values(self, rollout: Rollout, judged: Future[Values | str]) -> dict[str, float]:
-        """`judge` -> score of one response, empty where there is none. Waits for it."""
+    def judge_values(self, rollout: Rollout, judged: Future[Values | str]) -> dict[str, float | None]:
+        """`judge` -> score of one response, None where there is none. Waits for it."""
         return self._flat(rollout, {"judge": judged.result()})
 
-    def _flat(self, rollout: Rollout, results: Mapping[str, Values | str]) -> dict[str, float]:
-        flat: dict[str, float] = {}
+    def _flat(self, rollout: Rollout, results: Mapping[str, Values | str]) -> dict[str, float | None]:
+        flat: dict[str, float | None] = {}
         term, _, routed_key = (self._routed_by or "").partition(".")
         for name, values in results.items():
             if isinstance(values, dict) and name == term and routed_key and routed_key not in values:
                 values = f"returned a dict without {routed_key!r}, which objective.routing_term reads"
             if isinstance(values, str):
                 self._report(name, values, rollout)
-                continue
+                values = {"score": None}
             flat |= {name if key == "score" else f"{name}.{key}": value for key, value in values.items()}
         return flat
 
@@ -160,12 +160,17 @@ def record_reward_files(job: Job, run_dir: Path, files: Mapping[str, str], *, re
         )
 
 
-def term_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict[str, float]:
-    """Mean of each named value over the responses that have it, and how often each of the user's own terms failed."""
+def term_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Where the reward has terms of the user's own: the mean of each named value over the responses that have it, and
+    on how many responses each of these terms failed."""
     values = [of_response for group in groups for of_response in group.values]
     names = sorted({name for of_response in values for name in of_response})
-    means = {name: [v[name] for v in values if name in v] for name in names}
-    metrics = {f"reward_{name}": sum(found) / len(found) for name, found in means.items()}
-    for name in weights.keys() - {"accuracy", "format"}:
-        metrics[f"reward_{name}_errors"] = float(sum(name not in of_response for of_response in values))
+    metrics: dict[str, float] = {}
+    if not set(names) - {"accuracy", "format"}:
+        return metrics
+    for name in names:
+        found = [v[name] for v in values if v.get(name) is not None]
+        metrics |= {f"reward_{name}": sum(found) / len(found)} if found else {}
+        if name not in ("accuracy", "format") and "." not in name:
+            metrics[f"reward_{name}_errors"] = float(len(values) - len(found))
     return metrics

@@ -91,8 +91,7 @@ class RolloutSchedule:
         metrics = group_metrics(list(groups.values())) | _prompt_counts(rows, groups, kept)
         metrics |= staleness_metrics(list(kept.values()), step - self._plan.completed)
         metrics |= speed_metrics(batches, list(groups.values()))
-        if self._worker.terms:
-            metrics |= term_metrics(list(groups.values()), self._worker.reward.weights)
+        metrics |= term_metrics(list(groups.values()))
         rewarded = self._worker.reward_function.assign_rewards(step, StepGroups(list(kept.values()), metrics))
         rewarded = mask_non_finite(rewarded)
         prompt_rows = self._prompt_rows(rows, groups | dict(zip(kept, rewarded.groups, strict=True)))

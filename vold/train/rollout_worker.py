@@ -16,7 +16,7 @@ from vold.objectives import Objective
 from vold.rollout import Sampler
 from vold.seeding import derive_seed
 from vold.teacher.vllm import Scores
-from vold.train.reward_function import PendingGroup, RewardFunction, start_grading
+from vold.train.reward_function import PendingGroup, RewardFunction, grade_group, start_grading
 from vold.train.reward_terms import RewardTerms
 from vold.types import Group, Prompt, Rollout
 
@@ -113,8 +113,13 @@ class RolloutWorker:
         for position, rollouts in self._stream(requests, phase):
             seconds = time.perf_counter() - started
             with phase("grade"):
-                pending[position] = start_grading(rollouts, self.reward_function, self.terms)
-            groups |= self._finished({i: group for i, group in pending.items() if group.is_done}, pending, scores)
+                if self.terms is None:
+                    finished = {position: grade_group(rollouts, self.reward_function, self.reward)}
+                else:
+                    pending[position] = start_grading(rollouts, self.reward_function, self.terms)
+                    finished = self._finish([i for i, group in pending.items() if group.is_done], pending)
+            groups |= finished
+            scores |= self._submit(finished)
             finish_seconds.append(seconds)
             tokens += sum(len(rollout.response_ids) for rollout in rollouts)
             running = prompts - len(finish_seconds)
@@ -122,23 +127,24 @@ class RolloutWorker:
         show_status("")
         if pending:
             with phase("judge"):
-                groups |= self._finished(dict(pending), pending, scores)
+                finished = self._finish(list(pending), pending)
+            groups |= finished
+            scores |= self._submit(finished)
         if scores:
             with phase("teacher"):
                 groups |= {i: self._with_scores(groups[i], future.result()) for i, future in scores.items()}
         return RankRollouts(groups, tuple(finish_seconds), finish_seconds[-1] if finish_seconds else 0.0)
 
-    def _finished(
-        self, ready: Mapping[int, PendingGroup], pending: dict[int, PendingGroup], scores: dict[int, Future[Scores]]
-    ) -> dict[int, Group]:
-        """The groups of `ready`, which are taken out of `pending` and submitted to the teacher. Waits for a judge."""
-        groups = {}
-        for position, graded in ready.items():
-            group = groups[position] = graded.finish(self.reward, self.objective.routed_by)
-            del pending[position]
-            if self.teacher and (to_score := self._rollouts_to_score(group)):
-                scores[position] = self.teacher.submit(to_score)
-        return groups
+    def _finish(self, positions: Sequence[int], pending: dict[int, PendingGroup]) -> dict[int, Group]:
+        """The groups at these positions, which are taken out of `pending`. Waits for a judge."""
+        return {i: pending.pop(i).finish(self.reward, self.objective.routed_by) for i in positions}
+
+    def _submit(self, groups: Mapping[int, Group]) -> dict[int, Future[Scores]]:
+        """Ask the remote teacher for what it has to score of these groups."""
+        if self.teacher is None:
+            return {}
+        to_score = {position: self._rollouts_to_score(group) for position, group in groups.items()}
+        return {position: self.teacher.submit(rollouts) for position, rollouts in to_score.items() if rollouts}
 
     def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:
         """(position in the step, responses) of each prompt as it finishes. Waiting counts as phase `rollout`."""

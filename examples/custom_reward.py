@@ -29,6 +29,6 @@ def shortest(response_texts: list[str]) -> list[float]:
 
 
 async def looked_up(response_text: str, metadata: dict) -> float:
-    """Awaited for all responses to a prompt together; `data.metadata: [topic]` passes a column of the data file."""
+    """Awaited for all responses to a prompt together; metadata has the data's other columns."""
     await asyncio.sleep(0.0)  # here: a request to a service
     return float(metadata["topic"] in response_text)

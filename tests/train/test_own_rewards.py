@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 import vold
@@ -23,7 +26,7 @@ FUNCTIONS = """
 from neighbour import OFFSET
 
 def vowels(response_text, metadata, gold):
-    assert metadata["ground_truth"]["value"] == gold
+    assert metadata == {"level": {"of": gold}, "day": "2026-01-02"}
     digits = sum(letter.isdigit() for letter in response_text)
     return {"score": OFFSET + digits / 10, "digits": digits, "odd": digits % 2}
 
@@ -51,19 +54,35 @@ def functions(tmp_path) -> Path:
     return tmp_path / "mine" / "rewards.py"
 
 
+@pytest.fixture
+def with_columns(world, tmp_path) -> list[str]:
+    """The problems in a table with a nested column and a date that nothing reads."""
+    rows = [
+        {
+            "question": question["value"],
+            "answer": (gold := answer["ground_truth"]["value"]),
+            "level": {"of": gold},
+            "day": datetime.date(2026, 1, 2),
+        }
+        for question, answer in json.loads(world.data.joinpath("train.json").read_text())
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    return [f"data={{path: {tmp_path}/train.parquet, layout: vqa}}"]
+
+
 def put_back_to_step_2(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-000003")
     shutil.rmtree(run_dir / "model")
     (run_dir / "checkpoints" / "latest").write_text("step-000002\n")
 
 
-def test_functions_and_a_judge_in_a_run_that_is_resumed(load, functions, tmp_path, layout):
+def test_functions_and_a_judge_in_a_run_that_is_resumed(load, functions, with_columns, tmp_path, layout):
     with ChatServer(scored) as server:
         reward = {
             "function": {f"{functions}:vowels": 0.5, f"{functions}:sevens": 0.25},
-            "judge": {"url": server.url, "model": "judge", "weight": 0.25, "template": "{prompt} {response}"},
+            "judge": {"url": server.url, "model": "judge", "weight": 0.25, "template": "{prompt} {response} {day}"},
         }
-        config = load("rl", tmp_path / "run", *SHORT, f"reward={json.dumps(reward)}", "data.metadata=[ground_truth]")
+        config = load("rl", tmp_path / "run", *SHORT, f"reward={json.dumps(reward)}", *with_columns)
         train_rl(config)
         rows, samples = (read_rows(config.run_dir / f"{name}.jsonl") for name in ("metrics", "samples"))
         for row in rows:
@@ -111,14 +130,12 @@ def test_a_function_that_fails_is_masked_counted_and_shown(load, functions, tmp_
     assert len(warnings) == 1 and "such responses are masked and counted (reward_fussy_errors)" in warnings[0]
 
 
-def test_a_function_of_python_and_a_key_of_what_it_returns_routes(load, functions, tmp_path, layout):
+def test_a_function_of_python_and_a_key_of_what_it_returns_routes(load, functions, with_columns, tmp_path, layout):
     rl = str(Path(vold.__file__).parent / "miniature" / "configs" / "rl.yaml")
-    overrides = load("rl", tmp_path / "run", *SHORT)
     assert vold.load_config(rl, reward=f"{functions}:vowels").reward.weights["vowels"] == 1.0
-    routing = ["objective.preset=vold", "objective.routing_term=vowels.odd", "data.metadata=[ground_truth]"]
+    routing = ["objective.preset=vold", "objective.routing_term=vowels.odd", *with_columns]
     config = load("rl", tmp_path / "run", *SHORT, "steps=1", *routing)
     train_rl(config, reward=f"{functions}:vowels")
-    assert overrides.reward == RewardConfig()
     samples = read_rows(config.run_dir / "samples.jsonl")
     assert {sample["mean_kl"] is None for sample in samples} == {True, False}
     for sample in samples:
@@ -132,7 +149,6 @@ def test_a_function_of_python_and_a_key_of_what_it_returns_routes(load, function
         (["objective={preset: vold, routing_term: style}"], "'style' is no term of the reward; choose one of accuracy"),
         (["reward.judge={url: 'http://h/v1', model: m, template: '{response} {why}'}"], r"\{why\} is none of prompt"),
         (["reward.judge={url: 'http://h/v1', model: m, api_key_env: VOLD_NO_KEY}"], "no such variable; export it"),
-        (["data.metadata=[level]", "reward.function=FILE:sevens"], "no column 'level' .*; there are from, value"),
         (["reward.function=FILE:seven"], r"rewards.py:seven: the file has no function 'seven'"),
     ],
 )

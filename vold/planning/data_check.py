@@ -13,8 +13,10 @@ from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer, stop_ids
+from vold.objectives import build_objective
 from vold.planning.row_preview import row_preview
 from vold.train.components import check_trained_vision
+from vold.train.reward_terms import check_judge_template, problem_options
 from vold.types import Prompt, Sample
 
 PREVIEWS = 2  # training rows that are shown
@@ -39,7 +41,8 @@ class DataCheck:
             self._training, kind = samples, "traces"
             prompts = [samples[index].prompt for index in range(len(samples))]
         else:
-            problems = load_problems(config.data, skipped.append)
+            objective = build_objective(config.objective, config.rollout.max_new_tokens)
+            problems = load_problems(config.data, skipped.append, **problem_options(config, objective))
             options = (config.prompt, config.data.on_error, self._encode.length)
             self._training = prompts = build_prompts(problems, tokenizer, *options)
             kind = "problems"
@@ -47,6 +50,8 @@ class DataCheck:
         if not prompts:
             raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
         check_trained_vision(config.vision, prompts)
+        if isinstance(config, RlConfig):
+            check_judge_template(config.reward, prompts)
         self._with_images += [prompt for prompt in prompts[PREVIEWS:] if prompt.images][:1]
         return f"{config.data.path}: {_summary(prompts, kind, self._encode)}" + _left_out(skipped)
 

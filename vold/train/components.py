@@ -31,7 +31,13 @@ from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, 
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.probe import build_probe
 from vold.train.reward_function import RewardFunction
-from vold.train.reward_terms import check_reward_terms, open_reward_terms, record_reward_files
+from vold.train.reward_terms import (
+    check_judge_template,
+    check_reward_terms,
+    open_reward_terms,
+    problem_options,
+    record_reward_files,
+)
 from vold.train.rollout_schedule import RolloutSchedule, StepPlan
 from vold.train.rollout_worker import RemoteTeacher, RolloutWorker
 from vold.train.training_run import TrainingRun, evaluates_after
@@ -86,9 +92,11 @@ def open_rl(
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_tokenizer(config.student)
     vocab_size = _vocab_size(config.student, config.teacher)
-    problems, encode = load_problems(config.data), load_prompt_encoder(config.student)
+    problems = load_problems(config.data, **problem_options(config, objective))
+    encode = load_prompt_encoder(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_trained_vision(config.vision, prompts)
+    check_judge_template(config.reward, prompts)
     image_sensitivity = ImageSensitivity(
         prompts,
         encode,

@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vold.config.schema import RlConfig
+from vold.config.schema import RewardConfig, RlConfig
 from vold.grading.functions import FunctionPool, Values, changed_files, check_function_file
 from vold.grading.judge import PLACE, Judge
 from vold.io import log, one_line_errors, write_atomically
 from vold.objectives import Objective
 from vold.run.job import Job
-from vold.types import Group, Rollout
+from vold.types import Group, Prompt, Rollout
 
 RECORD = "reward.json"
 OUTPUT = "reward.log"
@@ -85,7 +85,7 @@ def reward_row(rollout: Rollout) -> dict[str, Any]:
         "response_ids": rollout.response_ids.tolist(),
         "gold": prompt.gold,
         "images": [str(path) for path in prompt.images],
-        "metadata": json.loads(prompt.metadata),
+        "metadata": json.loads(json.dumps(prompt.metadata, default=str)),  # dates and the like as text
         "finish_reason": rollout.finish_reason,
     }
 
@@ -116,6 +116,25 @@ def _function_pool(config: RlConfig, workers: int) -> FunctionPool:
     )
 
 
+def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool | None]:
+    """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
+    answer where nothing asks for one."""
+    asks = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher
+    own = config.reward.has_own_terms
+    return {"keep_metadata": own, "needs_gold": False if own and not asks else None}
+
+
+def check_judge_template(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError where the judge's template names what a problem does not have."""
+    if config.judge is None:
+        return
+    places = [name for name in PLACE.findall(config.judge.template) if name not in ("prompt", "response", "gold")]
+    for prompt in prompts if places else ():
+        if strange := [name for name in places if name not in prompt.metadata]:
+            columns = ", ".join(["prompt", "response", "gold", *prompt.metadata])
+            raise ValueError(f"reward.judge.template: {{{strange[0]}}} is none of {columns} of {prompt.id}")
+
+
 # -- before a model is loaded ------------------------------------------------------------------------------------------
 
 
@@ -131,9 +150,6 @@ def check_reward_terms(config: RlConfig, objective: Objective) -> dict[str, str]
         )
     if judge := config.reward.judge:
         Judge(judge, config.run_dir / "judge").close()
-        known = ["prompt", "response", "gold", *config.data.metadata]
-        if strange := [name for name in PLACE.findall(judge.template) if name not in known]:
-            raise ValueError(f"reward.judge.template: {{{strange[0]}}} is none of {', '.join(known)} (data.metadata)")
     if not config.reward.functions:
         return {}
     folders = {"run_dir": config.run_dir, "student": config.student, "teacher": config.teacher}

@@ -54,8 +54,6 @@ class DataConfig(Strict):
     """Folder that images must lie below; the data file's own folder when null."""
     on_error: Literal["stop", "skip"] = "stop"
     """Stop at the first bad row, or report it and leave it out."""
-    metadata: tuple[str, ...] = ()
-    """Columns of each row that reward functions and judges get as metadata."""
     shuffle: bool = True
     """Permute the rows anew in each epoch; false: training reads them in the file's order."""
     limit: Positive | None = None

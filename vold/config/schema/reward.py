@@ -56,7 +56,8 @@ class JudgeConfig(Strict):
         "Problem:\n{prompt}\n\nReference answer: {gold}\n\nResponse:\n{response}\n\n"
         "Rate the response from 0 (wrong or useless) to 10 (right and clear). End with one line: Score: N"
     )
-    """Rubric, the user message; {prompt}, {gold}, {response} and columns of data.metadata are put in."""
+    """Rubric, the user message; {prompt}, {gold}, {response} and columns of the data that nothing else reads are put
+    in."""
     system: str | None = None
     """System message; none when null."""
     pattern: str = r"(?i)score[\s:=*_]{0,8}(\d+(?:\.\d+)?)"

@@ -286,7 +286,7 @@ def rewarded(config, votes, texts, world, *, vectors=None, memory=None) -> StepG
     )
     prompt = Prompt("request", (1,), "=")
     rollouts = tuple(Rollout(prompt, (1,), (0.0,), "stop", text) for text in texts)
-    verdicts = tuple(reward_function.grade([(text, "", False) for text in texts]))
+    verdicts = tuple(reward_function.grade([Item(text, "") for text in texts]))
     group = Group(prompt, rollouts, verdicts, tuple(float(v.outcome == "correct") for v in verdicts))
     return reward_function.assign_rewards(3, StepGroups([group], {"staleness_max": 0.0}))
 
@@ -352,7 +352,7 @@ def test_a_question_is_no_way_around_the_chat_template(world, tmp_path):
     assert parser.parse("[1+2]") == "1+2"
     for bad in ("[1+2<|im_end|>]", "[<|image_pad|>]", "[<user>1]", "[1+2+3+4+5+6]", "1+2"):
         assert parser.parse(bad) is None
-    assert ChallengerReward.grade(SimpleNamespace(parser=parser), [("[1+2]", "", True), ("[1+2]", "", False)]) == [
+    assert ChallengerReward.grade(SimpleNamespace(parser=parser), [Item("[1+2]", "", True), Item("[1+2]", "")]) == [
         Verdict("wrong", None, "form"),
         Verdict("correct", "1+2", "form"),
     ]

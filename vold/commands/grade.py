@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
 
-from vold.grading import Grader
+from vold.grading import Grader, Item
 from vold.io import to_json
 
 CHUNK_BYTES = 1 << 16  # read at once; rows that end in a chunk are graded together
@@ -19,7 +19,7 @@ def grade_file(file: Path, *, workers: int) -> None:
     """Print the rows of `file` ("-": standard input) with verdict, extracted, rule and seconds added, in order.
 
     A row holds "gold" (text or a number) and "response"; a "finish_reason" of "length", as in a run's samples.jsonl,
-    marks a truncated response. The file is graded chunk by chunk, and rows of a pipe as they arrive. A malformed row
+    marks a truncated response, "choices" are the texts of options, and "prompt" is the text that was asked. The file is graded chunk by chunk, and rows of a pipe as they arrive. A malformed row
     raises ValueError with its line number once the rows before it are printed; a gold answer that cannot be used gives
     the verdict "broken".
     """
@@ -43,11 +43,17 @@ def _open(file: Path) -> RawIOBase:
 
 
 def _print_verdicts(rows: list[dict], grader: Grader) -> None:
-    items = [(row["response"], str(row["gold"]), row.get("finish_reason") == "length") for row in rows]
+    items = [_item(row) for row in rows]
     for row, verdict in zip(rows, grader.grade(items), strict=True):
         result = {"verdict": verdict.outcome, "extracted": verdict.extracted, "rule": verdict.rule}
         sys.stdout.write(to_json(row | result | {"seconds": round(verdict.seconds, 6)}) + "\n")
     sys.stdout.flush()
+
+
+def _item(row: dict) -> Item:
+    choices, problem = row.get("choices") or (), row.get("prompt") or ""
+    truncated = row.get("finish_reason") == "length"
+    return Item(row["response"], str(row["gold"]), truncated, tuple(map(str, choices)), problem)
 
 
 def _row_chunks(stream: RawIOBase, name: str) -> Iterator[tuple[list[dict], str]]:
@@ -90,4 +96,6 @@ def _parse_row(line: bytes) -> dict:
         if not isinstance(row.get(key), kinds) or isinstance(row[key], bool):
             problem = f"is {type(row[key]).__name__}" if key in row else "is missing"
             raise ValueError(f'"{key}" {problem}; it must be text' + (" or a number" if key == "gold" else ""))
+    if not isinstance(row.get("choices") or [], list) or not isinstance(row.get("prompt") or "", str):
+        raise ValueError('"choices" must be a list of texts and "prompt" a text')
     return row

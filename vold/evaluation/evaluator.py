@@ -11,7 +11,7 @@ from vold.data.packing import PromptEncoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
-from vold.grading import Grader, judged_text
+from vold.grading import Grader, Item
 from vold.io import log, to_json, write_atomically
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def _status_of(run_log: RunLog, name: str, total: int, on_answered: Callable[[],
 def _graded_rows(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
     """The rows of each problem."""
     flat = [rollout for rollouts in answers for rollout in rollouts]
-    verdicts = iter(grader.grade([(judged_text(r), r.prompt.gold, r.finish_reason == "length") for r in flat]))
+    verdicts = iter(grader.grade([Item.of(rollout) for rollout in flat]))
     return [[response_row(rollout, next(verdicts)) for rollout in rollouts] for rollouts in answers]
 
 
@@ -97,6 +97,7 @@ def response_row(rollout: Rollout, verdict: Verdict) -> dict:
         "response": rollout.text,
         "extracted": verdict.extracted,
         "gold": rollout.prompt.gold,
+        "choices": list(rollout.prompt.choices),
         "verdict": verdict.outcome,
         "rule": verdict.rule,
         "reward": float(verdict.outcome == "correct") if verdict.outcome != "broken" else None,
@@ -117,7 +118,7 @@ def evaluate(config: EvalConfig) -> None:
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     job.log.set_total(sum(len(job.shard(prompts)) for prompts in evaluator.prompts.values()))
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
-    with Grader(workers=config.grader_workers) as grader:
+    with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader:
         rows = evaluator.run(sampler, grader, job, config.seed, job.log.advance)
     if job.is_writer:
         write_evaluation(config.run_dir, config.checkpoint, rows)

@@ -1,52 +1,41 @@
-"""Equality of an answer and the gold answer, rule by rule; math-verify decides the remaining cases.
-
-math-verify 0.9 is a lenient *comparer*: it takes the last number of `1=2=7`, treats words as products of letters,
-drops units and rounds tiny numbers to zero. Each rule below decides one such case before math-verify runs.
-"""
+"""Equality of an answer and the gold answer: rules that need no parser, then algebra on what they leave open."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from vold.grading import literals
+from vold.grading.compare import compare, is_region
+from vold.grading.echo import is_echo
 from vold.grading.gold import validate_gold
 from vold.grading.normalise import normalise
-from vold.grading.units import quantity, same_unit
+from vold.grading.scalars import Decision, Rule, empty, first, identical, scalar_rules, words
+from vold.grading.structure import Listing, Relation, Shape, shape, tight
 
-Decision = tuple[bool, str]
-Rule = Callable[[str, str], bool | None]
-
-_LETTER = re.compile(r"\(?([A-Z])\)?")
+_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?")
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\s?[).:])\s?(.*)", re.DOTALL)
-_OTHER_CHOICE = re.compile(r"(?:^|[\s,;])\(?[A-J]\s?(?:[).:,]|$)|(?<![A-Za-z])or(?![A-Za-z])")
-_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-_INDEX = re.compile(r"_\{[^{}]*\}|_.")
-_EQUALS = re.compile(r"=|\\(?:approx|equiv|simeq|cong)(?![A-Za-z])")
-_BASED = re.compile(r"(?<![A-Za-z0-9_^{\\])(?:[0-9][0-9A-Z]*|\([0-9A-Z]+\))_(?:\{[0-9]+\}|[0-9])")
-_RATIO = re.compile(r"[0-9}]\s?:\s?[\\0-9-]")
-_SIDE_BY_SIDE = re.compile(r"(?<![_^])[0-9] [0-9]")
-_MARKS = (r"\%", r"\$", r"^\circ", "€", "£", "¥", "₹", "'", r"\ldots")
+_GOLD_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\s?[).])\s?(.*)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])|(?<![A-Za-z])or(?![A-Za-z])|\\\\")
+_LETTERS = re.compile(r"\(?[A-Z]\)?(?:\s?(?:,|;|and|\s)\s?\(?[A-Z]\)?)+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
 class Undecided:
-    """A comparison left to symbolic mathematics: the two values, without names and agreed units."""
+    """A comparison left to symbolic mathematics: both answers, normalised."""
 
     answer: str
     gold: str
 
 
-def equal(answer: str, gold: str) -> Decision:
-    """(True where `answer` equals `gold`, the name of the rule that decided).
+def equal(answer: str, gold: str, problem: str = "") -> Decision:
+    """(True where `answer` equals `gold`, the name of the rule that decided). problem: see `decide`.
 
     Runs in this process and may run for ever on a hostile answer; `Grader` adds the time and memory limits.
     Raises ValueError for a gold answer that `validate_gold` refuses.
     """
     validate_gold(gold)
-    outcome = decide(answer, gold)
+    outcome = decide(answer, gold, problem)
     if not isinstance(outcome, Undecided):
         return outcome
     from vold.grading.symbolic import symbolically_equal  # sympy: half a second, and nothing for the trainer
@@ -54,156 +43,82 @@ def equal(answer: str, gold: str) -> Decision:
     return symbolically_equal(outcome.answer, outcome.gold)
 
 
-def decide(answer: str, gold: str) -> Decision | Undecided:
-    """The rules that need no parser, in order. Linear passes only: milliseconds at most."""
+def decide(answer: str, gold: str, problem: str = "") -> Decision | Undecided:
+    """The rules that need no parser, in order. Linear passes only: milliseconds at most.
+
+    problem: the text that was asked, where it is known: what is copied from it is no answer (rule `echo`), and round
+    brackets are an interval where it speaks of one. "" for neither.
+    """
     answer, gold = normalise(answer), normalise(gold)
-    decision = _first(_SPELLING_RULES, answer, gold)
-    if decision is not None:
-        return decision
-    answer, gold = _without_name(answer, gold)
-    ours, theirs = quantity(answer), quantity(gold)
-    match same_unit(ours, theirs):
-        case False:
-            return False, "units"
-        case True:
-            answer, gold = ours.value, theirs.value
-    return _first(_VALUE_RULES, answer, gold) or Undecided(answer, gold)
+    spelled = first(_RULES, answer, gold)
+    if spelled is not None:
+        return spelled
+    outcome = _by_parts(answer, gold, problem)
+    may_be_right = isinstance(outcome, Undecided) or outcome[0]
+    return (False, "echo") if problem and may_be_right and is_echo(answer, gold, problem) else outcome
 
 
-def _first(rules: tuple[Rule, ...], answer: str, gold: str) -> Decision | None:
-    for rule in rules:
-        verdict = rule(answer, gold)
-        if verdict is not None:
-            return verdict, rule.__name__.strip("_")
-    return None
+@dataclass
+class _PolicyLeaf:
+    """What can be said of parts without a parser; `rule` is the last that decided."""
+
+    rule: str = "structure"
+
+    def scalar(self, answer: str, gold: str) -> bool | None:
+        decision, _, _ = scalar_rules(answer, gold)
+        if decision is None:
+            return None
+        self.rule = decision[1]
+        return decision[0]
+
+    def relation(self, answer: Relation, gold: Relation) -> bool | None:
+        same = answer.signs == gold.signs and [*map(tight, answer.sides)] == [*map(tight, gold.sides)]
+        return True if same else None
+
+    def region(self, answer: Shape, gold: Shape) -> bool | None:
+        return True if answer == gold else None
+
+    def rounds(self, exact: str, rounded: str) -> bool | None:
+        return None
 
 
-def _empty(answer: str, gold: str) -> bool | None:
-    return None if answer else False
-
-
-def _identical(answer: str, gold: str) -> bool | None:
-    return True if answer == gold else None
+def _by_parts(answer: str, gold: str, problem: str) -> Decision | Undecided:
+    ours, theirs = shape(answer), shape(gold)
+    if is_region(ours) and "interval" in problem.casefold() and isinstance(theirs, Listing) and theirs.kind == "pair":
+        gold = rf"\in {gold}"
+        theirs = shape(gold)
+    if isinstance(ours, Relation) and len(ours.signs) > 1 and "=" in ours.signs:
+        return False, "chain"
+    leaf = _PolicyLeaf()
+    verdict = compare(ours, theirs, leaf)
+    return Undecided(answer, gold) if verdict is None else (verdict, leaf.rule)
 
 
 def _choice(answer: str, gold: str) -> bool | None:
     """Gold `D`, `(D)` or `D. 7` is a choice: `D`, `(D)` and `D. 7` choose it, `D. 7, B. 3` chooses nothing."""
-    gold_letter = _chosen(gold)
-    return None if gold_letter is None else _chosen(answer) == gold_letter
+    gold_letter = _chosen(gold, _GOLD_CHOICE)
+    return None if gold_letter is None else _chosen(answer, _CHOICE) == gold_letter
 
 
-def _chosen(text: str) -> str | None:
-    text = _TEXT.sub(r"\1", text).replace("*", "")
+def _chosen(text: str, pattern: re.Pattern[str]) -> str | None:
+    text = _TEXT.sub(r"\1", text).replace("*", "").strip()
     if match := _LETTER.fullmatch(text):
         return match[1]
-    match = _CHOICE.fullmatch(text)
+    match = pattern.fullmatch(text)
     if match is None or _OTHER_CHOICE.search(match[3]):
         return None
     return match[1] or match[2]
 
 
-def _words(answer: str, gold: str) -> bool | None:
-    """Words are equal letter by letter, whatever their case; single letters keep it. `no` is not `on`."""
-    answer_is_words, gold_is_words = _is_words(answer), _is_words(gold)
-    if answer_is_words and gold_is_words:
-        return _spell(answer) == _spell(gold)
-    if gold_is_words:
-        return None if len(gold) == 1 else False
-    if answer_is_words and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold)):
-        return False
-    return None
-
-
-def _is_words(text: str) -> bool:
-    parts = re.split(r"[ '-]", _TEXT.sub(r"\1", text))
-    if "-" in text and min(map(len, parts)) < 3:  # x-y is a difference, north-east a word
-        return False
-    return all(part.isalpha() for part in parts if part) and any(parts)
-
-
-def _spell(text: str) -> str:
-    text = " ".join(_TEXT.sub(r"\1", text).split())
-    return text if len(text) == 1 else text.casefold()
-
-
-def _chain(answer: str, gold: str) -> bool | None:
-    """An answer commits to one value: `1=2=7` and `3=7` are refused, `x=7` and `x=1, y=2` are not."""
-    for part in _SEPARATOR.split(_INDEX.sub("", answer)):
-        sides = _EQUALS.split(part)
-        if len(sides) > 2:
-            return False
-        if len(sides) == 2 and not re.search(
-            "[A-Za-z]", re.sub(r"\\(?:frac|sqrt|text|cdot|times|div|pm)", "", sides[0])
-        ):
-            return False
-    return None
-
-
-def _without_name(answer: str, gold: str) -> tuple[str, str]:
-    """`x = 7` -> `7` where only one of the two answers is named."""
-    names = _equals(answer), _equals(gold)
-    if names == (1, 0):
-        return _right_side(answer), gold
-    if names == (0, 1):
-        return answer, _right_side(gold)
-    return answer, gold
-
-
-def _equals(text: str) -> int:
-    return len(_EQUALS.findall(_INDEX.sub("", text)))
-
-
-def _right_side(text: str) -> str:
-    return text if _SEPARATOR.search(text) or "_{" in text else _EQUALS.split(text)[-1].strip()
-
-
-def _base(answer: str, gold: str) -> bool | None:
-    """`101_2` is not `101_3`: digits and base compared as written."""
-    if _BASED.search(answer) or _BASED.search(gold):
-        return _compact(answer) == _compact(gold)
-    return None
-
-
-def _ratio(answer: str, gold: str) -> bool | None:
-    """`3:30`, `1:2:3`: compared as written, neither reduced nor divided."""
-    if _RATIO.search(answer) or _RATIO.search(gold):
-        return _compact(answer) == _compact(gold)
-    return None
-
-
-def _compact(text: str) -> str:
-    return re.sub(r"[\s{}()]", "", text).casefold()
-
-
-def _number(answer: str, gold: str) -> bool | None:
-    return literals.compare(answer, gold)
-
-
-def _marks(answer: str, gold: str) -> bool | None:
-    """Percent, degree, currency, dots and words *inside* an answer (a list, say) must occur on both sides."""
-    if any(answer.count(mark) != gold.count(mark) for mark in _MARKS):
-        return False
-    return None if sorted(_TEXT.findall(answer)) == sorted(_TEXT.findall(gold)) else False
-
-
-def _side_by_side(answer: str, gold: str) -> bool | None:
-    """`3 4` is two numbers; math-verify reads a mixed number and adds them to 7."""
-    return False if _SIDE_BY_SIDE.search(answer) else None
-
-
-def _brackets(answer: str, gold: str) -> bool | None:
-    r"""`\{1,2\}` is not the pair or interval `(1,2)`; a bare list `1,2` may be either."""
-    kinds = {_bracket(answer), _bracket(gold)}
-    return False if kinds == {"set", "pair"} else None
-
-
-def _bracket(text: str) -> str | None:
-    if "," not in text:
+def _choices(answer: str, gold: str) -> bool | None:
+    """Gold `A, C` is several choices: `C, A`, `A and C` and `AC` name both."""
+    answer, gold = (_TEXT.sub(r"\1", text).replace("*", "").strip() for text in (answer, gold))
+    if not _LETTERS.fullmatch(gold):
         return None
-    if text.startswith(("\\{", "{")) and text.endswith("}"):
-        return "set"
-    return "pair" if text[0] in "([" and text[-1] in ")]" else None
+    if not (_LETTERS.fullmatch(answer) or re.fullmatch("[A-Z]+", answer)):
+        return False
+    ours, theirs = ([c for c in text if c.isupper()] for text in (answer, gold))
+    return sorted(ours) == sorted(theirs)
 
 
-_SPELLING_RULES: tuple[Rule, ...] = (_empty, _identical, _choice, _words, _chain)
-_VALUE_RULES: tuple[Rule, ...] = (_empty, _identical, _base, _ratio, _number, _marks, _side_by_side, _brackets)
+_RULES: tuple[Rule, ...] = (empty, identical, _choice, _choices, words)

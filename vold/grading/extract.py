@@ -16,7 +16,7 @@ def extract_answer(response: str) -> str | None:
     Reasoning does not count: with a `</think>` only the text after the last one is read, and a `<think>` that is
     never closed leaves no answer. Of nested boxes the innermost last one counts. One pass, linear in the length.
     """
-    text = _after_thinking(response)
+    text = after_thinking(response)
     if text is None:
         return None
     start = text.find(_BOX)
@@ -27,7 +27,8 @@ def extract_answer(response: str) -> str | None:
     return _last_box(text, start)
 
 
-def _after_thinking(response: str) -> str | None:
+def after_thinking(response: str) -> str | None:
+    """The conclusion: what follows the last `</think>`; None where a `<think>` is never closed."""
     opened, closed = response.rfind(_OPEN), response.rfind(_CLOSE)
     if opened > closed:
         return None

@@ -41,11 +41,19 @@ def rational(text: str) -> Fraction | None:
         return Fraction(match[1]) * Fraction(10) ** int(match[2])
     if match := _REPEATING.fullmatch(text):
         return _repeating(*match.groups())
+    if is_improper(text):
+        return None
     if match := _MIXED.fullmatch(text):
         return _signed(match[1], _quotient(f"{int(match[2]) * int(match[4]) + int(match[3])}", match[4]))
     if match := _RATIO.fullmatch(text):
         return _signed(match[1] or "", _quotient(match[2] or match[4], match[3] or match[5]))
     return None
+
+
+def is_improper(text: str) -> bool:
+    """True for a mixed number that is none: `4 10/3`, `2 3/3`, `0 1/2`."""
+    match = _MIXED.fullmatch(text)
+    return match is not None and not (int(match[2]) > 0 and 0 < int(match[3]) < int(match[4]))
 
 
 def compare(answer: str, gold: str) -> bool | None:

@@ -28,6 +28,7 @@ _SYMBOLS = str.maketrans(
     }
 )  # fmt: skip
 
+UNIT_LETTERS = "mgshlLNJWVA"  # single upright letters that are units behind a number
 _ROOT = re.compile(r"√\s?(?:([0-9]+(?:\.[0-9]+)?|[A-Za-z])|\(([^()]*)\))")
 
 _REWRITES = tuple(
@@ -38,6 +39,7 @@ _REWRITES = tuple(
         (r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\frac\s?([0-9])\s?([0-9])", r"\\frac{\1}{\2}"),
+        (r"(?<=[0-9])(?:,|\{,\})\\!\s*(?=[0-9]{3}(?![0-9]))", ","),  # 11,\! 111 is one number
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\{,\}", ","),
@@ -47,10 +49,13 @@ _REWRITES = tuple(
             r"\\text{",
         ),
         (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"\\(?:mathrm|text)\s*\{\s*(?:\\[,; ]|~)+\s*([^{}]*)\}", r"\\text{\1}"),
+        (r"\\text\{(pi|theta|alpha|beta)\}", r"\\\1 "),
         (r"\\(?:bf|it|rm|sf|tt)(?![A-Za-z])", ""),
         (r"\\text\s*\{\s*", r"\\text{"),
         (r"\\text\{([^{}A-Za-z]*)\s*\}", r"\1"),
-        (r"(?<![0-9}])(?<![0-9}] )\\text\{([A-Za-z])\s*\}", r"\1"),  # after a number it is a unit: 5\text{ m}
+        (r"(?<![0-9}])(?<![0-9}] )\\text\{([A-Za-z])\s*\}", r"\1"),  # after a number it may be a unit: 5\text{ m}
+        (rf"\\text\{{([^{UNIT_LETTERS}\W\d_])\s*\}}", r"\1"),  # but no unit is called i, x or k
         (r",?\s*\\text\{(and|or)\s*\}", r" \1 "),
         (r"(?:\{\})?\s?\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])", r"^\\circ "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
@@ -66,6 +71,9 @@ _REWRITES = tuple(
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi"),
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
+        (r"(?:(?<=[A-Za-z})\]])|(?<=\s))!=|\\not\s?=|\\neq(?![A-Za-z])", r"\\ne "),
+        (r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log|exp)(?=\s?[({\\0-9]| [a-z](?![a-z]))", r"\\\1"),
+        (r"(?<![A-Za-z\\])sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"<=|≦", r"\\le "),
         (r">=|≧", r"\\ge "),
         (r"(?<![A-Za-z\\])[Ii]nfinity(?![A-Za-z])", r"\\infty"),
@@ -102,7 +110,16 @@ def normalise(text: str) -> str:
     if match := _PREAMBLE.match(text):
         text = _unwrap(text[match.end() :])
     text = text.rstrip(" .,;")
-    return re.sub(r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1\2\\frac{\3}{\4}", text)
+    return re.sub(r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)(?=$| ?[A-Za-z\\])", r"\1\2\\frac{\3}{\4}", text)
+
+
+@lru_cache(maxsize=256)
+def plain_spelling(text: str) -> str:
+    """Running text in the spelling of answers, with a bar for each delimiter of mathematics."""
+    text = re.sub(r"(?<!\\)\$|\\[()\[\]]", " | ", _plain_unicode(text))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _plain_unicode(text: str) -> str:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vold.grading.equality import Undecided, decide
-from vold.grading.extract import extract_answer
+from vold.grading.equality import Undecided
 from vold.grading.gold import validate_gold
+from vold.grading.item import Item, extracted, judge
 from vold.grading.workers import Job, WorkerCommand, WorkerPool
 
 if TYPE_CHECKING:
@@ -27,23 +27,24 @@ class Grader(WorkerPool):
     seconds     CPU time of one answer in a worker; the kernel kills one that takes longer, and it is replaced. One that
                 gets little CPU is waited for; one that gets none for 10 times as long is starved
     max_chars   longer answers are wrong ("too_long") without being read
+    echo        what is copied from the problem is no answer (rule "echo"), where the item has the problem's text
     counters    since construction: timeouts, respawns (replacements for any reason), broken
     """
 
-    def __init__(self, workers: int = 2, seconds: float = 2.0, max_chars: int = 4096) -> None:
+    def __init__(self, workers: int = 2, seconds: float = 2.0, max_chars: int = 4096, echo: bool = True):
         if workers < 1 or seconds <= 0 or max_chars < 1:
             raise ValueError(
                 f"Grader needs workers >= 1, seconds > 0 and max_chars >= 1, got {workers}, {seconds} and {max_chars}"
             )
         arguments = (str(seconds), str(MAX_BYTES))
         super().__init__(workers, WorkerCommand("vold.grading.worker", arguments, _PATIENCE * seconds, _ENV))
-        self.seconds, self.max_chars = seconds, max_chars
+        self.seconds, self.max_chars, self.echo = seconds, max_chars, echo
 
     def __enter__(self) -> Grader:
         return self
 
-    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
-        """Verdicts for (response, gold, truncated), in order.
+    def grade(self, items: Sequence[Item | tuple[str, str, bool]]) -> list[Verdict]:
+        """Verdicts for items, or for (response, gold, truncated), in order.
 
         Truncated, boxless and oversized answers are wrong; so are those that hang ("timeout"), raise ("unparsed") or
         crash the worker twice ("crashed"). `broken` (mask the sample) is never the answer's doing: a worker killed
@@ -53,29 +54,29 @@ class Grader(WorkerPool):
         from vold.types import Verdict  # records import torch, which workers must not
 
         jobs: dict[Undecided, Job] = {}  # a question is asked once, however many responses give the answer
-        graded = [self._open(response, gold, truncated, jobs) for response, gold, truncated in items]
+        graded = [self._open(Item(*item), jobs) for item in items]
         self._run(list(jobs.values()))
         verdicts = [Verdict(job.outcome, answer, job.rule, job.seconds, gold) for answer, gold, job in graded]
         self.counters["broken"] += sum(verdict.outcome == "broken" for verdict in verdicts)
         return verdicts
 
-    def _open(
-        self, response: str, gold: str, truncated: bool, jobs: dict[Undecided, Job]
-    ) -> tuple[str | None, str, Job]:
+    def _open(self, item: Item, jobs: dict[Undecided, Job]) -> tuple[str | None, str, Job]:
         """(answer, normalised gold, job): closed already where the policy decides, else one of `jobs`."""
         job = Job(started=time.monotonic())
-        answer = None if truncated else extract_answer(response)
+        if not self.echo:
+            item = item._replace(problem="")
+        answer = extracted(item)
         try:
-            normal = validate_gold(gold)
+            normal = validate_gold(item.gold)
         except ValueError:
             job.close("broken", "gold")
             return answer, "", job
         if answer is None:
-            job.close("wrong", "truncated" if truncated else "no_answer")
+            job.close("wrong", "truncated" if item.truncated else "no_answer")
         elif len(answer) > self.max_chars:
             job.close("wrong", "too_long")
         else:
-            decision = decide(answer, gold)
+            decision = judge(item)
             if isinstance(decision, Undecided):
                 message = {"answer": decision.answer, "gold": decision.gold}
                 return answer, normal, jobs.setdefault(decision, Job(decision, message))

@@ -4,8 +4,9 @@ No conversion: 1 m is not 100 cm and 50% is not 0.5. math-verify drops units on 
 
 A unit on one side only is dropped: the question has fixed it. In MATH-500 21 golds of 500 carry one (`145^\circ`,
 `\$36`, `15\mbox{ cm}^2`), in GSM8K none of 1319: bare numbers of dollars, eggs or miles. So `5 cm` and `5`, `\$18` and
-`18`, `7 apples` and `7` are equal. What scales or dates a number is no such unit (percent, dozen, million, pm), nor are
-letters that may be variables (`5m`), nor a degree sign after a multiple of pi.
+`18`, `7 apples` and `7` are equal. Only listed measures and nouns are dropped: any other word may scale, deny or date a
+number (`7 lakh`, `7 fifths`, `7 wrong`, `7 pm`). Neither are letters that may be variables (`5m`, `2\mathrm{i}`), nor a
+degree sign after a multiple of pi.
 """
 
 from __future__ import annotations
@@ -34,11 +35,33 @@ _CURRENCY = {
     "₹": "rupee",
     r"\pounds": "sterling",
 }
-_KEPT = frozenset({
-    "percent", "percentile", "am", "pm", "ten", "hundred", "thousand", "million", "billion", "trillion", "dozen",
-    "gross", "score", "pair", "couple", "half", "halve", "third", "quarter", "tenth", "hundredth", "thousandth",
-    "double", "triple", "squared", "cubed", "factorial", "not", "mod", "modulo", "or", "and",
-})  # fmt: skip
+_SCALES = frozenset({"percent", "am", "pm"})
+_NOUNS_TEXT = """
+acre adult animal answer apple app arrangement attempt baby badge bag bale ball balloon banana bandage barrel basket
+batch bead beaker bean bear bed bee beetle bike bill bird biscuit block boat bolt bone book bottle bouquet bowl box boy
+bracelet branch brick bridge brother brownie bubble bucket bug building bulb bus bush butterfly button cabinet cake call
+calorie can candle candy car card carrot cat cd chair cheese cherry chicken child children chip chocolate choice
+circle class classroom cloud coin color colour combination comic computer cookie copy couch court cow crate crayon cube
+cup cupcake customer deer desk diagonal diaper dice die digit dish dog doll dolphin donut doughnut door dragon dress
+drink drop duck dvd edge egg elephant element elf elves email employee engine error eye face factor factory family fan
+farmer feather fence finger fish flight floor flower fly foot fork frame friend frog fruit function game garden gem gift
+girl glass glasses glove goal goat grade grape graph guest gun hair hand handshake hat head hen hexagon hole home horse
+hotel house household insect instruction integer interval invoice item jar jewel job joke juice key kid kitten knife
+knives ladder lady lamp lap lawn leaf leaves leg lemon lesson letter line lion lizard loaf loaves lollipop log loop
+machine magazine man marble mark match matches meal medal melon member men message metre movie mouse mice mug muffin
+multiple nail napkin necklace nickel night notebook novel number nut octagon onion option orange order ornament outcome
+outfit ounce owl pack package packet page painting pair-of-socks pancake panel paper parent part passenger path patient
+peach peanut pear pen pencil penguin penny pennies pentagon people person persons pet petal phone photo piece pie pig
+pill pillow pineapple pizza plane plant plate player plum pod poem point polygon pony popsicle post potato potatoes
+present prime prize problem puppy puzzle question rabbit raspberry rat recipe rectangle report representative ring road
+rock roll room root rope rose row ruler runner sandwich sausage scoop screw seashell seat sequence serving set shape
+sheep sheet shelf shelves shell shell ship shirt shoe shop shot shrimp side sister slice snack soap sock soldier solution
+song sphere spider spoon square stamp star state station stick sticker stitch stone store story street student subset
+sunflower surfer sweater sweet table tablespoon tablet task teacher teammate team teaspoon term test ticket tie tile
+tin tomato tomatoes tool tooth teeth toy track train tray tree triangle tricycle trip triple-of-numbers truck tube turn
+turtle unit value van vase vegetable vehicle vertex vertices video visitor vote voter wall watch way wheel whale window
+woman women word worker wrench yogurt zebra zero zeroes zeros pint quart gallon
+"""
 _PREFIX = re.compile(r"(-?)\s?(\\\$|€|£|¥|₹|\\pounds(?![A-Za-z]))\s?(.+)", re.DOTALL)
 _SUFFIX = re.compile(r"(.+?)\s?(\\%|\\\$|€|£|¥|₹|\^\\circ(?:\s?(?:\\text\{)?[CF]\}?|\s?\\text\{[^{}]*\})?)", re.DOTALL)
 
@@ -53,6 +76,20 @@ _TAIL = re.compile(rf" ?({_WORD}{_POWER}(?: ?(?:/|\\cdot|\\times|\*|(?<= )) ?{_W
 _MAX_UNIT_CHARS = 80  # the tail is searched in a window: a megabyte of unit words costs no more than one unit
 _CERTAIN = re.compile(rf"\\text|{_MEASURE}")
 _OPERATOR = re.compile(r"(?:\\cdot|\\times|\\div|\\pm|[-+*/^_=(,])$")
+
+
+_CJK = {
+    "毫米": "mm", "厘米": "cm", "公分": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g", "千克": "kg",
+    "公斤": "kg", "吨": "t", "毫升": "ml", "升": "l", "公顷": "ha", "秒": "s", "分钟": "min", "小时": "h", "天": "day",
+    "日": "day", "周": "week", "个月": "month", "年": "yr", "岁": "yr", "度": "degree", "元": "yuan", "円": "yen",
+    "美元": "dollar", "欧元": "euro", "平方毫米": "mm^2", "平方厘米": "cm^2", "平方分米": "dm^2", "平方米": "m^2",
+    "平方千米": "km^2", "立方毫米": "mm^3", "立方厘米": "cm^3", "立方分米": "dm^3", "立方米": "m^3", "千米/时": "km/h",
+    "千米/小时": "km/h", "米/秒": "m/s", "メートル": "m", "センチ": "cm", "グラム": "g", "時間": "h", "分間": "min", "秒間": "s",
+    "원": "won", "도": "degree", "미터": "m", "시간": "h",
+}  # fmt: skip
+_COUNTERS = "个 個 人 名 位 只 隻 本 件 条 條 张 張 种 種 辆 輛 棵 支 枝 颗 顆 块 塊 朵 匹 头 頭 座 根 把 套 箱 盒 袋 瓶 杯 题 道 页 間 间 枚 回 次 개 명 권".split()
+_CJK |= dict.fromkeys(_COUNTERS, "unit")
+_CJK_SUFFIX = re.compile(r"(.*[0-9)}πa-z])\s?(?:\\text\{)?\s?([\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af/]+)\}?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,11 +118,12 @@ def same_unit(answer: Quantity, gold: Quantity) -> bool | None:
 
 def _may_be_omitted(quantity: Quantity) -> bool:
     """True for measures, currencies and single nouns, which the question names; see above for the exceptions."""
-    if " " in quantity.unit or not _KEPT.isdisjoint(re.findall("[a-z]+", quantity.unit)):
-        return False
     if quantity.unit == "degree" and "\\pi" in quantity.value:
         return False
-    return quantity.certain or re.fullmatch("[a-z]{3,}", quantity.unit) is not None
+    words = re.findall("[a-z]+", quantity.unit)
+    if re.fullmatch(r"[a-z]+(?:\^-?[0-9])?(?:[/·][a-z]+(?:\^-?[0-9])?)*", quantity.unit) is None or words[-1] in _SCALES:
+        return False
+    return all(word in _OMISSIBLE for word in words) and (quantity.certain or len(words[-1]) > 2)
 
 
 def _are_nouns(answer: Quantity, gold: Quantity) -> bool:
@@ -94,6 +132,8 @@ def _are_nouns(answer: Quantity, gold: Quantity) -> bool:
 
 def quantity(text: str) -> Quantity:
     """Split a normalised answer into value and canonical unit."""
+    if not text.isascii() and (match := _CJK_SUFFIX.fullmatch(text)):
+        return Quantity(match[1], _CJK[match[2]]) if match[2] in _CJK else Quantity(text)
     match = _PREFIX.fullmatch(text)
     if match is None:
         return _suffixed(text)
@@ -110,6 +150,9 @@ def _suffixed(text: str) -> Quantity:
     value, unit = text[: tail.start()].strip(), tail[1]
     if not value or _OPERATOR.search(value):
         return Quantity(text)
+    if match := re.fullmatch(r"\\text\{\s?([A-Za-z])\s?\}", unit):
+        if re.search(r"[0-9A-Za-z)}\]]\s?[-+]", value):  # behind a sum it is a variable
+            return Quantity(value + match[1])
     if not unit.startswith("\\text") and re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
         return Quantity(text)  # letters before bare letters: algebra, not a measure
     return Quantity(value, canonical(unit), certain=_CERTAIN.search(unit) is not None)
@@ -139,3 +182,8 @@ def _mark(mark: str) -> str:
         return _CURRENCY[mark]
     scale = re.sub(r"\\text|\\circ|[^A-Za-z]", "", mark).lower()
     return f"degree{scale[:1]}"
+
+
+_OMISSIBLE = (set(_CANONICAL.values()) | {canonical(noun) for noun in _NOUNS_TEXT.split()} | {"won", "degreec", "degreef"}) - (
+    _SCALES
+)

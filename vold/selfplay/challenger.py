@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vold.config.schema import MemoryConfig, PoseConfig
-from vold.grading import Grader
+from vold.grading import Grader, Item
 from vold.run.job import Job
 from vold.selfplay.bank import Bank
 from vold.selfplay.embedders import Embedder, embed_on_all_ranks
@@ -75,9 +75,9 @@ class ChallengerReward:
     compare_code: bool = False
     memory: Memory | None = None
 
-    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
+    def grade(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts on the form alone: "correct" is a response that holds a question."""
-        questions = [None if truncated else self.parser.parse(response) for response, _, truncated in items]
+        questions = [None if item.truncated else self.parser.parse(item.response) for item in items]
         return [Verdict("correct" if question else "wrong", question, "form") for question in questions]
 
     def assign_rewards(self, step: int, step_groups: StepGroups) -> StepGroups:

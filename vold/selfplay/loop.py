@@ -97,7 +97,7 @@ class SelfplayRun:
         tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
         evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
         sampler = open_sampler(config.solver.rollout, config.student, dtype=job.dtype, device=job.layout.device)
-        with Grader(workers=config.grader_workers) as grader:
+        with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader:
             rows = evaluator.run(sampler, grader, job, config.seed)
         del sampler
         free_device_memory()
@@ -123,7 +123,7 @@ class SelfplayRun:
         parser = open_parser(config, iteration.solver_start)
         responses = self._responses(iteration)
         questions = [question for question in map(parser.parse, responses) if question]
-        with Grader(workers=config.grader_workers) as grader:
+        with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader:
             voters = open_voters(config, iteration.solver_start, parser, job)
             votes = voters.vote(questions, job, grader, seed=iteration.seed(config.seed, Stream.LABEL_ANSWERS))
         del voters

@@ -13,8 +13,7 @@ import numpy as np
 from vold.config.schema import AnswersConfig, PromptConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
-from vold.grading import Grader, validate_gold
-from vold.grading.normalise import normalise
+from vold.grading import Grader, Item, normal_form, validate_gold
 from vold.models.tokenizer import load_tokenizer
 from vold.types import Prompt
 
@@ -67,33 +66,30 @@ def find_question(response: str, pattern: re.Pattern[str]) -> str | None:
 def vote(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[Vote]:
     """The vote over the answers to each question; None is a response without an answer, which counts in the share.
 
-    Two answers are the same where the grader finds them equal (`1/2`, `0.5`). In each round the first remaining answer
-    to each question is compared with all others that remain; of equally frequent answers the first is the majority.
+    Two answers are the same where the grader finds each equal to the other (`1/2`, `0.5`). An answer has the votes of
+    all that are the same; of equally frequent ones the most frequent spelling wins, then the shortest, then the first
+    by its characters. So the order of the answers does not matter.
     """
-    remaining = [_count_spellings(question_answers) for question_answers in answers]
-    best: list[tuple[int, str]] = [(0, "")] * len(answers)
-    while any(remaining):
-        leaders = [next(iter(spellings), None) for spellings in remaining]
-        pairs = [(number, spelling) for number, spellings in enumerate(remaining) for spelling in list(spellings)[1:]]
-        verdicts = grader.grade([(rf"\boxed{{{spelling}}}", leaders[number], False) for number, spelling in pairs])
-        equal = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.outcome == "correct"}
-        for number, leader in enumerate(leaders):
-            if leader is not None:
-                same = [leader, *(spelling for question, spelling in equal if question == number)]
-                count = sum(remaining[number].pop(spelling) for spelling in same)
-                best[number] = max(best[number], (count, leader), key=lambda counted: counted[0])
-    return [
-        Vote(label, count / max(len(question_answers), 1))
-        for (count, label), question_answers in zip(best, answers, strict=True)
-    ]
+    spellings = [_count_spellings(question_answers) for question_answers in answers]
+    pairs = [(n, a, g) for n, counts in enumerate(spellings) for a in counts for g in counts if a != g]
+    verdicts = grader.grade([Item(rf"\boxed{{{answer}}}", gold) for _, answer, gold in pairs])
+    right = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.outcome == "correct"}
+    votes = []
+    for number, (counts, question_answers) in enumerate(zip(spellings, answers, strict=True)):
+        support = {
+            label: sum(n for a, n in counts.items() if a == label or {(number, a, label), (number, label, a)} <= right)
+            for label in counts
+        }
+        label = min(support, key=lambda s: (-support[s], -counts[s], len(s), s), default="")
+        votes.append(Vote(label, support.get(label, 0) / max(len(question_answers), 1)))
+    return votes
 
 
 def _count_spellings(answers: Sequence[str | None]) -> dict[str, int]:
-    """Count of each answer, by its canonical spelling, in order. Answers that the grader could not compare
-    are left out."""
+    """Count of each answer, by its normal form. Answers that the grader could not compare are left out."""
     counts: dict[str, int] = {}
     for answer in answers:
-        if answer is not None and _can_be_gold(spelling := normalise(answer)):
+        if answer is not None and _can_be_gold(answer) and _can_be_gold(spelling := normal_form(answer)):
             counts[spelling] = counts.get(spelling, 0) + 1
     return counts
 

@@ -110,7 +110,7 @@ def open_rl(
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     reward_terms = open_reward_terms(config, objective, job.world_size)
-    with Grader(workers=config.grader_workers) as grader, reward_terms as terms:
+    with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader, reward_terms as terms:
         training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
         if resume:
             training.resume()

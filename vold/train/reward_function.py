@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vold.config.schema import RewardConfig
-from vold.grading import Grader
+from vold.grading import Grader, Item
 from vold.grading.reward import answer_values, weighted_sum
 from vold.run.job import Job
 from vold.train.reward_terms import RewardTerms
@@ -27,8 +27,8 @@ class StepGroups:
 class RewardFunction(Protocol):
     """Rewards of responses."""
 
-    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
-        """Verdicts on (response, gold answer, truncated) in order, called once a group as it finishes."""
+    def grade(self, items: Sequence[Item]) -> list[Verdict]:
+        """Verdicts on items in order, called once a group as it finishes."""
         ...
 
     def assign_rewards(self, step: int, step_groups: StepGroups) -> StepGroups:
@@ -89,7 +89,7 @@ def start_grading(
 ) -> PendingGroup:
     """Grade siblings and call the reward functions; the judge's requests are under way when this returns."""
     judged = terms.ask_judge(rollouts) if terms else []
-    verdicts = reward_function.grade([(r.text, r.prompt.gold, r.finish_reason == "length") for r in rollouts])
+    verdicts = reward_function.grade([Item.of(rollout) for rollout in rollouts])
     values = [answer_values(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
     if terms:
         own = terms.function_values(rollouts)

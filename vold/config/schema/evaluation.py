@@ -71,6 +71,8 @@ class EvalConfig(RunConfig, EngineConfig):
     """Settings of `vold eval` with `--vlmevalkit`."""
     grader_workers: Positive = 2
     """Processes that grade answers."""
+    grader_echo: bool = True
+    """An answer that is copied from the prompt, and not spelled as the gold answer, is wrong (rule `echo`)."""
 
 
 class ExportConfig(Strict):

@@ -143,6 +143,8 @@ class SelfplayConfig(RunConfig):
     """Responses per step that are written to samples.jsonl."""
     grader_workers: Positive = 2
     """Processes per rank that grade answers."""
+    grader_echo: bool = True
+    """An answer that is copied from the prompt, and not spelled as the gold answer, is wrong (rule `echo`)."""
 
     @model_validator(mode="after")
     def _embedder_is_there(self):

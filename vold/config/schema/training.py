@@ -134,6 +134,8 @@ class RlConfig(TrainConfig):
     """Steps between measurements of image_sensitivity, two forward passes on sharp and degraded images; 0: never."""
     grader_workers: Positive = 2
     """Processes per rank that grade answers."""
+    grader_echo: bool = True
+    """An answer that is copied from the prompt, and not spelled as the gold answer, is wrong (rule `echo`)."""
 
     @model_validator(mode="after")
     def _a_prompt_for_each_minibatch(self):

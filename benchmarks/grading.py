@@ -1,6 +1,8 @@
 r"""Answers per second of the grader, and the cost of answers that never end.
 
     python -m benchmarks.grading             two workers; writes results/grading.csv and prints the table
+    python -m benchmarks.grading --tables    agreement with published verdict tables, and each disagreement
+    python -m benchmarks.grading --tables math_verify-0.9.0/tests math_equivalence_test.py
 
 Answers are generated, all different, half of them wrong. `ordinary` has MATH-500's shares: 82 % of its golds are
 decided by the policy alone (numbers, choices, words, bases), 18 % need the parser (a surd, polynomial, pair, interval,
@@ -22,6 +24,7 @@ import torch
 from vold.grading import Grader
 
 from .harness import environment, table_line, write_rows
+from .verdict_tables import agreement, read_tables
 
 PARSED_SHARE = {"ordinary": 0.18, "algebra": 1.0}
 HUNG = (0.0, 0.01)
@@ -73,7 +76,7 @@ def measure(mix: str, count: int, hung: float, workers: int) -> dict[str, object
         "hung": f"{hung:.1%}",
         "workers": workers,
         "answers": count,
-        "parsed": sum(verdict.rule in ("math-verify", "tiny", "unparsed", "timeout") for verdict in verdicts),
+        "parsed": sum(verdict.rule in ("algebra", "unparsed", "timeout") for verdict in verdicts),
         "correct": outcomes.count("correct"),
         "timeouts": counters["timeouts"],
         "broken": counters["broken"],
@@ -96,7 +99,11 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/grading.csv")
+    parser.add_argument("--tables", type=Path, nargs="*", help="test files of other graders, or folders of them")
     options = parser.parse_args()
+    if options.tables is not None:
+        print("\n".join(agreement(read_tables(options.tables))))
+        return
     plans = [(mix, hung) for mix in PARSED_SHARE for hung in HUNG[: 2 if mix == "ordinary" else 1]]
     facts = environment(torch.device("cpu"), options.workers)
     rows = [measure(mix, options.answers, hung, options.workers) | facts for mix, hung in plans]

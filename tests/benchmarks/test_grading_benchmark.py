@@ -12,7 +12,7 @@ def test_right_answers_are_right_and_only_the_others_need_the_parser():
     for case, row, verdict in zip(cases, rows, verdicts, strict=True):
         _, parsed, right = case
         assert (verdict.outcome == "correct") is right, (row, verdict)
-        assert (verdict.rule == "math-verify") is parsed, (row, verdict)
+        assert (verdict.rule == "algebra") is parsed, (row, verdict)
 
 
 def test_rows_differ_and_have_their_share_of_hung_ones():

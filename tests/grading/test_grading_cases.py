@@ -1,7 +1,8 @@
 """The public table, cases/*.jsonl, graded as training grades: rows `vold grade` reads as they are.
 
 Each holds id, gold, response, the verdict a strict and fair mathematician gives, the rule that must decide it, and why.
-"known limit" marks the few where the grader is stricter than the mathematician. It is never more lenient.
+"known limit" marks the few where the grader is stricter than the mathematician. It is never more lenient. A row may
+have the texts of choices, and the prompt that was asked.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vold.grading import Grader, equal, extract_answer, pool, validate_gold
+from vold.grading import Grader, Item, equal, extract_answer, pool, validate_gold
 
 FILES = sorted((Path(__file__).parent / "cases").glob("*.jsonl"))
 CASES = [json.loads(line) for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
@@ -17,9 +18,14 @@ HOSTILE = [case for case in CASES if case["id"].startswith("adversarial")]
 HONEST = [case for case in CASES if case not in HOSTILE]
 
 
+def item(case):
+    choices, prompt = tuple(case.get("choices", ())), case.get("prompt", "")
+    return Item(case["response"], case["gold"], choices=choices, problem=prompt)
+
+
 def graded(cases, seconds):
     with Grader(workers=2, seconds=seconds) as grader:
-        verdicts = grader.grade([(case["response"], case["gold"], False) for case in cases])
+        verdicts = grader.grade([item(case) for case in cases])
     return {case["id"]: verdict for case, verdict in zip(cases, verdicts, strict=True)}
 
 
@@ -33,7 +39,7 @@ def verdicts():
 
 def test_the_table_is_a_table():
     assert len(CASES) >= 200
-    assert len({case["id"] for case in CASES}) == len({(c["gold"], c["response"]) for c in CASES}) == len(CASES)
+    assert len({case["id"] for case in CASES}) == len(set(map(item, CASES))) == len(CASES)
     assert {"correct", "wrong", "broken"} == {case["verdict"] for case in CASES}
     assert all(case["why"] for case in CASES)
 
@@ -58,7 +64,8 @@ def test_the_record(verdicts):
 
 @pytest.mark.parametrize(
     "gold",
-    ["", "  ", "$ $", r"\boxed{}", r"\frac{1}{2", "}{", "9" * 5000, None, 7, r"7 \boxed{8}", "<think>7", "a</think>b"],
+    ["", "  ", "$ $", r"\boxed{}", r"\frac{1}{2", "}{", "9" * 5000, None, 7, r"7 \boxed{8}", "<think>7", "a</think>b"]
+    + ["nan", "NaN", r"\text{nan}", "<NA>", "NaT", "null", "N/A"],
 )
 def test_unusable_gold(gold):
     with pytest.raises(ValueError) as error:

@@ -270,11 +270,11 @@ def test_order_truncation_and_missing_boxes(grader):
     verdicts = grader.grade(items)
     assert [(v.outcome, v.rule) for v in verdicts] == [
         ("correct", "identical"),
-        ("correct", "math-verify"),
+        ("correct", "algebra"),
         ("wrong", "truncated"),
         ("wrong", "no_answer"),
         ("wrong", "number"),
-        ("wrong", "math-verify"),
+        ("wrong", "algebra"),
         ("broken", "gold"),
         ("wrong", "too_long"),
     ]

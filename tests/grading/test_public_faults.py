@@ -46,7 +46,7 @@ def test_verl_5839_grading_works_off_the_main_thread(grader):
     thread = threading.Thread(target=lambda: found.extend(grader.grade([(HANGS, "7", False), FINE])))
     thread.start()
     thread.join()
-    assert [(verdict.outcome, verdict.rule) for verdict in found] == [("wrong", "timeout"), ("correct", "math-verify")]
+    assert [(verdict.outcome, verdict.rule) for verdict in found] == [("wrong", "timeout"), ("correct", "algebra")]
 
 
 def test_fireworks_cookbook_438_the_trainers_own_alarm_is_left_alone(grader):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from vold.config import load_config, schema
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
+from vold.grading import Item
 from vold.models.tokenizer import load_tokenizer
 from vold.rollout import TransformersSampler
 from vold.run.run_dir import read_rows

@@ -130,11 +130,11 @@ def _stated(text: str, choices: tuple[str, ...]) -> Choice | None:
     letter, end = _letter(last), last.end(last.lastindex or 0)
     start = max((found.end() for found in _SENTENCE_END.finditer(text, 0, last.start())), default=0)
     before, after = text[start : last.start()], text[end:]
-    sentence = after[: found.start()] if (found := _SENTENCE_END.search(after)) else after
+    sentence = after[: found.end()] if (found := _SENTENCE_END.search(after)) else after
     stated = last[0]
     if _DOUBT.search(before) or _DOUBT.search(stated) or re.search(r"\b(?:wrong|incorrect|not|false)\b|\?|^\s*(?:or|and|/|&)\b", sentence):
         return None
-    if letter.islower() if False else _names_another(_ARTICLE.sub("", after), letter, letters):
+    if _names_another(_ARTICLE.sub("", after), letter, letters):
         return None
     if re.match(r"\s+[a-z]+", after) and letter == "A" and not re.match(r"\s+(?:is|because|since|as|for|which|given|by|due)\b", after):
         return None  # the answer is A triangle

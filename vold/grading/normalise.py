@@ -115,8 +115,9 @@ def normalise(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def plain_spelling(text: str) -> str:
-    """Running text in the spelling of answers, with a bar for each delimiter of mathematics."""
+    """Running text in the spelling of answers, with a bar before words and for each delimiter of mathematics."""
     text = re.sub(r"(?<!\\)\$|\\[()\[\]]", " | ", _plain_unicode(text))
+    text = re.sub(r"(?<=\s)(?=(?:[A-Za-z]{3,}|as|in|is|to|or|of|if|at|by)(?:[\s.,;:?!]|$))", "| ", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text

@@ -64,7 +64,7 @@ def words(answer: str, gold: str) -> bool | None:
     word, is the product `nm`."""
     answer_is_words, gold_is_words = _is_words(answer), _is_words(gold)
     if answer_is_words and gold_is_words:
-        same_product = _is_product(answer) and _is_product(gold) and sorted(answer) == sorted(gold)
+        same_product = _is_product(answer) and _is_product(gold) and sorted(answer.replace(" ", "")) == sorted(gold.replace(" ", ""))
         return same_product or _spell(answer) == _spell(gold)
     if gold_is_words:
         return None if len(gold) == 1 or _is_product(gold) else False
@@ -82,6 +82,7 @@ def _is_words(text: str) -> bool:
 
 def _is_product(text: str) -> bool:
     """Two or three letters that are no English word: `ab`, `xyz`."""
+    text = text.replace(" ", "") if re.fullmatch("[a-z](?: [a-z])+", text) else text
     if re.fullmatch("[a-z]{2}", text):
         return text not in _TWO_LETTER_WORDS
     return re.fullmatch("[b-df-hj-np-tv-z]{3}", text) is not None and ("y" not in text or bool(set("xz") & set(text)))

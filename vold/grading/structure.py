@@ -201,7 +201,7 @@ def _names(text: str) -> list[str]:
 
 def _is_bare_name(text: str) -> bool:
     text = tight(text)
-    return text not in ("e", "i") and re.fullmatch(rf"{_SYMBOL}|{_POINTS}", text) is not None
+    return text not in ("e", "i") and "(" not in text and NAME.fullmatch(text) is not None
 
 
 def _bracketed(text: str) -> Shape | None:

@@ -34,6 +34,7 @@ _LATEX = LatexExtractionConfig(
     ),
 )
 _DIGITS = 50
+_TINY = Rational(1, 10**20)
 _POINTS = (Rational(137, 71), Rational(-53, 29), Rational(211, 307), Rational(-19, 101), Rational(61, 17))
 _COMMANDS = frozenset(
     "frac sqrt cdot times div pi infty alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda "
@@ -226,28 +227,28 @@ def _is_zero(difference: Expr, *sources: Expr) -> bool:
     symbols = sorted(difference.free_symbols, key=str)
     if difference.has(sympy.core.function.AppliedUndef):
         return sympy.simplify(difference) == 0
-    defined = 0
+    defined, certain = 0, all(map(_is_tame, sources))
     for first in range(len(_POINTS) if symbols else 1):
         point = {symbol: _POINTS[(first + number) % len(_POINTS)] + number for number, symbol in enumerate(symbols)}
-        value = difference.subs(point)
-        if value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+        values = [part.subs(point) for part in (difference, *sources)]
+        if any(value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) for value in values):
             continue
-        if not _vanishes(value):
+        vanishes = _vanishes(*values)
+        if vanishes is False:
             return False
+        certain = certain and vanishes is True
         defined += 1
-    if defined == 0:
-        return False
-    return all(_is_tame(source) for source in sources) or sympy.simplify(difference) == 0
+    return defined > 0 and (certain or sympy.simplify(difference) == 0)
 
 
-def _vanishes(value: Expr) -> bool:
-    if value.is_Rational:
-        return value == 0
-    number = value.evalf(_DIGITS, maxn=200)
-    if not number.is_number or number.has(sympy.nan):
-        return False
+def _vanishes(difference: Expr, *sources: Expr) -> bool | None:
+    """False where the difference is a number other than 0; None where both sources are too small to tell."""
+    if difference.is_Rational:
+        return difference == 0
     try:
-        return bool(abs(number) < Rational(10) ** -(_DIGITS - 10))
+        numbers = [abs(part.evalf(_DIGITS, maxn=4 * _DIGITS)) for part in (difference, *sources)]
+        size = max(numbers[1:])
+        return None if size < _TINY else bool(numbers[0] < size * Rational(10) ** (10 - _DIGITS))
     except TypeError:
         return False
 

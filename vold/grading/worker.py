@@ -1,7 +1,7 @@
 """One grading worker: `python -m vold.grading.worker SECONDS BYTES`, JSON lines in and out.
 
     in   {"answer": "\\\\frac{1}{2}", "gold": "0.5"}
-    out  {"ready": true} once, then per line {"equal": true, "rule": "math-verify", "retire": false}
+    out  {"ready": true} once, then per line {"equal": true, "rule": "algebra", "retire": false}
 
 SECONDS of CPU time an answer, BYTES of address space. The kernel ends a worker that computes longer (SIGPROF), even in
 the middle of C code, whether or not its parent still lives.

@@ -1,4 +1,4 @@
-"""Agreement of the grader with verdict tables: this repository's, and the tests of other graders where they are at hand.
+"""Agreement of the grader with verdict tables: this repository's, and other graders' tests where they are at hand.
 
 A published test file is read, never imported: three-tuples (gold, answer, verdict) of pytest's parametrize lists, as in
 math-verify's tests (its sdist has them), and pairs of is_equiv(answer, gold) assertions, as in MATH's own
@@ -10,11 +10,12 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vold.grading import Grader, Item
+from vold.grading import Grader, Item, extract_answer
 
 OURS = Path(__file__).parents[1] / "tests/grading/cases"
 JUDGEMENT = {
@@ -91,7 +92,7 @@ def _parametrized(function: ast.FunctionDef, table: str) -> Iterator[Row]:
             continue
         for case in cases:
             if len(case) == 3 and isinstance(case[0], str) and isinstance(case[1], str):
-                yield Row(table, case[0], _boxed(case[1]), bool(case[2]))
+                yield Row(table, _gold(case[0]), _boxed(case[1]), bool(case[2]))
 
 
 def _assertions(function: ast.FunctionDef, table: str) -> Iterator[Row]:
@@ -100,14 +101,23 @@ def _assertions(function: ast.FunctionDef, table: str) -> Iterator[Row]:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
             texts |= {name.id: str(statement.value.value) for name in statement.targets if isinstance(name, ast.Name)}
         call = statement.value if isinstance(statement, ast.Expr) else None
-        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("self.assertTrue", "self.assertFalse"):
-            if {"test_in", "test_out"} <= texts.keys():
-                is_true = ast.unparse(call.func) == "self.assertTrue"
-                yield Row(table, texts["test_out"], _boxed(texts["test_in"]), is_true)
+        asserted = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+        if asserted in ("self.assertTrue", "self.assertFalse") and {"test_in", "test_out"} <= texts.keys():
+            yield Row(table, texts["test_out"], _boxed(texts["test_in"]), asserted == "self.assertTrue")
 
 
-def _boxed(answer: str) -> str:
-    return answer if "\\boxed" in answer else rf"\boxed{{{answer}}}"
+def _boxed(text: str) -> str:
+    """A response without a box commits to its last formula, or to the whole."""
+    return text if "\\boxed" in text else rf"\boxed{{{_last_formula(text)}}}"
+
+
+def _last_formula(text: str) -> str:
+    formulas = re.findall(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text, re.DOTALL)
+    return next(filter(None, formulas[-1])).strip() if formulas else text
+
+
+def _gold(text: str) -> str:
+    return extract_answer(text) or _last_formula(text)
 
 
 def agreement(rows: Iterable[Row]) -> list[str]:
@@ -125,7 +135,9 @@ def agreement(rows: Iterable[Row]) -> list[str]:
         if not agrees:
             said = "we accept" if verdict.outcome == "correct" else "we refuse"
             why = JUDGEMENT.get(verdict.rule, verdict.rule)
-            disagreements.append(f"{row.table}: gold {row.gold!r}, response {row.response!r}: {said}, {verdict.rule}: {why}")
+            disagreements.append(
+                f"{row.table}: gold {row.gold!r}, response {row.response!r}: {said}, {verdict.rule}: {why}"
+            )
     lines = ["| table | rows | agree | only we accept | only we refuse |", "|:--|--:|--:|--:|--:|"]
     lines += [f"| {table} | " + " | ".join(map(str, count)) + " |" for table, count in counts.items()]
     return [*lines, "", *disagreements]

@@ -64,8 +64,10 @@ def test_the_record(verdicts):
 
 @pytest.mark.parametrize(
     "gold",
-    ["", "  ", "$ $", r"\boxed{}", r"\frac{1}{2", "}{", "9" * 5000, None, 7, r"7 \boxed{8}", "<think>7", "a</think>b"]
-    + ["nan", "NaN", r"\text{nan}", "<NA>", "NaT", "null", "N/A"],
+    [
+        *("", "  ", "$ $", r"\boxed{}", r"\frac{1}{2", "}{", "9" * 5000, None, 7, r"7 \boxed{8}", "<think>7"),
+        *("a</think>b", "nan", "NaN", r"\text{nan}", "<NA>", "NaT", "null", "N/A"),
+    ],
 )
 def test_unusable_gold(gold):
     with pytest.raises(ValueError) as error:

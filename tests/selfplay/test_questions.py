@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vold.config.schema import AnswersConfig, PoseConfig
-from vold.grading import Grader, Item
+from vold.grading import Grader
 from vold.selfplay.questions import Vote, find_question, is_informative, solver_batches, vote
 
 PATTERN = re.compile(PoseConfig().pattern, re.DOTALL)

@@ -19,7 +19,8 @@ def grade_file(file: Path, *, workers: int) -> None:
     """Print the rows of `file` ("-": standard input) with verdict, extracted, rule and seconds added, in order.
 
     A row holds "gold" (text or a number) and "response"; a "finish_reason" of "length", as in a run's samples.jsonl,
-    marks a truncated response, "choices" are the texts of options, and "prompt" is the text that was asked. The file is graded chunk by chunk, and rows of a pipe as they arrive. A malformed row
+    marks a truncated response, "choices" are the texts of options, and "prompt" is the text that was asked. The file is
+    graded chunk by chunk, and rows of a pipe as they arrive. A malformed row
     raises ValueError with its line number once the rows before it are printed; a gold answer that cannot be used gives
     the verdict "broken".
     """

@@ -14,21 +14,31 @@ from dataclasses import dataclass
 from vold.grading.equality import Decision, Undecided, decide
 from vold.grading.extract import after_thinking, extract_answer
 from vold.grading.normalise import normalise
+from vold.grading.units import quantity
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_DECORATION = re.compile(r"\*\*|__|\$|`|\"|[“”‘’「」]|(?<![A-Za-z])'|'(?![A-Za-z])|\\\(|\\\)|\\[,;! ]|(?<=\W)\*|\*(?=\W)")
+_DECORATION = re.compile(
+    r"\*\*|__|\$|`|\"|[“”‘’「」]|(?<![A-Za-z])'|'(?![A-Za-z])|\\\(|\\\)|\\[,;! ]|(?<=\W)\*|\*(?=\W)"
+)
 _TEXT_GROUP = re.compile(r"\\(?:text(?:bf|rm|it|sf|tt)?|math(?:rm|bf|sf|it)|mbox|boldsymbol)\s*\{([^{}]*)\}")
 _BRACKETED = r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|\{\s*([A-Za-z])\s*\}|([A-Za-z]))"
-_OPTION = re.compile(rf"(?i:(?:option|choice|answer)\s+)?{_BRACKETED}(?:\s*[.):,;–—-]+\s*|\s+|(?<=[)\]}}])\s*|$)(.*)", re.DOTALL)
-_LETTER = r"(?:option|choice|letter)?\s*(?:[(\[{{]\s*([A-Za-z])\s*[)\]}}]|([A-Za-z]))(?![A-Za-z0-9'])"
+_OPTION = re.compile(
+    rf"(?i:(?:option|choice|answer)\s+)?{_BRACKETED}(?:\s*[.):,;–—-]+\s*|\s+|(?<=[)\]}}])\s*|$)(.*)", re.DOTALL
+)
+_LETTER = r"(?:option|choice|letter)?\s*(?:[(\[{]\s*([A-Za-z])\s*[)\]}]|([A-Za-z]))(?![A-Za-z0-9'])"
+_CAPITAL = r"[(\[]?((?-i:[A-Z]))[)\]]?"
 _STATEMENTS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        rf"\b(?:answer|choice|option)\b\s*(?:is|are|would be|must be|should be|[:=：–—-])+\s*(?:is|:|-)?\s*(?:clearly |therefore |thus |hence )?{_LETTER}".replace("{{", "{").replace("}}", "}"),
-        r"(?:答案|选项|选|應選|应选|正确答案)\s*(?:应该|應該)?\s*(?:是|为|為|选|：|:)*\s*[(（]?([A-Za-z])[)）]?(?![A-Za-z0-9])",
-        r"\b(?:option|choice|answer)\s*[(\[]?([A-Za-z])[)\]]?\s+(?:is|must be)\s+(?:the\s+)?(?:correct|right|answer|best|true|one)\b",
-        r"(?<![A-Za-z])[(\[]?([A-Z])[)\]]?\s+is\s+(?:the\s+)?(?:correct|right|best|final)?\s*(?:answer|choice|option|correct|right)\b",
-        r"\b(?:i|we)\s+(?:would\s+|will\s+)?(?:choose|pick|select|go with)\s+(?:the\s+)?(?:option\s+|choice\s+|answer\s+)?[(\[]?([A-Z])[)\]]?(?![A-Za-z0-9])",
+        r"\b(?:answer|choice|option)\b\s*(?:is|are|would be|must be|should be|[:=：–—-])+\s*(?:is|:|-)?\s*"
+        r"(?:clearly |therefore |thus |hence )?" + _LETTER,
+        r"(?:答案|选项|选|應選|应选)\s*(?:应该|應該)?\s*(?:是|为|為|选|：|:)*\s*[(（]?([A-Za-z])[)）]?(?![A-Za-z0-9])",
+        r"\b(?:option|choice|answer)\s*[(\[]?([A-Za-z])[)\]]?\s+(?:is|must be)\s+(?:the\s+)?"
+        r"(?:correct|right|answer|best|true|one)\b",
+        rf"(?<![A-Za-z]){_CAPITAL}\s+is\s+(?:the\s+)?(?:correct|right|best|final)?\s*"
+        r"(?:answer|choice|option|correct|right)\b",
+        r"\b(?:i|we)\s+(?:would\s+|will\s+)?(?:choose|pick|select|go with)\s+(?:the\s+)?"
+        rf"(?:option\s+|choice\s+|answer\s+)?{_CAPITAL}(?![A-Za-z0-9])",
     )
 )
 _DOUBT = re.compile(
@@ -65,8 +75,10 @@ class Choice:
             return bool(self.letter), "choice"
         right = self.choices[letters.index(gold_letter)]
         outcome = _same_text(self.text, right)
-        others = [choice for choice in self.choices if choice != right]
-        if any(_same_text(self.text, other) == (True, "choice") for other in others):
+        others = [choice for choice in self.choices if choice and choice != right]
+        if any(
+            _same_text(self.text, other) == (True, "choice") or _lacks_unit_of(self.text, other) for other in others
+        ):
             return False, "choice"
         return outcome
 
@@ -102,10 +114,22 @@ def _plain(text: str) -> str:
     return text.strip()
 
 
+def _letters(choices: tuple[str, ...]) -> str:
+    """The letters of the options: of those with a text, where any has one."""
+    letters = string.ascii_uppercase[: len(choices)]
+    with_text = [letter for letter, text in zip(letters, choices, strict=False) if text.strip()]
+    return "".join(with_text) or letters
+
+
 def _option(text: str, choices: tuple[str, ...]) -> Choice | None:
     """The option that `text` consists of: its letter, its letter and text, or its text."""
-    letters = string.ascii_uppercase[: len(choices)]
-    plain = re.sub(r"^(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*(?=\S)", "", _plain(text), flags=re.I)
+    letters = _letters(choices)
+    plain = re.sub(
+        r"^(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*(?=\S)",
+        "",
+        _plain(text),
+        flags=re.I,
+    )
     plain = plain.strip().rstrip(" .,;。")
     is_text = any(_same_text(text, choice) == (True, "choice") for choice in choices)
     match = _OPTION.fullmatch(plain)
@@ -113,7 +137,7 @@ def _option(text: str, choices: tuple[str, ...]) -> Choice | None:
         letter, rest = next(group for group in match.groups()[:4] if group), match[5].strip()
         is_letter = letter.upper() in letters and (letter.isupper() or not is_text)
         if is_letter and (not rest or not is_text):
-            return Choice(text.strip(), letter.upper(), rest, choices)
+            return Choice(plain if rest else letter.upper(), letter.upper(), rest, choices)
     if not plain:
         return None
     return Choice(text.strip(), "", text.strip(), choices)
@@ -121,7 +145,7 @@ def _option(text: str, choices: tuple[str, ...]) -> Choice | None:
 
 def _stated(text: str, choices: tuple[str, ...]) -> Choice | None:
     """The option of the last statement, if nothing takes it back."""
-    letters = string.ascii_uppercase[: len(choices)]
+    letters = _letters(choices)
     matches = [match for pattern in _STATEMENTS for match in pattern.finditer(text)]
     matches = [match for match in matches if _letter(match) in letters]
     if not matches:
@@ -132,13 +156,21 @@ def _stated(text: str, choices: tuple[str, ...]) -> Choice | None:
     before, after = text[start : last.start()], text[end:]
     sentence = after[: found.end()] if (found := _SENTENCE_END.search(after)) else after
     stated = last[0]
-    if _DOUBT.search(before) or _DOUBT.search(stated) or re.search(r"\b(?:wrong|incorrect|not|false)\b|\?|^\s*(?:or|and|/|&)\b", sentence):
+    if (
+        _DOUBT.search(before)
+        or _DOUBT.search(stated)
+        or re.search(r"\b(?:wrong|incorrect|not|false)\b|\?|^\s*(?:or|and|/|&)\b", sentence)
+    ):
         return None
     if _names_another(_ARTICLE.sub("", after), letter, letters):
         return None
-    if re.match(r"\s+[a-z]+", after) and letter == "A" and not re.match(r"\s+(?:is|because|since|as|for|which|given|by|due)\b", after):
+    if (
+        re.match(r"\s+[a-z]+", after)
+        and letter == "A"
+        and not re.match(r"\s+(?:is|because|since|as|for|which|given|by|due)\b", after)
+    ):
         return None  # the answer is A triangle
-    return Choice(last[0].strip(), letter, "", choices)
+    return Choice(letter, letter, "", choices)
 
 
 def _letter(match: re.Match[str]) -> str:
@@ -148,6 +180,11 @@ def _letter(match: re.Match[str]) -> str:
 def _names_another(text: str, letter: str, letters: str) -> bool:
     others = letters.replace(letter, "")
     return bool(others) and re.search(_OTHER_LETTER % others, text) is not None
+
+
+def _lacks_unit_of(text: str, choice: str) -> bool:
+    ours, theirs = quantity(normalise(text)), quantity(normalise(choice))
+    return not ours.unit and bool(theirs.unit) and ours.value == theirs.value
 
 
 def _same_text(text: str, choice: str) -> Decision | Undecided:

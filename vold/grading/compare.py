@@ -49,6 +49,8 @@ def compare(answer: Shape, gold: Shape, leaf: Leaf) -> bool | None:
         return compare(_unnamed(ours, by_name=True) if ours else answer, _unnamed(theirs) if theirs else gold, leaf)
     if isinstance(answer, Named) or isinstance(gold, Named):
         return _compare_named(answer, gold, leaf)
+    if is_region(gold) and isinstance(answer, Listing) and answer.kind == "pair" and len(answer.items) == 2:
+        answer = Listing(answer.items, "interval", answer.brackets)
     if is_region(answer) and is_region(gold) and not _same_brackets(answer, gold):
         return leaf.region(answer, gold)
     if isinstance(answer, Relation) or isinstance(gold, Relation):

@@ -21,8 +21,8 @@ def extract_answer(response: str) -> str | None:
     r"""Content of the last balanced `\boxed{...}` outside the thinking part, stripped; None where there is none.
 
     Reasoning does not count: with a `</think>` only the text after the last one is read, and a `<think>` that is
-    never closed leaves no answer. Of nested boxes the innermost last one counts. Two boxes with different contents in one
-    sentence (`\boxed{7} or \boxed{8}`) are no answer. One pass, linear in the length.
+    never closed leaves no answer. Of nested boxes the innermost last one counts. Two boxes with different contents in
+    one sentence (`\boxed{7} or \boxed{8}`) are no answer. One pass, linear in the length.
     """
     text = after_thinking(response)
     if text is None:
@@ -64,6 +64,6 @@ def _last_box(text: str, start: int) -> str | None:
 
 
 def _joins(between: str) -> bool:
-    """True where two boxes with this text between them are two candidates: one sentence, in which nothing takes the first
-    back or follows from it."""
+    """True where two boxes with this text between them are two candidates: one sentence, in which nothing takes the
+    first back or follows from it."""
     return len(between) <= _SENTENCE and _SENTENCE_END.search(between) is None and _CONCLUDES.search(between) is None

@@ -48,7 +48,7 @@ def _balanced(text: str) -> bool:
 
 
 def normal_form(answer: str) -> str:
-    """`answer` as a gold answer made of it: no name, no markup, a number in lowest terms (`x = 2/4` -> `\\frac{1}{2}`)."""
+    """`answer` as a gold made of it: no name or markup, numbers in lowest terms (`x = 2/4` -> `\\frac{1}{2}`)."""
     text = normalise(answer)
     found = shape(text)
     if isinstance(found, Named) and "in" not in found.relation.signs:

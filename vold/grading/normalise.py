@@ -106,7 +106,7 @@ def normalise(text: str) -> str:
     text = _unwrap(text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _unwrap(text.strip())
+    text = _unwrap(re.sub(r"\\\$([^$]{1,200}?)\\\$", r" \1 ", text).strip())
     if match := _PREAMBLE.match(text):
         text = _unwrap(text[match.end() :])
     text = text.rstrip(" .,;")

@@ -19,13 +19,53 @@ _MARKS = (r"\%", r"\$", r"^\circ", "€", "£", "¥", "₹", "'", r"\ldots")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _INVERSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?:_\{[^{}]*\}|_[A-Za-z0-9])?\s?\^\s?\{\s?-\s?1\s?\}\s?\(")
 _TWO_LETTER_WORDS = frozenset(
-    "ad ah am an as at ax be by do go ha he hi ho id if in is it la lo ma me my no of oh ok on or ow ox pa so to up us "
-    "we ye".split()
+    [
+        "ad",
+        "ah",
+        "am",
+        "an",
+        "as",
+        "at",
+        "ax",
+        "be",
+        "by",
+        "do",
+        "go",
+        "ha",
+        "he",
+        "hi",
+        "ho",
+        "id",
+        "if",
+        "in",
+        "is",
+        "it",
+        "la",
+        "lo",
+        "ma",
+        "me",
+        "my",
+        "no",
+        "of",
+        "oh",
+        "ok",
+        "on",
+        "or",
+        "ow",
+        "ox",
+        "pa",
+        "so",
+        "to",
+        "up",
+        "us",
+        "we",
+        "ye",
+    ]
 )
 
 
 def scalar_rules(answer: str, gold: str) -> tuple[Decision | None, str, str]:
-    """(decision or None, answer, gold): without a decision the two texts, their agreed units removed, are for algebra."""
+    """(decision or None, answer, gold): without a decision, the texts without agreed units are for algebra."""
     decision = first(_SPELLING_RULES, answer, gold)
     if decision is not None:
         return decision, answer, gold
@@ -60,11 +100,15 @@ def identical(answer: str, gold: str) -> bool | None:
 
 
 def words(answer: str, gold: str) -> bool | None:
-    """Words are equal letter by letter, whatever their case; single letters keep it. `no` is not `on`; `mn`, which is no
-    word, is the product `nm`."""
+    """Words are equal letter by letter, whatever their case; single letters keep it. `no` is not `on`; `mn`, which is
+    no word, is the product `nm`."""
     answer_is_words, gold_is_words = _is_words(answer), _is_words(gold)
     if answer_is_words and gold_is_words:
-        same_product = _is_product(answer) and _is_product(gold) and sorted(answer.replace(" ", "")) == sorted(gold.replace(" ", ""))
+        same_product = (
+            _is_product(answer)
+            and _is_product(gold)
+            and sorted(answer.replace(" ", "")) == sorted(gold.replace(" ", ""))
+        )
         return same_product or _spell(answer) == _spell(gold)
     if gold_is_words:
         return None if len(gold) == 1 or _is_product(gold) else False

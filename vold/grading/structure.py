@@ -1,4 +1,4 @@
-r"""The shape of an answer: one value, a named value, a list, set, pair or interval, a relation. No parser, linear passes.
+r"""The shape of an answer: a value, a named value, a list, set, pair or interval, a relation. No parser, linear passes.
 
 math-verify reads `I=3` and `\cos 0=1` as booleans, the last side of any equation as its value, and lists in an order of
 its own. Here an answer is taken apart by its top-level signs, and two answers are compared part by part; what remains
@@ -18,16 +18,44 @@ _RELATIONS = {
     r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", r"\geqq": ">=",
     r"\approx": "~", r"\simeq": "~", r"\sim": "~", r"\thickapprox": "~", r"\in": "in",
 }  # fmt: skip
-for _sign in (
-    "equiv cong notin subset subseteq supset supseteq propto mid nmid perp parallel to rightarrow mapsto leftarrow "
-    "Rightarrow Leftarrow Leftrightarrow implies impliedby iff longrightarrow Longrightarrow models vdash gg ll prec"
-).split():
+for _sign in [
+    "equiv",
+    "cong",
+    "notin",
+    "subset",
+    "subseteq",
+    "supset",
+    "supseteq",
+    "propto",
+    "mid",
+    "nmid",
+    "perp",
+    "parallel",
+    "to",
+    "rightarrow",
+    "mapsto",
+    "leftarrow",
+    "Rightarrow",
+    "Leftarrow",
+    "Leftrightarrow",
+    "implies",
+    "impliedby",
+    "iff",
+    "longrightarrow",
+    "Longrightarrow",
+    "models",
+    "vdash",
+    "gg",
+    "ll",
+    "prec",
+]:
     _RELATIONS[f"\\{_sign}"] = _sign
 FLIPPED = {"=": "=", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 ORDERS = frozenset({"<", ">", "<=", ">="})
 _WORD_JOINERS = {"or": "or", r"\lor": "or", r"\vee": "or", "and": "and", r"\land": "and", r"\wedge": "and"}
 _CONJUNCTION = re.compile(r"(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 MAX_ITEMS = 64
+MAX_DEPTH = 30
 
 _GREEK = (
     r"\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau"
@@ -43,15 +71,112 @@ _VECTOR = r"\\(?:vec|overrightarrow|hat|bar|overline|widehat|mathbf|mathcal)\{[A
 NAME = re.compile(
     rf"{_SYMBOL}|{_FUNCTION}\({_ARGUMENT}(?:,{_ARGUMENT})*\)|{_POINTS}|m?\\(?:angle|triangle|arc)\s?{_POINTS}"
     rf"|{_VECTOR}|\|{_POINTS}\||\\?\|{_VECTOR}\\?\||\\frac\{{d[a-z]?\}}\{{d[a-z]\}}|\\Delta\s?{_SYMBOL}"
-    rf"|[A-Za-z]_\\text\{{[A-Za-z ]*\}}"
+    rf"|[A-Za-z]_\\text\{{[A-Za-z ]*\}}|\\frac\{{{_POINTS}\}}\{{{_POINTS}\}}|{_POINTS}/{_POINTS}"
 )
 _NAME_WORDS = frozenset(
-    "the a an of for and in to area perimeter circumference volume length width height depth radius diameter side base "
-    "slope surface sum difference product quotient average mean median mode range probability total number count cost "
-    "price profit revenue speed velocity distance time age ages answer result value values solution solutions root "
-    "roots maximum minimum max min least greatest largest smallest final angle measure ratio expected amount money "
-    "gcd lcm hcf degree degrees remainder equation function inverse vertex center centre focus domain range x y z n "
-    "triangle square rectangle circle sphere cube cone cylinder all possible integer integers ways coordinates".split()
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "for",
+        "and",
+        "in",
+        "to",
+        "area",
+        "perimeter",
+        "circumference",
+        "volume",
+        "length",
+        "width",
+        "height",
+        "depth",
+        "radius",
+        "diameter",
+        "side",
+        "base",
+        "slope",
+        "surface",
+        "sum",
+        "difference",
+        "product",
+        "quotient",
+        "average",
+        "mean",
+        "median",
+        "mode",
+        "range",
+        "probability",
+        "total",
+        "number",
+        "count",
+        "cost",
+        "price",
+        "profit",
+        "revenue",
+        "speed",
+        "velocity",
+        "distance",
+        "time",
+        "age",
+        "ages",
+        "answer",
+        "result",
+        "value",
+        "values",
+        "solution",
+        "solutions",
+        "root",
+        "roots",
+        "maximum",
+        "minimum",
+        "max",
+        "min",
+        "least",
+        "greatest",
+        "largest",
+        "smallest",
+        "final",
+        "angle",
+        "measure",
+        "ratio",
+        "expected",
+        "amount",
+        "money",
+        "gcd",
+        "lcm",
+        "hcf",
+        "degree",
+        "degrees",
+        "remainder",
+        "equation",
+        "function",
+        "inverse",
+        "vertex",
+        "center",
+        "centre",
+        "focus",
+        "domain",
+        "range",
+        "x",
+        "y",
+        "z",
+        "n",
+        "triangle",
+        "square",
+        "rectangle",
+        "circle",
+        "sphere",
+        "cube",
+        "cone",
+        "cylinder",
+        "all",
+        "possible",
+        "integer",
+        "integers",
+        "ways",
+        "coordinates",
+    ]
 )
 
 
@@ -131,8 +256,11 @@ def is_name(text: str) -> bool:
 
 
 def shape(text: str) -> Shape:
-    """The shape of a normalised answer."""
+    """The shape of a normalised answer. What is nested too deep to be one is a relation without a sign: equal to
+    nothing."""
     text = text.strip()
+    if _depth(text) > MAX_DEPTH:
+        return Relation((text,), ())
     builder = re.fullmatch(
         r"\\\{\s?([A-Za-z])(?:\s?\\in\s?(?:\\mathbb\{R\}|\\mathbb R|R))?\s?(?:\||\\mid(?![A-Za-z])|:)(.*)\\\}", text
     )
@@ -250,6 +378,14 @@ def _closes_at_the_end(inner: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for sign in re.findall(r"\\[{}]|[][(){}]", text):
+        depth += 1 if sign in _OPENERS else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _as_interval(value: Shape) -> Shape:

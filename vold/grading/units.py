@@ -79,17 +79,20 @@ _OPERATOR = re.compile(r"(?:\\cdot|\\times|\\div|\\pm|[-+*/^_=(,])$")
 
 
 _CJK = {
-    "毫米": "mm", "厘米": "cm", "公分": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g", "千克": "kg",
-    "公斤": "kg", "吨": "t", "毫升": "ml", "升": "l", "公顷": "ha", "秒": "s", "分钟": "min", "小时": "h", "天": "day",
-    "日": "day", "周": "week", "个月": "month", "年": "yr", "岁": "yr", "度": "degree", "元": "yuan", "円": "yen",
-    "美元": "dollar", "欧元": "euro", "平方毫米": "mm^2", "平方厘米": "cm^2", "平方分米": "dm^2", "平方米": "m^2",
-    "平方千米": "km^2", "立方毫米": "mm^3", "立方厘米": "cm^3", "立方分米": "dm^3", "立方米": "m^3", "千米/时": "km/h",
-    "千米/小时": "km/h", "米/秒": "m/s", "メートル": "m", "センチ": "cm", "グラム": "g", "時間": "h", "分間": "min", "秒間": "s",
-    "원": "won", "도": "degree", "미터": "m", "시간": "h",
+    "毫米": "mm", "厘米": "cm", "公分": "cm", "分米": "dm", "米": "m", "千米": "km", "公里": "km", "克": "g",
+    "千克": "kg", "公斤": "kg", "吨": "t", "毫升": "ml", "升": "l", "公顷": "ha", "秒": "s", "分钟": "min",
+    "小时": "h", "天": "day", "日": "day", "周": "week", "个月": "month", "年": "yr", "岁": "yr", "度": "degree",
+    "元": "yuan", "円": "yen", "美元": "dollar", "欧元": "euro", "平方毫米": "mm^2", "平方厘米": "cm^2",
+    "平方分米": "dm^2", "平方米": "m^2", "平方千米": "km^2", "立方毫米": "mm^3", "立方厘米": "cm^3",
+    "立方分米": "dm^3", "立方米": "m^3", "千米/时": "km/h", "千米/小时": "km/h", "米/秒": "m/s", "メートル": "m",
+    "センチ": "cm", "グラム": "g", "時間": "h", "分間": "min", "원": "won", "도": "degree", "미터": "m", "시간": "h",
 }  # fmt: skip
-_COUNTERS = "个 個 人 名 位 只 隻 本 件 条 條 张 張 种 種 辆 輛 棵 支 枝 颗 顆 块 塊 朵 匹 头 頭 座 根 把 套 箱 盒 袋 瓶 杯 题 道 页 間 间 枚 回 次 개 명 권".split()
+# counters of one sign each: 7个
+_COUNTERS = "个個人名位只隻本件条條张張种種辆輛棵支枝颗顆块塊朵匹头頭" + "座根把套箱盒袋瓶杯题道页間间枚回次개명권"
 _CJK |= dict.fromkeys(_COUNTERS, "unit")
-_CJK_SUFFIX = re.compile(r"(.*[0-9)}πa-z])\s?(?:\\text\{)?\s?([\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af/]+)\}?", re.DOTALL)
+_CJK_SUFFIX = re.compile(
+    r"(.*[0-9)}πa-z])\s?(?:\\text\{)?\s?([\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af/]+)\}?", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ def _may_be_omitted(quantity: Quantity) -> bool:
     if quantity.unit == "degree" and "\\pi" in quantity.value:
         return False
     words = re.findall("[a-z]+", quantity.unit)
-    if re.fullmatch(r"[a-z]+(?:\^-?[0-9])?(?:[/·][a-z]+(?:\^-?[0-9])?)*", quantity.unit) is None or words[-1] in _SCALES:
+    if (
+        re.fullmatch(r"[a-z]+(?:\^-?[0-9])?(?:[/·][a-z]+(?:\^-?[0-9])?)*", quantity.unit) is None
+        or words[-1] in _SCALES
+    ):
         return False
     return all(word in _OMISSIBLE for word in words) and (quantity.certain or len(words[-1]) > 2)
 
@@ -150,9 +156,9 @@ def _suffixed(text: str) -> Quantity:
     value, unit = text[: tail.start()].strip(), tail[1]
     if not value or _OPERATOR.search(value):
         return Quantity(text)
-    if match := re.fullmatch(r"\\text\{\s?([A-Za-z])\s?\}", unit):
-        if re.search(r"[0-9A-Za-z)}\]]\s?[-+]", value):  # behind a sum it is a variable
-            return Quantity(value + match[1])
+    letter = re.fullmatch(r"\\text\{\s?([A-Za-z])\s?\}", unit)
+    if letter and re.search(r"[0-9A-Za-z)}\]]\s?[-+]", value):  # behind a sum it is a variable
+        return Quantity(value + letter[1])
     if not unit.startswith("\\text") and re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
         return Quantity(text)  # letters before bare letters: algebra, not a measure
     return Quantity(value, canonical(unit), certain=_CERTAIN.search(unit) is not None)
@@ -184,6 +190,6 @@ def _mark(mark: str) -> str:
     return f"degree{scale[:1]}"
 
 
-_OMISSIBLE = (set(_CANONICAL.values()) | {canonical(noun) for noun in _NOUNS_TEXT.split()} | {"won", "degreec", "degreef"}) - (
-    _SCALES
-)
+_OMISSIBLE = (
+    set(_CANONICAL.values()) | {canonical(noun) for noun in _NOUNS_TEXT.split()} | {"won", "degreec", "degreef"}
+) - (_SCALES)

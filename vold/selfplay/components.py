@@ -34,7 +34,15 @@ def training_config(config: SelfplayConfig, iteration: Iteration, player: Player
     evaluated after its last step."""
     phase: SelfplayPhaseConfig = getattr(config, player)
     is_challenger = player == "challenger"
-    keys = ("dtype", "parallel", "timeout_seconds", "microbatch_tokens", "samples_per_step", "grader_workers", "grader_echo")
+    keys = (
+        "dtype",
+        "parallel",
+        "timeout_seconds",
+        "microbatch_tokens",
+        "samples_per_step",
+        "grader_workers",
+        "grader_echo",
+    )
     evaluation = config.evaluation.model_copy(update={"every": phase.steps})
     return RlConfig(
         **{name: getattr(config, name) for name in keys},

@@ -12,7 +12,7 @@ from vold.grading.normalise import normalise
 from vold.grading.scalars import Decision, Rule, empty, first, identical, scalar_rules, words
 from vold.grading.structure import Listing, Relation, Shape, shape, tight
 
-_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?")
+_LETTER = re.compile(r"\(?([A-Z])\)?|\[([A-Z])\]")
 _CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\s?[).:])\s?(.*)", re.DOTALL)
 _GOLD_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])\s?[).])\s?(.*)", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])|(?<![A-Za-z])or(?![A-Za-z])|\\\\")
@@ -103,7 +103,7 @@ def _choice(answer: str, gold: str) -> bool | None:
 def _chosen(text: str, pattern: re.Pattern[str]) -> str | None:
     text = _TEXT.sub(r"\1", text).replace("*", "").strip()
     if match := _LETTER.fullmatch(text):
-        return match[1]
+        return match[1] or match[2]
     match = pattern.fullmatch(text)
     if match is None or _OTHER_CHOICE.search(match[3]):
         return None

@@ -28,7 +28,7 @@ def only_read(command: Command) -> str:
     verb_arguments, text = command.vold, command.text
     if verb_arguments is None:
         return {"make": "make -n", "pip": "network"}.get(command.words[0], "a measurement")
-    if "smollm2" in text.lower():
+    if "smollm2" in text.lower() or verb_arguments[0] == "convert":
         return "a real model: make test-real"
     if verb_arguments[0] == "serve" or "vllm" in text:
         return "vLLM"

@@ -192,6 +192,36 @@ def test_other_files_are_refused(tmp_path):
         command(tmp_path / "mistral.gguf", tmp_path / "out")
 
 
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.3, 0.9])
+def test_a_file_that_is_cut_off_is_refused(share, tmp_path):
+    path = write(tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"model\.gguf cannot be read") as error:
+        convert(path, tmp_path / "out", dtype="float32", tokenizer=None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["many", 0, -1.5])
+@pytest.mark.parametrize("key", ["llama.block_count", "llama.attention.head_count"])
+def test_a_number_that_is_none_is_refused(key, value, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.gguf") as error:
+        converted(tmp_path, keys={key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_with_files_is_left_alone(tmp_path):
+    out = converted(tmp_path)
+    with pytest.raises(ValueError, match="out is not empty"):
+        convert(tmp_path / "model.gguf", out, dtype="float32", tokenizer=None)
+
+
+def test_a_first_token_that_the_file_asks_for(tmp_path):
+    keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1}
+    tokenizer = AutoTokenizer.from_pretrained(converted(tmp_path, keys=keys))
+    assert tokenizer("ab").input_ids == [1, TOKENS.index("ab")]
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [TOKENS.index("ab")]
+
+
 def test_the_stops_and_the_sampling_that_the_file_names(tmp_path):
     keys = {"tokenizer.ggml.eot_token_id": 1, "general.sampling.temp": 0.6}
     out = converted(tmp_path, keys=keys)

@@ -97,7 +97,8 @@ def convert_gguf(
 
     Raises ValueError naming a key or tensor of the file that such a checkpoint could not hold.
     """
-    config = read_config(file, dtype)
+    with reading(file.path):
+        config = read_config(file, dtype)
     arch = Architecture.from_config(config, str(file.path))
     names = _tensor_names(file, arch)
     with new_checkpoint(target) as partial:

@@ -28,14 +28,20 @@ def gguf_tokenizer(file: GgufFile, original: Path | None = None) -> PreTrainedTo
     Raises ValueError where the file alone does not say how text becomes its ids.
     """
     tokenizer = load_tokenizer(original) if original else _built(file)
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+    with reading(file.path):
+        _check_tokens(file, tokenizer, original)
+    return tokenizer
+
+
+def _check_tokens(file: GgufFile, tokenizer: PreTrainedTokenizerBase, original: Path | None) -> None:
+    """Raises ValueError naming the first id whose token is another one in the file."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
     vocabulary = {i: token for token, i in tokenizer.get_vocab().items()}
     kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     fix = f"{original} is of another model" if original else "add --tokenizer DIR, of the original checkpoint"
     for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind != 5 and vocabulary.get(number, token if original and kind != 1 else None) != token:  # 5: unused
             raise ValueError(f"{file.path}: id {number} is {token!r} but {vocabulary.get(number)!r} is built: {fix}")
-    return tokenizer
 
 
 def _built(file: GgufFile) -> PreTrainedTokenizerBase:
@@ -58,5 +64,6 @@ def _built(file: GgufFile) -> PreTrainedTokenizerBase:
     if file.metadata.get("tokenizer.ggml.add_bos_token") and (bos := tokenizer.bos_token):
         single = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokenizer.bos_token_id)])
         backend.post_processor = processors.Sequence([backend.post_processor or processors.ByteLevel(), single])
-    tokenizer.model_max_length = file.metadata[f"{file.metadata['general.architecture']}.context_length"]
+    length = file.metadata.get(f"{file.metadata['general.architecture']}.context_length")
+    tokenizer.model_max_length = length or tokenizer.model_max_length
     return tokenizer

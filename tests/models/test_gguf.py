@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from support import tiny
 from vold.cli import convert as command
@@ -249,13 +249,24 @@ def test_a_tokenizer_of_the_original(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are in ../shared/data/tokenizers")
-def test_the_real_vocabulary_of_qwen_gives_the_same_ids(tmp_path):
-    real = PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "qwen2.5-vl.json"))
-    tokens = real.convert_ids_to_tokens(range(len(real)))
-    merges = json.loads((SHARED / "qwen2.5-vl.json").read_text())["model"]["merges"]
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+def test_the_real_vocabulary_of_qwen_gives_the_same_ids(tmp_path, merges=8000):
+    """With its first merges: the whole of it takes half a minute to write and to read."""
+    parts = json.loads((SHARED / "qwen2.5-vl.json").read_text())
+    parts["model"]["merges"] = parts["model"]["merges"][:merges]
+    parts["model"]["vocab"] = {token: i for token, i in parts["model"]["vocab"].items() if i < 256 + merges}
+    for i, token in enumerate(parts["added_tokens"]):
+        token["id"] = 256 + merges + i
+    real = Tokenizer.from_str(json.dumps(parts))
+    tokens = [real.id_to_token(i) for i in range(real.get_vocab_size())]
+    pairs = [" ".join(merge) if isinstance(merge, list) else merge for merge in parts["model"]["merges"]]
     model = tiny.qwen2(tied=True, vocab_size=len(tokens), hidden_size=8, intermediate_size=8)
-    file = open_gguf(write(tmp_path / "model.gguf", model, pre="qwen2", tokens=tokens, merges=merges))
+    file = open_gguf(write(tmp_path / "model.gguf", model, pre="qwen2", tokens=tokens, merges=pairs))
     built = Tokenizer.from_str(gguf_tokenizer(file).backend_tokenizer.to_str())
-    texts = ["12 345  6", "e\u0301té", "x=\\boxed{7}<|im_end|>\n", "½ ²  don't\n\n 数学 <|vision_start|>", " a\tb "]
-    assert [built.encode(text).ids for text in texts] == [real(text).input_ids for text in texts]
+    for text in (
+        "12 345  6",
+        "e\u0301té",
+        "x=\\boxed{7}<|im_end|>\n",
+        "½ ²  don't\n\n 数学 <|vision_start|>",
+        " a\tb ",
+    ):
+        assert built.encode(text).ids == real.encode(text).ids, text

@@ -77,7 +77,7 @@ def test_parameters_are_those_of_the_published_models(sizes):
 
 def test_work_is_two_flop_a_parameter_and_token_and_divided_over_ranks(sizes):
     work, tokens = phase_work(sizes), sizes.tokens_per_replica
-    assert tokens == 64 * (2048 + 5 * 7168)
+    assert tokens == 64 * (1024 + 5 * 7168)
     matmuls = 2 * language_model_parameters(sizes.student) * tokens
     assert 1.0 < work["student_forward"].flop / matmuls < 1.35, "attention comes on top"
     halved = StepSizes(with_overrides(sizes.config, {"parallel.tp": 2}), 8)

@@ -43,6 +43,7 @@ OUTCOMES = {
     0: None,
     1: AssertionError("a bug"),
     2: ValueError("steps = 0: use a value > 0"),
+    129: SystemExit(129),
     130: KeyboardInterrupt(),
     143: SystemExit(143),
 }

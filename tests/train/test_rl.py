@@ -70,6 +70,35 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
     assert same_tensors(whole / "model" / "model.safetensors", rl_run.run_dir / "model" / "model.safetensors")
 
 
+def test_a_run_that_lost_its_logs_in_a_crash_continues_exactly_and_elsewhere(rl_run, tmp_path, capfd):
+    """metrics.jsonl, which has steered beta, has lost a step and prompts.jsonl everything; the folder was moved."""
+    run_dir, name = tmp_path / "moved", "rank-00000.safetensors"
+    shutil.copytree(rl_run.run_dir, run_dir)
+    config, checkpoints = rl_run.model_copy(update={"run_dir": run_dir}), run_dir / "checkpoints"
+    metrics = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+    def crash() -> None:
+        shutil.rmtree(checkpoints / "step-000004")
+        shutil.rmtree(run_dir / "model")
+        (checkpoints / "latest").write_text("step-000002\n")
+        (run_dir / "metrics.jsonl").write_text(metrics[0])
+        (run_dir / "prompts.jsonl").unlink(missing_ok=True)
+
+    crash()
+    train_rl(config, resume=True)
+    assert same_tensors(*(run / "checkpoints" / "step-000004" / name for run in (rl_run.run_dir, run_dir)))
+    said = capfd.readouterr().err
+    assert f"vold: {run_dir}/metrics.jsonl: step 2 is missing since the checkpoint of step 2" in said
+    assert f"vold: {run_dir}/prompts.jsonl: steps 1-2 are missing since the checkpoint of step 2" in said
+
+    crash()  # a checkpoint of an older vold has only the logs to continue from
+    manifest = json.loads((checkpoints / "step-000002" / "manifest.json").read_text())
+    del manifest["sha256"]["steering.json"]
+    (checkpoints / "step-000002" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"metrics.jsonl ends at step 1 and the checkpoint at 2, from whose beta"):
+        train_rl(config, resume=True)
+
+
 def test_sampler_and_trainer_agree_at_another_temperature(load, tmp_path, layout):
     """Rollout, student and teacher log-probs are all at the rollout's temperature; the parity probe is at 1."""
     config = load("rl", tmp_path / "hot", "rollout.temperature=0.7", "steps=2", "evaluation.every=0")

@@ -3,9 +3,9 @@ and L running lanes of a thread's P neighbouring columns.
 
 Why: torch would read the logits once per operation; here they are read once (fold), or read and written once (dlogits),
 which is what bounds both kernels. The matmuls stay with cuBLAS. So that the kernels keep up with the memory: blocks of
-real columns alone carry no mask and load 128 bits at a time; column numbers are 32-bit; fold keeps running statistics in
-each lane and reduces over lanes once per segment, with no barrier between; exponentials are 2^(x log2 e), the hardware's
-own. `benchmarks/aot.py` counts what a logit costs.
+real columns alone carry no mask and load 128 bits at a time; column numbers are 32-bit; fold keeps running statistics
+in each lane and reduces over lanes once per segment, with no barrier between; exponentials are 2^(x log2 e), which the
+hardware has. `benchmarks/aot.py` counts what a logit costs.
 
 All arithmetic is in the dtype of the statistics; loads are cast to it at once, since the interpreter
 (TRITON_INTERPRET=1) gets bf16 arithmetic and fp32→bf16 rounding wrong. The same functions in plain torch:

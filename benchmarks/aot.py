@@ -8,9 +8,9 @@ real head (its rows start on 16 bytes), so that this is the binary that runs. A 
 "not listed".
 
 Triton ships cuobjdump, which reads registers and spills from the cubin, and nvdisasm, which shows the loop over blocks
-of real columns: instructions per logit, bits of one load, barriers per block. Instructions per logit decide whether memory
-or the processor is the limit: an H200 reads 1.1e12 fp32 logits a second at 4.3 TB/s and issues 2.9e13 instructions, 26
-per logit (13 in bf16).
+of real columns: instructions per logit, bits of one load, barriers per block. Instructions per logit decide whether
+memory or the processor is the limit: an H200 reads 1.1e12 fp32 logits a second at 4.3 TB/s and issues 2.9e13
+instructions, 26 per logit (13 in bf16).
 """
 
 from __future__ import annotations

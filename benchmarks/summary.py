@@ -121,8 +121,10 @@ def _filtered(rows: list[Row]) -> list[str]:
 def _aot(rows: list[Row]) -> list[str]:
     parts = ["## Compiled ahead of time, without a GPU", ""]
     header = ("kernel", "variant", "chip", "status", "shared bytes", "of", "registers", "spilled bytes")
+    header += ("instructions a logit", "load bits", "barriers a block")
     parts += [table_line(header), table_line(["---"] * len(header))]
     keys = ("kernel", "variant", "chip", "status", "shared_bytes", "shared_limit", "registers", "spill_bytes")
+    keys += ("instructions_per_logit", "load_bits", "barriers_per_block")
     return [*parts, *(table_line([row[key] for key in keys]) for row in rows), ""]
 
 

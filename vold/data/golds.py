@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"\\begin\{")
 _PLACEHOLDER = re.compile(
     r"(?:please )?(?:see|refer to|as shown in|shown in)(?: the)? (?:\w+ )?"
     r"(?:figure|image|picture|graph|diagram|solution|explanation|proof|above|below|text|attachment|table)s?\b.*"
-    r"|(?:answers? (?:may|will) vary|proof(?: omitted)?|n/?a|nan|null|tbd|todo|unknown|no answer|\?+|-+|\.+)\.?",
+    r"|(?:answers? (?:may|will) vary|proof(?: omitted)?|n/a|nan|null|tbd|todo|unknown|no answer|\?+|-+|\.+)\.?",
     re.IGNORECASE,
 )
 

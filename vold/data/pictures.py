@@ -123,7 +123,7 @@ def check_picture(path: Path) -> None:
     try:
         missing = not path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a NUL: no path, or a picture in its place
-        raise ValueError(f"image {_short(str(path))} cannot be opened ({error})") from None
+        raise ValueError(f"image {_short(str(path))} cannot be opened ({getattr(error, 'strerror', error)})") from None
     if missing:
         raise ValueError(f"image {path} does not exist")
     if not path.stat().st_size:

@@ -119,7 +119,7 @@ def _encoding(file: Path) -> str:
 
 def _open(file: Path) -> IO[bytes]:
     if file.suffix == ".zst":
-        return pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")  # type: ignore[return-value]
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))  # type: ignore[arg-type]
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(file.suffix, open)(file, "rb")
 
 

@@ -22,7 +22,7 @@ import torch
 from vold.objectives import advantages, normalisers, ratios, schedules
 from vold.objectives.divergences import VocabularyDivergence
 from vold.objectives.rewards import OverlongPenalty
-from vold.objectives.routing import Routing, failed, failed_groups, nowhere
+from vold.objectives.routing import Routing, every, failed, failed_groups, nowhere
 from vold.objectives.self_distillation import SelfDistillation
 from vold.types import Group, MicroBatch, Rollout, Sample
 from vold_kernels import PolicyTerms
@@ -76,6 +76,12 @@ class Objective:
     def routed_by(self) -> str | None:
         """The reward's term that decides where the KL term applies; None where all responses are alike."""
         return self.routing_term if self._has_kl_term and self.routing in (failed, failed_groups) else None
+
+    @property
+    def needs_reward(self) -> bool:
+        """The weights depend on rewards or right answers: not so where every response is distilled and no more."""
+        routed_by_right = self._has_kl_term and self.routing is not every
+        return self.advantage is not advantages.none or routed_by_right or self.uses_self_teacher
 
     @property
     def _has_kl_term(self) -> bool:

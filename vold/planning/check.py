@@ -66,6 +66,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "student": lambda: _check_model("student", config, processes),
         "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
         "tokenizers": lambda: _check_tokenizers(config),
+        "columns": data.check_columns,
         "data": data.check_training,
         "evaluation": data.check_evaluation if config.evaluation.sets else None,
         "run_dir": lambda: _check_run_dir(config),

@@ -8,7 +8,7 @@ from rich.console import Group
 
 from vold.config.schema import RlConfig, SftConfig
 from vold.data.packing import PromptEncoder
-from vold.data.problems import load_problems
+from vold.data.problems import column_use, load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.models.images import load_prompt_encoder
@@ -54,6 +54,14 @@ class DataCheck:
             check_judge_template(config.reward, prompts)
         self._with_images += [prompt for prompt in prompts[PREVIEWS:] if prompt.images][:1]
         return f"{config.data.path}: {_summary(prompts, kind, self._encode)}" + _left_out(skipped)
+
+    def check_columns(self) -> str:
+        """Returns which columns of the training data are read, and which are not."""
+        data = self._config.data
+        if data.layout == "traces":
+            return "token ids of `vold traces`"
+        use = column_use(data)
+        return f"read: {', '.join(use.read)}; not read: {', '.join(use.unread) or 'none'}"
 
     def check_evaluation(self) -> str:
         """Load every evaluation set. Returns the same summary of each."""

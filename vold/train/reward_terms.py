@@ -116,12 +116,11 @@ def _function_pool(config: RlConfig, workers: int) -> FunctionPool:
     )
 
 
-def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool | None]:
+def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool]:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
-    asks = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher
-    own = config.reward.has_own_terms
-    return {"keep_metadata": own, "needs_gold": False if own and not asks else None}
+    by_answer = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher
+    return {"keep_metadata": config.reward.has_own_terms, "needs_gold": bool(objective.needs_reward and by_answer)}
 
 
 def check_judge_template(config: RewardConfig, prompts: Sequence[Prompt]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,12 +17,14 @@ import pyarrow.parquet as parquet
 from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import DataConfig, PromptConfig
-from vold.data.problems import TextTrace, load_text_traces
+from vold.data.problems import TextTrace, iterate_text_traces
 from vold.data.prompts import build_prompt
 from vold.data.responses import response_ids
-from vold.io import atomic_path, log, one_line_errors
+from vold.data.sources import find_files
+from vold.data.token_table import TABLE, Batches, TraceStream, TraceTable, open_table
+from vold.io import atomic_path, log, one_line, one_line_errors
 from vold.jsonl import parse_row
-from vold.types import Prompt, Rollout, Sample, TokenIds
+from vold.types import Prompt, Rollout, Sample
 
 PART = ".part.jsonl"
 IDS = ("prompt_ids", "response_ids")
@@ -34,9 +37,11 @@ SCHEMA = pa.schema(
         "response": pa.string(),
         "response_ids": pa.list_(pa.int32()),
         "finish_reason": pa.string(),
+        "images": pa.list_(pa.string()),
     }
 )
-READ = pa.schema([field for field in SCHEMA if field.name not in ("response", "finish_reason")])  # what training needs
+NEEDED = ("prompt_id", "prompt", "gold", *IDS)
+ROWS = 64  # of a batch
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class TraceShard:
                 counts[name] += count
             if outcome == "kept":
                 counts["kept_tokens"] += len(ids)
-                row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason)
+                images = [str(path) for path in prompt.images]
+                row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason, images)
                 rows.append(dict(zip(SCHEMA.names, row, strict=True)))
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -184,84 +190,154 @@ def load_samples(
     *,
     max_tokens: int,
     stop_ids: Sequence[int] = (),
+    length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
 ) -> Sequence[Sample]:
-    """Training sequences of stage 1 with weights still unset: traces of `vold traces` by their token ids, public text
-    sets tokenised once. Sequences of more than max_tokens are left out. Raises ValueError for a file that does not
-    fit."""
+    """Training sequences of stage 1 with weights still unset: traces of `vold traces` by their token ids, text sets
+    tokenised once. Sequences of more than max_tokens are left out, and counted. length: a prompt's tokens, see
+    `build_prompts`. Raises ValueError for a file that does not fit."""
     if config.layout == "traces":
-        samples = _Traces(_table(config, max(tokenizer.get_vocab().values()) + 1), max_tokens)
-        rows = samples.rows
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        files = _trace_files(config)
+        batches: Batches = partial(_trace_batches, config, files, vocab_size, length)
+        key: list = ["traces", vocab_size]
     else:
-        prompt = prompt.without_grading()
-        all_samples = [_from_text(trace, tokenizer, prompt, stop_ids) for trace in load_text_traces(config)]
-        samples = [s for s in all_samples if len(s.prompt.token_ids) + len(s.response_ids) <= max_tokens]
-        rows = len(all_samples)
-    if not samples:
+        batches = _TextBatches(config, tokenizer, prompt.without_grading(), stop_ids, length)
+        source = find_files(config)
+        files = source.files or sorted(source.folder.rglob("*.arrow"))
+        key = [_digest_of(tokenizer), prompt.without_grading().model_dump(), *stop_ids]
+    if config.streaming:
+        samples: TraceTable | TraceStream = TraceStream(batches, max_tokens)
+    else:
+        settings = config.model_dump(mode="json", exclude={"cache_dir", "shuffle", "streaming"})
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        samples = TraceTable(open_table(config, batches, [settings, stats, *key]), max_tokens)
+    if not samples.rows:
+        raise ValueError(
+            f"data.path = {config.path} holds no trace: all answers were dropped; card.json there says why"
+        )
+    if not len(samples):
         raise ValueError(f"{config.path} holds no trace of at most max_tokens = {max_tokens}; raise it")
-    if len(samples) < rows:
-        log.warning(f"{config.path}: {rows - len(samples)} of {rows} traces are longer than max_tokens and left out")
+    if left_out := samples.rows - len(samples):
+        log.warning(f"{config.path}: {left_out} of {samples.rows} traces are longer than max_tokens and left out")
     return samples
 
 
-class _Traces(Sequence[Sample]):
-    """Samples made from the rows of a table on access: all of them at once would take more memory."""
-
-    def __init__(self, table: pa.Table, max_tokens: int):
-        lengths = compute.add(*(compute.list_value_length(table[name]) for name in IDS))
-        self._table, self._kept = table, compute.indices_nonzero(compute.less_equal(lengths, max_tokens))
-        self.rows = len(table)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Sample:
-        row = self._kept[index].as_py()
-        prompt_ids, response_ids = (self._table[name][row].values.to_numpy() for name in IDS)
-        id, text, gold = (self._table[name][row].as_py() for name in ("prompt_id", "prompt", "gold"))
-        return _sample(Prompt(id, prompt_ids, text, gold), response_ids)
+def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _table(config: DataConfig, vocab_size: int) -> pa.Table:
+# -- batches of rows -----------------------------------------------------------------------------------------------
+
+
+def _trace_files(config: DataConfig) -> list[Path]:
     files = sorted(config.path.glob("*.parquet")) if config.path.is_dir() else [config.path]
     if unfinished := sorted(config.path.glob(f"*{PART}")):
         raise ValueError(f"{unfinished[0]} is not finished; continue `vold traces` with --resume, or delete it")
     if not files or not files[0].is_file():
         raise ValueError(f"data.path = {config.path} holds no traces; write them first with `vold traces`")
-    table = pa.concat_tables([_read(file, vocab_size) for file in files]).slice(0, config.limit)
-    if not len(table):
-        raise ValueError(
-            f"data.path = {config.path} holds no trace: all answers were dropped; card.json there says why"
-        )
-    return table
+    return files
 
 
-def _read(file: Path, vocab_size: int) -> pa.Table:
+def _trace_batches(
+    config: DataConfig, files: Sequence[Path], vocab_size: int, length: Callable[[Prompt], int]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of traces that `vold traces` wrote, at most `limit`."""
+    left = config.limit
+    for file in files:
+        for batch in _read(file, vocab_size):
+            batch = batch if left is None else batch.slice(0, left)
+            left = None if left is None else left - len(batch)
+            if len(batch):
+                yield _with_prompt_tokens(batch, length)
+        if left == 0:
+            return
+
+
+def _read(file: Path, vocab_size: int) -> Iterator[pa.Table]:
     """Raises ValueError for a file that `vold traces` did not write, or not with this tokenizer."""
     try:
-        table = parquet.read_table(file, schema=READ, page_checksum_verification=True)
+        with parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as table:
+            names = [name for name in TABLE.names if name in table.schema_arrow.names]
+            for name in (name for name in NEEDED if name not in names):
+                raise ValueError(f"{file} is no table of traces ({name} is missing or empty); see data.layout")
+            for batch in table.iter_batches(batch_size=ROWS, columns=names):
+                schema = pa.schema([TABLE.field(name) for name in names])
+                rows = pa.Table.from_batches([batch]).select(names).cast(schema)
+                _check_rows(rows, file, vocab_size)
+                yield rows
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as traces: {reason}; write it again with `vold traces`") from None
-    for name in READ.names:
-        if table[name].null_count:
+
+
+def _check_rows(rows: pa.Table, file: Path, vocab_size: int) -> None:
+    for name in NEEDED:
+        if rows[name].null_count:
             raise ValueError(f"{file} is no table of traces ({name} is missing or empty); see data.layout")
     for name in IDS:
-        bounds = compute.min_max(compute.list_flatten(table[name])).as_py()
-        if len(table) and not 0 <= (bounds["min"] or 0) <= (bounds["max"] or 0) < vocab_size:
+        bounds = compute.min_max(compute.list_flatten(rows[name])).as_py()
+        if not 0 <= (bounds["min"] or 0) <= (bounds["max"] or 0) < vocab_size:
             raise ValueError(
                 f"{file}: {name} are {bounds['min']} to {bounds['max']} and the student's tokenizer has {vocab_size} "
                 "ids; they are another teacher's traces"
             )
-    return table
 
 
-def _from_text(
-    trace: TextTrace, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, stop_ids: Sequence[int]
-) -> Sample:
-    """A sample whose response begins and ends as a sampled one does."""
-    prompt = build_prompt(trace.problem, tokenizer, config)
-    return _sample(prompt, response_ids(trace.response, prompt, tokenizer, stop_ids))
+def _with_prompt_tokens(rows: pa.Table, length: Callable[[Prompt], int]) -> pa.RecordBatch:
+    """The rows by the schema TABLE. Older traces have no column of images."""
+    images = rows["images"].to_pylist() if "images" in rows.column_names else []
+    if any(images):
+        columns = (rows[name].to_pylist() for name in ("prompt_id", "prompt_ids", "prompt"))
+        prompts = [
+            Prompt(*cells, images=tuple(map(Path, paths or ()))) for *cells, paths in zip(*columns, images, strict=True)
+        ]
+        tokens = pa.array([length(prompt) for prompt in prompts], pa.int32())
+    else:
+        images = [[]] * len(rows)
+        tokens = compute.list_value_length(rows["prompt_ids"]).combine_chunks()
+    columns = [rows[name].combine_chunks() for name in NEEDED]
+    return pa.RecordBatch.from_arrays([*columns, pa.array(images, TABLE.field("images").type), tokens], schema=TABLE)
 
 
-def _sample(prompt: Prompt, response_ids: TokenIds) -> Sample:
-    return Sample(prompt, response_ids, advantage=0.0, pg_weight=0.0, kl_weight=0.0)
+class _TextBatches:
+    """The rows of a text set, tokenised anew at each call; skipped rows are reported at the first."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: PromptConfig,
+        stop_ids: Sequence[int],
+        length: Callable[[Prompt], int],
+    ):
+        self._config, self._tokenizer, self._prompt = config, tokenizer, prompt
+        self._stop_ids, self._length = stop_ids, length
+        self._report: Callable[[str], None] = log.info
+
+    def __call__(self) -> Iterator[pa.RecordBatch]:
+        report, self._report = self._report, lambda line: None
+        traces = iterate_text_traces(self._config, report)
+        while window := list(islice(traces, ROWS)):
+            rows = []
+            for trace in window:
+                try:
+                    rows.append(self._row(trace))
+                except ValueError as error:
+                    if self._config.on_error == "stop":
+                        raise ValueError(f"{error} (data.on_error=skip leaves such rows out)") from None
+                    report(one_line(f"skipped {error}"))
+            yield pa.RecordBatch.from_pylist(rows, TABLE)
+
+    def _row(self, trace: TextTrace) -> dict:
+        """A trace whose response begins and ends as a sampled one does."""
+        prompt = build_prompt(trace.problem, self._tokenizer, self._prompt)
+        return {
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "gold": prompt.gold,
+            "prompt_ids": prompt.token_ids,
+            "response_ids": response_ids(trace.response, prompt, self._tokenizer, self._stop_ids),
+            "images": [str(path) for path in prompt.images],
+            "prompt_tokens": self._length(prompt),
+        }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 from rich.console import Group
 
@@ -36,10 +38,10 @@ class DataCheck:
         config, skipped = self._config, []
         tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
         if isinstance(config, SftConfig):
-            limits = {"max_tokens": config.max_tokens, "stop_ids": stop_ids(config.student, tokenizer)}
-            samples = load_samples(config.data, tokenizer, config.prompt, **limits)
+            limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": stop_ids(config.student, tokenizer)}
+            samples = load_samples(config.data, tokenizer, config.prompt, length=self._encode.length, **limits)
             self._training, kind = samples, "traces"
-            prompts = [samples[index].prompt for index in range(len(samples))]
+            prompts = _Prompts(samples)
         else:
             objective = build_objective(config.objective, config.rollout.max_new_tokens)
             problems = load_problems(config.data, skipped.append, **problem_options(config, objective))
@@ -52,7 +54,8 @@ class DataCheck:
         check_trained_vision(config.vision, prompts)
         if isinstance(config, RlConfig):
             check_judge_template(config.reward, prompts)
-        self._with_images += [prompt for prompt in prompts[PREVIEWS:] if prompt.images][:1]
+        with_images = (prompt for prompt in islice(prompts, PREVIEWS, None) if prompt.images)
+        self._with_images += islice(with_images, 1)
         return f"{config.data.path}: {_summary(prompts, kind, self._encode)}" + _left_out(skipped)
 
     def check_columns(self) -> str:
@@ -86,11 +89,26 @@ class DataCheck:
             yield row_preview(row, tokenizer, self._encode)
 
 
+class _Prompts(Sequence[Prompt]):
+    """The prompts of traces, made on access."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._samples[index].prompt
+
+
 def _summary(prompts: Sequence[Prompt], kind: str, encode: PromptEncoder) -> str:
-    lengths = sorted(map(encode.length, prompts))
-    with_images = sum(bool(prompt.images) for prompt in prompts)
+    lengths, with_images = [], 0
+    for prompt in prompts:
+        lengths.append(encode.length(prompt))
+        with_images += bool(prompt.images)
     images = f", {with_images} with images" if with_images else ""
-    return f"{len(prompts)} {kind}{images}; prompts of {lengths[0]} to {lengths[-1]} tokens"
+    return f"{len(prompts)} {kind}{images}; prompts of {min(lengths)} to {max(lengths)} tokens"
 
 
 def _left_out(skipped: Sequence[str]) -> str:

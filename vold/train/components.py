@@ -142,7 +142,8 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
     vocab_size = _vocab_size(config.student, config.pair_with)
     ends = stop_ids(config.student, tokenizer)
-    samples = load_samples(config.data, tokenizer, config.prompt, max_tokens=config.max_tokens, stop_ids=ends)
+    limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": ends, "length": encode.length}
+    samples = load_samples(config.data, tokenizer, config.prompt, **limits)
     check_trained_vision(config.vision, (sample.prompt for sample in samples))
     trainer = Trainer(
         config.student,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field as FieldInfo
+from pydantic import model_validator
 
 from vold.config.schema.base import Positive, Strict
 
@@ -64,6 +65,12 @@ class DataConfig(Strict):
     cache_dir: Path | None = None
     """Folder for the token ids of sets over 64 MiB, which are memory-mapped; beside the data, in PATH.arrow, when null.
     Smaller sets stay in memory."""
+
+    @model_validator(mode="after")
+    def _stream_in_order(self):
+        if self.streaming and self.shuffle:
+            raise ValueError("data.streaming = true reads rows in their order: set data.shuffle=false")
+        return self
 
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -18,11 +18,16 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vold.config.schema import DataConfig
+from vold.config.schema import DataConfig, PromptConfig
 from vold.data.golds import check_gold
 from vold.data.options import named_letter, read_options
 from vold.data.pictures import picture_size, read_picture
-from vold.data.problems import column_use, load_problems, load_text_traces
+from vold.data.problems import Problem, column_use, load_problems, load_text_traces
+from vold.data.prompts import build_prompts
+from vold.data.traces import load_samples
+from vold.grading import grade_answers
+from vold.models.tokenizer import load_tokenizer
+from vold.types import Prompt, Rollout, Verdict
 
 TEXT = '{"question": "1+1?", "answer": "007"}\n{"question": "Who?", "answer": "NA"}\n'
 ANSWERS = ["007", "NA"]
@@ -341,6 +346,17 @@ def test_several_right_answers(tmp_path):
     assert (one.gold, one.other_golds, two.gold, two.other_golds) == ("2", ("two",), "A", ("C",))
 
 
+def compare_texts(items) -> list[Verdict]:
+    return [Verdict("correct" if item.response == item.gold else "wrong", item.response, "text") for item in items]
+
+
+def test_any_of_several_right_answers_counts():
+    prompt = Prompt("p", (1,), "q", "2", other_golds=("two",))
+    rollouts = [Rollout(prompt, (1,), (0.0,), "stop", text) for text in ("two", "2", "three")]
+    verdicts = grade_answers(compare_texts, rollouts)
+    assert [verdict.outcome for verdict in verdicts] == ["correct", "correct", "wrong"]
+
+
 # -- pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +526,50 @@ def test_a_thought_of_its_own_column_is_kept(tmp_path):
     row["messages"][1]["reasoning_content"] = "hm"
     (trace,) = rows(tmp_path, row, layout="messages", read=load_text_traces)
     assert trace.response == "<think>\nhm\n</think>\n\na"
+
+
+# -- stage 1 -------------------------------------------------------------------------------------------------------
+
+
+def test_traces_in_memory_on_disk_and_streamed_are_the_same(tmp_path, tiny_student_dir, monkeypatch):
+    """Also where a rank finds the table of another, and where rows are read backwards."""
+    (tmp_path / "set.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}+1", "response": f"{n}"}) + "\n" for n in range(200))
+    )
+    tokenizer = load_tokenizer(tiny_student_dir)
+
+    def samples(**settings):
+        config = DataConfig(path=tmp_path / "set.jsonl", layout="prompt-response", **settings)
+        return load_samples(config, tokenizer, PromptConfig(), max_tokens=90)
+
+    plain = list(samples())
+    assert len(plain) == 200 and not (tmp_path / "set.jsonl.arrow").exists()
+    monkeypatch.setattr("vold.data.token_table.IN_MEMORY", 0)
+    for _ in range(2):
+        mapped = samples()
+        assert list(mapped) == plain and len(list((tmp_path / "set.jsonl.arrow").glob("*.arrow"))) == 1
+    assert list(samples(cache_dir=tmp_path / "elsewhere")) == plain and list((tmp_path / "elsewhere").glob("*.arrow"))
+    streamed = samples(streaming=True, shuffle=False)
+    assert [streamed[n] for n in (150, 151, 3, 199)] == [plain[n] for n in (150, 151, 3, 199)]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be kept: .*set data.cache_dir"):
+        samples(cache_dir=tmp_path / "file")
+    with pytest.raises(ValueError, match=r"data.shuffle=false"):
+        samples(streaming=True)
+
+
+def test_no_suffix_in_stages_0_and_1_unless_asked(tmp_path, tiny_student_dir):
+    (tmp_path / "set.jsonl").write_text('{"prompt": "1+1", "response": "2"}\n')
+    config, tokenizer = (
+        DataConfig(path=tmp_path / "set.jsonl", layout="prompt-response"),
+        load_tokenizer(tiny_student_dir),
+    )
+    (plain,) = load_samples(config, tokenizer, PromptConfig(), max_tokens=900)
+    (asked,) = load_samples(config, tokenizer, PromptConfig(suffix="7"), max_tokens=900)
+    text = tokenizer.decode(plain.prompt.token_ids)
+    assert "boxed" not in text and tokenizer.decode(asked.prompt.token_ids) == text.replace("1+1", "1+17")
+    (graded,) = build_prompts([Problem("p", "1+1", "2")], tokenizer, PromptConfig())
+    assert len(graded.token_ids) > 20 + len(plain.prompt.token_ids), "graded prompts ask for a box"
 
 
 # -- golds ---------------------------------------------------------------------------------------------------------

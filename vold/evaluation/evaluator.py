@@ -11,7 +11,7 @@ from vold.data.packing import PromptEncoder
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
-from vold.grading import Grader, Item
+from vold.grading import Grader, grade_answers
 from vold.io import log, to_json, write_atomically
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def _status_of(run_log: RunLog, name: str, total: int, on_answered: Callable[[],
 def _graded_rows(answers: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict]]:
     """The rows of each problem."""
     flat = [rollout for rollouts in answers for rollout in rollouts]
-    verdicts = iter(grader.grade([Item.of(rollout) for rollout in flat]))
+    verdicts = iter(grade_answers(grader.grade, flat))
     return [[response_row(rollout, next(verdicts)) for rollout in rollouts] for rollouts in answers]
 
 

@@ -4,6 +4,7 @@
 Importing this package imports neither torch nor sympy; the symbolic part loads inside the workers.
 """
 
+from vold.grading.alternatives import grade_answers
 from vold.grading.equality import equal
 from vold.grading.extract import extract_answer
 from vold.grading.gold import normal_form, validate_gold
@@ -11,4 +12,4 @@ from vold.grading.item import Item
 from vold.grading.pool import Grader
 from vold.grading.reward import reward
 
-__all__ = ["Grader", "Item", "equal", "extract_answer", "normal_form", "reward", "validate_gold"]
+__all__ = ["Grader", "Item", "equal", "extract_answer", "grade_answers", "normal_form", "reward", "validate_gold"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vold.config.schema import RewardConfig
-from vold.grading import Grader, Item
+from vold.grading import Grader, Item, grade_answers
 from vold.grading.reward import answer_values, weighted_sum
 from vold.run.job import Job
 from vold.train.reward_terms import RewardTerms
@@ -89,7 +89,7 @@ def start_grading(
 ) -> PendingGroup:
     """Grade siblings and call the reward functions; the judge's requests are under way when this returns."""
     judged = terms.ask_judge(rollouts) if terms else []
-    verdicts = reward_function.grade([Item.of(rollout) for rollout in rollouts])
+    verdicts = grade_answers(reward_function.grade, rollouts)
     values = [answer_values(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
     if terms:
         own = terms.function_values(rollouts)

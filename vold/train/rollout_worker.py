@@ -118,6 +118,7 @@ class RolloutWorker:
                 else:
                     pending[position] = start_grading(rollouts, self.reward_function, self.terms)
                     finished = self._finish([i for i, group in pending.items() if group.is_done], pending)
+            finished = self._unmasked(finished)
             groups |= finished
             scores |= self._submit(finished)
             finish_seconds.append(seconds)
@@ -127,7 +128,7 @@ class RolloutWorker:
         show_status("")
         if pending:
             with phase("judge"):
-                finished = self._finish(list(pending), pending)
+                finished = self._unmasked(self._finish(list(pending), pending))
             groups |= finished
             scores |= self._submit(finished)
         if scores:
@@ -138,6 +139,13 @@ class RolloutWorker:
     def _finish(self, positions: Sequence[int], pending: dict[int, PendingGroup]) -> dict[int, Group]:
         """The groups at these positions, which are taken out of `pending`. Waits for a judge."""
         return {i: pending.pop(i).finish(self.reward, self.objective.routed_by) for i in positions}
+
+    def _unmasked(self, groups: dict[int, Group]) -> dict[int, Group]:
+        """The groups; where the objective needs no reward, a response that could not be graded counts all the same."""
+        if self.objective.needs_reward:
+            return groups
+        rewards = {i: tuple(0.0 if r is None else r for r in group.rewards) for i, group in groups.items()}
+        return {i: replace(group, rewards=rewards[i]) for i, group in groups.items()}
 
     def _submit(self, groups: Mapping[int, Group]) -> dict[int, Future[Scores]]:
         """Ask the remote teacher for what it has to score of these groups."""

@@ -191,6 +191,23 @@ SECTIONS: dict[str, list[Case]] = {
         Case("a method without its teacher", rl("teacher=null")),
         Case("greedy rollouts", rl("rollout.temperature=0")),
         Case("rewards that do not add up", rl("reward.format=0.5")),
+        Case("a reward function that is not there", rl("reward.function=mine/none.py:f")),
+        Case(
+            "a reward file that cannot be imported",
+            rl("reward.function=mine/broken.py:f"),
+            put("mine/broken.py", "import nobody_has_this\n"),
+        ),
+        Case(
+            "a reward function with strange arguments",
+            rl("reward.function=mine/strange.py:f"),
+            put("mine/strange.py", "def f(completions): return 1\n"),
+        ),
+        Case("routing by an unknown term", rl("objective.routing_term=style")),
+        Case(
+            "a judge without its key",
+            rl("reward.judge={url: 'http://localhost:9/v1', model: m, api_key_env: VOLD_NO_SUCH_KEY}"),
+        ),
+        Case("a judge that reads no score", rl("reward.judge={url: 'http://localhost:9/v1', model: m, pattern: good}")),
         Case("more updates than prompts", rl("minibatches=3")),
         Case("sequences that fit no micro-batch", rl("microbatch_tokens=60")),
         Case("the same in stage 1", sft("microbatch_tokens=60")),

@@ -281,15 +281,20 @@ def test_files_that_are_not_there_or_where_no_code_is_run(tmp_path):
 
 
 def test_the_example_gives_its_rewards():
-    specs = [f"{EXAMPLE}:{name}" for name in ("few_steps", "shortest", "looked_up")]
-    with FunctionPool(specs, workers=2, seconds=5.0, memory_gib=4.0) as pool:
-        first, second = pool.call([ROW, OTHER])
-    assert first == {
-        "few_steps": {"score": 0.9, "right": 1.0, "lines": 2.0},
-        "shortest": {"score": 0.0},
-        "looked_up": {"score": 1.0},
+    specs = [f"{EXAMPLE}:{name}" for name in ("right_steps", "shortest", "mentions_topic")]
+    question = ROW | {"prompt": "<w4><w7>[6+9<+><5>*7]<w0><solve>", "metadata": {"topic": "box"}}
+    responses = {
+        "<think>6+9+5*7>..5+5*7>....0*7>......0</think>\\boxed{0}": (1.0, 1.0),
+        "<think>6+9+5*7>..5+5*7>....1*7>......7</think>\\boxed{7}": (0.4, 1.0),
+        "<think>6+9+5*7>..5+5*7>....0*7>......0</think>\\boxed{1}": (0.8, 1.0),
+        "<think>5+9+5*7>..5+5*7": (0.0, 0.0),
     }
-    assert second["few_steps"]["score"] == 0.0 and second["shortest"] == {"score": 1.0}
+    with FunctionPool(specs, workers=2, seconds=5.0, memory_gib=4.0) as pool:
+        results = pool.call([question | {"response_text": text} for text in responses])
+    steps = [result["right_steps"] for result in results]
+    assert [(values["score"], values["copied"]) for values in steps] == list(responses.values())
+    assert [result["shortest"]["score"] for result in results] == [0.0, 0.0, 0.0, 1.0]
+    assert [result["mentions_topic"]["score"] for result in results] == [1.0, 1.0, 1.0, 0.0]
 
 
 # -- the config --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
-from vold.grading import Grader, pool, workers
+from vold.grading import Grader, pool, worker_process, workers
 
 SECONDS = 2.0
 HARD = [(rf"\sqrt{{{12 * n * n}}}", rf"{2 * n}\sqrt{{3}}") for n in range(2, 8)]  # equal, but need a worker
@@ -161,16 +162,21 @@ def test_a_worker_without_cpu_is_waited_for_and_then_broken_not_wrong(monkeypatc
 
 
 def test_a_hanging_answer_that_gets_little_cpu_is_a_timeout_not_broken(monkeypatch):
-    """As on a loaded machine: its worker runs a tenth of the time, through several windows of patience."""
-    monkeypatch.setattr(pool, "_PATIENCE", 2)
-    stopped = threading.Event()
+    """As on a loaded machine: its worker runs a little at a time, through several windows of patience."""
+    monkeypatch.setattr(pool, "_PATIENCE", 7)
+    finished = threading.Event()
 
     def hold_back(pid):
-        with contextlib.suppress(ProcessLookupError):
-            while not stopped.wait(0.03):
+        """Let it compute 0.05 s at a time, with pauses of a third of the window."""
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            process = psutil.Process(pid)
+            while not finished.is_set():
                 os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.3)
+                time.sleep(0.7)
                 os.kill(pid, signal.SIGCONT)
+                used = sum(process.cpu_times()[:2])
+                while sum(process.cpu_times()[:2]) < used + 0.05 and not finished.wait(0.01):
+                    pass
 
     windows = []
     monkeypatch.setattr(
@@ -181,7 +187,7 @@ def test_a_hanging_answer_that_gets_little_cpu_is_a_timeout_not_broken(monkeypat
         thread = threading.Thread(target=hold_back, args=(grader._workers[0].process.pid,))
         thread.start()
         (verdict,) = grader.grade([(boxed("100000000!"), "7", False)])
-        stopped.set()
+        finished.set()
         thread.join()
         assert (verdict.outcome, verdict.rule) == ("wrong", "timeout")
         assert len(windows) > 1, "it would have been given up after the first"
@@ -191,7 +197,7 @@ def test_a_hanging_answer_that_gets_little_cpu_is_a_timeout_not_broken(monkeypat
 def test_time_in_which_the_trainer_itself_was_stopped_is_no_starvation(shared):
     warm(shared)
     worker = shared._workers[0]
-    worker.end_window(worker.deadline + 2 * workers.LATE)
+    worker.end_window(worker.deadline + 2 * worker_process.LATE)
     assert worker.idle_windows == 0
     worker.end_window(worker.deadline)
     worker.end_window(worker.deadline)

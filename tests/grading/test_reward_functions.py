@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from vold.config.schema import RewardConfig
 from vold.config.schema.reward import function_spec
-from vold.grading import workers
+from vold.grading import worker_process, workers
 from vold.grading.function_worker import SINGLE
 from vold.grading.functions import FunctionPool, check_function_file
 
@@ -248,6 +248,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, mistake):
 
 def test_a_file_that_never_finishes_importing(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(worker_process, "START_SECONDS", 1.5)
     monkeypatch.setattr(workers, "START_SECONDS", 1.5)
     with (
         FunctionPool([f"{tmp_path}/mine.py:g"], workers=1, seconds=1.0, memory_gib=2.0) as pool,

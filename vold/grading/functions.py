@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vold.grading.workers import Job, WorkerCommand, WorkerPool
+from vold.grading.worker_process import Job, WorkerCommand
+from vold.grading.workers import WorkerPool
 
 IN_WORKER = "VOLD_REWARD_WORKER"  # set in workers' environment
 Values = dict[str, float]

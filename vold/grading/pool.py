@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vold.grading.equality import Undecided
 from vold.grading.gold import validate_gold
 from vold.grading.item import Item, extracted, judge
-from vold.grading.workers import Job, WorkerCommand, WorkerPool
+from vold.grading.worker_process import Job, WorkerCommand
+from vold.grading.workers import WorkerPool
 
 if TYPE_CHECKING:
     from vold.types import Verdict

@@ -49,6 +49,39 @@ def test_the_flat_config_of_the_hub_is_read(tmp_path):
     assert arch.vision.image_token_id == 151655
 
 
+LLAMA = {"model_type": "llama", **tiny.TEXT, "num_attention_heads": 4, "rope_theta": 5e5}
+HUB_LLAMAS = {  # how rope and heads stand in config.json of Llama 2, deepseek-coder and Llama 3.2, written before 2026
+    "llama 2": ({"rope_theta": None, "num_key_value_heads": None, "pretraining_tp": 1, "rope_scaling": None}, 1e4, 1.0),
+    "deepseek-coder": ({"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 4.0}}, 1e5, 0.25),
+    "llama 3.2": (
+        {
+            "tie_word_embeddings": True,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        5e5,
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_LLAMAS)
+def test_llama_configs_of_the_hub_are_read(name, tmp_path):
+    changes, theta, fastest = HUB_LLAMAS[name]
+    config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = Architecture.from_pretrained(tmp_path)
+    assert (arch.rope_theta, arch.rope_factor, len(arch.rope_frequencies)) == (theta, 1.0, arch.head_dim // 2)
+    assert arch.rope_frequencies[0] == fastest and arch.kv_heads == config.get("num_key_value_heads", 4)
+    slowest = theta ** -(1 - 2 / arch.head_dim)
+    assert arch.rope_frequencies[-1] == pytest.approx(slowest * {"llama 2": 1, "llama 3.2": 1 / 32}.get(name, fastest))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

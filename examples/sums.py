@@ -47,7 +47,7 @@ def draw(run: Path, picture: Path) -> None:
     axes.plot(steps, means, color="#1f4e86", label=f"mean of the last {WINDOW}")
     axes.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1), title="SmolLM2-135M-Instruct, GRPO on sums")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     figure.savefig(picture, dpi=130)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from vold.config.schema import ExportConfig
+from vold.config.schema import ExportConfig, PromptConfig
 from vold.io import log
+from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.weights import export_weights, load_chunks
 from vold.parallel.launch import initialise
@@ -16,7 +18,8 @@ from vold.trainer.checkpoint import Checkpoints
 
 
 def export_model(config: ExportConfig) -> None:
-    """Write config.out. Tokenizer, processor, chat template and frozen tensors come from the run's own student.
+    """Write config.out. Tokenizer, processor and frozen tensors come from the run's own student, and so does the
+    chat template, unless prompt.chat_template names another.
 
     Raises ValueError where config.run holds no sft or rl run, or not the checkpoint that config.step names.
     """
@@ -40,5 +43,7 @@ def export_model(config: ExportConfig) -> None:
     train_merger = settings.get("vision", {}).get("train_merger", False)
     chunks = load_chunks(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
     checkpoints.load_weights(chunks, step)
-    export_checkpoint(student, config.out, export_weights(chunks))
+    rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}
+    amend = partial(write_chat_template, prompt=PromptConfig(**rendering))
+    export_checkpoint(student, config.out, export_weights(chunks), amend=amend)
     log.info(f"{config.out}: step {step} of {config.run}")

@@ -26,7 +26,7 @@ def build_prompts(
     """The prompts of problems, in order, each within prompt.max_tokens. A longer one raises ValueError, or is left out
     (on_error "skip") and logged. Raises ValueError where none is left. length: a prompt's tokens; an encoder's `length`
     counts those of images too."""
-    built, lengths = _measured(_build(problems, tokenizer, config), length, on_error)
+    built, lengths = _measured(render_prompts(problems, tokenizer, config), length, on_error)
     too_long = {id: tokens for id, tokens in lengths.items() if tokens > config.max_tokens}
     if not too_long:
         return built
@@ -68,11 +68,14 @@ def _measured(
 def build_prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> Prompt:
     """One prompt; its token ids hold one image-pad id per image (see Prompt). Raises ValueError where the chat template
     refuses the messages."""
-    (prompt,) = _build([problem], tokenizer, config)
+    (prompt,) = render_prompts([problem], tokenizer, config)
     return prompt
 
 
-def _build(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> list[Prompt]:
+def render_prompts(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+) -> list[Prompt]:
+    """The prompts of problems, in order, whatever their length. Raises ValueError as `build_prompt` does."""
     chats = [_chat(problem, config) for problem in problems]
     try:
         texts = render_chats(tokenizer, chats, add_generation_prompt=True)

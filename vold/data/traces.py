@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vold.config.schema import DataConfig, PromptConfig
 from vold.data.problems import TextTrace, iterate_text_traces
 from vold.data.prompts import build_prompt
+from vold.data.renderings import Rendering, Rerendering
 from vold.data.responses import response_ids
 from vold.data.sources import find_files
 from vold.data.token_table import TABLE, Batches, TraceStream, TraceTable, open_table
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
         "response_ids": pa.list_(pa.int32()),
         "finish_reason": pa.string(),
         "images": pa.list_(pa.string()),
+        "history": pa.string(),  # JSON: [role, text] of each turn before the prompt
     }
 )
 NEEDED = ("prompt_id", "prompt", "gold", *IDS)
@@ -55,6 +58,7 @@ class TraceShard:
     number: int
     prompts: tuple[Prompt, ...]
     max_tokens: int  # a trace, prompt included, is shorter
+    rendering: Rendering | None = None  # of the prompts, kept in the footer
 
     @property
     def path(self) -> Path:
@@ -116,10 +120,12 @@ class TraceShard:
                 counts[name] += count
             if outcome == "kept":
                 counts["kept_tokens"] += len(ids)
-                images = [str(path) for path in prompt.images]
-                row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason, images)
+                images, history = [str(path) for path in prompt.images], json.dumps(prompt.history)
+                row = (prompt.id, prompt.text, prompt.gold, prompt.token_ids, text, ids, finish_reason, images, history)
                 rows.append(dict(zip(SCHEMA.names, row, strict=True)))
         facts = {"vold.prompts": self._digest, "vold.counts": json.dumps(counts)}
+        if self.rendering is not None:
+            facts["vold.rendering"] = self.rendering.to_json()
         self.directory.mkdir(parents=True, exist_ok=True)
         schema = SCHEMA.with_metadata(facts)
         with (
@@ -198,8 +204,11 @@ def load_samples(
     if config.layout == "traces":
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         files = _trace_files(config)
-        batches: Batches = partial(_trace_batches, config, files, vocab_size, length)
-        key: list = ["traces", vocab_size]
+        reader = _TraceReader(tokenizer, vocab_size, stop_ids, _rerendering(files, tokenizer, prompt, vocab_size))
+        batches: Batches = partial(_trace_batches, config, files, reader, length)
+        key: list = ["traces", vocab_size, *stop_ids]
+        if reader.rerender is not None:
+            key += [_digest_of(tokenizer), reader.rerender.config.model_dump(mode="json")]
     else:
         batches = _TextBatches(config, tokenizer, prompt.without_grading(), stop_ids, length)
         source = find_files(config)
@@ -227,6 +236,84 @@ def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def _rerendering(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, vocab_size: int
+) -> Rerendering | None:
+    """What renders the traces anew, where their first rows were asked otherwise than this run asks."""
+    recorded = {_recorded(file) for file in files}
+    if len(recorded) > 1:
+        raise ValueError(f"{files[0].parent} holds traces of several renderings; train on one folder at a time")
+    first = next((rows for file in files for rows in _read(file, vocab_size)), None)
+    samples = [] if first is None else _samples(first)
+    return Rerendering.needed(samples, Rendering.from_json(recorded.pop()), tokenizer, prompt)
+
+
+def _recorded(file: Path) -> bytes:
+    try:
+        return (parquet.read_schema(file).metadata or {}).get(b"vold.rendering", b"")
+    except (pa.ArrowException, OSError):  # `_read` says what is wrong with the file
+        return b""
+
+
+def _samples(rows: pa.Table) -> list[Sample]:
+    """The rows as samples, without weights."""
+    return [
+        Sample(
+            Prompt(
+                row["prompt_id"],
+                row["prompt_ids"],
+                row["prompt"],
+                row["gold"],
+                images=tuple(map(Path, row.get("images") or ())),
+                history=tuple(map(tuple, json.loads(row.get("history") or "[]"))),
+            ),
+            row["response_ids"],
+            advantage=0.0,
+            pg_weight=0.0,
+            kl_weight=0.0,
+        )
+        for row in rows.to_pylist()
+    ]
+
+
+@dataclass(frozen=True)
+class _TraceReader:
+    """Reads a file of traces. rerender: renders their prompts anew; None: as they are. stop_ids: of the student."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    stop_ids: Sequence[int]
+    rerender: Rerendering | None
+
+    def rows(self, file: Path) -> Iterator[pa.Table]:
+        """Raises ValueError for a file that does not fit, or where a trace ends with a token at which the student does
+        not stop."""
+        for rows in _read(file, self.vocab_size):
+            self._check_ends(rows)
+            if self.rerender is not None:
+                samples = self.rerender(_samples(rows))
+                for name, ids in (
+                    ("prompt_ids", [sample.prompt.token_ids for sample in samples]),
+                    ("response_ids", [sample.response_ids for sample in samples]),
+                ):
+                    place = rows.column_names.index(name)
+                    rows = rows.set_column(place, name, pa.array(ids, rows.schema.field(name).type))
+            yield rows
+
+    def _check_ends(self, rows: pa.Table) -> None:
+        if not self.stop_ids:
+            return
+        responses = rows["response_ids"].combine_chunks()
+        last = compute.list_parent_indices(responses).to_numpy()
+        ends = set(responses.flatten().to_numpy()[np.flatnonzero(np.diff(last, append=-1))].tolist())
+        if foreign := ends - set(self.stop_ids):
+            raise ValueError(
+                f"traces end with {self.tokenizer.convert_ids_to_tokens(min(foreign))!r} (id {min(foreign)}), at which "
+                "the student does not stop: add it to eos_token_id in its generation_config.json (`vold "
+                "prepare-student` does)"
+            )
+
+
 # -- batches of rows -----------------------------------------------------------------------------------------------
 
 
@@ -240,12 +327,12 @@ def _trace_files(config: DataConfig) -> list[Path]:
 
 
 def _trace_batches(
-    config: DataConfig, files: Sequence[Path], vocab_size: int, length: Callable[[Prompt], int]
+    config: DataConfig, files: Sequence[Path], reader: _TraceReader, length: Callable[[Prompt], int]
 ) -> Iterator[pa.RecordBatch]:
     """The rows of traces that `vold traces` wrote, at most `limit`."""
     left = config.limit
     for file in files:
-        for batch in _read(file, vocab_size):
+        for batch in reader.rows(file):
             batch = batch if left is None else batch.slice(0, left)
             left = None if left is None else left - len(batch)
             if len(batch):
@@ -258,11 +345,11 @@ def _read(file: Path, vocab_size: int) -> Iterator[pa.Table]:
     """Raises ValueError for a file that `vold traces` did not write, or not with this tokenizer."""
     try:
         with parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False) as table:
-            names = [name for name in TABLE.names if name in table.schema_arrow.names]
+            names = [name for name in (*TABLE.names, "history") if name in table.schema_arrow.names]
             for name in (name for name in NEEDED if name not in names):
                 raise ValueError(f"{file} is no table of traces ({name} is missing or empty); see data.layout")
             for batch in table.iter_batches(batch_size=ROWS, columns=names):
-                schema = pa.schema([TABLE.field(name) for name in names])
+                schema = pa.schema([SCHEMA.field(name) if name == "history" else TABLE.field(name) for name in names])
                 rows = pa.Table.from_batches([batch]).select(names).cast(schema)
                 _check_rows(rows, file, vocab_size)
                 yield rows

@@ -13,8 +13,8 @@ from vold.data.prompts import build_prompts
 from vold.evaluation.scores import summarise
 from vold.grading import Grader, grade_answers
 from vold.io import log, to_json, write_atomically
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import load_tokenizer
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job, open_job
 from vold.run.run_dir import RunLog
@@ -114,7 +114,7 @@ def evaluate(config: EvalConfig) -> None:
     if not config.evaluation.sets:
         raise ValueError("evaluation.sets is empty; name at least one set with its path and layout")
     job = open_job(config, "eval", total=len(config.evaluation.sets))
-    tokenizer, encode = load_tokenizer(config.checkpoint), load_prompt_encoder(config.checkpoint)
+    tokenizer, encode = load_chat_tokenizer(config.checkpoint, config.prompt), load_prompt_encoder(config.checkpoint)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     job.log.set_total(sum(len(job.shard(prompts)) for prompts in evaluator.prompts.values()))
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)

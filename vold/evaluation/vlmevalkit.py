@@ -151,6 +151,10 @@ def kit_config(checkpoint: Path, prompt: PromptConfig, settings: VlmevalkitConfi
         "use_custom_prompt": False,
         "post_process": True,
     }
+    if prompt.chat_template is not None or prompt.chat_template_kwargs:
+        raise ValueError(
+            "prompt.chat_template: the kit renders with the checkpoint's own, which `vold export` writes; leave it out"
+        )
     if prompt.system:
         arguments["system_prompt"] = prompt.system
     sets = {

@@ -23,6 +23,7 @@ from vold.planning import machine
 from vold.planning.data_check import DataCheck
 from vold.planning.memory_table import fullest, rank_table
 from vold.planning.rank_shapes import check_tensors, rank_shards
+from vold.planning.rendering_check import RenderingCheck
 from vold.planning.stage_memory import StageMemory, stage_memories
 from vold.planning.step_sizes import StepSizes
 from vold.run import leftovers
@@ -56,7 +57,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
     Raises ValueError when a check failed, after all have run.
     """
     machine.hide_gpus()
-    console, data, stages = Console(), DataCheck(config), []
+    console, data, rendering, stages = Console(), DataCheck(config), RenderingCheck(config), []
     teacher = getattr(config, "teacher", None)
     checks: dict[str, Check | None] = {
         "versions": lambda: machine.check_versions(config),
@@ -66,6 +67,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "student": lambda: _check_model("student", config, processes),
         "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
         "tokenizers": lambda: _check_tokenizers(config),
+        "rendering": rendering.check,
         "columns": data.check_columns,
         "data": data.check_training,
         "evaluation": data.check_evaluation if config.evaluation.sets else None,
@@ -76,6 +78,8 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "self-test": (lambda: _self_test(config)) if self_test else None,
     }
     results = [_run_check(name, check, console) for name, check in checks.items() if check]
+    if table := rendering.table():
+        console.print(table)
     for row in data.previews():
         console.print(row)
     console.print("")

@@ -13,8 +13,9 @@ from vold.data.packing import PromptEncoder
 from vold.data.problems import column_use, load_problems
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import load_tokenizer, stop_ids
+from vold.models.tokenizer import stop_ids
 from vold.objectives import build_objective
 from vold.planning.row_preview import row_preview
 from vold.train.components import check_trained_vision
@@ -36,7 +37,10 @@ class DataCheck:
     def check_training(self) -> str:
         """Load the training data. Returns how many rows there are, how long, and how many are left out."""
         config, skipped = self._config, []
-        tokenizer, self._encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+        tokenizer, self._encode = (
+            load_chat_tokenizer(config.student, config.prompt),
+            load_prompt_encoder(config.student),
+        )
         if isinstance(config, SftConfig):
             limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": stop_ids(config.student, tokenizer)}
             samples = load_samples(config.data, tokenizer, config.prompt, length=self._encode.length, **limits)
@@ -69,7 +73,7 @@ class DataCheck:
     def check_evaluation(self) -> str:
         """Load every evaluation set. Returns the same summary of each."""
         config, summaries = self._config, []
-        tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+        tokenizer, encode = load_chat_tokenizer(config.student, config.prompt), load_prompt_encoder(config.student)
         for name, data in config.evaluation.sets.items():
             skipped: list[str] = []
             problems = load_problems(data, skipped.append)
@@ -83,7 +87,7 @@ class DataCheck:
         """The first training rows, and the first row with an image, from an evaluation set if training has none."""
         if self._encode is None:
             return
-        tokenizer = load_tokenizer(self._config.student)
+        tokenizer = load_chat_tokenizer(self._config.student, self._config.prompt)
         rows = [self._training[index] for index in range(min(PREVIEWS, len(self._training)))]
         for row in (*rows, *self._with_images[:1]):
             yield row_preview(row, tokenizer, self._encode)

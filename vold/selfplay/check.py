@@ -6,6 +6,7 @@ from vold.config.schema import DataConfig, SelfplayConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompts
 from vold.io import configure_logging, log
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.tokenizer import load_tokenizer
 from vold.planning.check import print_rank_memory
 from vold.selfplay.components import check_objectives, request_prompt, training_config
@@ -21,7 +22,8 @@ def check_selfplay(config: SelfplayConfig, processes: int) -> None:
         if checkpoint is not None:
             load_tokenizer(checkpoint)
     request = Problem("pose.request", config.pose.request)
-    build_prompts([request], load_tokenizer(config.student), request_prompt(config.pose, config.prompt))
+    prompt = request_prompt(config.pose, config.prompt)
+    build_prompts([request], load_chat_tokenizer(config.student, prompt), prompt)
     data, first = (
         DataConfig(path=config.run_dir / "solver.json", layout="orz"),
         Iteration.of(config.run_dir, config.student, 1),

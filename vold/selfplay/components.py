@@ -59,7 +59,7 @@ def training_config(config: SelfplayConfig, iteration: Iteration, player: Player
 
 def request_prompt(pose: PoseConfig, prompt: PromptConfig) -> PromptConfig:
     """The prompt section with which the request for a question is rendered."""
-    return PromptConfig(system=pose.system, suffix="", max_tokens=prompt.max_tokens)
+    return prompt.model_copy(update={"system": pose.system, "suffix": ""})
 
 
 def check_objectives(players: dict[str, SelfplayPhaseConfig]) -> None:

@@ -31,8 +31,8 @@ from vold.data.prompts import build_prompt
 from vold.evaluation.evaluator import Evaluator, summarise
 from vold.grading import Grader
 from vold.io import to_json, write_atomically
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import load_tokenizer
 from vold.parallel.collectives import run_on_all_ranks
 from vold.rollout import open_sampler
 from vold.run.job import Job, free_device_memory, open_job
@@ -94,7 +94,7 @@ class SelfplayRun:
         config, job = self._config, self._job
         if not config.evaluation.sets:
             return {}, []
-        tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+        tokenizer, encode = load_chat_tokenizer(config.student, config.prompt), load_prompt_encoder(config.student)
         evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
         sampler = open_sampler(config.solver.rollout, config.student, dtype=job.dtype, device=job.layout.device)
         with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader:
@@ -146,7 +146,8 @@ class SelfplayRun:
         config, job = self._config, self._job
         checkpoint, rollout = iteration.folder / "challenger" / "model", config.challenger.rollout
         request = Problem("request", config.pose.request)
-        prompt = build_prompt(request, load_tokenizer(checkpoint), request_prompt(config.pose, config.prompt))
+        section = request_prompt(config.pose, config.prompt)
+        prompt = build_prompt(request, load_chat_tokenizer(checkpoint, section), section)
         sampler = open_sampler(rollout, checkpoint, dtype=job.dtype, device=job.layout.device)
         rank, count = job.shard(range(job.world_size))[0], len(job.shard(range(config.pose.candidates)))
         seed = iteration.seed(config.seed, Stream.POSE) + rank

@@ -14,7 +14,7 @@ from vold.config.schema import AnswersConfig, PromptConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.grading import Grader, Item, normal_form, validate_gold
-from vold.models.tokenizer import load_tokenizer
+from vold.models.chat_template import load_chat_tokenizer
 from vold.types import Prompt
 
 ItemT = TypeVar("ItemT")
@@ -26,7 +26,7 @@ class QuestionParser:
 
     def __init__(self, pattern: str, prompt: PromptConfig, solver: Path):
         self._pattern = re.compile(pattern, re.DOTALL)
-        self._prompt, self.tokenizer = prompt, load_tokenizer(solver)
+        self._prompt, self.tokenizer = prompt, load_chat_tokenizer(solver, prompt)
         special = self.tokenizer.added_tokens_decoder.items()
         self._control_ids = {token_id for token_id, token in special if token.special}
 

@@ -1,4 +1,5 @@
-"""The student's prompts as a vision-language teacher reads them."""
+"""The student's prompts as a vision-language teacher reads them: in the chat template of the pair, with the teacher's
+own number of tokens for an image."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from vold.config.schema import PromptConfig
 from vold.data.packing import EncodedPrompt
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.images import ImageTransform, load_prompt_encoder
-from vold.models.tokenizer import load_tokenizer
 from vold.types import Prompt, TokenIds
 
 
 class TeacherPromptEncoder:
-    """A PromptEncoder that renders the problem behind a student's prompt with the teacher's chat template and image
-    processor.
+    """A PromptEncoder that renders the problem behind a student's prompt with the teacher's tokenizer and image
+    processor, in the chat template that `config` names (see load_chat_tokenizer).
 
     transform: applied to every image first (see ImageProcessor)
     """
@@ -30,7 +31,7 @@ class TeacherPromptEncoder:
         config: PromptConfig,
         transform: ImageTransform | None = None,
     ):
-        self._encode, self._tokenizer = load_prompt_encoder(teacher, transform), load_tokenizer(teacher)
+        self._encode, self._tokenizer = load_prompt_encoder(teacher, transform), load_chat_tokenizer(teacher, config)
         self._config, self._problems = config, {problem.id: problem for problem in problems}
         self._token_ids = cache(self._render)
 

@@ -20,8 +20,9 @@ from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
 from vold.io import log
 from vold.models.architecture import Architecture
+from vold.models.chat_template import load_chat_tokenizer, pair_prompt
 from vold.models.images import load_prompt_encoder
-from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
+from vold.models.tokenizer import check_checkpoint, check_pair, stop_ids
 from vold.objectives import Objective, build_objective
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import TransformersSampler, open_sampler
@@ -90,7 +91,7 @@ def open_rl(
     reward_files = check_reward_terms(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
-    tokenizer = load_tokenizer(config.student)
+    tokenizer = load_chat_tokenizer(config.student, config.prompt)
     vocab_size = _vocab_size(config.student, config.teacher)
     problems = load_problems(config.data, **problem_options(config, objective))
     encode = load_prompt_encoder(config.student)
@@ -139,7 +140,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     evaluates. Raises ValueError as `open_rl` does."""
     check_sft_config(config)
     job = open_job(config, "sft", total=config.steps, resume=resume)
-    tokenizer, encode = load_tokenizer(config.student), load_prompt_encoder(config.student)
+    tokenizer, encode = load_chat_tokenizer(config.student, config.prompt), load_prompt_encoder(config.student)
     vocab_size = _vocab_size(config.student, config.pair_with)
     ends = stop_ids(config.student, tokenizer)
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": ends, "length": encode.length}
@@ -267,10 +268,11 @@ def _teacher(
     if not Architecture.from_pretrained(config.teacher).vision:
         _check_text_teacher(config, objective, problems, warn=job.is_writer)
         return Teacher(config.teacher, job.layout, **settings)
-    settings["encode"] = TeacherPromptEncoder(config.teacher, problems, config.prompt)
+    prompt = pair_prompt(config.prompt, config.student)
+    settings["encode"] = TeacherPromptEncoder(config.teacher, problems, prompt)
     if not objective.visual_advantage:
         return Teacher(config.teacher, job.layout, **settings)
-    degraded = TeacherPromptEncoder(config.teacher, problems, config.prompt, degrade)
+    degraded = TeacherPromptEncoder(config.teacher, problems, prompt, degrade)
     return VisualAdvantageTeacher(config.teacher, job.layout, degraded=degraded, **settings)
 
 

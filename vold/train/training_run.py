@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from vold.config.schema import EvaluationConfig, TrainConfig
 from vold.evaluation.evaluator import Evaluator
 from vold.evaluation.scores import summarise
 from vold.grading import Grader
+from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.parallel.collectives import largest_of_ranks, run_on_all_ranks
 from vold.rollout import ParityProbe, Sampler
@@ -164,7 +166,8 @@ class TrainingRun:
         if not self.job.broadcast(target.exists()):
             weights = self.trainer.weights()
             if self.job.is_writer:
-                export_checkpoint(self.config.student, target, weights)
+                amend = partial(write_chat_template, prompt=self.config.prompt)
+                export_checkpoint(self.config.student, target, weights, amend=amend)
             else:
                 for _ in weights:  # a collective: this rank sends its shards
                     pass

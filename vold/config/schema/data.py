@@ -77,7 +77,7 @@ BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{
 
 
 class PromptConfig(Strict):
-    """The chat made of a problem: [system], [earlier turns], user (problem + suffix), rendered by the tokenizer's own
+    """The chat made of a problem: [system], [earlier turns], user (problem + suffix), rendered by one chat
     template."""
 
     system: str | None = None
@@ -87,6 +87,11 @@ class PromptConfig(Strict):
     evaluation, where answers are graded, and nothing in stages 0 and 1."""
     max_tokens: Positive = 2048
     """Tokens of the longest prompt, image tokens included; data.on_error decides about a longer one."""
+    chat_template: Path | None = None
+    """Checkpoint directory or .jinja file whose chat template renders the prompts of every stage and is exported with
+    the student; when null, that of the model that is asked (the teacher in `vold traces`, else the student)."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = FieldInfo(default={})
+    """Values of the chat template's variables, e.g. {enable_thinking: false}."""
 
     @property
     def suffix_text(self) -> str:

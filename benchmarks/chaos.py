@@ -347,6 +347,7 @@ def flipped(run: Try) -> None:
         path.write_bytes(original)
 
 
+FLIP = "bit flip in a file read on resume"
 FAULTS: dict[str, Callable[[Try], None]] = {
     "SIGKILL of all": killed,
     "SIGKILL of one rank": one_rank_killed,
@@ -362,7 +363,7 @@ FAULTS: dict[str, Callable[[Try], None]] = {
     "killed, directory moved": moved,
     "killed, other layout on resume": elsewhere,
     "--resume beside the living run": second_writer,
-    "bit flip in a file read on resume": flipped,
+    FLIP: flipped,
 }
 ALONE = {"killed, other layout on resume"}
 
@@ -391,7 +392,7 @@ def campaign(seconds: float, seed: int, report: Callable[[dict[str, list[int]], 
     counts, lost = {fault: [0, 0] for fault in FAULTS}, []
     started, number = time.monotonic(), 0
     while time.monotonic() - started < seconds:
-        order = rng.sample(list(FAULTS), len(FAULTS))
+        order = rng.sample([*FAULTS, FLIP, FLIP], len(FAULTS) + 2)  # many files to flip
         for fault in order:
             if time.monotonic() - started >= seconds:
                 break

@@ -135,7 +135,9 @@ def soak(steps: int) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A panel for each column over the steps."""
+    """A panel for each column over the steps, up to the last one's first reading: then the run exports and ends."""
+    last = max(int(row["step"]) for row in rows)
+    rows = rows[: 1 + next(number for number, row in enumerate(rows) if int(row["step"]) == last)]
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, panels = plt.subplots(2, 3, figsize=(9.5, 4.6), sharex=True, layout="constrained")

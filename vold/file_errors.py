@@ -40,7 +40,8 @@ def file_error_line(error: Exception) -> str | None:
     number = errno_of(error)
     if number not in _FIXES:
         return None
-    name = getattr(error, "filename", None) or "a file could not be read or written"
+    unnamed = "a file could not be written" if number in (*FULL, errno.EFBIG, errno.EROFS) else "a file failed"
+    name = getattr(error, "filename", None) or unnamed
     return f"{name}: {os.strerror(number)}; {_FIXES[number]}"
 
 

@@ -24,6 +24,7 @@ from vold.data.renderings import Rendering, Rerendering
 from vold.data.responses import response_ids
 from vold.data.sources import find_files
 from vold.data.token_table import TABLE, Batches, TraceStream, TraceTable, open_table
+from vold.file_errors import file_error_line
 from vold.io import atomic_path, log, one_line, one_line_errors
 from vold.jsonl import parse_row
 from vold.types import Prompt, Rollout, Sample
@@ -95,7 +96,7 @@ class TraceShard:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise ValueError(f"{error}; make room, then continue with --resume") from None
+            raise ValueError(f"{file_error_line(error) or error}; then continue with --resume") from None
 
     def repair(self) -> None:
         """Remove the line that a killed process left unfinished, so that the next one does not continue it."""

@@ -1,7 +1,7 @@
 """Schedules of beta, the weight of the KL term, over the steps of a run.
 
-A schedule has no state: it is a function of the step and of the row that the step before wrote to metrics.jsonl, so a
-resumed run continues exactly.
+A schedule has no state: it is a function of the step and of the metrics of the step before, which a checkpoint keeps,
+so a resumed run continues exactly.
 """
 
 from __future__ import annotations

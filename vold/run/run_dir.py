@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vold.config import dump_config
 from vold.config.load import in_present_terms
 from vold.config.schema import RunConfig
+from vold.file_errors import file_error_line
 from vold.io import append_jsonl, flush_to_disk, log, one_line_errors, to_json, write_atomically
 from vold.jsonl import read_jsonl
 from vold.run.leftovers import remove, unfinished
@@ -99,8 +100,8 @@ class RunLog:
                 check_run_dir(self._config, self._verb, resume)  # of two that started together, the second
                 write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
             except OSError as error:
-                reason = f"cannot be written ({error.strerror}); choose another run_dir, or free some space"
-                raise ValueError(f"run_dir = {self.path} {reason}") from None
+                reason = file_error_line(error) or f"{error.strerror}; choose another path"
+                raise ValueError(f"run_dir = {self.path} cannot be written: {reason}") from None
         self._progress.start()
 
     def set_total(self, total: int) -> None:

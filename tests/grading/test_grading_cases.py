@@ -50,10 +50,10 @@ def test_case(case, verdicts):
     assert (found.outcome, found.rule) == (case["verdict"], case["rule"]), (case, found)
 
 
-@pytest.mark.parametrize("case", [case for case in HONEST if case["verdict"] != "broken"], ids=lambda case: case["id"])
-def test_every_gold_grades_itself(case):
-    assert validate_gold(case["gold"])
-    assert equal(extract_answer(rf"\boxed{{{case['gold']}}}"), case["gold"])[0]
+def test_every_gold_grades_itself():
+    for gold in {case["gold"] for case in HONEST if case["verdict"] != "broken"}:
+        assert validate_gold(gold)
+        assert equal(extract_answer(rf"\boxed{{{gold}}}"), gold)[0], gold
 
 
 def test_the_record(verdicts):

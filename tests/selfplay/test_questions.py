@@ -39,8 +39,16 @@ def test_majority_groups_equal_answers(grader):
     first, second, third, fourth = vote(answers, grader)
     assert first.agreement == pytest.approx(3 / 6) and first.label == r"\frac{1}{2}"
     assert second == Vote("", 0.0)
-    assert third == Vote("3", 0.5), "of equally many the first"
+    assert third == Vote("3", 0.5), "of equally many the shortest, then the first by its characters"
     assert fourth == Vote("7", 0.75)
+
+
+def test_the_vote_depends_on_no_order_and_its_labels_are_normal_forms(grader):
+    answers = ["x = 2/4", "0.5", r"\dfrac{1}{2}", "1/2", "3", "3.0", "7"]
+    orders = [answers, answers[::-1], sorted(answers), answers[3:] + answers[:3]]
+    assert vote(orders, grader) == [Vote(r"\frac{1}{2}", pytest.approx(4 / 7))] * 4
+    assert vote([["4", "3"], ["3", "4"]], grader) == [Vote("3", 0.5)] * 2
+    assert vote([["x=14/2", r"$7$", "7.00"]], grader) == [Vote("7", 1.0)]
 
 
 def test_answers_that_could_not_be_a_label_count_against_agreement(grader):

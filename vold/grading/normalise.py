@@ -53,6 +53,7 @@ _REWRITES = tuple(
         (r"\\text\{(pi|theta|alpha|beta)\}", r"\\\1 "),
         (r"\\(?:bf|it|rm|sf|tt)(?![A-Za-z])", ""),
         (r"\\text\s*\{\s*", r"\\text{"),
+        (r"\\text\{\s*\}", " "),
         (r"\\text\{([^{}A-Za-z]*)\s*\}", r"\1"),
         (r"(?<![0-9}])(?<![0-9}] )\\text\{([A-Za-z])\s*\}", r"\1"),  # after a number it may be a unit: 5\text{ m}
         (rf"\\text\{{([^{UNIT_LETTERS}\W\d_])\s*\}}", r"\1"),  # but no unit is called i, x or k

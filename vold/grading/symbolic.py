@@ -161,6 +161,11 @@ _COMMANDS = frozenset(
         "Vert",
     ]
 )
+# what the parser would drop, add up or divide by: 3 4, x', abcd, A^T, 12_x, 1/2x
+_MISREAD = re.compile(
+    r"(?<![_^])[0-9] [0-9]|'|\?|[A-Za-z]{4}|\^\{?T\}?|\"|#|@|&&|!\s?!|[A-Za-z]\s?\^\{\s?-1\}\(|[0-9)\]}]\s?_"
+    r"|/\s?[0-9.]+\s?[A-Za-z(]|/\s?[A-Za-z]\s?[A-Za-z(]"
+)
 _MIXED = re.compile(r"(?<![0-9.}])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _CONSTANT = re.compile(
     r"\\[A-Za-z]+|I(?:_\{([^{}]*)\}|_([A-Za-z0-9]))?|(?<![A-Za-z])[ie](?:_\{([^{}]*)\}|_([A-Za-z0-9]))"
@@ -263,7 +268,7 @@ def _readable(text: str) -> str:
     if not _COMMANDS.issuperset(commands) or not text.isascii():
         raise Unreadable
     letters = re.sub(r"\\(?:begin|end)\{[a-z]*\}|\\text\{[^{}]*\}|\\operatorname\{[a-z]*\}|\\[A-Za-z]+", r"\\", text)
-    if re.search(r"(?<![_^])[0-9] [0-9]|'|\?|[A-Za-z]{4}|\^\{?T\}?|\"|#|@|&&|!\s?!|[A-Za-z]\s?\^\{\s?-1\}\(", letters):
+    if _MISREAD.search(letters):
         raise Unreadable
     text = _CONSTANT.sub(_protected, text)
     return _MIXED.sub(_sum, text)

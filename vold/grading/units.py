@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _ALIASES = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
     "km": "kilometer kilometre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
-    "mg": "milligram", "g": "gram gm", "kg": "kilogram kilo", "lb": "pound lbs", "oz": "ounce", "t": "ton tonne",
+    "mg": "milligram", "g": "gram gm", "kg": "kilogram", "lb": "pound lbs", "oz": "ounce", "t": "ton tonne",
     "ml": "milliliter millilitre", "l": "liter litre", "gal": "gallon", "ha": "hectare", "acre": "",
     "ms": "millisecond", "s": "second sec", "min": "minute mins", "h": "hour hr hrs", "day": "", "week": "",
     "month": "", "yr": "year yrs", "hz": "hertz", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "pa": "pascal",
@@ -56,7 +56,7 @@ pill pillow pineapple pizza plane plant plate player plum pod poem point polygon
 present prize problem puppy puzzle question rabbit raspberry rat recipe rectangle report representative ring road
 rock roll room rope rose row ruler runner sandwich sausage scoop screw seashell seat sequence serving set shape
 sheep sheet shelf shelves shell ship shirt shoe shop shrimp side sister slice snack soap sock soldier solution
-song sphere spider spoon square stamp star state station stick sticker stitch stone store story street student subset
+song sphere spider spoon stamp star state station stick sticker stitch stone store story street student subset
 sunflower surfer sweater sweet table tablespoon tablet task teacher teammate team teaspoon term test ticket tie tile
 tin tomato tomatoes tool tooth teeth toy track train tray tree triangle tricycle trip truck tube turn
 turtle unit value van vase vegetable vehicle vertex vertices video visitor vote voter wall watch way wheel whale window
@@ -124,10 +124,7 @@ def _may_be_omitted(quantity: Quantity) -> bool:
     if quantity.unit == "degree" and "\\pi" in quantity.value:
         return False
     words = re.findall("[a-z]+", quantity.unit)
-    if (
-        re.fullmatch(r"[a-z]+(?:\^-?[0-9])?(?:[/·][a-z]+(?:\^-?[0-9])?)*", quantity.unit) is None
-        or words[-1] in _SCALES
-    ):
+    if not _OMISSIBLE_FORM.fullmatch(quantity.unit) or words[-1] in _SCALES:
         return False
     return all(word in _OMISSIBLE for word in words) and (quantity.certain or len(words[-1]) > 2)
 
@@ -190,6 +187,7 @@ def _mark(mark: str) -> str:
     return f"degree{scale[:1]}"
 
 
+_OMISSIBLE_FORM = re.compile(r"(?:[a-z]+|(?:mm|cm|dm|m|km|in|ft|yd|mi|unit)\^\{?[23]\}?)(?:/[a-z]+(?:\^\{?[23]\}?)?)*")
 _OMISSIBLE = (
     set(_CANONICAL.values()) | {canonical(noun) for noun in _NOUNS_TEXT.split()} | {"won", "degreec", "degreef"}
 ) - (_SCALES)

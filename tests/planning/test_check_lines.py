@@ -39,8 +39,8 @@ def test_a_valid_config_passes_every_check_and_the_self_test(torchrun, world, tm
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line[2:].split()[0]: line for line in run.stdout.splitlines() if line[:2] in ("✓ ", "✗ ", "· ")}
     assert list(lines) == [
-        *("versions", "method", "layout", "student", "teacher", "tokenizers"),
-        *("data", "evaluation", "run_dir", "leftovers", "disk", "memory", "self-test"),
+        *("versions", "method", "layout", "student", "teacher", "tokenizers", "rendering"),
+        *("columns", "data", "evaluation", "run_dir", "leftovers", "disk", "memory", "self-test"),
     ]
     assert all(line.startswith("✓") for line in lines.values())
     assert "KL exactly 0 on each of 24 tokens" in lines["self-test"]
@@ -59,7 +59,7 @@ def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_
     assert "microbatch_tokens = 10 cannot hold" in failed[0] and "raise it" in failed[0]
     assert "rows.json row 1" in failed[1] and "data.on_error=skip" in failed[1]
     assert "GiB free at" in failed[2] and "lower keep_checkpoints" in failed[2]
-    assert run.stderr.startswith("vold: 3 of 11 checks failed (method, data, disk): microbatch_tokens = 10 cannot hold")
+    assert run.stderr.startswith("vold: 3 of 14 checks failed (method, data, disk): microbatch_tokens = 10 cannot hold")
 
 
 def test_sft_traces_are_shown_with_what_is_trained(torchrun, world, tmp_path):

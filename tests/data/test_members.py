@@ -10,12 +10,15 @@ import json
 import lzma
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Json, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 
 from vold.config.schema import DataConfig, PromptConfig
@@ -26,7 +29,9 @@ from vold.data.problems import Problem, column_use, load_problems, load_text_tra
 from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.grading import grade_answers
+from vold.models.images import ImageProcessor
 from vold.models.tokenizer import load_tokenizer
+from vold.rollout.vllm.engines import Request, sized_images, vllm_prompt
 from vold.types import Prompt, Rollout, Verdict
 
 TEXT = '{"question": "1+1?", "answer": "007"}\n{"question": "Who?", "answer": "NA"}\n'
@@ -647,3 +652,24 @@ def test_published_golds_are_accepted():
         "-2, 1",
     ):
         check_gold(gold)
+
+
+@pytest.mark.parametrize("size", [(30, 40), (101, 57), (64, 32), (300, 260), (7, 200)])
+def test_one_resize_for_every_consumer(tmp_path, tiny_student_dir, size):
+    """The trainer's pixels are those of transformers' processor on the file itself, and vLLM gets an image of a size
+    that it has no reason to resize."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.png"
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    processor = ImageProcessor(tiny_student_dir)
+    (picture,) = processor.read([path])
+    own = AutoImageProcessor.from_pretrained(tiny_student_dir, backend="pil", local_files_only=True)
+    plain = own(images=[Image.open(path)], return_tensors="pt")
+    assert torch.equal(picture.pixel_values, plain["pixel_values"])
+    assert picture.grid_thw == tuple(plain["image_grid_thw"][0].tolist())
+    prompt = Prompt("p", (1,), "q", images=(path,))
+    (sent,) = vllm_prompt(Request([1], sized_images(prompt, processor), {}))["multi_modal_data"]["image"]
+    assert sent.size == processor.size(path)
+    again = own(images=[sent], do_resize=False, return_tensors="pt")
+    assert torch.equal(again["pixel_values"], plain["pixel_values"])
+    assert processor.token_count(path) == own.get_number_of_image_patches(size[1], size[0]) // own.merge_size**2

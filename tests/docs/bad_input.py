@@ -234,6 +234,13 @@ SECTIONS: dict[str, list[Case]] = {
         data("an answer with unbalanced braces", "vqa", {"question": "1+1?", "answer": "\\frac{1}{2"}),
         data("an answer with a box of its own", "vqa", {"question": "1+1?", "answer": "\\boxed{1}\\boxed{2}"}),
         data("an answer outside the options", "vqa", {"question": "?", "answer": "C", "choices": ["1", "2"]}),
+        data(
+            "prompts without answers, where answers are graded",
+            "messages",
+            {"messages": [{"role": "user", "content": "1+1?"}]},
+        ),
+        data("a gold answer behind a solution", "vqa", {"question": "1+1?", "answer": "One and one.\n#### 2"}),
+        data("a conversation with a tool", "messages", {"messages": [{"role": "tool", "content": "2"}]}),
         data("traces where problems are wanted", "prompt-response", {"prompt": "1+1?", "response": "2"}),
         data("a prompt over the budget", "vqa", {"question": "1+1?" * 40, "answer": "2"}),
         data("all prompts over it, skipped", "vqa", {"question": "1+1?" * 40, "answer": "2"}, on_error="skip"),

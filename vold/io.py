@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 LINE_CHARACTERS = 2000
 """Longest line about a mistake: it may quote a value, and a value may be a picture."""
+_NOT_ASCII = re.compile(r"[^\x20-\x7e]")
 log = logging.getLogger("vold")
 """Information goes to standard output, warnings to standard error behind `vold: `."""
 
@@ -110,7 +112,12 @@ def visible(text: str, *, multiline: bool = False) -> str:
     multiline: newlines and tabs stay.
     """
     kept = "\n\t" if multiline else ""
-    return "".join(c if c in kept or not _is_hidden(c) else f"⟨{ord(c):04X}⟩" for c in text)
+
+    def shown(match: re.Match) -> str:
+        c = match[0]
+        return c if c in kept or not _is_hidden(c) else f"⟨{ord(c):04X}⟩"
+
+    return _NOT_ASCII.sub(shown, text)
 
 
 def one_line(text: str, most: int = LINE_CHARACTERS) -> str:

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vold.io import write_atomically
+from vold.io import visible, write_atomically
 
 from . import compare, health, plots, samples, style, summary_text, tables, timeline
 from .published import compare_with_published
@@ -82,7 +82,7 @@ def write_report(
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, html)
+    write_atomically(out, visible(html, multiline=True))  # also what no filter of the page has seen
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from vold.data.pictures import read_picture
+from vold.data.pictures import MAX_PIXELS, picture_size, read_picture
 from vold.io import visible
 
 from .read import RunRecord, as_number, group_by, is_correct, problem_key
@@ -159,6 +160,8 @@ def excerpt(value: Any) -> str:
 def thumbnail(path: Path, box: tuple[int, int] = THUMBNAIL) -> Picture:
     """An image file as a data URI, no larger than `box`: JPEG, or PNG where the image is tiny."""
     try:
+        if math.prod(picture_size(path)) > MAX_PIXELS:
+            return Picture(None, note=f"{path.name}: over {MAX_PIXELS} pixels")
         picture = read_picture(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Picture(None, note=f"{path.name}: {type(error).__name__}")

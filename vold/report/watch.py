@@ -108,5 +108,5 @@ def _warnings(run: RunRecord, seconds: Sequence[float], silent: float) -> list[R
             "Look at: whether the run is still alive"
         )
     if lines:
-        return [Text(f"! {line}", "yellow") for line in lines]
+        return [Text(visible(f"! {line}"), "yellow") for line in lines]
     return [Text(f"no warning in the last {LAST} steps", "dim")] if run.steps else []

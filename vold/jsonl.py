@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from vold.untrusted import check_regular
+
 LINE_BYTES = 128 * 2**20
 """Longest line that is read: a row may hold several pictures."""
 
@@ -37,6 +39,7 @@ def read_jsonl(path: Path, is_valid: Callable[[dict], bool] = lambda row: True) 
     Raises ValueError, naming the line, where any other line is unreadable or its row is not valid.
     """
     rows, damaged = [], 0
+    check_regular(path)
     with path.open("rb") as file:
         for number, line in enumerate(bounded_lines(file), start=1):
             if damaged:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +35,36 @@ def read_json(path: Path, most_bytes: int = JSON_BYTES) -> Any:
 
 
 def check_size(path: Path, most_bytes: int) -> None:
-    """Raises ValueError, naming the file, where it is too large for its kind. OSError where there is none."""
-    size = path.stat().st_size
+    """Raises ValueError, naming the file, where it is too large for its kind, or a pipe or device, which may have no
+    end. OSError where there is none."""
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no ordinary file; put one in its place")
     if size > most_bytes:
-        raise ValueError(
-            f"{path} has {size} bytes, over the {most_bytes} that such a file may have; is it another kind?"
-        )
+        raise ValueError(f"{path} has {size} bytes, over the {most_bytes} that are read of its kind")
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError for a pipe or a device; OSError where there is no file."""
+    check_size(path, 1 << 62)
+
+
+@contextmanager
+def as_vold_writes(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the content of one of vold's own files into a ValueError of one line that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, csv.Error) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not as vold writes it ({type(error).__name__}: {reason}); restore it") from None
 
 
 def check_tensor_header(path: Path) -> None:
     """Raises ValueError for a safetensors file whose header is too long to be read. OSError where there is none."""
+    check_regular(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > HEADER_BYTES:

@@ -134,7 +134,7 @@ def program(name: str, directory: Path, *arguments: object) -> str:
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

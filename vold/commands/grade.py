@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vold.grading import Grader, Item
 from vold.io import to_json
+from vold.jsonl import LINE_BYTES
 
 CHUNK_BYTES = 1 << 16  # read at once; rows that end in a chunk are graded together
 
@@ -78,6 +79,8 @@ def _line_chunks(stream: RawIOBase) -> Iterator[list[bytes]]:
     incomplete = bytearray()
     while chunk := stream.read(CHUNK_BYTES):
         incomplete += chunk
+        if len(incomplete) > LINE_BYTES:
+            incomplete[LINE_BYTES:] = b""  # no row, and is reported as none
         if b"\n" in chunk:
             *lines, incomplete = incomplete.split(b"\n")
             yield lines

@@ -23,6 +23,7 @@ from vold.report.timeline import Interval
 from vold.run.step_profiler import StepProfiler
 from vold.train.rl import train_rl
 from vold.train.sft import train_sft
+from vold.untrusted import as_vold_writes
 
 UNTIMED_AT_START, UNTIMED_AT_END = 1, 2  # steps: one that initialises; the tracer's warm-up and the traced step
 
@@ -98,7 +99,8 @@ def _read_timeline(run_dir: Path) -> list[Interval]:
     path = run_dir / "profile" / "timeline.csv"
     if not path.exists():
         raise ValueError(f"--beside {run_dir}: no {path}; profile that run first")
-    return timeline.from_csv(path.read_text())
+    with as_vold_writes(path):
+        return timeline.from_csv(path.read_text())
 
 
 def _write_timeline(folder: Path, runs: dict[str, list[Interval]]) -> None:

@@ -30,6 +30,59 @@ RENAMED_VALUES = {
 }
 """Dotted key -> {old value: new value}."""
 
+HABITS = {
+    "epochs": "a run has steps: rows * epochs / rows of a step",
+    "num_train_epochs": "a run has steps: rows * epochs / rows of a step",
+    "total_epochs": "a run has steps: rows * epochs / rows of a step",
+    "max_steps": "it is steps",
+    "learning_rate": "it is optimizer.lr",
+    "warmup_ratio": "it is optimizer.warmup_steps, a number of steps",
+    "lr_scheduler_type": "it is optimizer.schedule",
+    "max_grad_norm": "it is optimizer.clip_grad",
+    "gradient_checkpointing": "it is parallel.recompute=selective or full",
+    "activation_checkpointing": "it is parallel.recompute=selective or full",
+    "gradient_accumulation_steps": "it follows from microbatch_tokens and the rows of a step",
+    "per_device_train_batch_size": "a step has batch_size (sft) or prompts_per_step (rl) over all ranks",
+    "train_batch_size": "a step has batch_size (sft) or prompts_per_step (rl) over all ranks",
+    "num_generations": "it is rollout.responses_per_prompt",
+    "max_completion_length": "it is rollout.max_new_tokens",
+    "max_response_length": "it is rollout.max_new_tokens",
+    "max_prompt_length": "it is prompt.max_tokens",
+    "max_length": "it is max_tokens (sft) or rollout.max_new_tokens (rl)",
+    "kl_coef": "it is objective.beta",
+    "beta": "it is objective.beta",
+    "epsilon": "it is objective.clip_eps_low and objective.clip_eps_high",
+    "loss_type": "it is objective.preset",
+    "algorithm": "it is objective.preset",
+    "output_dir": "it is run_dir",
+    "model": "it is student",
+    "model_name_or_path": "it is student",
+    "teacher_model_name_or_path": "it is teacher",
+    "dataset": "it is data.path with data.layout",
+    "dataset_name": "it is data.path with data.layout",
+    "system_prompt": "it is prompt.system",
+    "save_steps": "it is save_every",
+    "eval_steps": "it is evaluation.every",
+    "save_total_limit": "it is keep_checkpoints",
+    "logging_steps": "every step is logged",
+    "report_to": "it is loggers=[wandb]",
+    "resume_from_checkpoint": "it is the option --resume",
+    "bf16": "it is dtype=bfloat16",
+    "torch_dtype": "it is dtype",
+    "use_vllm": "it is rollout.engine=vllm",
+    "vllm_mode": "it is rollout.vllm.urls: empty inside the process, else engines of vold serve",
+    "reward_funcs": "it is reward, see docs/config.md",
+    "deepspeed": "models are divided by parallel.tp, pp and distributed_optimizer",
+    "fsdp": "models are divided by parallel.tp, pp and distributed_optimizer",
+    "lora": "all weights of the language model are trained; for memory see docs/scale-out.md",
+    "lora_rank": "all weights of the language model are trained; for memory see docs/scale-out.md",
+    "peft": "all weights of the language model are trained; for memory see docs/scale-out.md",
+    "use_peft": "all weights of the language model are trained; for memory see docs/scale-out.md",
+    "freeze_vision_tower": "its blocks always stay frozen; vision.train_merger trains the projector",
+    "freeze_vit": "its blocks always stay frozen; vision.train_merger trains the projector",
+}
+"""Keys of other trainers (TRL, verl, ms-swift, axolotl) -> what is here in their place."""
+
 REDACTED = "[redacted]"
 _SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credentials?|(?:api|access|private)_?key)$", re.I)
 _SECRET_VALUE = re.compile(
@@ -208,6 +261,9 @@ def _fix_of_unknown_key(field: str, schema: type[BaseModel]) -> str:
             return f"it is now {field.removesuffix(old)}{new}"
     keys = _dotted_keys(schema)
     section, _, name = field.rpartition(".")
+    for part in field.split("."):
+        if part in HABITS and f"{section}.{part}".lstrip(".") not in keys:
+            return HABITS[part]
     close = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], n=1)
     if not close:
         return "remove it"

@@ -27,7 +27,7 @@ import pyarrow.parquet as parquet
 from vold.config.schema import DataConfig
 from vold.data.sources import COMPRESSED, find_files, suffix_of
 from vold.jsonl import bounded_lines
-from vold.untrusted import JSON_BYTES, check_size
+from vold.untrusted import JSON_BYTES, check_regular, check_size
 
 BATCH = 256  # rows of a Parquet file that are decoded together
 MAX_JSON = 8 * JSON_BYTES
@@ -58,6 +58,7 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def _read_file(file: Path) -> Iterator:
+    check_regular(file)
     try:
         yield from READERS.get(suffix_of(file), _read_json)(file)
     except (pa.ArrowException, csv.Error, UnicodeError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:

@@ -27,7 +27,11 @@ from vold.data.token_table import TABLE, Batches, TraceStream, TraceTable, open_
 from vold.file_errors import file_error_line
 from vold.io import atomic_path, log, one_line, one_line_errors
 from vold.jsonl import parse_row
+<<<<<<< HEAD
 from vold.types import Prompt, Rollout, Sample
+=======
+from vold.untrusted import as_vold_writes
+>>>>>>> e4ff21b (Hostile files as a test: 50 attacks on the commands, a hundred made by hypothesis; devices, giant numbers, other trainers' keys)
 
 PART = ".part.jsonl"
 IDS = ("prompt_ids", "response_ids")
@@ -146,14 +150,16 @@ class TraceShard:
                 f"{self.path} is damaged ({error}); delete it to have its prompts answered again"
             ) from None
         self._check_digest(facts.get(b"vold.prompts", b"").decode(), self.path)
-        return json.loads(facts[b"vold.counts"])
+        with as_vold_writes(self.path):
+            return json.loads(facts[b"vold.counts"])
 
     def _answers(self) -> dict[str, tuple[str, list[int], str]]:
         """Prompt id -> finish reason, token ids, text."""
         answers = {}
         for _, row in self._lines():
-            self._check_digest(row["prompts"], self.part)
-            answers |= {id: (finish_reason, ids, text) for id, finish_reason, ids, text in row["answers"]}
+            self._check_digest(row.get("prompts"), self.part)
+            with as_vold_writes(self.part):
+                answers |= {id: (finish_reason, ids, text) for id, finish_reason, ids, text in row["answers"]}
         return answers
 
     def _lines(self) -> Iterator[tuple[bytes, dict]]:
@@ -172,7 +178,7 @@ class TraceShard:
         prompts = [(prompt.id, prompt.token_ids.tolist()) for prompt in self.prompts]
         return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
-    def _check_digest(self, digest: str, file: Path) -> None:
+    def _check_digest(self, digest: str | None, file: Path) -> None:
         if digest != self._digest:
             raise ValueError(
                 f"{file} answers other prompts than data.path now holds; put the file back as it was, or start "

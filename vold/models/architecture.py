@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vold.models.checkpoint_dir import reading
+from vold.models.checkpoint_dir import lacks, reading
 from vold.parallel.launch import Layout
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
@@ -83,7 +83,7 @@ class Architecture:
         """Read a checkpoint directory's config.json. Raises ValueError for an unsupported model."""
         path = Path(checkpoint_dir)
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json: give the directory of a Hugging Face checkpoint")
+            raise lacks(path, "config.json")
         with reading(path):
             return cls.from_config(AutoConfig.from_pretrained(path, local_files_only=True), str(path))
 

@@ -21,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 # Text tensors as transformers spelled them over the years, on disk and in `state_dict()`.
 TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head)|model\.)")
 # Files that libraries read whole, and the most bytes they may have.
+MOST_LAYERS, MOST = 10_000, 2**40  # in config.json: of anything
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_SUFFIXES, TEXT_BYTES = (".json", ".jinja", ".txt", ".model"), 8 * 2**20
 LARGE_TEXTS, LARGE_TEXT_BYTES = ("tokenizer.", "vocab.", "merges.", INDEX), 128 * 2**20
 USUAL_FILES = re.compile(
@@ -29,6 +31,14 @@ USUAL_FILES = re.compile(
 )
 # Weights in other formats would be stale copies; everything else in the source belongs to the checkpoint.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", INDEX)
+
+
+def lacks(path: Path, file: str) -> ValueError:
+    """The error for a directory that is no checkpoint; a name on the Hugging Face hub is taken for one."""
+    advice = "give the directory of a Hugging Face checkpoint"
+    if not path.parent.exists() and HUB_NAME.fullmatch(str(path)):
+        advice = f"download it first, `hf download {path} --local-dir DIR`, and give that directory"
+    return ValueError(f"{path} has no {file}: {advice}")
 
 
 @contextmanager
@@ -51,6 +61,19 @@ def _check_sizes(path: Path) -> None:
     for file in path.iterdir() if path.is_dir() else ():
         if file.suffix in TEXT_SUFFIXES and file.is_file():
             check_size(file, LARGE_TEXT_BYTES if file.name.startswith(LARGE_TEXTS) else TEXT_BYTES)
+    if path.is_dir() and (path / "config.json").is_file():
+        _check_numbers(path / "config.json", read_json(path / "config.json"))
+
+
+def _check_numbers(file: Path, value: object, key: str = "") -> None:
+    """Refuse a config.json that would make a list of its layers, or a table of its positions, of any length."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_numbers(file, item, str(name))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        most = MOST_LAYERS if "layer" in key or key == "depth" else MOST
+        if not -MOST <= value <= most:
+            raise ValueError(f"{file}: {key} = {str(value)[:40]} is no model's: copy it from the original again")
 
 
 def tensor_files(checkpoint_dir: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vold.data.responses import turn_end
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import export_checkpoint, reading
+from vold.models.checkpoint_dir import export_checkpoint, lacks, reading
 from vold.models.weights import CheckpointReader, check_names
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(checkpoint_dir: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local checkpoint directory; never runs code that comes with it."""
     path = Path(checkpoint_dir)
     if not (path / "tokenizer.json").is_file() and not (path / "vocab.json").is_file():
-        raise ValueError(f"{path} has no tokenizer.json: give the directory of a Hugging Face checkpoint")
+        raise lacks(path, "tokenizer.json")
     with reading(path):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 

@@ -217,8 +217,20 @@ class CheckpointReader:
         return f"{self.dir / self._file_of[full_name]}: tensor {full_name}"
 
 
+def check_sizes(checkpoint_dir: str | Path) -> None:
+    """Raises ValueError where config.json asks for another model than the files hold, before memory is taken for it."""
+    arch = Architecture.from_pretrained(checkpoint_dir)
+    last, keys = f"layers.{arch.layers - 1}", arch.kv_heads * arch.head_dim
+    with CheckpointReader(checkpoint_dir) as reader:
+        reader.check_shape("embed_tokens.weight", (arch.vocab, arch.hidden))
+        reader.check_shape(f"{last}.mlp.down_proj.weight", (arch.hidden, arch.ffn))
+        reader.check_shape(f"{last}.self_attn.k_proj.weight", (keys, arch.hidden))
+
+
 def check_names(checkpoint_dir: str | Path) -> None:
-    """Raises ValueError as `CheckpointReader.check_names` does, from the files' headers (and a tied head's rows)."""
+    """Raises ValueError as `CheckpointReader.check_names` does, from the files' headers (and a tied head's rows), or as
+    `check_sizes`."""
+    check_sizes(checkpoint_dir)
     with CheckpointReader(checkpoint_dir) as reader:
         reader.check_names(Architecture.from_pretrained(checkpoint_dir))
 
@@ -227,7 +239,9 @@ def load_chunks(
     checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
 ) -> list[LanguageModel]:
     """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights."""
-    chunks = build_chunks(Architecture.from_pretrained(checkpoint), layout, dtype, train_merger=train_merger)
+    arch = Architecture.from_pretrained(checkpoint)
+    check_sizes(checkpoint)
+    chunks = build_chunks(arch, layout, dtype, train_merger=train_merger)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)
     return chunks

@@ -20,6 +20,7 @@ from vold.planning.gpu_specs import GpuSpec
 from vold.planning.memory_table import TABLE_STYLE
 from vold.planning.stage_memory import kv_bytes
 from vold.planning.step_sizes import StepSizes
+from vold.untrusted import as_vold_writes
 
 UPDATE_BYTES = 30  # of a parameter: fp32 gradient, master and moments read; master, moments and the bf16 weight written
 
@@ -94,14 +95,14 @@ def read_measured_rates(run_dir: Path) -> dict[str, float]:
     path = run_dir / "profile" / "phases.csv"
     if not path.is_file():
         raise ValueError(f"--rates {run_dir}: no {path}; run `vold profile` on this machine first")
-    with path.open(newline="") as file:
+    with as_vold_writes(path), path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    processes = len({row["rank"] for row in rows})
-    return {
-        row["phase"]: float(row["tokens_per_second"]) / processes
-        for row in rows
-        if row["rank"] == "0" and row["tokens_per_second"]
-    }
+        processes = len({row["rank"] for row in rows})
+        return {
+            row["phase"]: float(row["tokens_per_second"]) / processes
+            for row in rows
+            if row["rank"] == "0" and row["tokens_per_second"]
+        }
 
 
 def _pipeline_bubble(sizes: StepSizes) -> float:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vold.jsonl import parse_row
-from vold.untrusted import JSON_BYTES, check_size, read_yaml
+from vold.jsonl import bounded_lines, parse_row
+from vold.untrusted import JSON_BYTES, check_regular, check_size, read_yaml
 
 T, K = TypeVar("T"), TypeVar("K")
 
 EVALUATION_BYTES = 64 * 2**20  # read of an evaluation's samples.jsonl, from its end
 TRAINING_BYTES, TRAINING_PARTS = 16 * 2**20, 8  # read of a training run's, in parts spread over the run
+TAIL_BYTES = 256 * 2**20  # of a metrics.jsonl read at once
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.json")
 OLD_METRICS = {
     "clip_low": "clip_fraction_low",
@@ -189,9 +190,9 @@ def problem_key(row: Mapping[str, Any]) -> tuple[str, str]:
     return str(row.get("set", "")), str(row.get("prompt_id"))
 
 
-def parse_rows(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
+def parse_rows(lines: Iterable[bytes | None]) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects among the lines and the number of other lines, blank ones left out."""
-    texts = (line.decode("utf-8", errors="replace").strip() for line in lines)
+    texts = ("{" if line is None else line.decode("utf-8", errors="replace").strip() for line in lines)
     rows = [parse_row(text) for text in texts if text]
     return [row for row in rows if row is not None], rows.count(None)
 
@@ -202,9 +203,10 @@ def read_jsonl(path: Path, most_bytes: int | None = None, parts: int = 1) -> tup
     A file longer than `most_bytes` is read in `parts` spread evenly over it, the last one at its end.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return parse_rows(_lines(file, path.stat().st_size, most_bytes, parts))
-    except OSError:
+    except (OSError, ValueError):
         return [], 0
 
 
@@ -224,14 +226,15 @@ class MetricsTail:
     def poll(self) -> float | None:
         """Read the new lines; return the time of the file's last change, None without a file."""
         try:
+            check_regular(self._path)
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if (status.st_dev, status.st_ino) != self._file or status.st_size < self._offset:
                     self.rows, self._offset = [], 0
                     self._file = status.st_dev, status.st_ino
                 file.seek(self._offset)
-                complete, newline, _ = file.read().rpartition(b"\n")
-        except OSError:
+                complete, newline, _ = file.read(TAIL_BYTES).rpartition(b"\n")
+        except (OSError, ValueError):
             return None
         self._offset += len(complete) + len(newline)
         self.rows += parse_rows(complete.splitlines())[0]
@@ -256,16 +259,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(file: Any, size: int, most_bytes: int | None, parts: int) -> Iterable[bytes]:
+def _lines(file: Any, size: int, most_bytes: int | None, parts: int) -> Iterable[bytes | None]:
     if most_bytes is None or size <= most_bytes:
-        yield from file
+        yield from bounded_lines(file)
         return
     length = most_bytes // parts
     for part in range(1, parts + 1):
         start = (size - length) * part // parts
         file.seek(max(start - 1, 0))
-        file.readline()  # the end of a line that began before
-        while file.tell() < start + length and (line := file.readline()):
+        file.readline(length)  # the end of a line that began before
+        while file.tell() < start + length and (line := file.readline(length)):
             yield line
 
 

@@ -135,8 +135,8 @@ def _damage(path: Path) -> str | None:
     """The damage of a segment, read page by page against its checksums; None for an intact one."""
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as segment:
-            if segment.schema_arrow.names != _SCHEMA.names:
-                return f"its columns are {', '.join(segment.schema_arrow.names)}"
+            if not segment.schema_arrow.equals(_SCHEMA):
+                return f"its columns are {', '.join(f'{c.name} {c.type}' for c in segment.schema_arrow)}"
             for _ in segment.iter_batches(ROWS_AT_ONCE):
                 pass
     except (pa.ArrowException, OSError) as error:

@@ -8,7 +8,6 @@ Shape letters: Q questions, B of them in a batch, T padded tokens, E embedding w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from vold.parallel import cpu
 from vold.rollout import Sampler, open_sampler
 from vold.run.job import Job
 from vold.types import Prompt
+from vold.untrusted import read_json
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
@@ -104,7 +104,9 @@ def read_pooling(directory: Path) -> Pooling:
     path = directory / "1_Pooling" / "config.json"
     if not path.is_file():
         return "mean"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__} where an object belongs; copy it again")
     modes = [name.removeprefix("pooling_mode_") for name, on in settings.items() if name.startswith("pooling_") and on]
     modes = [settings["pooling_mode"]] if isinstance(settings.get("pooling_mode"), str) else modes
     known = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}

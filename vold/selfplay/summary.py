@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from vold.selfplay.bank import Bank
 from vold.selfplay.diversity import project_to_plane
 from vold.selfplay.figures import SelfplayRecord, diversity_figure
 from vold.selfplay.iteration import Iteration
+from vold.untrusted import read_json
 
 CHALLENGER_METRICS = ("reward", "well_formed", "uncertainty", "repetition", "memory_penalty")
 
@@ -31,7 +31,7 @@ def log_iteration(job: Job, number: int, measure: Callable[[], tuple[dict[str, f
 def iteration_metrics(iteration: Iteration) -> dict[str, float]:
     """The last step of both trainings, and how many questions were posed and kept, from the iteration's files."""
     rows = {player: read_rows(iteration.folder / player / "metrics.jsonl")[-1] for player in ("challenger", "solver")}
-    counts = json.loads((iteration.folder / "posed.json").read_text())
+    counts = read_json(iteration.folder / "posed.json")
     metrics = {f"challenger_{key}": rows["challenger"][key] for key in CHALLENGER_METRICS if key in rows["challenger"]}
     metrics |= {key: value for key, value in rows["solver"].items() if key.startswith("accuracy_")}
     return metrics | {f"questions_{name}": float(count) for name, count in counts.items()}

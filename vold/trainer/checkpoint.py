@@ -42,7 +42,7 @@ from vold.trainer.shards import (
     write_pieces,
 )
 from vold.trainer.trainer import Trainer
-from vold.untrusted import is_plain_name, read_json
+from vold.untrusted import check_regular, is_plain_name, read_json
 
 STATE_KEYS = {"step", "updates", "schedule", "layout"}  # that loading needs
 
@@ -194,7 +194,9 @@ class Checkpoints:
         path = self._root / pointer
         if not path.exists():
             return None
-        name = path.read_bytes()[:40].decode(errors="replace").strip()
+        check_regular(path)
+        with path.open("rb") as file:
+            name = file.read(40).decode(errors="replace").strip()
         if not name.startswith("step-") or not name[5:].isdecimal() or not (self._root / name).is_dir():
             known = ", ".join(sorted(p.name for p in self._root.glob("step-*"))) or "none"
             raise ValueError(f"{path} names {name!r}, which is no checkpoint here (there are: {known})")

@@ -18,4 +18,6 @@ class Strict(BaseModel):
     """A frozen section; an unknown key or a wrong type is an error. The docstring below each key is its meaning in
     docs/config.md."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

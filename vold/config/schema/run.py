@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vold.config.schema.base import NonNegative, Positive, Strict
 from vold.config.schema.data import PromptConfig
 from vold.config.schema.rollout import VllmConfig
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # short names -> torch's
 SECRET = "engines.secret"
 """File of run_dir, see vllm.secret_file."""
+
+
+def _torch_name(value: object) -> object:
+    return DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _listed(value: object) -> object:
+    """`loggers=wandb` as `loggers=[wandb]`."""
+    return value.split(",") if isinstance(value, str) else value
 
 
 class ParallelConfig(Strict):
@@ -39,7 +49,7 @@ class RunConfig(Strict):
     """Directory for metrics, checkpoints and samples."""
     seed: NonNegative = 0
     """Seed of data order and sampling."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_torch_name)] = "bfloat16"
     """Precision of weights and activations; master weights and moments are fp32."""
     parallel: ParallelConfig = ParallelConfig()
     """Division of the model over ranks."""
@@ -47,7 +57,7 @@ class RunConfig(Strict):
     """Seconds that ranks wait for another in a collective; then the job ends with an error that names that rank."""
     prompt: PromptConfig = PromptConfig()
     """Rendering of problems."""
-    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
     """Experiment trackers that get the metrics, besides metrics.jsonl."""
 
     @model_validator(mode="after")

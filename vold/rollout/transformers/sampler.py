@@ -17,6 +17,7 @@ from transformers import (
 from vold.config.schema import SamplingConfig
 from vold.models.checkpoint_dir import reading
 from vold.models.images import ImageProcessor, image_grids
+from vold.models.weights import check_sizes
 from vold.parallel import cpu
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode
@@ -28,6 +29,7 @@ class TransformersSampler:
 
     def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
         self._vocabulary = SamplingVocabulary.from_checkpoint(checkpoint)
+        check_sizes(checkpoint)
         with reading(checkpoint):
             config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             takes_images = hasattr(config, "vision_config")

@@ -27,11 +27,8 @@ from vold.data.token_table import TABLE, Batches, TraceStream, TraceTable, open_
 from vold.file_errors import file_error_line
 from vold.io import atomic_path, log, one_line, one_line_errors
 from vold.jsonl import parse_row
-<<<<<<< HEAD
 from vold.types import Prompt, Rollout, Sample
-=======
 from vold.untrusted import as_vold_writes
->>>>>>> e4ff21b (Hostile files as a test: 50 attacks on the commands, a hundred made by hypothesis; devices, giant numbers, other trainers' keys)
 
 PART = ".part.jsonl"
 IDS = ("prompt_ids", "response_ids")

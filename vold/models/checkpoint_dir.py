@@ -61,8 +61,13 @@ def _check_sizes(path: Path) -> None:
     for file in path.iterdir() if path.is_dir() else ():
         if file.suffix in TEXT_SUFFIXES and file.is_file():
             check_size(file, LARGE_TEXT_BYTES if file.name.startswith(LARGE_TEXTS) else TEXT_BYTES)
-    if path.is_dir() and (path / "config.json").is_file():
-        _check_numbers(path / "config.json", read_json(path / "config.json"))
+    config = path / "config.json"
+    if path.is_dir() and config.is_file():
+        try:
+            value = read_json(config)
+        except ValueError:  # the library says what is wrong with it
+            return
+        _check_numbers(config, value)
 
 
 def _check_numbers(file: Path, value: object, key: str = "") -> None:

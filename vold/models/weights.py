@@ -223,8 +223,9 @@ def check_sizes(checkpoint_dir: str | Path) -> None:
     last, keys = f"layers.{arch.layers - 1}", arch.kv_heads * arch.head_dim
     with CheckpointReader(checkpoint_dir) as reader:
         reader.check_shape("embed_tokens.weight", (arch.vocab, arch.hidden))
+        reader.check_shape("layers.0.mlp.gate_proj.weight", (arch.ffn, arch.hidden))
+        reader.check_shape("layers.0.self_attn.k_proj.weight", (keys, arch.hidden))
         reader.check_shape(f"{last}.mlp.down_proj.weight", (arch.hidden, arch.ffn))
-        reader.check_shape(f"{last}.self_attn.k_proj.weight", (keys, arch.hidden))
 
 
 def check_names(checkpoint_dir: str | Path) -> None:

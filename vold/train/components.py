@@ -31,7 +31,7 @@ from vold.run.step_profiler import StepProfiler
 from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualAdvantageTeacher, VllmTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.probe import build_probe
-from vold.train.reward_function import RewardFunction
+from vold.train.reward_function import GraderReward, RewardFunction
 from vold.train.reward_terms import (
     check_judge_template,
     check_reward_terms,
@@ -93,7 +93,10 @@ def open_rl(
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_chat_tokenizer(config.student, config.prompt)
     vocab_size = _vocab_size(config.student, config.teacher)
-    problems = load_problems(config.data, **problem_options(config, objective))
+    options = problem_options(config, objective)
+    if reward_function is not GraderReward:  # of a caller in Python, as the challenger's: it may ask for no answers
+        options["needs_gold"] = None
+    problems = load_problems(config.data, **options)
     encode = load_prompt_encoder(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_trained_vision(config.vision, prompts)

@@ -116,7 +116,7 @@ def _function_pool(config: RlConfig, workers: int) -> FunctionPool:
     )
 
 
-def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool]:
+def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool | None]:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
     by_answer = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher

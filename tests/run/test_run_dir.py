@@ -114,6 +114,7 @@ def test_logs_that_a_crash_or_a_hand_changed_are_named_and_the_timeline_stays(pr
             pass
         log.log_prompts(step, [{"prompt_id": "a", "pass_rate": 0.5}])
         log.log_step(step, {"reward": 0.5}, [{"text": "a"}])
+        log.flush()
         if step == 4:
             described = log.flush()
     log.close()
@@ -133,6 +134,10 @@ def test_logs_that_a_crash_or_a_hand_changed_are_named_and_the_timeline_stays(pr
     metrics.write_bytes(b"".join(whole).replace(b'"reward": 0.5', b'"reward": 0.7', 1))
     log.check_rows(4, described)
     assert "rows were changed since" in capfd.readouterr().err
+    samples = tmp_path / "run" / "samples.jsonl"
+    samples.write_bytes(samples.read_bytes().replace(b'"text": "a"', b'"text": "b"', 1))
+    log.check_rows(4, described)
+    assert f"vold: {samples}: rows were changed since" in capfd.readouterr().err
     log.drop_rows_after(4)
     log.log_step(5, {"reward": 0.5})
     assert [row["step"] for row in read_rows(tmp_path / "run" / "timeline.jsonl")] == [1, 2, 3, 4, 5]

@@ -66,7 +66,7 @@ FREE_KEYS = (
     "reward.judge.api_key_env",
 )
 LOGS = ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl")
-CHECKED_LOGS = ("metrics.jsonl", "prompts.jsonl")
+CHECKED_LOGS = LOGS[:3]  # timeline.jsonl is written anew at each step
 TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few steps represent the run
 
 
@@ -87,6 +87,7 @@ class RunLog:
         self._step_started, self._cpu_started = time.perf_counter(), time.process_time()
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
         self._lock: RunLock | None = None
+        self._digests: dict[str, tuple] = {}  # of each log, as far as it was read: the SHA-256 so far and the bytes
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run, and lock it. Raises ValueError where it cannot be
@@ -124,6 +125,7 @@ class RunLog:
         if not self._writer:
             return {}
         last_metrics: dict[str, float] = {}
+        self._digests.clear()
         for name in LOGS:
             path = self.path / name
             if path.exists():
@@ -147,10 +149,20 @@ class RunLog:
             if (path := self.path / name).exists():
                 flush_to_disk(path)
                 if name in CHECKED_LOGS:
-                    content = path.read_bytes()
-                    found[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                    found[name] = self._describe(path)
         flush_to_disk(self.path)
         return found
+
+    def _describe(self, path: Path) -> dict:
+        """Size and SHA-256 of a log; only what was appended since the last call is read."""
+        digest, read = self._digests.get(path.name, (hashlib.sha256(), 0))
+        with path.open("rb") as file:
+            file.seek(read)
+            while block := file.read(1 << 20):
+                digest.update(block)
+                read += len(block)
+        self._digests[path.name] = digest, read
+        return {"bytes": read, "sha256": digest.hexdigest()}
 
     def check_rows(self, step: int, logs: dict[str, dict] | None) -> None:
         """Warn, on rank 0, about rows up to `step` that were lost or changed since its checkpoint, which `flush` then

@@ -31,6 +31,8 @@ def export_model(config: ExportConfig) -> None:
         raise ValueError(f"run = {config.run} is a {settings.get('verb')!r} run; only sft and rl runs have checkpoints")
     if missing := {"student", "dtype"} - settings.keys():
         raise ValueError(f"{config_path} has no {min(missing)}; write the run's own config back")
+    if not isinstance(settings["student"], str) or settings["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"{config_path} has no path as student or no known dtype; write the run's own config back")
     layout = initialise(seed=0)
     checkpoints = Checkpoints(config.run, layout)
     step = checkpoints.best_step() if config.step == "best" else config.step or checkpoints.latest_step()
@@ -40,7 +42,7 @@ def export_model(config: ExportConfig) -> None:
     if step not in (steps := sorted(checkpoints.saved())):
         raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
     student = Path(settings["student"])
-    train_merger = settings.get("vision", {}).get("train_merger", False)
+    train_merger = isinstance(vision := settings.get("vision"), dict) and vision.get("train_merger") is True
     chunks = load_chunks(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
     checkpoints.load_weights(chunks, step)
     rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}

@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 # Text tensors as transformers spelled them over the years, on disk and in `state_dict()`.
 TEXT_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head)|model\.)")
 # Files that libraries read whole, and the most bytes they may have.
-MOST_LAYERS, MOST = 10_000, 2**40  # in config.json: of anything
+MOST_LAYERS, MOST_SIZE, MOST = 10_000, 2**24, 2**40  # in config.json: layers, widths and rows, anything
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TEXT_SUFFIXES, TEXT_BYTES = (".json", ".jinja", ".txt", ".model"), 8 * 2**20
 LARGE_TEXTS, LARGE_TEXT_BYTES = ("tokenizer.", "vocab.", "merges.", INDEX), 128 * 2**20
@@ -76,7 +76,8 @@ def _check_numbers(file: Path, value: object, key: str = "") -> None:
         for name, item in value.items():
             _check_numbers(file, item, str(name))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        most = MOST_LAYERS if "layer" in key or key == "depth" else MOST
+        is_size = key.endswith(("_size", "_dim", "heads"))
+        most = MOST_LAYERS if "layer" in key or key == "depth" else MOST_SIZE if is_size else MOST
         if not -MOST <= value <= most:
             raise ValueError(f"{file}: {key} = {str(value)[:40]} is no model's: copy it from the original again")
 

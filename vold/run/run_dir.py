@@ -35,7 +35,7 @@ from vold.run.leftovers import remove, unfinished
 from vold.run.lock import RunLock
 from vold.run.loggers import Loggers
 from vold.run.timers import PhaseTimers
-from vold.untrusted import read_yaml
+from vold.untrusted import check_regular, read_yaml
 
 # any of these shows that a run got past its start
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
@@ -171,7 +171,7 @@ class RunLog:
             return
         for name, then in (logs or {}).items():
             path = self.path / name
-            now = path.read_bytes()[: then["bytes"]] if path.exists() else b""
+            now = _beginning(path, then["bytes"]) if path.exists() else b""
             if hashlib.sha256(now).hexdigest() != then["sha256"]:
                 rows = {row.get("step", 0) for row in read_rows(path)} if path.exists() else set()
                 missing = [number for number in range(1, step + 1) if number not in rows]
@@ -312,6 +312,13 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a run's JSONL file; a half-written last line (killed run) is left out. Raises ValueError for other
     damage."""
     return read_jsonl(path, lambda row: isinstance(row.get("step", 0), int))
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    """The first bytes of a file. Raises ValueError for a pipe or a device."""
+    check_regular(path)
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def _numbers(row: dict) -> dict:

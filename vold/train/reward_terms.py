@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from vold.config.schema import RewardConfig, RlConfig
 from vold.grading.functions import FunctionPool, Values, changed_files, check_function_file
@@ -116,7 +116,14 @@ def _function_pool(config: RlConfig, workers: int) -> FunctionPool:
     )
 
 
-def problem_options(config: RlConfig, objective: Objective) -> dict[str, bool | None]:
+class ProblemOptions(TypedDict):
+    """Keywords of `load_problems`."""
+
+    keep_metadata: bool
+    needs_gold: bool | None
+
+
+def problem_options(config: RlConfig, objective: Objective) -> ProblemOptions:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
     by_answer = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher
@@ -184,8 +191,8 @@ def term_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if not set(names) - {"accuracy", "format"}:
         return metrics
     for name in names:
-        found = [v[name] for v in values if v.get(name) is not None]
-        metrics |= {f"reward_{name}": sum(found) / len(found)} if found else {}
+        numbers = [value for of_response in values if (value := of_response.get(name)) is not None]
+        metrics |= {f"reward_{name}": sum(numbers) / len(numbers)} if numbers else {}
         if name not in ("accuracy", "format") and "." not in name:
-            metrics[f"reward_{name}_errors"] = float(len(values) - len(found))
+            metrics[f"reward_{name}_errors"] = float(len(values) - len(numbers))
     return metrics

@@ -185,9 +185,9 @@ class Trainer:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.clip_grad_norm(self.optimizer.config.clip_grad))
         norm_reason = None if math.isfinite(grad_norm) else f"gradient norm was {grad_norm}"
-        if nonfinite or norm_reason:
-            bad_steps.warn(nonfinite or norm_reason)
-            self._bad_steps.add(norm_reason or nonfinite)
+        if reason := nonfinite or norm_reason:
+            bad_steps.warn(reason)
+            self._bad_steps.add(norm_reason or reason)
         elif grad_norm == 0.0:
             bad_steps.warn("no response has a gradient")
         else:

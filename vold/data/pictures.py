@@ -36,9 +36,12 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image
     """
     with Image.open(path) as opened:
         image = _as_rgb(ImageOps.exif_transpose(opened))
-    if size is not None and image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return image
+    return image if size is None else resized(image, size)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at (width, height), as transformers' processors resize."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def picture_size(path: Path) -> tuple[int, int]:

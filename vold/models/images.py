@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vold.data.packing import EncodedPrompt, PromptEncoder, TextPromptEncoder, encode_text
-from vold.data.pictures import picture_size, read_picture
+from vold.data.pictures import picture_size, read_picture, resized
 from vold.models.architecture import Architecture
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.types import Picture, Prompt, TokenIds
@@ -50,9 +50,10 @@ class ImageProcessor:
         return tuple(self._read(path) for path in paths)
 
     def _read(self, path: Path) -> Picture:
-        image, key = read_picture(path, self.size(path)), str(path)
+        image, key = read_picture(path), str(path)
         if self._transform is not None:
             image, key = self._transform(image), f"{path} ({self._transform.__name__})"
+        image = resized(image, self.size(path))
         out = self._processor(images=[image], return_tensors="pt")
         return Picture(key, out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
 

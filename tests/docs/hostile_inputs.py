@@ -190,8 +190,9 @@ def main() -> None:
     from execute import run
 
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))  # an attack that works ends this process alone
-    code, _, error = run(["rl", RL, "run_dir=runs/done", *SMALL])
-    assert code == 0, error
+    if not Path("runs/done").exists():  # the tests of bad input may have made it
+        code, _, error = run(["rl", RL, "run_dir=runs/done", *SMALL])
+        assert code == 0, error
     outcomes = []
     for case in CASES:
         case.prepare()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -110,6 +111,7 @@ def planned_training(config: RlConfig, stage: int, world: int) -> float:
 def measured_drawing(config: RlConfig) -> float:
     """Bytes that drawing responses of full length adds to the sampler's weights."""
     sampler = TransformersSampler(config.student, dtype=getattr(torch, config.dtype), device=torch.device("cpu"))
+    sampler._vocabulary = replace(sampler._vocabulary, stop_ids=())  # responses of full length
     prompts = [Prompt(str(number), tuple(range(5, 5 + PROMPT)), "") for number in range(4)]
     with LiveBytes() as live:
         rollouts = sampler.sample(prompts, config.rollout, responses=SIBLINGS, seed=0)
@@ -119,9 +121,10 @@ def measured_drawing(config: RlConfig) -> float:
 
 def save_student(folder: Path, vocab_size: int) -> Path:
     torch.manual_seed(0)
-    shape = {**tiny.TEXT, **SHAPE, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1}
+    tokenizer = make_tokenizer()
+    shape = {**tiny.TEXT, **SHAPE, "vocab_size": vocab_size, "eos_token_id": tokenizer.eos_token_id}
     Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

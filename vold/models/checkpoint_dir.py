@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vold.io import flush_to_disk, log
+from vold.io import flush_to_disk, log, visible
 from vold.untrusted import check_size, check_tensor_header, is_plain_name, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -79,7 +79,8 @@ def _check_numbers(file: Path, value: object, key: str = "") -> None:
         is_size = key.endswith(("_size", "_dim", "heads"))
         most = MOST_LAYERS if "layer" in key or key == "depth" else MOST_SIZE if is_size else MOST
         if not -MOST <= value <= most:
-            raise ValueError(f"{file}: {key} = {str(value)[:40]} is no model's: copy it from the original again")
+            name = visible(key[:100])
+            raise ValueError(f"{file}: {name} = {str(value)[:40]} is no model's: copy it from the original again")
 
 
 def tensor_files(checkpoint_dir: Path) -> dict[str, str]:

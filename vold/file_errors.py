@@ -49,5 +49,5 @@ def errno_of(error: Exception) -> int | None:
     """The system's number of an error; None where there is none."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\bos error (\d+)\b", str(error))
-    return int(found.group(1)) if found else None
+    match = re.search(r"\bos error (\d+)\b", str(error))
+    return int(match.group(1)) if match else None

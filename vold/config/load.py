@@ -154,17 +154,17 @@ def _in_present_terms(renamed: dict, schema: type[BaseModel]) -> dict:
             present = {"verb": renamed.get("verb"), **_redacted(schema.model_validate(known).model_dump(mode="json"))}
             break
         except ValidationError as error:
-            found = [tuple(item["loc"]) for item in error.errors() if item["type"] == "extra_forbidden"]
-            if not found:
+            extra_keys = [tuple(item["loc"]) for item in error.errors() if item["type"] == "extra_forbidden"]
+            if not extra_keys:
                 return renamed
-            unknown += [(place, _section(known, place).pop(place[-1])) for place in found]
-    for place, value in unknown:
-        _section(present, place)[place[-1]] = value
+            unknown += [(key_path, _section(known, key_path).pop(key_path[-1])) for key_path in extra_keys]
+    for key_path, value in unknown:
+        _section(present, key_path)[key_path[-1]] = value
     return present
 
 
-def _section(tree: dict, place: tuple) -> dict:
-    for name in place[:-1]:
+def _section(tree: dict, key_path: tuple) -> dict:
+    for name in key_path[:-1]:
         tree = tree[name]
     return tree
 

@@ -31,11 +31,11 @@ def read_gold(cell: Any, config: DataConfig, default_form: str = "cell") -> str:
     match, and names the setting that would find it."""
     form = config.answer_in or default_form
     text = _as_text(cell)
-    found = FORMS[form](text)
+    gold = FORMS[form](text)
     if config.answer_in is None and form == "cell":
-        _check_whole(found)
-    check_gold(found)
-    return found
+        _check_whole(gold)
+    check_gold(gold)
+    return gold
 
 
 def check_gold(gold: str) -> None:

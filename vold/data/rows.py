@@ -47,14 +47,14 @@ class Row:
 
 def read_rows(config: DataConfig) -> Iterator[Row]:
     """All rows of the set in order. Raises ValueError, one line that names the file, for what cannot be read."""
-    found, number = find_files(config), 0
-    if found.table is not None:
-        for number, cells in enumerate(_table_cells(found.table), start=1):
-            yield Row(number, f"{config.path} row {number}", cells, found.folder)
-    for file in found.files:
+    data_files, number = find_files(config), 0
+    if data_files.table is not None:
+        for number, cells in enumerate(_table_cells(data_files.table), start=1):
+            yield Row(number, f"{config.path} row {number}", cells, data_files.folder)
+    for file in data_files.files:
         for within, cells in enumerate(_read_file(file), start=1):
             number += 1
-            yield Row(number, f"{file} row {within}", cells, found.folder)
+            yield Row(number, f"{file} row {within}", cells, data_files.folder)
 
 
 def _read_file(file: Path) -> Iterator:

@@ -48,7 +48,7 @@ class Launch:
         self.folder, self._world = folder, world
         self.launcher = _FORKS.Process(target=_launch, args=(arguments, world, folder, inside))
         self.launcher.start()
-        wait_until(lambda: (folder / "pids.json").exists(), 60.0)
+        wait_until(lambda: (folder / "pids.json").exists(), 300.0)
         self.pids: list[int] = json.loads((folder / "pids.json").read_text())
 
     def signal(self, pids: list[int], number: int) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.chaos import FAULTS, Lost, compare, table
+from benchmarks.chaos import table
+from benchmarks.chaos_faults import FAULTS
+from benchmarks.chaos_world import Lost, compare
 from vold.io import append_jsonl
 
 

@@ -64,7 +64,7 @@ def world(tmp_path_factory, tiny_student_dir, tiny_teacher_dir) -> World:
     return World(root, tiny_student_dir, tiny_teacher_dir, root / "data")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load(world):
     """load(verb, run_dir, *overrides) -> config, as the command line would build it."""
     from vold.config import load_config, schema

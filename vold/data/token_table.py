@@ -92,6 +92,10 @@ class TraceTable(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return _sample(self._table, int(self._kept[index]))
 
+    def pictures(self) -> list[str]:
+        """The image files of all rows, once each."""
+        return compute.unique(compute.list_flatten(self._table["images"])).to_pylist()
+
 
 class TraceStream(Sequence[Sample]):
     """The same samples, read in order: one batch of rows is in memory. Going back starts again at the first row."""
@@ -114,6 +118,10 @@ class TraceStream(Sequence[Sample]):
             self._first += len(self._window)
             self._window = next(self._rest)
         return _sample(self._window, row - self._first)
+
+    def pictures(self) -> list[str]:
+        """None: the rows would have to be read once more."""
+        return []
 
     def _rewind(self) -> None:
         self._rest, self._first = self._batches(), 0

@@ -201,7 +201,7 @@ def load_samples(
     max_tokens: int,
     stop_ids: Sequence[int] = (),
     length: Callable[[Prompt], int] = lambda prompt: len(prompt.token_ids),
-) -> Sequence[Sample]:
+) -> TraceTable | TraceStream:
     """Training sequences of stage 1 with weights still unset: traces of `vold traces` by their token ids, text sets
     tokenised once. Sequences of more than max_tokens are left out, and counted. length: a prompt's tokens, see
     `build_prompts`. Raises ValueError for a file that does not fit."""

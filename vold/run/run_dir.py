@@ -5,6 +5,7 @@ lock.json        the process that writes here now (vold.run.lock)
 metrics.jsonl    one object a step
 samples.jsonl    a few responses of each step
 prompts.jsonl    one object for each prompt that a step sampled, with its pass rate and rewards
+inputs.jsonl     size and SHA-256 of the models' and data files that the run was begun with (vold.train.input_files)
 reward.json      SHA-256 of the files of reward functions of one's own
 reward.log       what they print, and why a response has no reward
 judge/           requests to a judge, and its answers

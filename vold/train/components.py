@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
 from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualAdvantageTeacher, VllmTeacher
 from vold.train.image_sensitivity import ImageSensitivity
+from vold.train.input_files import InputFiles, training_files
 from vold.train.probe import build_probe
 from vold.train.reward_function import GraderReward, RewardFunction
 from vold.train.reward_terms import (
@@ -109,13 +111,15 @@ def open_rl(
         max_tokens=config.microbatch_tokens,
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    pictures = {image for prompt in chain(prompts, *evaluator.prompts.values()) for image in prompt.images}
+    inputs = InputFiles.open(config.run_dir, training_files(config, pictures), resume=resume)
     trainer = _rl_trainer(config, job, objective, vocab_size)
     teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     reward_terms = open_reward_terms(config, objective, job.world_size)
     with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader, reward_terms as terms:
-        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
+        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, inputs, profiler)
         if resume:
             training.resume()
         training.sync_weights()
@@ -149,6 +153,12 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": ends, "length": encode.length}
     samples = load_samples(config.data, tokenizer, config.prompt, **limits)
     check_trained_vision(config.vision, (sample.prompt for sample in samples))
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    pictures = {
+        *samples.pictures(),
+        *(image for prompt in chain(*evaluator.prompts.values()) for image in prompt.images),
+    }
+    inputs = InputFiles.open(config.run_dir, training_files(config, pictures), resume=resume)
     trainer = Trainer(
         config.student,
         job.layout,
@@ -158,13 +168,12 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
         vocab_size=vocab_size,
         vision=config.vision,
     )
-    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     sampler = probe = None
     if evaluates_after(config.steps - 1, config.steps, config.evaluation):
         sampler = TransformersSampler(config.student, dtype=job.dtype, device=job.layout.device)
         probe = build_probe(samples[0].prompt, evaluator, sampler, parity_limit=config.parity_limit)
     with Grader() as grader:
-        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, profiler)
+        training = TrainingRun(config, job, trainer, evaluator, grader, sampler, probe, inputs, profiler)
         if resume:
             training.resume()
         packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)

@@ -18,6 +18,7 @@ from vold.rollout import ParityProbe, Sampler
 from vold.run.job import Job
 from vold.run.step_profiler import StepProfiler
 from vold.run.stop import StopRequest
+from vold.train.input_files import InputFiles
 from vold.trainer.checkpoint import Checkpoints
 from vold.trainer.trainer import Trainer
 
@@ -27,6 +28,7 @@ class TrainingRun:
     """A stage's trainer with its run directory, evaluator and sampler.
 
     sampler, probe   None where the stage never evaluates
+    inputs           what the run was begun with
     profiler         where there is one, nothing is saved or exported
     completed_steps  counts those before a resumption
     last_metrics     the row of the last completed step; its seconds are this rank's own
@@ -41,6 +43,7 @@ class TrainingRun:
     grader: Grader
     sampler: Sampler | None
     probe: ParityProbe | None
+    inputs: InputFiles
     profiler: StepProfiler | None = None
     completed_steps: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -97,6 +100,7 @@ class TrainingRun:
         it is. prompts: the state of RolloutSchedule; logs: see RunLog.flush."""
         best = {"accuracy": self.best_accuracy if self.best_step else None, "step": self.best_step}
         last = {key: value for key, value in self.last_metrics.items() if _is_finite(value)}
+        self.inputs.record()
         logs = run_on_all_ranks(self.job.log.flush)[0]
         return {"last_metrics": last, "best": best, "prompts": prompts or None, "logs": logs}
 

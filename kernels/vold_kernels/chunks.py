@@ -56,7 +56,7 @@ def default_budget(device: torch.device) -> ChunkBudget:
     return ChunkBudget(resident_bytes=256 << 20, tile_bytes=3 << 20, tile_columns=2048)
 
 
-def slices(total: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover `range(total)`."""
-    for first in range(0, total, step):
-        yield slice(first, min(first + step, total))
+def slices(total: int, step: int, *, first: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover `range(first, total)`."""
+    for start in range(first, total, step):
+        yield slice(start, min(start + step, total))

@@ -14,6 +14,7 @@ from . import matmuls
 from .chunks import ChunkBudget, slices
 from .rows import row_functions, uses_triton
 from .softmax import SoftmaxStatistics, dlogits_storage, empty_statistics
+from .threads import in_threads, pieces
 from .vocab import VocabShard, all_reduce_, merge
 
 
@@ -82,15 +83,20 @@ def finish_statistics(head: Head, folded_4N: Tensor, target_N: Tensor) -> Softma
 
 
 def stream_statistics(head: Head, hidden_ND: Tensor, target_N: Tensor) -> SoftmaxStatistics:
-    """Statistics of every token, from tiles of logits in one reused buffer. Ranks communicate once, at the end."""
+    """Statistics of every token, from tiles of logits in one reused buffer (on a CPU one of each thread). Ranks
+    communicate once, at the end."""
     tokens, columns = head.budget.tile(head.shard.rows, head.logits_dtype.itemsize)
-    buffer = head.buffer(min(tokens, len(target_N)), columns)
     folded_4N = head.empty_statistics(len(target_N))
     local_target_N = head.local_target(target_N)
-    for chunk in slices(len(target_N), tokens):
-        for tile in slices(head.shard.rows, columns):
-            z_CB = head.logits(buffer, hidden_ND[chunk], head.weight_UD[tile])
-            head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
+
+    def fold(part: slice) -> None:
+        buffer = head.buffer(min(tokens, part.stop - part.start), columns)
+        for chunk in slices(part.stop, tokens, first=part.start):
+            for tile in slices(head.shard.rows, columns):
+                z_CB = head.logits(buffer, hidden_ND[chunk], head.weight_UD[tile])
+                head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
+
+    in_threads(fold, pieces(folded_4N, head.shard.rows, step=16))
     return finish_statistics(head, folded_4N, target_N)
 
 

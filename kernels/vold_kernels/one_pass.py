@@ -23,6 +23,7 @@ from .chunks import slices
 from .head import Head, HeadGradients, finish_statistics, resident_chunks, stream_statistics
 from .rows import uses_triton
 from .softmax import SoftmaxStatistics
+from .threads import in_threads, pieces
 from .vocab import merge_tiles
 
 AddGradient = Callable[..., None]
@@ -90,45 +91,50 @@ class _Exponentials:
 def _one_pass_in_cache(
     head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, tokens: int
 ) -> Iterator[Step]:
-    """`one_pass` with each tile finished while it is in cache (CPU only)."""
-    chunk_tokens, tile_columns = min(tokens, len(rows_n)), min(head.shard.rows, rows_torch.BLOCK)
-    buffers = head.buffer(chunk_tokens, head.shard.rows), head.buffer(chunk_tokens, tile_columns)
+    """`one_pass` with each tile finished while it is in cache (CPU only). Each thread has tokens of its own."""
+    rows = head.shard.rows
+    exp_buffer = head.buffer(min(tokens, len(rows_n)), rows)
     for kept in slices(len(rows_n), tokens):
         hidden_CD = hidden_ND.index_select(0, rows_n[kept]).to(head.dtype)
         target_C = target_N[rows_n[kept]]
-        chunk, folded_4C = _exponentials(head, buffers, kept, (hidden_CD, target_C), gradients.request.hidden)
-        statistics = finish_statistics(head, folded_4C, target_C)
+        local_target_C = head.local_target(target_C)
+        exp_CU, exp_weight_CD = head.view(exp_buffer, len(hidden_CD), rows), torch.zeros_like(hidden_CD)
+
+        def exponentials(piece: slice) -> Tensor:
+            inputs = hidden_CD[piece], local_target_C[piece]  # noqa: B023 (called in this iteration)
+            exp_weight = exp_weight_CD[piece] if gradients.request.hidden else None  # noqa: B023
+            return _exponentials_(exp_CU[piece], exp_weight, head, inputs)  # noqa: B023
+
+        folded_4tC = torch.cat(in_threads(exponentials, pieces(target_C, rows, step=16)), dim=2)
+        statistics = finish_statistics(head, merge_tiles(folded_4tC), target_C)
+        chunk = _Exponentials(kept, hidden_CD, local_target_C, exp_CU, folded_4tC[0], exp_weight_CD)
         yield kept, statistics, partial(_add_gradient, head, gradients, chunk, statistics)
 
 
-def _exponentials(
-    head: Head, buffers: tuple[Tensor, Tensor], kept: slice, inputs: tuple[Tensor, Tensor], needs_hidden_gradient: bool
-) -> tuple[_Exponentials, Tensor]:
-    """(the chunk, [4, C] its running statistics over this rank's rows).
+def _exponentials_(exp_CU: Tensor, exp_weight_CD: Tensor | None, head: Head, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """[4, t, C] the running statistics of each tile of this rank's rows. Writes the fields of `_Exponentials`.
 
-    buffers: memory for the exponentials of the chunk and for the logits of one tile. inputs: (hidden_CD, target_C).
+    inputs: (hidden_CD, local_target_C).
     """
-    hidden_CD, target_C = inputs
-    tokens, rows = len(hidden_CD), head.shard.rows
-    local_target_C = head.local_target(target_C)
+    hidden_CD, local_target_C = inputs
+    tokens, rows = exp_CU.shape
     column_C, is_local_C = rows_torch.target_column(local_target_C, rows, head.shard.real_rows, 0)
     target_tile_C = column_C.div(rows_torch.BLOCK, rounding_mode="floor").where(is_local_C, -1)
     column_in_tile_C1 = column_C[:, None] % rows_torch.BLOCK
-    exp_CU = head.view(buffers[0], tokens, rows)
-    tile_CB = head.view(buffers[1], tokens, min(rows, rows_torch.BLOCK))
-    max_C, exp_weight_CD, folded = head.empty_statistics(tokens)[0], torch.zeros_like(hidden_CD), []
+    columns = min(rows, rows_torch.BLOCK)
+    buffer = head.buffer(tokens, columns)
+    tile_CB = head.view(buffer, tokens, columns)
+    max_C, folded = head.empty_statistics(tokens)[0], []
     for index, tile in enumerate(slices(rows, rows_torch.BLOCK)):
         weight_BD, exp_CB, previous_max_C = head.weight_UD[tile].to(head.dtype), exp_CU[:, tile], max_C
-        z_CB = head.logits(buffers[1], hidden_CD, weight_BD)
+        z_CB = head.logits(buffer, hidden_CD, weight_BD)
         target_logit_C = tile_CB.gather(1, column_in_tile_C1)[:, 0].where(target_tile_C == index, 0.0)
         max_C, *sums = rows_torch.exponentiate_(exp_CB, z_CB, max_C, head.shard.real_rows, tile.start)
         folded.append(torch.stack((max_C, *sums, target_logit_C)))
-        if needs_hidden_gradient:
+        if exp_weight_CD is not None:
             exp_weight_CD *= (previous_max_C - max_C).exp()[:, None]
             matmuls.hidden_gradient_(exp_weight_CD, exp_CB, weight_BD, accumulate=True)
-    folded_4tC = torch.stack(folded, dim=1)
-    chunk = _Exponentials(kept, hidden_CD, local_target_C, exp_CU, folded_4tC[0], exp_weight_CD)
-    return chunk, merge_tiles(folded_4tC)
+    return torch.stack(folded, dim=1)
 
 
 def _add_gradient(
@@ -144,9 +150,13 @@ def _add_gradient(
         d_hidden_CD = gradients.hidden_nD[chunk.kept]
         torch.addcmul(-softmax_part_CD, head.weight_UD[column_C], d_target_C[:, None], out=d_hidden_CD)
     if gradients.weight_UD is not None:
-        accumulate = gradients.weight_is_initialised(chunk.kept)
-        for tile, factor_C in zip(slices(head.shard.rows, rows_torch.BLOCK), factor_tC, strict=True):
-            scaled_hidden_CD = chunk.hidden_CD * -factor_C[:, None]
-            d_weight_BD, exp_CB = gradients.weight_UD[tile], chunk.exp_CU[:, tile]
-            matmuls.weight_gradient_(d_weight_BD, exp_CB, scaled_hidden_CD, accumulate=accumulate)
+        accumulate, d_weight_UD = gradients.weight_is_initialised(chunk.kept), gradients.weight_UD
+
+        def add_rows(part: slice) -> None:
+            for tile in slices(part.stop, rows_torch.BLOCK, first=part.start):
+                scaled_hidden_CD = chunk.hidden_CD * -factor_tC[tile.start // rows_torch.BLOCK, :, None]
+                exp_CB = chunk.exp_CU[:, tile]
+                matmuls.weight_gradient_(d_weight_UD[tile], exp_CB, scaled_hidden_CD, accumulate=accumulate)
+
+        in_threads(add_rows, pieces(d_weight_UD, len(d_logp_C), dim=0, step=rows_torch.BLOCK))
         gradients.weight_UD.index_add_(0, column_C, chunk.hidden_CD * d_target_C[:, None])

@@ -1,6 +1,7 @@
 """The row functions of `rows.py` in plain torch, for machines without a GPU.
 
-Shape letters as there, b columns of a block. The Triton kernels of the same functions: `rows_triton.py`.
+Shape letters as there, b columns of a block, c tokens of a thread. The
+Triton kernels of the same functions: `rows_triton.py`.
 """
 
 import torch
@@ -8,13 +9,17 @@ from torch import Tensor
 
 from .chunks import slices
 from .softmax import SoftmaxStatistics
+from .threads import in_threads, pieces
 
 BLOCK = 2048  # divides chunks.TILE_COLUMNS; 384 tokens of a block (3 MiB) stay in the caches between their passes
 
 
 def fold_(folded_4C: Tensor, z_CB: Tensor, target_C: Tensor, real_columns: Tensor, first: int) -> None:
-    for block in slices(z_CB.shape[1], BLOCK):
-        _fold_block(folded_4C, z_CB[:, block], target_C, real_columns, first + block.start)
+    def fold(part: slice) -> None:
+        for block in slices(z_CB.shape[1], BLOCK):
+            _fold_block(folded_4C[:, part], z_CB[part, block], target_C[part], real_columns, first + block.start)
+
+    in_threads(fold, pieces(target_C, z_CB.shape[1]))
 
 
 def exponentiate_(exp_Cb: Tensor, z_Cb: Tensor, max_C: Tensor, real_columns: Tensor, first: int) -> tuple[Tensor, ...]:
@@ -66,13 +71,20 @@ def dlogits_(
 ) -> None:
     assert dz_CU.data_ptr() == z_CU.data_ptr() and dz_CU.dtype == z_CU.dtype
     padding_U = torch.arange(z_CU.shape[1], device=z_CU.device) >= real_columns
-    for block in slices(z_CU.shape[1], BLOCK):
-        logp_Cb = (z_CU[:, block] - statistics.max_C[:, None]).sub_(statistics.log_sum_C[:, None])
-        p_Cb = logp_Cb.exp()
-        dz_Cb = -d_logp_C[:, None] * p_Cb
-        if d_entropy_C is not None:
-            dz_Cb -= d_entropy_C[:, None] * p_Cb * (logp_Cb + statistics.entropy_C[:, None])
-        dz_CU[:, block] = dz_Cb.masked_fill_(padding_U[block], 0.0)
+
+    def overwrite(part: slice) -> None:
+        max_c1, log_sum_c1, entropy_c1 = (
+            x[part, None] for x in (statistics.max_C, statistics.log_sum_C, statistics.entropy_C)
+        )
+        for block in slices(z_CU.shape[1], BLOCK):
+            logp_cb = (z_CU[part, block] - max_c1).sub_(log_sum_c1)
+            p_cb = logp_cb.exp()
+            dz_cb = -d_logp_C[part, None] * p_cb
+            if d_entropy_C is not None:
+                dz_cb -= d_entropy_C[part, None] * p_cb * (logp_cb + entropy_c1)
+            dz_CU[part, block] = dz_cb.masked_fill_(padding_U[block], 0.0)
+
+    in_threads(overwrite, pieces(target_C, z_CU.shape[1]))
     column_C, in_tile_C = target_column(target_C, z_CU.shape[1], real_columns, 0)
     dz_CU.scatter_add_(1, column_C[:, None], torch.where(in_tile_C, d_logp_C, 0.0)[:, None])
 

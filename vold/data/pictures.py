@@ -11,6 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +25,8 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200  # of the longer side to the shorter: Qwen's image processor refuses more
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is lower than Pillow's limit
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Others are refused: Pillow runs Ghostscript on EPS, and its readers of rare formats are little tested."""
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -34,9 +37,20 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image
     size: (width, height) to resize to, as `ImageProcessor.size` gives it. Every consumer of a model's images passes it,
     and none resizes again: trainer, transformers and vLLM read the same pixels.
     """
-    with Image.open(path) as opened:
+    with open_picture(path) as opened:
         image = _as_rgb(ImageOps.exif_transpose(opened))
     return image if size is None else resized(image, size)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The image in a file of one of FORMATS, whatever its name; only its header is read. Raises OSError for others."""
+    return Image.open(path, formats=_known_formats())
+
+
+@lru_cache(maxsize=1)
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # builds of Pillow differ
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -46,7 +60,7 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of the image as `read_picture` turns it. Only the file's header is read."""
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
@@ -132,7 +146,7 @@ def check_picture(path: Path) -> None:
     if not path.stat().st_size:
         raise ValueError(f"image {path} is empty (0 bytes)")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             problem = _header_problem(image)
             if not problem:
                 image.draft("L", (1, 1))  # a JPEG is read to its end, at an eighth of its size

@@ -16,12 +16,14 @@ from PIL import Image
 from vold.data.pictures import MAX_PIXELS, picture_size, read_picture
 from vold.io import visible
 
+from .picture_files import find_picture
 from .read import RunRecord, as_number, group_by, is_correct, problem_key
 from .style import arm_of
 from .tokens import Tokens, tokens_of
 
 THUMBNAIL, SMALL_THUMBNAIL = (560, 320), (160, 160)  # pixels; smaller images stay as they are
 LONGEST = 4000  # characters of a prompt or response; the middle of a longer one is left out
+PER_SAMPLE = 16  # pictures of one response
 PER_LIST = 24  # samples of a run's list
 STEPS_PER_LIST = 6  # steps that they come from
 PATTERNS = 5  # of correct and wrong across models, per set
@@ -142,7 +144,7 @@ def sample_of(run: RunRecord, row: Row, box: tuple[int, int] = THUMBNAIL) -> Sam
         verdict=excerpt(verdict if isinstance(verdict, str) else "right" if correct else "wrong"),
         origin=excerpt(" · ".join([*origin, *([str(row["category"])] if row.get("category") else [])])),
         facts=tuple(_facts(row)),
-        pictures=tuple(_pictures(run.path, row.get("images"), box)),
+        pictures=tuple(_pictures(run, row.get("images"), box)),
         tokens=tokens_of(row),
         **texts,
     )
@@ -202,17 +204,14 @@ def _facts(row: Row) -> list[str]:
     return facts + (["cut at the length limit"] if row.get("finish_reason") == "length" else [])
 
 
-def _pictures(run: Path, images: Any, box: tuple[int, int]) -> list[Picture]:
+def _pictures(run: RunRecord, images: Any, box: tuple[int, int]) -> list[Picture]:
     names = [name for name in images if isinstance(name, str)] if isinstance(images, list | tuple) else []
-    return [
-        thumbnail(path, box) if (path := _locate(run, name)) else Picture(None, note=f"{name}: no such file")
-        for name in names
-    ]
+    more = [Picture(None, note=f"and {len(names) - PER_SAMPLE} more")] if len(names) > PER_SAMPLE else []
+    return [*(_picture(run, name, box) for name in names[:PER_SAMPLE]), *more]
 
 
-def _locate(run: Path, name: str) -> Path | None:
-    """`name` itself if absolute, else from the run directory, its parent, or where the run was started."""
+def _picture(run: RunRecord, name: str, box: tuple[int, int]) -> Picture:
     try:
-        return next((base / name for base in (run, run.parent, Path()) if (base / name).is_file()), None)
-    except (OSError, ValueError):
-        return None
+        return thumbnail(find_picture(run, name), box)
+    except ValueError as error:
+        return Picture(None, note=excerpt(f"{name[-200:]}: {error}"))

@@ -25,7 +25,9 @@ READS = 2000  # samples that a process reads, in random order
 
 
 class Vocabulary:
-    """Of the tokenizer nothing is asked but its ids."""
+    """Of the tokenizer nothing is asked but its ids, and a chat template, which it has not."""
+
+    chat_template = None
 
     def get_vocab(self) -> dict[str, int]:
         return {"": 151_935}
@@ -47,6 +49,7 @@ def write(directory: Path, rows: int, tokens: int) -> None:
         "response_ids": pa.ListArray.from_arrays(offsets, ids),
         "finish_reason": ["stop"] * SHARD,
         "images": pa.array([[]] * SHARD, pa.list_(pa.string())),
+        "history": ["[]"] * SHARD,
     }
     directory.mkdir(parents=True)
     first = directory / "shard-00000.parquet"

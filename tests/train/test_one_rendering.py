@@ -80,10 +80,12 @@ def quick(tokenizers, monkeypatch) -> None:
 SIZES: dict[int, int] = {}  # of tokenizer.json, by the tokenizer's identity
 
 
-def write_traces(teacher: Path, prompt: PromptConfig, directory: Path, thought: str = THOUGHT) -> DataConfig:
+def write_traces(
+    teacher: Path, prompt: PromptConfig, directory: Path, thought: str = THOUGHT, problems=tuple(PROBLEMS)
+) -> DataConfig:
     """What `vold traces` leaves: prompts as it asks the teacher, and what the teacher would answer behind each."""
     tokenizer, prompt = load_chat_tokenizer(teacher, prompt), prompt.without_grading()
-    prompts = build_prompts(PROBLEMS, tokenizer, prompt)
+    prompts = build_prompts(problems, tokenizer, prompt)
     shard = TraceShard(directory, 0, tuple(prompts), 999, Rendering.of(tokenizer, prompt))
     rollouts = []
     for built in prompts:
@@ -135,6 +137,23 @@ def test_the_recipe_trains_and_asks_with_the_same_ids(template, values, teacher,
     assert bool(converted) == (template is None)  # also with a system turn: Qwen3 drops the thoughts of earlier turns
     if converted and system is None:  # Qwen2.5-VL's own system turn is a default
         assert DEFAULT_SYSTEM.replace("\n", "\\n") in converted[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_row_is_compared(streaming, quick, pair, tmp_path, caplog):
+    """Behind a system turn the two templates differ only in the thoughts of earlier turns: in the last row of 131."""
+    plain, last = Problem("set:1", "1+1?", "2"), PROBLEMS[2]
+    problems = [*(replace(plain, id=f"set:{number}") for number in range(130)), last]
+    prompt = PromptConfig(system="Think first.", suffix="")
+    data = write_traces(pair["qwen3"], prompt, tmp_path, problems=problems)
+    data = data.model_copy(update={"streaming": streaming, "shuffle": not streaming})
+    tokenizer = load_chat_tokenizer(pair["qwen2.5-vl"], prompt)
+    samples = load_samples(data, tokenizer, prompt, max_tokens=999)
+    asked = build_prompts(problems, tokenizer, prompt)
+    assert all(samples[row].prompt.token_ids.tolist() == asked[row].token_ids.tolist() for row in (0, 100, 130))
+    assert "7*8" in tokenizer.decode(samples[130].prompt.token_ids), "Qwen3 would leave the earlier thought out"
+    (line,) = (text for text in caplog.messages if "another rendering" in text)
+    assert "And times two?" not in line and "7×8?" in line
 
 
 def test_traces_without_a_thought_are_refused_where_the_template_opens_one(quick, pair, tmp_path):

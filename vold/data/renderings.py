@@ -18,7 +18,6 @@ from vold.data.responses import END_THINK, THINK, open_thought
 from vold.io import log, visible
 from vold.types import Prompt, Sample
 
-COMPARED = 32  # prompts of a set that are rendered to see whether it was asked as this run asks
 _QUESTION = "…"
 
 
@@ -53,36 +52,25 @@ class Rendering:
         return cls(**json.loads(text)) if text else None
 
 
-@dataclass(frozen=True)
 class Rerendering:
-    """Renders the prompts of traces anew. config: of the training run, with the suffix that the traces were asked
-    with."""
+    """Renders the prompts of traces anew, every one. config: of the training run, with the suffix that the traces were
+    asked with. The first prompt that comes out otherwise is logged, with how it was asked and how it is trained."""
 
-    tokenizer: PreTrainedTokenizerBase
-    config: PromptConfig
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
+        self.config, self._tokenizer, self._said = config, tokenizer, False
 
     @classmethod
     def needed(
-        cls,
-        samples: Sequence[Sample],
-        recorded: Rendering | None,
-        tokenizer: PreTrainedTokenizerBase,
-        config: PromptConfig,
+        cls, recorded: Rendering | None, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
     ) -> Rerendering | None:
-        """None where samples, spread over the set, were asked as this run asks, or where the tokenizer has no template
-        to ask with. Otherwise a line says how they were asked and how they are trained."""
+        """None where the traces were asked as this run asks, by their record, or where the tokenizer has no template to
+        ask with. Traces without a record are rendered anew."""
         if tokenizer.chat_template is None:
             return None
         if recorded is not None and config.suffix is None:
             config = config.model_copy(update={"suffix": recorded.suffix})
-        rows = np.unique(np.linspace(0, len(samples) - 1, COMPARED).astype(int)) if samples else ()
-        compared = [samples[row] for row in rows]
-        renderer = cls(tokenizer, config.without_grading())
-        for before, after in zip(compared, renderer(compared), strict=True):
-            if before.prompt.token_ids.tolist() != after.prompt.token_ids.tolist():
-                log.warning(renderer._line(before.prompt, after.prompt))
-                return renderer
-        return None
+        config = config.without_grading()
+        return None if recorded == Rendering.of(tokenizer, config) else cls(tokenizer, config)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples behind this run's rendering. Raises ValueError for a response without a thought where the chat
@@ -90,13 +78,18 @@ class Rerendering:
         problems = [
             Problem(p.id, p.text, p.gold, p.images, history=p.history) for p in (sample.prompt for sample in samples)
         ]
-        prompts = render_prompts(problems, self.tokenizer, self.config)
+        prompts = render_prompts(problems, self._tokenizer, self.config)
+        pairs = [(sample.prompt, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
+        differing = (pair for pair in pairs if pair[0].token_ids.tolist() != pair[1].token_ids.tolist())
+        if not self._said and (pair := next(differing, None)):
+            self._said = True
+            log.warning(self._line(*pair))
         return [self._behind(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
 
     def _behind(self, prompt: Prompt, sample: Sample) -> Sample:
         """The sample with another prompt; a `<think>` that only one of the two prompts has moves to the other side."""
-        opened = open_thought(sample.prompt.token_ids, self.tokenizer)
-        opens = open_thought(prompt.token_ids, self.tokenizer)
+        opened = open_thought(sample.prompt.token_ids, self._tokenizer)
+        opens = open_thought(prompt.token_ids, self._tokenizer)
         ids = sample.response_ids if opened == opens else np.array([*opened, *sample.response_ids], np.int32)
         if opens and opened != opens:
             ids = ids[self._length_of_tag(ids, opens, prompt.id) :]
@@ -107,7 +100,7 @@ class Rerendering:
         if ids[: len(opens)].tolist() == opens:
             return len(opens)
         for length in range(1, len(opens) + 1):
-            if self.tokenizer.decode(ids[:length]).strip() == THINK:
+            if self._tokenizer.decode(ids[:length]).strip() == THINK:
                 return length
         raise ValueError(
             f"{id}: the trace does not begin with {THINK} and this run's chat template opens a thought, which "
@@ -115,7 +108,7 @@ class Rerendering:
         )
 
     def _line(self, before: Prompt, after: Prompt) -> str:
-        asked, trained = (self.tokenizer.decode(p.token_ids).replace(p.text, _QUESTION) for p in (before, after))
+        asked, trained = (self._tokenizer.decode(p.token_ids).replace(p.text, _QUESTION) for p in (before, after))
         return visible(
             f"these traces were asked with another rendering than this run's and are trained behind this run's: "
             f"{trained!r} instead of {asked!r} (prompt.chat_template decides for all stages)"

@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
 )
 NEEDED = ("prompt_id", "prompt", "gold", *IDS)
 ROWS = 64  # of a batch
+PREVIEWED = 8  # files whose first rows are rendered before all are read
 
 
 @dataclass(frozen=True)
@@ -243,13 +244,16 @@ def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def _rerendering(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, vocab_size: int
 ) -> Rerendering | None:
-    """What renders the traces anew, where their first rows were asked otherwise than this run asks."""
+    """What renders the traces anew, where they were asked otherwise than this run asks. The first rows of some files
+    are rendered at once: what they say of the difference is logged also where a table of all rows is at hand."""
     recorded = {_recorded(file) for file in files}
     if len(recorded) > 1:
         raise ValueError(f"{files[0].parent} holds traces of several renderings; train on one folder at a time")
-    first = next((rows for file in files for rows in _read(file, vocab_size)), None)
-    samples = [] if first is None else _samples(first)
-    return Rerendering.needed(samples, Rendering.from_json(recorded.pop()), tokenizer, prompt)
+    rerender = Rerendering.needed(Rendering.from_json(recorded.pop()), tokenizer, prompt)
+    if rerender is not None:
+        for file in files[:: max(1, len(files) // PREVIEWED)]:
+            rerender(_samples(next(_read(file, vocab_size), None)))
+    return rerender
 
 
 def _recorded(file: Path) -> bytes:
@@ -259,7 +263,7 @@ def _recorded(file: Path) -> bytes:
         return b""
 
 
-def _samples(rows: pa.Table) -> list[Sample]:
+def _samples(rows: pa.Table | None) -> list[Sample]:
     """The rows as samples, without weights."""
     return [
         Sample(
@@ -276,7 +280,7 @@ def _samples(rows: pa.Table) -> list[Sample]:
             pg_weight=0.0,
             kl_weight=0.0,
         )
-        for row in rows.to_pylist()
+        for row in (rows.to_pylist() if rows is not None else ())
     ]
 
 

@@ -127,7 +127,8 @@ class Verdict:
 class Group:
     """All G responses of one prompt with their verdicts and rewards; `None` reward = grader or reward function broke.
     earlier: the rewards of each earlier step that sampled responses to the same prompt. values: of each response, the
-    reward's terms by name, before their weights (None: it failed); empty where the rewards are made otherwise."""
+    reward's terms by name, before their weights (None: it failed); empty where the rewards are made otherwise.
+    feedback: what reward functions say of each response, in words; empty where there are none."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -135,6 +136,7 @@ class Group:
     rewards: tuple[float | None, ...]
     earlier: tuple[tuple[float, ...], ...] = ()
     values: tuple[Mapping[str, float | None], ...] = ()
+    feedback: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)

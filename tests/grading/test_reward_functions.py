@@ -64,6 +64,9 @@ def a_list(gold): return [1.0]
 def too_few(golds): return [1.0] * (len(golds) - 1)
 def not_a_list(golds): return 1.0
 def batch_with_a_hole(golds): return [1.0, None]
+def words(gold): return {"score": 0, "feedback": " Carry the one. "}
+def no_words(gold): return {"score": 1.0, "feedback": None}
+def a_number_of_that_name(gold): return {"score": 0.0, "feedback": 0.5}
 async def awaited_raises(gold): raise KeyError("topic")
 async def one_never(response_text):
     if "5" in response_text: await never()
@@ -147,10 +150,13 @@ def test_what_a_function_gets_and_gives(results, name, expected):
         ("huge", "returned 1e+300; a reward is a finite number within ±1e+06"),
         ("no_score", "returned a dict without 'score'; it has 'reward'"),
         ("text_value", "returned 'good' as 'note', which is no number"),
+        ("words", {"score": 0.0, "feedback": "Carry the one."}),
+        ("no_words", {"score": 1.0}),
+        ("a_number_of_that_name", {"score": 0.0, "feedback": 0.5}),
         ("a_list", "returned [1.0], which is no number"),
         ("too_few", "returned 1 values for 2 responses; return a list with one for each"),
         ("not_a_list", "returned float for 2 responses; return a list with one for each"),
-        ("awaited_raises", "KeyError: 'topic' (rewards.py line 35)"),
+        ("awaited_raises", "KeyError: 'topic' (rewards.py line 38)"),
     ],
 )
 def test_what_is_no_reward_has_a_reason_of_one_line(results, name, reason):

@@ -1,5 +1,7 @@
 """SDPO and SRPO by hand: who is taught and by what, which term a response has, and how much it counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_objective import assign_token_weights, group
@@ -41,6 +43,37 @@ def test_with_feedback_every_failed_response_is_taught():
         [Hint(None, told)] * 2,
     ]
     assert [s.hint for s in assign_token_weights("sdpo", [group([0.0, 1.0])])] == [Hint("text", None), None]
+
+
+def judged_by_a_function(values, feedback):
+    """A group without a gold answer: the grader's verdicts mean nothing, a term of the user's own is what is right."""
+    plain = group([0.0] * len(values))
+    return replace(
+        plain,
+        verdicts=(Verdict("broken", None, "gold"),) * len(values),
+        rewards=tuple(values),
+        values=tuple({"mine": value} for value in values),
+        feedback=tuple(feedback),
+    )
+
+
+@pytest.mark.parametrize("preset", ["sdpo", "srpo"])
+def test_a_term_of_ones_own_says_which_sibling_is_right(preset):
+    """Never the grader, which has no answer to go by: neither for the sibling nor for what was wrong."""
+    some = judged_by_a_function([0.0, 1.0, 0.5], ["too long", None, None])
+    none = judged_by_a_function([0.0, 0.5, 0.0], ["too long", "no unit", None])
+    keys = {"routing_term": "mine", "feedback": True}
+    hints = [[s.hint for s in assign_token_weights(preset, [g], **keys)] for g in (some, none)]
+    assert hints == [[Hint("text", None), None, Hint("text", None)], [Hint(None, "too long"), Hint(None, "no unit"), None]]
+    assert [bool(s.kl_weight) for s in assign_token_weights(preset, [none], **keys)] == [True, True, False]
+    silent = [s.hint for s in assign_token_weights(preset, [none], routing_term="mine")]
+    assert silent == [None] * 3, "words are read with objective.feedback alone"
+
+
+def test_words_of_a_function_come_before_the_graders():
+    told = replace(group([0.0, 0.0]), feedback=("Carry the one.", None))
+    hints = [s.hint for s in assign_token_weights("sdpo", [told], feedback=True)]
+    assert hints == [Hint(None, "Carry the one."), Hint(None, "The answer is wrong.")]
 
 
 @pytest.mark.parametrize(

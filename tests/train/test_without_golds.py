@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from vold.data.prompts import show_hint
 from vold.run.run_dir import read_rows
 from vold.train.rl import train_rl
 
@@ -32,6 +33,30 @@ def test_opd_trains_on_them(on_prompts, layout):
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["kl_tokens"] == row["response_tokens"] > 0 for row in steps), "every response is distilled"
     assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in steps)
+
+
+SCORED = """
+def even(response_ids):
+    right = sum(response_ids) % 4 == 0
+    return {"score": float(right), "feedback": None if right else f"{sum(response_ids)} is no multiple of 4."}
+"""
+
+
+@pytest.mark.parametrize("preset", ["sdpo", "srpo"])
+def test_a_reward_of_ones_own_teaches_a_student_that_teaches_itself(preset, on_prompts, layout, tmp_path, monkeypatch):
+    """It says which sibling is right, and, where none is, in words what was wrong."""
+    hints = []
+    spy = lambda prompt, hint, **more: hints.append(hint) or show_hint(prompt, hint, **more)  # noqa: E731
+    monkeypatch.setattr("vold.train.components.show_hint", spy)
+    (tmp_path / "mine.py").write_text(SCORED)
+    reward = [f"reward={{function: {tmp_path}/mine.py:even}}", "objective.routing_term=even", "objective.feedback=true"]
+    config = on_prompts(f"objective.preset={preset}", "teacher=null", *reward)
+    train_rl(config)
+    steps = read_rows(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in steps] == [1, 2] and all(row["kl_tokens"] > 0 for row in steps)
+    assert any(row["grad_norm"] > 0 and row["skipped"] == 0 for row in steps)
+    assert all(hint.demonstration is not None or hint.feedback.endswith("no multiple of 4.") for hint in hints)
+    assert {hint.demonstration is None for hint in hints} == {True, False}
 
 
 @pytest.mark.parametrize("preset", ["grpo", "vold", "sdpo"])

@@ -35,6 +35,7 @@ BATCH = ("prompts", "response_texts", "response_ids", "golds", "images", "metada
 PREFIX = "vold_reward_"  # of the names of the modules that the user's files become
 LARGEST = 1e6  # of a value; statistics of larger ones overflow
 LONGEST = 300  # characters of a reason
+FEEDBACK, LONGEST_FEEDBACK = "feedback", 4000  # the value that may be text, and its characters
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,19 @@ class BadReturn(Exception):
     """A function returned what is no reward; the message says what."""
 
 
-def values_of(result: Any) -> dict[str, float]:
-    """What a function returned as named finite numbers, "score" among them. Raises BadReturn."""
+def values_of(result: Any) -> dict[str, float | str]:
+    """What a function returned as named finite numbers, "score" among them, and "feedback" in words. Raises
+    BadReturn."""
     if not isinstance(result, Mapping):
         return {"score": _number(result, "")}
     if "score" not in result:
         raise BadReturn(
             f"returned a dict without 'score'; it has {', '.join(map(repr, list(result)[:8])) or 'nothing'}"
         )
-    return {str(name): _number(value, f" as {name!r}") for name, value in result.items()}
+    words = result.get(FEEDBACK)
+    said = {FEEDBACK: words.strip()[:LONGEST_FEEDBACK]} if isinstance(words, str) else {}
+    silent = {FEEDBACK} if words is None or said else set()
+    return {str(name): _number(value, f" as {name!r}") for name, value in result.items() if name not in silent} | said
 
 
 def _number(value: Any, where: str) -> float:

@@ -23,7 +23,7 @@ from vold.objectives import advantages, normalisers, ratios, schedules
 from vold.objectives.divergences import VocabularyDivergence
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.routing import Routing, every, failed, failed_groups, nowhere
-from vold.objectives.self_distillation import SelfDistillation
+from vold.objectives.self_distillation import SelfDistillation, feedback_on
 from vold.types import Group, MicroBatch, Rollout, Sample
 from vold_kernels import PolicyTerms
 
@@ -32,7 +32,7 @@ from vold_kernels import PolicyTerms
 class Objective:
     """A training method. The choices for each part are in the module of its type.
 
-    routing_term          the reward's term that routing reads as success
+    routing_term          the reward's term that routing and self-distillation read as success
     divergence            between the whole distributions of student and teacher; None: k2 of the sampled tokens
     self_distillation     set: the moving average of the student is the teacher (SDPO, SRPO)
     visual_advantage      scale each KL weight by how much the image's detail changes the teacher's log-prob (VA-OPD)
@@ -74,8 +74,10 @@ class Objective:
 
     @property
     def routed_by(self) -> str | None:
-        """The reward's term that decides where the KL term applies; None where all responses are alike."""
-        return self.routing_term if self._has_kl_term and self.routing in (failed, failed_groups) else None
+        """The reward's term that decides where the KL term applies, and which sibling is right; None where all responses
+        are alike."""
+        by_success = self.routing in (failed, failed_groups) or self.self_distillation is not None
+        return self.routing_term if self._has_kl_term and by_success else None
 
     @property
     def needs_reward(self) -> bool:
@@ -131,7 +133,7 @@ class Objective:
         advantages_G = self.advantage([reward - self._penalty(rollout) for rollout, _, reward in graded], group.earlier)
         factors_G, hints_G = self.routing(right_G), [None] * len(graded)
         if self.self_distillation:
-            hints_G = self.self_distillation.hints([(rollout, verdict) for rollout, verdict, _ in graded])
+            hints_G = self.self_distillation.hints([rollout for rollout, *_ in graded], right_G, self._feedback(group))
             factors_G = [factor * (hint is not None) for factor, hint in zip(factors_G, hints_G, strict=True)]
         parts = zip(graded, advantages_G, factors_G, hints_G, strict=True)
         return [
@@ -154,6 +156,18 @@ class Objective:
             return [float(verdict.outcome == "correct") for verdict in group.verdicts]
         values = group.values or [{}] * len(group.rollouts)
         return [min(max(of_response.get(self.routing_term) or 0.0, 0.0), 1.0) for of_response in values]
+
+    def _feedback(self, group: Group) -> list[str | None]:
+        """What is wrong with each graded response: in the words of a reward function, else by the grader's verdict where
+        that is what counts."""
+        said_G = group.feedback or (None,) * len(group.rollouts)
+        graded = zip(said_G, group.verdicts, group.rewards, strict=True)
+        by_verdict = self.routing_term == "accuracy"
+        return [
+            said or (feedback_on(verdict) if by_verdict else None)
+            for said, verdict, reward in graded
+            if reward is not None
+        ]
 
     def _pg_weight(self, advantage: float, kl_factor: float) -> float:
         if advantage == 0.0 and self.entropy_bonus == 0.0:

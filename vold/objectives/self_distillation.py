@@ -31,19 +31,23 @@ class SelfDistillation:
     confident   weight each token's KL by exp(-H) of the self-teacher, divided by its mean in the update (SRPO)
     feedback    the self-teacher of a failed response without a correct sibling reads what is wrong with it; with one
                 it reads the sibling alone, as in SDPO's published code (environment_feedback_only_without_solution)
+
+    What is right is the objective's to say: by the grader, or by a term of the user's own.
     """
 
     rate: float = 0.05
     confident: bool = False
     feedback: bool = False
 
-    def hints(self, responses: Sequence[tuple[Rollout, Verdict]]) -> list[Hint | None]:
-        """The hint for each response of a prompt. None: there is none, and the response gets no KL term."""
-        siblings_G = correct_sibling([float(verdict.outcome == "correct") for _, verdict in responses])
+    def hints(
+        self, rollouts: Sequence[Rollout], right_G: Sequence[float], feedback_G: Sequence[str | None]
+    ) -> list[Hint | None]:
+        """The hint for each response of a prompt, right_G in [0, 1]. None: there is none, and the response gets no KL
+        term."""
         hints = []
-        for (_, verdict), sibling in zip(responses, siblings_G, strict=True):
-            demonstration = None if sibling is None else without_thinking(responses[sibling][0].text)
-            feedback = feedback_on(verdict) if self.feedback and demonstration is None else None
+        for right, sibling, words in zip(right_G, correct_sibling(right_G), feedback_G, strict=True):
+            demonstration = None if sibling is None else without_thinking(rollouts[sibling].text)
+            feedback = words if self.feedback and right < 1.0 and demonstration is None else None
             hints.append(None if demonstration is None and feedback is None else Hint(demonstration, feedback))
         return hints
 

@@ -53,6 +53,7 @@ class PendingGroup:
     """Siblings that are graded, but for a judge that may still have to answer.
 
     values: of each response, the terms of its reward by name; None where a term failed.
+    feedback: what reward functions say of each response; empty where there are none.
     """
 
     rollouts: Sequence[Rollout]
@@ -60,6 +61,7 @@ class PendingGroup:
     values: Sequence[Mapping[str, float | None]]
     judged: Sequence[Future]
     terms: RewardTerms | None = None
+    feedback: Sequence[str | None] = ()
 
     @property
     def is_done(self) -> bool:
@@ -80,7 +82,12 @@ class PendingGroup:
             for of_response in values
         ]
         return Group(
-            self.rollouts[0].prompt, tuple(self.rollouts), tuple(self.verdicts), tuple(rewards), values=tuple(values)
+            self.rollouts[0].prompt,
+            tuple(self.rollouts),
+            tuple(self.verdicts),
+            tuple(rewards),
+            values=tuple(values),
+            feedback=tuple(self.feedback),
         )
 
 
@@ -91,10 +98,12 @@ def start_grading(
     judged = terms.ask_judge(rollouts) if terms else []
     verdicts = grade_answers(reward_function.grade, rollouts)
     values = [answer_values(rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
+    feedback: list[str | None] = []
     if terms:
         own = terms.function_values(rollouts)
-        values = [answer | functions for answer, functions in zip(values, own, strict=True)]
-    return PendingGroup(rollouts, verdicts, values, judged, terms)
+        values = [answer | functions for answer, (functions, _) in zip(values, own, strict=True)]
+        feedback = [words for _, words in own]
+    return PendingGroup(rollouts, verdicts, values, judged, terms, feedback)
 
 
 def grade_group(rollouts: Sequence[Rollout], reward_function: RewardFunction, config: RewardConfig) -> Group:

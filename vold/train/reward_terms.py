@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from vold.config.schema import RewardConfig, RlConfig
+from vold.grading.function_worker import FEEDBACK
 from vold.grading.functions import FunctionPool, Values, changed_files, check_function_file
 from vold.grading.judge import PLACE, Judge
 from vold.io import log, one_line_errors, write_atomically
@@ -39,13 +40,16 @@ class RewardTerms:
             return []
         return [self._judge.submit(reward_row(rollout)) for rollout in rollouts]
 
-    def function_values(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+    def function_values(self, rollouts: Sequence[Rollout]) -> list[tuple[dict[str, float | None], str | None]]:
         """Name -> value of each response, `NAME.KEY` where a function returned a dict; None where it failed, which is
-        logged."""
+        logged. And what the functions say of it in words, if anything."""
         if self._functions is None:
-            return [{} for _ in rollouts]
+            return [({}, None) for _ in rollouts]
         results = self._functions.call([reward_row(rollout) for rollout in rollouts])
-        return [self._flat(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
+        said = ([v[FEEDBACK] for v in result.values() if isinstance(v, dict) and FEEDBACK in v] for result in results)
+        words = ["\n".join(text for text in texts if isinstance(text, str) and text) or None for texts in said]
+        values = [self._flat(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
+        return list(zip(values, words, strict=True))
 
     def judge_values(self, rollout: Rollout, judged: Future[Values | str]) -> dict[str, float | None]:
         """`judge` -> score of one response, None where there is none. Waits for it."""
@@ -60,7 +64,8 @@ class RewardTerms:
             if isinstance(values, str):
                 self._report(name, values, rollout)
                 values = {"score": None}
-            flat |= {name if key == "score" else f"{name}.{key}": value for key, value in values.items()}
+            numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+            flat |= {name if key == "score" else f"{name}.{key}": value for key, value in numbers.items()}
         return flat
 
     def _report(self, name: str, reason: str, rollout: Rollout) -> None:
@@ -126,7 +131,7 @@ class ProblemOptions(TypedDict):
 def problem_options(config: RlConfig, objective: Objective) -> ProblemOptions:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
-    by_answer = config.reward.accuracy or objective.routed_by == "accuracy" or objective.uses_self_teacher
+    by_answer = config.reward.accuracy or objective.routed_by == "accuracy"
     return {"keep_metadata": config.reward.has_own_terms, "needs_gold": bool(objective.needs_reward and by_answer)}
 
 
@@ -149,6 +154,8 @@ def check_reward_terms(config: RlConfig, objective: Objective) -> dict[str, str]
     """Import the functions in a worker, as training does, and look for the judge's key. Returns {path: SHA-256} of the
     functions' files. Raises ValueError with one line for each mistake that can be seen without a response."""
     routed_by, names = objective.routed_by, list(config.reward.weights)
+    if objective.uses_self_teacher:  # the grader's verdict says which sibling is right, whatever the reward is
+        names = list(dict.fromkeys(["accuracy", *names]))
     if routed_by is not None and routed_by.partition(".")[0] not in names:
         raise ValueError(
             f"objective.routing_term = {routed_by!r} is no term of the reward; choose one of {', '.join(names)}, or "

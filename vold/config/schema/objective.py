@@ -24,7 +24,7 @@ class ObjectiveConfig(Strict):
     """Responses with a KL term: nowhere, every, failed or failed-groups."""
     routing_term: str = "accuracy"
     """Term of the reward that routing reads as success, in [0, 1]: accuracy, format, judge, the NAME of a function, or
-    NAME.KEY of what it returns."""
+    NAME.KEY of what it returns. With sdpo and srpo it also says which sibling is right: one of value 1."""
     normaliser: str | None = None
     """Weight of a token: tokens, sequences or constant."""
     divergence: Literal["k1", "k2", "k3", "reverse_kl", "forward_kl", "jsd"] | None = None
@@ -51,7 +51,8 @@ class ObjectiveConfig(Strict):
     average_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """sdpo, srpo: rate per step of the moving average that teaches."""
     feedback: bool | None = None
-    """sdpo, srpo: the self-teacher of a failed response without a correct sibling reads what the grader found wrong."""
+    """sdpo, srpo: the self-teacher of a failed response without a correct sibling reads what was wrong with it: the
+    `feedback` that a reward function returns, else, where routing_term is accuracy, what the grader found."""
     overlong_share: Share | None = None
     """Last part of rollout.max_new_tokens over which the penalty on the reward grows; 0: no penalty."""
     overlong_penalty: PositiveFloat = 0.5
@@ -76,7 +77,7 @@ class SelfTeacherConfig(Strict):
     demonstration: str = "\n\nA correct solution of this problem:\n\n{demonstration}"
     """Section with a correct sibling's answer."""
     feedback: str = "\n\nYour earlier attempt failed:\n\n{feedback}"
-    """Section with what the grader found wrong with the response, with objective.feedback."""
+    """Section with what was wrong with the response, with objective.feedback."""
 
     @model_validator(mode="after")
     def _template_has_all_sections(self):

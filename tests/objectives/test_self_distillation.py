@@ -64,7 +64,8 @@ def test_a_term_of_ones_own_says_which_sibling_is_right(preset):
     none = judged_by_a_function([0.0, 0.5, 0.0], ["too long", "no unit", None])
     keys = {"routing_term": "mine", "feedback": True}
     hints = [[s.hint for s in assign_token_weights(preset, [g], **keys)] for g in (some, none)]
-    assert hints == [[Hint("text", None), None, Hint("text", None)], [Hint(None, "too long"), Hint(None, "no unit"), None]]
+    shown = Hint("text", None)
+    assert hints == [[shown, None, shown], [Hint(None, "too long"), Hint(None, "no unit"), None]]
     assert [bool(s.kl_weight) for s in assign_token_weights(preset, [none], **keys)] == [True, True, False]
     silent = [s.hint for s in assign_token_weights(preset, [none], routing_term="mine")]
     assert silent == [None] * 3, "words are read with objective.feedback alone"

@@ -74,8 +74,8 @@ class Objective:
 
     @property
     def routed_by(self) -> str | None:
-        """The reward's term that decides where the KL term applies, and which sibling is right; None where all responses
-        are alike."""
+        """The reward's term that decides where the KL term applies, and which sibling is right; None where all
+        responses are alike."""
         by_success = self.routing in (failed, failed_groups) or self.self_distillation is not None
         return self.routing_term if self._has_kl_term and by_success else None
 
@@ -158,8 +158,8 @@ class Objective:
         return [min(max(of_response.get(self.routing_term) or 0.0, 0.0), 1.0) for of_response in values]
 
     def _feedback(self, group: Group) -> list[str | None]:
-        """What is wrong with each graded response: in the words of a reward function, else by the grader's verdict where
-        that is what counts."""
+        """What is wrong with each graded response: in the words of a reward function, else by the grader's verdict
+        where that is what counts."""
         said_G = group.feedback or (None,) * len(group.rollouts)
         graded = zip(said_G, group.verdicts, group.rewards, strict=True)
         by_verdict = self.routing_term == "accuracy"

@@ -27,6 +27,7 @@ from vold.io import configure_logging, one_line
 
 app = typer.Typer(
     add_completion=False,
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,6 +35,13 @@ app = typer.Typer(
 USAGE_ERROR = typer.BadParameter.__base__  # click's UsageError, or that of the click inside newer typers
 TRAINING_CONFIGS = {"sft": schema.SftConfig, "rl": schema.RlConfig}
 
+KEYS = "Keys of a config: [bold]vold keys[/bold] lists all, [bold]vold init[/bold] writes a commented one. The main ones: "
+MAIN_KEYS = {
+    "sft": "student, data.path, data.layout, steps, batch_size, microbatch_tokens, optimizer.lr, save_every, run_dir",
+    "rl": "student, teacher, data.path, data.layout, steps, prompts_per_step, rollout.engine, rollout.max_new_tokens, "
+    "rollout.responses_per_prompt, objective.preset, objective.beta, microbatch_tokens, optimizer.lr, save_every, "
+    "run_dir",
+}  # shown by --help
 TRAIN, MODELS, PREPARE, INSPECT = "Train", "Models", "Before a launch", "Runs and answers"  # groups in --help
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the stage; configs/ holds examples")]
@@ -73,13 +81,13 @@ def traces(config: Config, overrides: Overrides = None, resume: Resume = False) 
     _module("train.teacher_traces").generate_traces(traces_config, resume=resume)
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(rich_help_panel=TRAIN, epilog=KEYS + MAIN_KEYS["sft"])
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 1: fine-tune the student on the teacher's traces."""
     _module("train.sft").train_sft(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(rich_help_panel=TRAIN, epilog=KEYS + MAIN_KEYS["rl"])
 def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Stage 2: train the student on its own rollouts with GRPO and on-policy distillation."""
     _module("train.rl").train_rl(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
@@ -126,6 +134,27 @@ def profile_steps(
     """Measure time and memory by phase over a few steps of an rl or sft config. Writes to run_dir/profile."""
     training_config = load_training_config(config, overrides or ())
     _module("commands.profile").profile_steps(training_config, steps=steps, beside=beside or ())
+
+
+@app.command(rich_help_panel=PREPARE)
+def init(
+    stage: Annotated[Literal["traces", "sft", "rl", "eval"], typer.Argument(help="stage to write a config for")],
+    out: Annotated[Path, typer.Argument(help="YAML file to write")],
+    student: Annotated[Path | None, typer.Option(help="checkpoint directory of the student")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="checkpoint directory of the teacher")] = None,
+    data: Annotated[Path | None, typer.Option(help="file or folder of problems or traces; its layout is found")] = None,
+) -> None:
+    """Write a commented config for models and data of your own: the keys that matter first, with their meaning."""
+    paths = {"student": student, "teacher": teacher, "data": data}
+    _module("commands.init").write_config(stage, out, paths)
+
+
+@app.command(rich_help_panel=PREPARE)
+def keys(
+    word: Annotated[str, typer.Argument(help="a section or a part of a name: optimizer, lr, vllm")] = "",
+) -> None:
+    """List the keys of a config with type, default and meaning. The same table: docs/config.md."""
+    _module("commands.keys").print_keys(word)
 
 
 @app.command(rich_help_panel=PREPARE)

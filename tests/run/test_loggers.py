@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import struct
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +65,7 @@ def test_every_step_arrives_with_finite_numbers_only(tmp_path, monkeypatch, caps
     assert fake.seen[-1] == "finish" and all(
         not {"nll", "note", "step"} & metrics.keys() for _, metrics in fake.seen[:-1]
     )
-    assert fake.settings["config"]["verb"] == "eval" and fake.settings["name"] == "run"
+    assert fake.settings["config"]["verb"] == "eval" and fake.settings["name"].startswith("run")
     assert capsys.readouterr().err == ""
 
 
@@ -102,32 +107,101 @@ def test_wandb_is_offline_unless_told_otherwise(tmp_path, monkeypatch, environme
     assert fake.settings["mode"] == mode
 
 
+def test_the_run_is_called_what_the_config_says(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    names = {"project": "p", "name": "n", "group": "g", "entity": "e", "tags": "a,b"}
+    write(config(tmp_path, "wandb", tracking=names))
+    assert {key: fake.settings[key] for key in names} == names | {"tags": ("a", "b")}
+
+
 def test_a_resumed_run_goes_on_in_the_same_curve_and_a_new_one_does_not(tmp_path, monkeypatch):
-    def settings_of(name, run, **how):
-        fake = Fake()
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=fake.init, log=fake.log, finish=fake.finish))
-        write(config(tmp_path / f"{name}-{run}", name), **how)
+    def settings_of(run, **how):
+        monkeypatch.setitem(sys.modules, "wandb", fake := Fake())
+        write(config(tmp_path / run, "wandb"), **how)
         return fake.settings
 
-    runs = (("a", {}), ("a", {"first": 4, "resume": True}), ("b", {}))
-    first, resumed, other = (settings_of("wandb", run, **how) for run, how in runs)
+    first, resumed, other = settings_of("a"), settings_of("a", first=4, resume=True), settings_of("b")
     assert first["id"] == resumed["id"] != other["id"] and resumed["resume"] == "allow"
-    assert [settings_of("trackio", run, **how)["resume"] for run, how in runs] == ["never", "allow", "never"]
+
+
+def lose_last_step_and_resume(config):
+    """Three steps, of which the last is lost with its checkpoint and made again, otherwise."""
+    rows = write(config)
+    (config.run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:2]))
+    write(config, [{"reward": 7.0}], first=3, resume=True)
+
+
+def wandb_records(content):
+    """Of a .wandb file (LevelDB's log format: blocks of 32 KiB; a record's fragments have type 1, or 2, 3 ..., 4)."""
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _checksum, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+REWARDS = [(1, 0.25), (2, 0.5), (3, 7.0)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_the_real_wandb_writes_an_offline_run(tmp_path, capsys):
-    write(config(tmp_path, "wandb"))
-    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+def test_the_real_wandb_has_each_step_of_a_resumed_run_once(tmp_path, capsys):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    lose_last_step_and_resume(config(tmp_path, "wandb"))
     assert "left out" not in capsys.readouterr().err
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    seen = []
+    for data in wandb_records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        if items:
+            seen.append((int(items["_step"]), float(items["reward"])))
+    assert seen == REWARDS
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_a_wandb_run_that_is_on_a_server_is_not_removed(tmp_path):
+    where = config(tmp_path, "wandb")
+    write(where)
+    (path,) = where.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    Path(f"{path}.synced").touch()
+    write(where, [{"reward": 7.0}], first=3, resume=True)
+    assert path.exists() and len(list(where.run_dir.glob("wandb/offline-run-*/run-*.wandb"))) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
-def test_the_real_trackio_writes_a_database(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    write(config(tmp_path, "trackio"))
-    assert (tmp_path / "trackio" / "vold.db").exists()
-    assert "left out" not in capsys.readouterr().err
+def test_the_real_trackio_has_each_step_once_and_keeps_runs_of_one_name_apart(tmp_path, capsys):
+    script = tmp_path / "read.py"
+    script.write_text(TRACKIO)
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    curves = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(curves) == sorted([[[1, 0.25], [2, 0.5], [3, 0.75]], [list(point) for point in REWARDS]])
+
+
+TRACKIO = """
+import json, sys
+from pathlib import Path
+import trackio
+from run.test_loggers import config, lose_last_step_and_resume, write
+
+write(config(Path(sys.argv[1]) / "a", "trackio"))
+lose_last_step_and_resume(config(Path(sys.argv[1]) / "b", "trackio"))
+from trackio.sqlite_storage import SQLiteStorage
+runs = [(run.name, run.id) for run in trackio.Api().runs("vold")]
+logs = [SQLiteStorage.get_logs("vold", name, run_id=run_id) for name, run_id in runs]
+print(json.dumps([[[row["step"], row["reward"]] for row in log] for log in logs]))
+"""
+"""In a process of its own: trackio reads its directory when it is imported."""
 
 
 def test_other_ranks_and_runs_without_loggers_open_none(tmp_path, monkeypatch):

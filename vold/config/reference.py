@@ -58,7 +58,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 def _table(schema: type[BaseModel]) -> str:
     rows = [f"## {schema.__name__}\n\n{_text(schema.__doc__)}\n\n| key | type | default | meaning |\n|:--|:--|:--|:--|"]
     rows += [
-        f"| `{name}` | {_cell(_field_type(info))} | {_default(info)} | {_cell(_text(info.description))} |"
+        f"| `{name}` | {_cell(type_text(info))} | {default_text(info)} | {_cell(description(info))} |"
         for name, info in schema.model_fields.items()
     ]
     return "\n".join(rows) + "\n"
@@ -72,7 +72,19 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "\\<")
 
 
-def _field_type(info: FieldInfo) -> str:
+def description(info: FieldInfo) -> str:
+    """What a key means, on one line."""
+    return _text(info.description)
+
+
+def section_of(info: FieldInfo) -> type[BaseModel] | None:
+    """The schema of a key that holds one section, optional or not."""
+    models = list(_models(info.annotation))
+    return models[0] if models and get_origin(info.annotation) not in (dict, tuple) else None
+
+
+def type_text(info: FieldInfo) -> str:
+    """A key's type in words, e.g. `integer > 0 or null`."""
     return _type(Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
 
 
@@ -103,7 +115,8 @@ def _constraints(metadata: tuple[Any, ...]) -> Iterator[str]:
                 yield f"{sign} {bound:g}"
 
 
-def _default(info: FieldInfo) -> str:
+def default_text(info: FieldInfo) -> str:
+    """A key's default as code; "" for a key that is required."""
     if info.is_required():
         return ""
     value = info.default

@@ -57,6 +57,7 @@ FREE_KEYS = (
     "vllm",
     "teacher_vllm",
     "loggers",
+    "tracking",
     "reward.memory_gib",
     "reward.judge.url",
     "reward.judge.concurrency",
@@ -81,7 +82,8 @@ class RunLog:
     def __init__(self, config: RunConfig, verb: str, *, writer: bool, total: int, peak_flops: float | None = None):
         self.path, self._writer = config.run_dir, writer
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
-        self._loggers = Loggers(config.loggers, config.run_dir, yaml.safe_load(dump_config(config, verb)))
+        settings = yaml.safe_load(dump_config(config, verb))
+        self._loggers = Loggers(config.loggers, config.tracking, config.run_dir, settings)
         self._progress = _progress(writer)
         self._task = self._progress.add_task(verb, total=total, note="", status="")
         self.phase = PhaseTimers()

@@ -17,7 +17,7 @@ from vold.config.schema.rollout import (
     SamplingConfig,
     VllmConfig,
 )
-from vold.config.schema.run import ParallelConfig, RunConfig
+from vold.config.schema.run import ParallelConfig, RunConfig, TrackingConfig
 from vold.config.schema.selfplay import (
     AnswersConfig,
     CoderConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "SftConfig",
     "Strict",
     "TracesConfig",
+    "TrackingConfig",
     "TrainConfig",
     "VisionConfig",
     "VllmConfig",

@@ -42,6 +42,21 @@ class ParallelConfig(Strict):
     """Activations that the backward pass recomputes: none, those of the MLPs, or those of whole layers."""
 
 
+class TrackingConfig(Strict):
+    """What a run is called in wandb and trackio."""
+
+    project: str = "vold"
+    """Project that the run belongs to."""
+    name: str | None = None
+    """Name of the run; null: the name of run_dir. trackio's ends in some digits of the run's id."""
+    group: str | None = None
+    """Group of runs within the project."""
+    entity: str | None = None
+    """wandb: user or team that owns the project; null: wandb's own default."""
+    tags: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """wandb: labels of the run."""
+
+
 class RunConfig(Strict):
     """Common to all commands that write a run directory."""
 
@@ -59,6 +74,8 @@ class RunConfig(Strict):
     """Rendering of problems."""
     loggers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
     """Experiment trackers that get the metrics, besides metrics.jsonl."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Names of the run in the trackers."""
 
     @model_validator(mode="after")
     def _engines_ask_for_this_runs_secret(self):

@@ -35,7 +35,9 @@ app = typer.Typer(
 USAGE_ERROR = typer.BadParameter.__base__  # click's UsageError, or that of the click inside newer typers
 TRAINING_CONFIGS = {"sft": schema.SftConfig, "rl": schema.RlConfig}
 
-KEYS = "Keys of a config: [bold]vold keys[/bold] lists all, [bold]vold init[/bold] writes a commented one. The main ones: "
+KEYS = (
+    "Keys of a config: [bold]vold keys[/bold] lists all, [bold]vold init[/bold] writes a commented one. The main ones: "
+)
 MAIN_KEYS = {
     "sft": "student, data.path, data.layout, steps, batch_size, microbatch_tokens, optimizer.lr, save_every, run_dir",
     "rl": "student, teacher, data.path, data.layout, steps, prompts_per_step, rollout.engine, rollout.max_new_tokens, "

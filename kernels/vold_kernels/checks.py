@@ -6,7 +6,7 @@ from torch import Tensor
 from .chunks import ChunkBudget
 from .divergence import KINDS, Divergence
 from .matmuls import accumulator_dtype
-from .token_loss import LossNumbers
+from .token_loss import SURROGATES, LossNumbers
 from .types import PolicyTerms
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -85,6 +85,13 @@ def check_policy_terms(terms: PolicyTerms, numbers: LossNumbers, tokens: int) ->
         raise ValueError(f"importance_cap is {numbers.importance_cap}; it must be positive")
     if not numbers.kl_clamp > 0:
         raise ValueError(f"kl_clamp is {numbers.kl_clamp}; it must be positive, and inf clamps nothing")
+    if numbers.surrogate not in SURROGATES:
+        raise ValueError(f"surrogate is {numbers.surrogate!r}; it must be one of {', '.join(SURROGATES)}")
+    temperatures = (numbers.gate_temperature_low, numbers.gate_temperature_high)
+    if not min(temperatures) > 0:
+        raise ValueError(f"gate_temperatures is {temperatures}; both must be positive")
+    if numbers.surrogate == "constant-ratio" and terms.sequence_N is not None:
+        raise ValueError("surrogate='constant-ratio' weighs tokens one by one; leave out terms.sequence_N")
     if (terms.ratio_low_N is None) != (terms.ratio_high_N is None):
         raise ValueError("terms has one of ratio_low_N and ratio_high_N; give both or neither")
     if terms.sequence_N is not None and terms.sequence_N.dtype.is_floating_point:

@@ -12,13 +12,15 @@ rows; the head is a small share of a training step.
     constants to the gradient; 1 without logp_rollout
 
 VOLD, GRPO, DAPO, Dr.GRPO, KDRL, OPD and SRPO's sampled part are choices of the two weights (Eqs. 5 and 6 of VOLD).
-Deviation from the paper: the ratio is per token, as in GRPO. Three options go beyond that:
+Deviation from the paper: the ratio is per token, as in GRPO. Four options go beyond that:
 
     terms.sequence_N      ρ = exp(mean of logp − logp_old over the sequence), the same for all its tokens (GSPO). Tokens
                           then depend on each other: where one chunk holds all kept tokens the cost is the same,
                           otherwise the logits are computed twice (8NDV). The budget holds either way.
     terms.ratio_low_N, terms.ratio_high_N   bounds of each token's ratio (DCPO)
     entropy_bonus         L −= entropy_bonus · Σ pg_weight · entropy
+    surrogate             L_pg = −clip(ρ) A logp with clip(ρ) a constant to the gradient ("constant-ratio": CISPO), or
+                          −4/τ σ(τ (ρ − 1)) A ("gate": SAPO), instead of PPO's "clip"
 
 Shape letters: N tokens, n tokens with weight, C tokens of a chunk, D hidden, V vocabulary, U = this rank's
 rows. The formulas are in `token_loss.py`, the kernels in `rows_triton.py`, the specification in `reference.py`.
@@ -148,6 +150,7 @@ def _policy_loss_op(
     vocab_size: int | None,
     group: str | None,
     budget: list[int],
+    surrogate: str,
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyLoss`, then `gradient_outputs`."""
@@ -163,7 +166,7 @@ def _policy_loss_op(
         ratio_high_N=ratio_high_N,
     )
     temperature, filter_eps, *loss_numbers = numbers
-    loss = LossNumbers(*loss_numbers)
+    loss = LossNumbers(*loss_numbers, surrogate=surrogate)
     shard = vocab_shard(weight_UD, vocab_size, group_from_name(group))
     request = GradientRequest(needs_grad[0], needs_grad[1], filter_eps=filter_eps, entropy=loss.entropy_bonus != 0)
     options = _Options(shard, temperature, budget_from_numbers(budget), loss, request)
@@ -199,6 +202,8 @@ def linear_policy_loss(
     importance_cap: float = 2.0,
     entropy_bonus: float = 0.0,
     kl_clamp: float = float("inf"),
+    surrogate: str = "clip",
+    gate_temperatures: tuple[float, float] = (1.05, 1.0),
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -218,6 +223,9 @@ def linear_policy_loss(
     entropy_bonus: reward per nat of entropy, times pg_weight. On a CPU its gradient prevents reuse of tiles in cache.
     kl_clamp > 0, nats: beyond it ½ (logp − logp_teacher)² continues linearly (Huber), so that the gradient of a token
         is at most kl_weight · kl_clamp.
+    surrogate: "clip" (PPO), "constant-ratio" (CISPO, arXiv 2506.13585) or "gate" (SAPO, arXiv 2511.20347). Counts of
+        clipped tokens are then those of ratios outside the bounds (constant-ratio), or 0 (gate).
+    gate_temperatures > 0: τ of the gate for A ≤ 0 and for A > 0.
     weight_main_grad [V, D], fp32 (fp64 for fp64): dW is added to it in place, straight from the matmul, and autograd
         gets no gradient for the weight: see "Into Megatron's main_grad" in README.md. The forward pass writes it, so
         the loss must be backpropagated with factor 1 (asserted in backward, without waiting for the host): scale
@@ -236,7 +244,8 @@ def linear_policy_loss(
     check_head(hidden_ND, weight_VD, temperature=temperature)
     check_target(target_N, hidden_ND)
     check_vocab_size(weight_VD, vocab_size, sharded=tp_group is not None)
-    loss = LossNumbers(clip_eps_low, clip_eps_high, importance_cap, entropy_bonus, kl_clamp)
+    numbers = (clip_eps_low, clip_eps_high, importance_cap, entropy_bonus, kl_clamp, *gate_temperatures)
+    loss = LossNumbers(*numbers, surrogate)
     check_policy_terms(terms, loss, len(hidden_ND))
     check_main_grad(weight_main_grad, weight_VD)
     check_filter(filter_eps)
@@ -244,8 +253,8 @@ def linear_policy_loss(
     check_budget(budget, hidden_ND)
     needs_grad = [needs_gradient(hidden_ND), needs_gradient(weight_VD)]
     if torch.compiler.is_compiling():
-        numbers = [float(x) for x in (temperature, filter_eps, *vars(loss).values())]
-        constants = (needs_grad, vocab_size, group_name(tp_group), budget_numbers(budget), numbers)
+        numbers = [float(x) for x in (temperature, filter_eps, *numbers)]
+        constants = (needs_grad, vocab_size, group_name(tp_group), budget_numbers(budget), surrogate, numbers)
         return PolicyLoss(*_policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2])
     shard = vocab_shard(weight_VD, vocab_size, tp_group)
     request = GradientRequest(

@@ -41,6 +41,8 @@ def linear_policy_loss(
     importance_cap: float = 2.0,
     entropy_bonus: float = 0.0,
     kl_clamp: float = math.inf,
+    surrogate: str = "clip",
+    gate_temperatures: tuple[float, float] = (1.05, 1.0),
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> PolicyLoss:
@@ -74,8 +76,18 @@ def linear_policy_loss(
     low, high = torch.full_like(ratio, 1 - clip_eps_low), torch.full_like(ratio, 1 + clip_eps_high)
     if terms.ratio_low_N is not None and terms.ratio_high_N is not None:
         low, high = terms.ratio_low_N[has_pg_N].to(dtype), terms.ratio_high_N[has_pg_N].to(dtype)
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    pg_loss = -(importance(logp_old, has_pg_N) * pg_weight * surrogate).sum()
+    is_low, is_high = ratio < low, ratio > high
+    if surrogate == "clip":
+        gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        is_low, is_high = is_low & (advantage < 0), is_high & (advantage > 0)
+    elif surrogate == "constant-ratio":
+        gain = ratio.clamp(low, high).detach() * advantage * logp_pg
+    else:
+        low_temperature, high_temperature = (torch.full_like(advantage, value) for value in gate_temperatures)
+        temperatures = torch.where(advantage > 0, high_temperature, low_temperature)
+        gain = 4 / temperatures * torch.sigmoid(temperatures * (ratio - 1)) * advantage
+        is_low = is_high = torch.zeros_like(is_low)
+    pg_loss = -(importance(logp_old, has_pg_N) * pg_weight * gain).sum()
     bonus = entropy_bonus * (pg_weight * entropy_N[has_pg_N]).sum()
 
     kl_loss = torch.zeros_like(pg_loss)
@@ -90,8 +102,8 @@ def linear_policy_loss(
         entropy_N=entropy_N.detach(),
         pg_loss=pg_loss.detach(),
         kl_loss=kl_loss.detach(),
-        clip_count_low=((ratio < low) & (advantage < 0)).sum(),
-        clip_count_high=((ratio > high) & (advantage > 0)).sum(),
+        clip_count_low=is_low.sum(),
+        clip_count_high=is_high.sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
         dropped_mass=torch.zeros_like(pg_loss),
     )

@@ -3,6 +3,7 @@
 Shape letters: N tokens, n tokens that carry weight, C tokens of a chunk of them, S sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -21,6 +22,9 @@ class LossNumbers:
     importance_cap: float
     entropy_bonus: float
     kl_clamp: float
+    gate_temperature_low: float
+    gate_temperature_high: float
+    surrogate: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class TokenLosses:
 def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossNumbers) -> TokenLosses:
     """Loss of each token and its derivative by its log-prob. `terms` with sequence_C must hold all kept tokens."""
     logp_C = statistics.logp_C
-    pg_weight_C, kl_weight_C, advantage_C = terms.pg_weight_C, terms.kl_weight_C, terms.advantage_C
+    pg_weight_C, kl_weight_C = terms.pg_weight_C, terms.kl_weight_C
     has_pg_C = pg_weight_C != 0
     if terms.logp_rollout_C is not None:
         logp_old_C = logp_C if terms.logp_old_C is None else terms.logp_old_C
@@ -76,11 +80,8 @@ def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossN
     sequences = None if terms.sequence_C is None else _Sequences.of(terms.sequence_C, has_pg_C.to(logp_C))
     if sequences is not None:
         log_ratio_C = sequences.mean(log_ratio_C)
-    ratio_C = log_ratio_C.exp()
-    unclipped_C = ratio_C * advantage_C
-    clipped_C = _clipped_ratio(ratio_C, terms, numbers) * advantage_C
-    is_clipped_C = clipped_C < unclipped_C
-    d_pg_C = torch.where(is_clipped_C, 0.0, -pg_weight_C * unclipped_C)
+    surrogate = SURROGATES[numbers.surrogate](log_ratio_C.exp(), logp_C, terms, numbers)
+    d_pg_C = -pg_weight_C * surrogate.d_log_ratio
     if sequences is not None:  # every token's log-prob is in the ratio of all tokens of its sequence
         d_pg_C = torch.where(has_pg_C, sequences.mean(d_pg_C), 0.0)
     gap_C = torch.where(terms.kl_weight_C != 0, logp_C - terms.logp_teacher_C, 0.0)
@@ -88,12 +89,12 @@ def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossN
     return TokenLosses(
         logp=logp_C,
         entropy=statistics.entropy_C,
-        pg_loss=-pg_weight_C * torch.minimum(unclipped_C, clipped_C),
+        pg_loss=-pg_weight_C * surrogate.value,
         kl_loss=kl_weight_C * clamped_gap_C * (gap_C - clamped_gap_C / 2),
         bonus=numbers.entropy_bonus * terms.pg_weight_C * statistics.entropy_C,
         d_logp=kl_weight_C * clamped_gap_C + d_pg_C,
-        clipped_low=is_clipped_C & has_pg_C & (advantage_C < 0),
-        clipped_high=is_clipped_C & has_pg_C & (advantage_C > 0),
+        clipped_low=surrogate.clipped_low & has_pg_C,
+        clipped_high=surrogate.clipped_high & has_pg_C,
         kl_old=torch.where(has_pg_C, -log_ratio_C, 0.0),
     )
 
@@ -101,6 +102,58 @@ def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossN
 def _importance_weight(logp_C: Tensor, logp_rollout_C: Tensor, numbers: LossNumbers) -> Tensor:
     """Truncated importance sampling: min(exp(logp − logp_rollout), importance_cap)."""
     return (logp_C - logp_rollout_C).exp().clamp(max=numbers.importance_cap)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What the policy gradient maximises, [C] each."""
+
+    value: Tensor
+    d_log_ratio: Tensor
+    """Derivative of `value` with respect to log ρ (with respect to logp where ρ is a constant to the gradient)."""
+    clipped_low: Tensor
+    """bool"""
+    clipped_high: Tensor
+    """bool"""
+
+
+def _clip(ratio_C: Tensor, logp_C: Tensor, terms: KeptTerms, numbers: LossNumbers) -> Surrogate:
+    """min(ρ A, clip(ρ) A) (PPO)."""
+    advantage_C = terms.advantage_C
+    unclipped_C = ratio_C * advantage_C
+    clipped_C = _clipped_ratio(ratio_C, terms, numbers) * advantage_C
+    is_clipped_C = clipped_C < unclipped_C
+    return Surrogate(
+        value=torch.minimum(unclipped_C, clipped_C),
+        d_log_ratio=torch.where(is_clipped_C, 0.0, unclipped_C),
+        clipped_low=is_clipped_C & (advantage_C < 0),
+        clipped_high=is_clipped_C & (advantage_C > 0),
+    )
+
+
+def _constant_ratio(ratio_C: Tensor, logp_C: Tensor, terms: KeptTerms, numbers: LossNumbers) -> Surrogate:
+    """clip(ρ) A logp with clip(ρ) a constant: no token loses its gradient (CISPO)."""
+    clipped_ratio_C = _clipped_ratio(ratio_C, terms, numbers)
+    d_logp_C = clipped_ratio_C * terms.advantage_C
+    return Surrogate(d_logp_C * logp_C, d_logp_C, ratio_C < clipped_ratio_C, ratio_C > clipped_ratio_C)
+
+
+def _gate(ratio_C: Tensor, logp_C: Tensor, terms: KeptTerms, numbers: LossNumbers) -> Surrogate:
+    """4/τ σ(τ (ρ − 1)) A, τ by the sign of A (SAPO): the gradient fades as ρ leaves 1, and has no edge."""
+    advantage_C = terms.advantage_C
+    low, high = numbers.gate_temperature_low, numbers.gate_temperature_high
+    temperature_C = torch.where(advantage_C > 0, torch.full_like(ratio_C, high), low)
+    gate_C = (temperature_C * (ratio_C - 1)).sigmoid()
+    never_C = torch.zeros_like(ratio_C, dtype=torch.bool)
+    value_C = gate_C * 4 / temperature_C * advantage_C
+    return Surrogate(value_C, 4 * gate_C * (1 - gate_C) * ratio_C * advantage_C, never_C, never_C)
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, KeptTerms, LossNumbers], Surrogate]] = {
+    "clip": _clip,
+    "constant-ratio": _constant_ratio,
+    "gate": _gate,
+}
 
 
 def _clipped_ratio(ratio_C: Tensor, terms: KeptTerms, numbers: LossNumbers) -> Tensor:

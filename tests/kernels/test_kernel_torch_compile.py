@@ -62,7 +62,8 @@ def test_linear_policy_loss(dtype, backend):
 
     def loss(hidden_ND, weight_VD, target_N):
         keywords = {"temperature": 0.7, "vocab_size": 70, "budget": budget, **CLIP}
-        keywords |= {"entropy_bonus": 0.3, "kl_clamp": 0.5} if dtype == torch.float64 else {}
+        if dtype == torch.float64:
+            keywords |= {"entropy_bonus": 0.3, "kl_clamp": 0.5, "surrogate": "gate", "gate_temperatures": (2.0, 0.5)}
         record = linear_policy_loss(2 * hidden_ND, weight_VD, target_N % 70, terms, **keywords)
         return -1.7 * record.loss, record
 
@@ -115,7 +116,7 @@ def test_the_operators_keep_the_rules_of_torch_library():
         terms = vars(policy_terms(case)).values()
         torch.library.opcheck(
             _policy_loss_op,
-            (*case, *terms, needs_grad, 70, None, sizes, [0.7, 0.0, 0.2, 0.3, 2.0, 0.1, 0.5]),
+            (*case, *terms, needs_grad, 70, None, sizes, "gate", [0.7, 0.0, 0.2, 0.3, 2.0, 0.1, 0.5, 1.05, 1.0]),
             test_utils=tests,
         )
         constants = (needs_grad, 70, None, sizes, "forward_kl", None, [0.5, 0.7, 0.0])

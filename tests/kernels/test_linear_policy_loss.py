@@ -86,6 +86,9 @@ OPTIONS = {
     "bounds": (bounded, {}),
     "entropy": (lambda terms: terms, {"entropy_bonus": 0.3}),
     "clamp": (lambda terms: terms, {"kl_clamp": 0.5}),
+    "constant ratio": (bounded, {"surrogate": "constant-ratio"}),
+    "gate": (lambda terms: terms, {"surrogate": "gate", "gate_temperatures": (2.5, 1.5)}),
+    "gate of sequences": (coupled, {"surrogate": "gate"}),
     "all": (lambda terms: bounded(coupled(terms)), {"entropy_bonus": -0.2, "kl_clamp": 0.5}),
 }
 
@@ -105,6 +108,34 @@ def test_options_beyond_the_clipped_token_ratio_equal_the_specification(name, re
     actual, expected = (gradients(FACTOR * record.loss, case) for record in (actual, expected))
     for a, b in zip(actual, expected, strict=True):
         assert relative(a, b) < 1e-12
+
+
+def test_ratios_beyond_the_bounds_by_hand():
+    """Four tokens with log-ratios .5, .5, −.5, −.5 and A 2, −1, 2, −1."""
+    case = problem(4, 77)
+    logp_N = reference.linear_logprob(*case).detach()
+    like = {"dtype": torch.float64, "device": DEVICE}
+    gap_N, advantage_N = torch.tensor([0.5, 0.5, -0.5, -0.5], **like), torch.tensor([2.0, -1.0, 2.0, -1.0], **like)
+    ones_N = torch.ones(4, **like)
+    terms = PolicyTerms(logp_N - gap_N, None, advantage_N, ones_N, 0 * ones_N)
+    high, low = math.exp(0.5), math.exp(-0.5)
+
+    def slope(temperature, ratio):
+        gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
+        return 4 * gate * (1 - gate) * ratio
+
+    expected = {
+        "clip": [0.0, high, -2 * low, 0.0],
+        "constant-ratio": [-2 * 1.3, 1.3, -2 * 0.8, 0.8],
+        "gate": [-2 * slope(1, high), slope(1.05, high), -2 * slope(1, low), slope(1.05, low)],
+    }
+    for surrogate, coefficients in expected.items():
+        record = linear_policy_loss(*case, terms, clip_eps_low=0.2, clip_eps_high=0.3, surrogate=surrogate)
+        by_hand = (torch.tensor(coefficients, **like) * reference.linear_logprob(*case)).sum()
+        for a, b in zip(gradients(record.loss, case), gradients(by_hand, case), strict=True):
+            assert relative(a, b) < 1e-12
+        counts = (record.clip_count_low.item(), record.clip_count_high.item())
+        assert counts == {"clip": (1, 1), "constant-ratio": (2, 2), "gate": (0, 0)}[surrogate]
 
 
 def test_a_sequence_ratio_by_hand():

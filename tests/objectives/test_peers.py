@@ -70,7 +70,8 @@ def ours(case: Problem, **keys) -> tuple[Tensor, Tensor]:
     for number, rewards in enumerate(REWARDS):
         prompt = Prompt(f"p{number}", (1,), "")
         rollouts = tuple(Rollout(prompt, (0,) * next(lengths), (), "stop", "") for _ in rewards)
-        groups.append(Group(prompt, rollouts, (Verdict("correct", None, ""),) * len(rewards), tuple(rewards)))
+        verdicts = tuple(Verdict("correct" if reward else "wrong", None, "") for reward in rewards)
+        groups.append(Group(prompt, rollouts, verdicts, tuple(rewards)))
     samples = objective.assign_token_weights(groups)
     per_token = lambda name: torch.tensor(  # noqa: E731
         [getattr(s, name) for s in samples for _ in s.response_ids], dtype=torch.float64
@@ -140,7 +141,15 @@ def verl_loss(verl, case: Problem, name: str, mode: str, low: float, high: float
     advantage_BT, _ = algorithms.compute_grpo_outcome_advantage(
         scores_BT, mask_BT, index, norm_adv_by_std_in_grpo=by_std
     )
-    settings = config(clip_ratio=low, clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=1e9, global_batch_info={})
+    settings = config(
+        clip_ratio=low,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=1e9,
+        global_batch_info={},
+        tau_pos=1.0,
+        tau_neg=1.05,
+    )
     loss = algorithms.get_policy_loss_fn(name)
     return loss(case.old_BT, case.logp_BT(), advantage_BT, mask_BT, loss_agg_mode=mode, config=settings)[0]
 
@@ -149,6 +158,8 @@ VERL = {
     "grpo": ("vanilla", "token-mean", 0.2, 0.3),
     "dapo": ("vanilla", "token-mean", 0.2, 0.28),
     "gspo": ("gspo", "seq-mean-token-mean", 3e-4, 4e-4),
+    "cispo": ("cispo", "token-mean", 1.0, 4.0),
+    "sapo": ("sapo", "seq-mean-token-mean", 0.2, 0.3),
 }
 
 
@@ -221,7 +232,7 @@ def trl_loss(trl: ModuleType, case: Problem, advantage_B: Tensor, loss_type: str
         _metrics={"train": defaultdict(list)},
         _entropy_bonus_enabled=False,
         accelerator=accelerator,
-        args=SimpleNamespace(delta=None, steps_per_generation=1),
+        args=SimpleNamespace(sapo_temperature_neg=1.05, sapo_temperature_pos=1.0, delta=None, steps_per_generation=1),
         aux_loss_enabled=False,
         beta=0.0,
         current_gradient_accumulation_steps=1,
@@ -230,6 +241,8 @@ def trl_loss(trl: ModuleType, case: Problem, advantage_B: Tensor, loss_type: str
         importance_sampling_level=level,
         loss_type=loss_type,
         max_completion_length=LONGEST,
+        sapo_temperature_neg=1.05,
+        sapo_temperature_pos=1.0,
         model=SimpleNamespace(training=True),
         off_policy_mask_threshold=None,
         top_entropy_quantile=1.0,
@@ -267,6 +280,9 @@ PEERS: dict[str, tuple[str, str, float, float, dict]] = {
         0.05,
         {"preset": "gspo", "clip_eps_low": 0.05, "clip_eps_high": 0.05},
     ),
+    "sapo": ("sapo", "token", 0.2, 0.3, {}),
+    "cispo": ("cispo", "token", 0.2, 5.0, {}),  # theirs: the bound itself
+    "cispo with weights at the bound": ("cispo", "token", 0.2, 1.1, {"preset": "cispo", "clip_eps_high": 0.1}),
 }
 
 
@@ -274,7 +290,8 @@ PEERS: dict[str, tuple[str, str, float, float, dict]] = {
 def test_trl(trl, name):
     case, (*settings, keys) = problem(), PEERS[name]
     actual, advantage_B = ours(case, **(keys or {"preset": name}))
-    assert_same(case, actual, trl_loss(trl, case, advantage_B, *settings))
+    tolerance = 1e-6 if name == "sapo" else 1e-9  # its gate temperature of 1.05 is a float32
+    assert_same(case, actual, trl_loss(trl, case, advantage_B, *settings), tolerance)
 
 
 @pytest.mark.parametrize(("alpha", "kind"), [(0.5, "jsd"), (1.0, "reverse_kl"), (0.0, "forward_kl")])

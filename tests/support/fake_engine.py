@@ -15,6 +15,9 @@ from vold.rollout.vllm import weight_stream
 class _Server(ThreadingHTTPServer):
     request_queue_size = 64  # connections that wait to be accepted; with the default of 5 some wait for a second
 
+    def handle_error(self, request, client_address) -> None:
+        """Prints nothing: a client may hang up on a bad answer."""
+
 
 class FakeEngine:
     """Answers every request with the ids 1, 2, 3. `fault` changes how: see `_Handler.generate`; with a `victim`, only

@@ -56,9 +56,17 @@ def none(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
     return [0.0] * len(rewards_G)
 
 
+def fixed_negative(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:
+    """-1 for every token of every response, whatever the reward: the control of arXiv 2608.31046, which found that it
+    matches the advantages that a teacher gives (log p_teacher - log p)."""
+    return [-1.0] * len(rewards_G)
+
+
+WITHOUT_REWARD = (fixed_negative, none)
 ADVANTAGES: dict[str, Advantage] = {
     "group-normalised": group_normalised,
     "smoothed": smoothed,
     "mean-centred": mean_centred,
+    "fixed-negative": fixed_negative,
     "none": none,
 }

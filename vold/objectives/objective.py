@@ -83,7 +83,7 @@ class Objective:
     def needs_reward(self) -> bool:
         """The weights depend on rewards or right answers: not so where every response is distilled and no more."""
         routed_by_right = self._has_kl_term and self.routing is not every
-        return self.advantage is not advantages.none or routed_by_right or self.uses_self_teacher
+        return self.advantage not in advantages.WITHOUT_REWARD or routed_by_right or self.uses_self_teacher
 
     @property
     def _has_kl_term(self) -> bool:
@@ -197,9 +197,10 @@ class Objective:
             ratio_high_N=high_N,
         )
 
-    def loss_options(self) -> dict[str, float]:
+    def loss_options(self) -> dict:
         """The keywords of `linear_policy_loss`."""
         return {
+            "surrogate": self.ratio.surrogate,
             "clip_eps_low": self.clip_eps_low,
             "clip_eps_high": self.clip_eps_high,
             "entropy_bonus": self.entropy_bonus,

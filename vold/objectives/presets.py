@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vold.config.schema import ObjectiveConfig
-from vold.objectives.advantages import ADVANTAGES, group_normalised, mean_centred, smoothed
+from vold.objectives.advantages import ADVANTAGES, fixed_negative, group_normalised, mean_centred, smoothed
 from vold.objectives.divergences import VocabularyDivergence, build_divergence
 from vold.objectives.normalisers import NORMALISERS, constant, sequences
 from vold.objectives.objective import Objective
-from vold.objectives.ratios import ADAPTIVE, RATIOS, SEQUENCE
+from vold.objectives.ratios import ADAPTIVE, CONSTANT, GATED, RATIOS, SEQUENCE
 from vold.objectives.rewards import OverlongPenalty
 from vold.objectives.routing import ROUTINGS, every, failed, failed_groups
 from vold.objectives.schedules import Linear, Schedule, TargetKL
@@ -49,6 +49,9 @@ PRESETS: dict[str, Objective] = {
     "dcpo": replace(
         _GRPO, advantage=smoothed, ratio=ADAPTIVE, normaliser=sequences, clip_eps_low=0.16, clip_eps_high=0.2
     ),
+    "cispo": replace(_GRPO, ratio=CONSTANT, clip_eps_low=1.0, clip_eps_high=4.0),  # weights up to 5, as TRL's example
+    "sapo": replace(_GRPO, ratio=GATED, normaliser=sequences),
+    "fixed-negative": Objective(fixed_negative, beta=0.0),
     "kdrl": _KDRL,
     "kdrl-response": replace(_KDRL, routing=failed),
     "kdrl-group": replace(_KDRL, routing=failed_groups),

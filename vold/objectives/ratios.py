@@ -1,4 +1,5 @@
-"""Importance ratios of the policy gradient and their bounds. N: tokens of a micro-batch."""
+"""Importance ratios of the policy gradient, their bounds, and what becomes of a ratio far from 1. N: tokens of a
+micro-batch."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ class Ratio:
 
     couples_tokens   one ratio for all tokens of a sequence, exp of their mean log-ratio; else one for each token
     bounds           clip range of each token; None: [1 - clip_eps_low, 1 + clip_eps_high] for all
+    surrogate        "clip": a token whose ratio leaves the range loses its gradient (PPO);
+                     "constant-ratio": its weight is the bound (CISPO, arXiv 2506.13585); "gate": its gradient
+                     fades, without a range (SAPO, arXiv 2511.20347). Formulas: vold_kernels.linear_policy_loss
     """
 
     couples_tokens: bool = False
     bounds: Bounds | None = None
+    surrogate: str = "clip"
 
 
 def adaptive_bounds(logp_old_N: Tensor, clip_eps_low: float, clip_eps_high: float) -> tuple[Tensor, Tensor]:
@@ -38,4 +43,12 @@ def adaptive_bounds(logp_old_N: Tensor, clip_eps_low: float, clip_eps_high: floa
 TOKEN = Ratio()
 SEQUENCE = Ratio(couples_tokens=True)
 ADAPTIVE = Ratio(bounds=adaptive_bounds)
-RATIOS: dict[str, Ratio] = {"token": TOKEN, "sequence": SEQUENCE, "adaptive": ADAPTIVE}
+CONSTANT = Ratio(surrogate="constant-ratio")
+GATED = Ratio(surrogate="gate")
+RATIOS: dict[str, Ratio] = {
+    "token": TOKEN,
+    "sequence": SEQUENCE,
+    "adaptive": ADAPTIVE,
+    "constant": CONSTANT,
+    "gated": GATED,
+}

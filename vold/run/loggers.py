@@ -4,9 +4,9 @@ No tracker can end a run: one that cannot start or fails later is named once in 
 None needs a network: TensorBoard and trackio write files, wandb is offline (`wandb sync` uploads later) unless
 WANDB_API_KEY or WANDB_MODE says otherwise.
 
-A run is known by the id in its `wandb-run-id`, never by its name, which another may have. What a tracker on this machine
-holds of a resumed run is replaced by the rows of metrics.jsonl: steps that were lost are not shown twice. A wandb server
-keeps the first value that it got for a step.
+A run is known by the id in its `wandb-run-id`, never by its name, which another may have. What a tracker on this
+machine holds of a resumed run is replaced by the rows of metrics.jsonl: steps that were lost are not shown twice. A
+wandb server keeps the first value that it got for a step.
 """
 
 from __future__ import annotations

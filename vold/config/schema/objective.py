@@ -14,12 +14,12 @@ class ObjectiveConfig(Strict):
     (docs/methods.md)."""
 
     preset: str = "vold"
-    """Method: grpo, vold, vold-unmasked, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, kdrl, kdrl-response,
-    kdrl-group, sdpo or srpo."""
+    """Method: grpo, vold, vold-unmasked, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, cispo, sapo, kdrl,
+    kdrl-response, kdrl-group, sdpo, srpo or fixed-negative."""
     advantage: str | None = None
-    """group-normalised, smoothed, mean-centred or none."""
+    """group-normalised, smoothed, mean-centred, fixed-negative or none."""
     ratio: str | None = None
-    """Importance ratio: token, sequence or adaptive."""
+    """Importance ratio: token, sequence, adaptive, constant or gated."""
     routing: str | None = None
     """Responses with a KL term: nowhere, every, failed or failed-groups."""
     routing_term: str = "accuracy"

@@ -13,7 +13,7 @@ PYTHON    ?= $(shell for p in python3.11 python3.12 python3; do \
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers chaos check bench bench-rl clean
+.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers chaos check bench bench-rl gpu-day gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:                ## this list
@@ -73,6 +73,18 @@ bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its 
 
 bench-rl: $(BENCH)/.ready  ## the miniature RL step beside TRL's (ARGS="--student … --data …" after `make demo`)
 	$(BENCH)/bin/python -m benchmarks.end_to_end $(ARGS)
+
+# A Python that has torch already, as on a machine lent for minutes, is taken as it is; else the environment above.
+# GPU_PYTHON=... names one. Without a network the wheels are those that `make gpu-wheels` collected before.
+GPU_PYTHON ?= $(shell python3 -c 'import torch, triton, transformers' 2>/dev/null && echo python3)
+
+gpu-day:             ## all that a GPU must tell, in nine minutes: docs/gpu.md (ARGS=--dry-run on a CPU)
+	$(if $(GPU_PYTHON),,$(MAKE) env)
+	test -d .gpu-wheels || $(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu_day.wheels --all || echo "no wheels: what needs them will say so"
+	$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu_day $(ARGS)
+
+gpu-wheels:          ## the wheels that a bare GPU machine lacks, into .gpu-wheels/: at most 50 MiB, to be carried there
+	$(or $(PYTHON),python3) -m benchmarks.gpu_day.wheels
 
 $(BENCH)/.ready: constraints.txt constraints-bench.txt pyproject.toml setup.py
 	$(PYTHON) -m venv --clear $(BENCH)

@@ -1,0 +1,54 @@
+"""Bandwidth of the row kernels at the real vocabulary, beside a plain copy in the same run: the roofline's third axis.
+
+Bytes: fold reads a logit once; the gradient reads it and writes it in bf16 (or fp32) over it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vold_kernels.rows import row_functions
+from vold_kernels.softmax import SoftmaxStatistics, dlogits_storage, empty_statistics
+
+from .gemm import COLUMNS, FILE, VOCAB, rate, timed
+from .part import Context, Item
+
+TOKENS = 3456
+
+
+def items(context: Context) -> list[Item]:
+    tokens, vocab = (8, 4100) if context.dry_run else (TOKENS, VOCAB)
+    return [
+        Item(f"{name} logits", lambda c, d=dtype, n=name: _kernels(c, tokens, vocab, d, n))
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ]
+
+
+def _kernels(context: Context, tokens: int, vocab: int, dtype: torch.dtype, name: str) -> None:
+    device, functions = context.device, row_functions(context.device)
+    z_CU = torch.randn(tokens, vocab, device=device).to(dtype)
+    target_C = torch.randint(vocab, (tokens,), device=device)
+    real_columns = torch.tensor(vocab - 267, device=device)
+    d_logp_C = torch.randn(tokens, device=device)
+    folded_4C = empty_statistics(tokens, z_CU, torch.float32)
+    shape, logits = (tokens, "", vocab), tokens * vocab
+
+    fold = timed(lambda: functions.fold_(folded_4C, z_CU, target_C, real_columns, 0), device)
+    max_C, sum_C = folded_4C[0].contiguous(), folded_4C[1].contiguous()
+    statistics = SoftmaxStatistics(max_C, sum_C.log(), -torch.ones_like(max_C), torch.ones_like(max_C))
+    rows = [rate("fold", fold, shape, name, moved=logits * dtype.itemsize)]
+    stores = {torch.bfloat16} | ({torch.float32} if dtype == torch.float32 else set())
+    for stored in sorted(stores, key=str):
+        if device.type == "cpu" and stored != dtype:
+            continue  # a CPU writes no narrower dtype over its logits
+        dz_CU = dlogits_storage(z_CU, stored)
+
+        def gradient(dz_CU=dz_CU, entropy_C=None):
+            functions.dlogits_(dz_CU, z_CU, target_C, real_columns, statistics, d_logp_C, entropy_C)
+
+        moved = logits * (dtype.itemsize + stored.itemsize)
+        label = f"{name} to {'bf16' if stored == torch.bfloat16 else 'fp32'}"
+        rows.append(rate("dlogits", timed(gradient, device), shape, label, moved=moved))
+        with_entropy = timed(lambda g=gradient: g(entropy_C=d_logp_C), device)
+        rows.append(rate("dlogits with entropy", with_entropy, shape, label, moved=moved))
+    context.write(FILE, rows, COLUMNS)

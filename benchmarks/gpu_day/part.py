@@ -55,8 +55,9 @@ class Context:
         return environment(self.device, 1)
 
     def write(self, file: str, rows: Rows, columns: tuple[str, ...]) -> None:
-        """Rows on disk when this returns, with the facts."""
-        append_rows(self.out / file, [dict(row) | self.facts for row in rows], columns)
+        """Each row is on disk before the next one is asked for, with the facts."""
+        for row in rows:
+            append_rows(self.out / file, [dict(row) | self.facts], columns)
 
     def left(self) -> float:
         return self.ends - time.monotonic()

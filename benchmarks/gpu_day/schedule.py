@@ -107,12 +107,13 @@ def _has_progressed(before: dict[str, str], after: dict[str, str]) -> bool:
 
 def _process(part: Part, run: Run, limit: float) -> tuple[int | None, str]:
     """(exit code, or None where it was killed at its limit; the end of its output)."""
+    switches = {"--dry-run": run.dry_run, "--fresh": part.fresh, "--interpret": run.dry_run and part.interpret}
     arguments = [
         part.name,
         part.module,
         str(run.out.resolve()),
         f"{limit:.1f}",
-        *(["--dry-run"] if run.dry_run else []),
+        *(x for x, on in switches.items() if on),
     ]
     command = [sys.executable, "-u", "-m", "benchmarks.gpu_day.part", *arguments]
     code = None

@@ -83,8 +83,8 @@ def _beside_plan(context: Context, title: str, result: dict, planned: dict) -> I
 
 
 def _start_plan(options: argparse.Namespace) -> subprocess.Popen:
-    """What `vold plan` counts, in a process that sees no GPU, while this one measures: bytes resident between steps and,
-    beyond that, at the peak."""
+    """What `vold plan` counts, in a process that sees no GPU, while this one measures: bytes resident between steps
+    and, beyond that, at the peak."""
     arguments = [str(options.tokens), str(options.sequences), str(options.scale), options.dtype]
     command = [sys.executable, "-m", "benchmarks.gpu_day.train", *arguments]
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}

@@ -10,6 +10,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3; do \
                $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
+
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
@@ -42,11 +44,11 @@ reproduce: env       ## every table of docs/: runs/reproduce/report.html, runs/m
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay
 
-test: env            ## every test but those of the next three targets
-	$(PY) -m pytest
+test: env            ## every test but those of the next three targets, a file per process
+	$(PY) -m pytest $(SPREAD)
 
 test-fast: env       ## the tests that start no process and are not slow: under three minutes
-	$(PY) -m pytest --fast
+	$(PY) -m pytest --fast $(SPREAD)
 
 test-install: env    ## pins resolve on both Pythons as on any machine; the built wheel works outside the repository
 	$(PY) -m pytest -m install tests/install

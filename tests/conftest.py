@@ -12,11 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import hypothesis
 import pytest
 import torch
 
 TESTS = Path(__file__).parent
 pytest_plugins = ("support.stage_world",)
+hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts a wall-clock time
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What `--fast` leaves out besides: files that are slow, or whose tests start a process by way of what they call.
@@ -56,6 +59,17 @@ def pytest_collection_modifyitems(config, items):
         left_out = {item for item in items if item.path in slow or "torchrun" in getattr(item, "fixturenames", ())}
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes whole files, which share fixtures; of files that hold some long tests without any, single tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_kernel_interpreter.py" in nodeid else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def _is_slow(path: Path) -> bool:

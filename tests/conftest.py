@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A worker takes whole files, which share fixtures; of files that hold some long tests without any, single tests."""
+    """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):

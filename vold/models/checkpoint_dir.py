@@ -67,14 +67,14 @@ def _check_sizes(path: Path) -> None:
             value = read_json(config)
         except ValueError:  # the library says what is wrong with it
             return
-        _check_numbers(config, value)
+        check_numbers(config, value)
 
 
-def _check_numbers(file: Path, value: object, key: str = "") -> None:
+def check_numbers(file: Path, value: object, key: str = "") -> None:
     """Refuse a config.json that would make a list of its layers, or a table of its positions, of any length."""
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_numbers(file, item, str(name))
+            check_numbers(file, item, str(name))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         is_size = key.endswith(("_size", "_dim", "heads"))
         most = MOST_LAYERS if "layer" in key or key == "depth" else MOST_SIZE if is_size else MOST

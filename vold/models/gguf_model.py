@@ -7,7 +7,7 @@ refused by name: transformers' own reader leaves out what it does not know, a sc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from vold.io import visible
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import INDEX, new_checkpoint, reading
+from vold.models.checkpoint_dir import INDEX, check_numbers, new_checkpoint, reading
+from vold.models.gguf_header import check_gguf
 from vold.models.weights import text_tensors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -78,7 +80,9 @@ def open_gguf(path: Path) -> GgufFile:
     if not path.is_file():
         raise ValueError(f"{path} is no file: give a .gguf file")
     with reading(path):
+        check_gguf(path)
         reader = gguf.GGUFReader(path)
+        _check_tensors(reader.tensors, path)
         metadata = {key: field.contents() for key, field in reader.fields.items() if key not in UNREAD}
     file = GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
     architecture, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
@@ -90,6 +94,15 @@ def open_gguf(path: Path) -> GgufFile:
     return file
 
 
+def _check_tensors(tensors: Sequence[Any], path: Path) -> None:
+    """Raises ValueError where tensors share bytes: a small file could then stand for any number of large ones."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset < end:
+            raise ValueError(f"{path}: the data of tensor {visible(tensor.name)} overlap another's: download it again")
+        end = tensor.data_offset + tensor.n_bytes
+
+
 def convert_gguf(
     file: GgufFile, target: Path, dtype: torch.dtype, save_tokenizer: Callable[[Path], object]
 ) -> PretrainedConfig:
@@ -98,12 +111,13 @@ def convert_gguf(
     Raises ValueError naming a key or tensor of the file that such a checkpoint could not hold.
     """
     with reading(file.path):
-        config = read_config(file, dtype)
+        config, sampling = read_config(file, dtype), _generation_config(file)
     arch = Architecture.from_config(config, str(file.path))
-    names = _tensor_names(file, arch)
+    with reading(file.path):
+        names = _tensor_names(file, arch)
     with new_checkpoint(target) as partial:
         config.save_pretrained(partial)
-        _generation_config(file).save_pretrained(partial)
+        sampling.save_pretrained(partial)
         save_tokenizer(partial)
         _write_weights(file, names, arch, dtype, partial)
     return config
@@ -124,6 +138,7 @@ def read_config(file: GgufFile, dtype: torch.dtype) -> PretrainedConfig:
             raise ValueError(f"{file.path}: {prefix}{key} = {value} is not supported: take the original checkpoint")
     fields = {name: _exact(values[key]) for key, name in CONFIG_KEYS.items() if key in values}
     head_dim = _head_dim(file, values, fields)
+    check_numbers(file.path, fields | {"head_dim": head_dim})
     stops = file.ids("eos", "eot", "eom")
     config = AutoConfig.for_model(
         family,
@@ -198,6 +213,10 @@ def _tensor_names(file: GgufFile, arch: Architecture) -> dict[str, str]:
     """transformers' name -> the file's, of every tensor. Raises ValueError for one that is missing or left over."""
     import gguf
 
+    if arch.layers > len(file.tensors):
+        raise ValueError(
+            f"{file.path} has {len(file.tensors)} tensors for {arch.layers} layers: the file is incomplete"
+        )
     kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.model_type)
     name_map = gguf.get_tensor_name_map(kind, arch.layers)
     names = {}
@@ -208,10 +227,28 @@ def _tensor_names(file: GgufFile, arch: Architecture) -> dict[str, str]:
         stored = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored not in file.tensors:
             raise ValueError(f"{file.path} has no tensor {stored}: the file is incomplete")
+        if (shape := file.shape(stored)) != (expected := _shape_of(name, arch)):
+            raise ValueError(
+                f"{file.path}: tensor {stored} has shape {shape}, by its keys {expected}: download it again"
+            )
         names[name] = stored
     if extra := sorted(file.tensors.keys() - names.values() - {ROPE_DIVISORS}):
         raise ValueError(f"{file.path}: tensor {extra[0]} has no place in a {arch.model_type}: take the original")
     return names
+
+
+def _shape_of(name: str, arch: Architecture) -> tuple[int, ...]:
+    """Of a tensor by transformers' name, as the config says."""
+    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": arch.hidden, "down_proj": arch.hidden}
+    outputs |= {"gate_proj": arch.ffn, "up_proj": arch.ffn, "embed_tokens": arch.vocab, "lm_head": arch.vocab}
+    inputs = {"o_proj": queries, "down_proj": arch.ffn}
+    *_, module, kind = name.split(".")
+    if module in ("q_norm", "k_norm"):
+        return (arch.head_dim,)
+    if module not in outputs:  # a norm of the hidden states
+        return (arch.hidden,)
+    return (outputs[module],) if kind == "bias" else (outputs[module], inputs.get(module, arch.hidden))
 
 
 def _write_weights(file: GgufFile, names: dict[str, str], arch: Architecture, dtype: torch.dtype, target: Path) -> None:
@@ -219,7 +256,8 @@ def _write_weights(file: GgufFile, names: dict[str, str], arch: Architecture, dt
     shapes = {name: torch.empty(file.shape(stored), dtype=dtype, device="meta") for name, stored in names.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size="5GB")
     for shard, members in plan.filename_to_tensors.items():
-        tensors = {name: _as_transformers(name, file.tensor(names[name]), arch).to(dtype) for name in members}
+        with reading(file.path):
+            tensors = {name: _as_transformers(name, file.tensor(names[name]), arch).to(dtype) for name in members}
         save_file(tensors, target / shard, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

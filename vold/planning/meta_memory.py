@@ -29,33 +29,39 @@ from vold_kernels.rows_torch import BLOCK
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors created inside the block that are alive: `now`, and their maximum, `peak`.
 
-    On any device, meta included. What an operator allocates and frees within one call is not counted.
+    On any device, meta included, or on devices of type `device` alone. What an operator allocates and frees within one
+    call is not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._device = device
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
+        self.count(tree_leaves((args, kwargs)), tree_leaves(out))
+        return out
+
+    def count(self, inputs: Sequence, outputs: Sequence) -> None:
+        """Count the tensors among `outputs` that no `inputs` have the memory of."""
+        taken = {storage._cdata for storage in self._storages(inputs)}
+        for storage in self._storages(outputs):
             key, size = storage._cdata, storage.nbytes()
-            if key not in inputs and key not in self._counted:  # else a view, or written in place
+            if key not in taken and key not in self._counted:  # else a view, or written in place
                 self._counted.add(key)
                 self.now += size
                 weakref.finalize(storage, self._free, key, size)
         self.peak = max(self.peak, self.now)
-        return out
 
     def _free(self, key: int, size: int) -> None:
         self._counted.discard(key)
         self.now -= size
 
-
-def _storages(tree) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    def _storages(self, leaves: Sequence) -> list[torch.UntypedStorage]:
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return [x.untyped_storage() for x in tensors if self._device in (None, x.device.type)]
 
 
 @dataclass(frozen=True)

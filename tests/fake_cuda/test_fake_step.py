@@ -1,0 +1,103 @@
+"""The GPU path at published sizes, executed on fake CUDA tensors (benchmarks/fake_cuda): build, teacher, forward,
+backward, clip, AdamW, export. What it cannot see is in that package's docstring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fake_cuda.device import unsupported
+
+FACTS = Path(__file__).with_name("facts.py")
+pytestmark = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
+
+
+@pytest.fixture(scope="module")
+def facts_of(torchrun):
+    """Case of facts.py -> what a step of it did, in a process of its own."""
+    found: dict[str, dict] = {}
+
+    def facts_of(name: str) -> dict:
+        if name not in found:
+            done = torchrun(1, FACTS, name)
+            assert done.returncode == 0, done.stderr[-4000:]
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        return found[name]
+
+    return facts_of
+
+
+@pytest.fixture(scope="module")
+def text(facts_of) -> dict:
+    return facts_of("text")
+
+
+def test_the_models_are_those_that_were_published(text):
+    assert text["parameters"] == text["published_parameters"]
+    assert text["exported"] == 311  # 28 layers of 11 tensors, embedding, final norm; one more would be a copy of a tie
+
+
+def test_the_gpu_branches_are_taken(text):
+    assert text["branches"] == "rms_norm liger, swiglu liger, rope liger, attention flash"
+    assert text["attention"] == {
+        "teacher: flash_attn forward bfloat16 [32, 8, 128]": 36 * 2,
+        "student_forward: flash_attn forward bfloat16 [16, 8, 128]": 28 * 2,
+        "student_backward: flash_attn backward bfloat16 [16, 8, 128]": 28 * 2,
+    }
+
+
+def test_a_device_would_take_every_operation_as_it_is(text):
+    """No pointer to CPU memory, no NCCL call with a view, no matrix that cuBLAS would have copied."""
+    assert text["issues"] == {}
+
+
+def test_matmuls_multiply_bf16_and_the_head_keeps_fp32(text):
+    assert text["gemms"] == [
+        "student_backward: bfloat16 -> bfloat16",
+        "student_forward: bfloat16 -> bfloat16",
+        "student_forward: bfloat16 -> float32",
+        "teacher: bfloat16 -> bfloat16",
+        "teacher: bfloat16 -> float32",
+    ]
+
+
+def test_kernels_get_the_dtypes_they_were_compiled_for(text):
+    """Those of benchmarks/aot.py for our kernels; Liger's keep the layers' bf16 and statistics in fp32."""
+    acc, bf16, i64 = "float32", "bfloat16", "int64"
+    assert text["launches"]["fold_kernel"] == [" ".join((acc, acc, i64, i64))]
+    assert text["launches"]["dlogits_kernel"] == [" ".join((bf16, acc, i64, i64, acc, acc, acc, acc, acc))]
+    liger = {name: ways for name, ways in text["launches"].items() if name.startswith("_")}
+    assert sorted(liger) == [
+        "_block_rms_norm_backward_kernel",
+        "_block_rms_norm_forward_kernel",
+        "_rms_norm_backward_kernel",
+        "_rms_norm_forward_kernel",
+        "_swiglu_fused_gate_up_backward_kernel",
+        "_swiglu_fused_gate_up_forward_kernel",
+        "_triton_rope",
+    ]
+    assert all(way.split()[0] == bf16 for ways in liger.values() for way in ways)
+
+
+def test_the_head_multiplies_once(text):
+    """Logits, dH and dW of the student; logits of the teacher: no product is computed again."""
+    flops = text["flops"]
+    assert flops["head"] == flops["6NDV"] and flops["teacher_head"] == flops["2nEV"]
+
+
+def test_no_work_beyond_the_useful(text):
+    """A step without recomputation multiplies what `training_flops` counts, and attention's fifth product."""
+    assert 1.0 <= text["flops"]["student"] / text["flops"]["useful"] < 1.01
+
+
+def test_the_plan_is_within_a_tenth_of_the_bytes_alive(text):
+    assert text["planned_peak"] == pytest.approx(text["peaks"]["student_backward"], rel=0.1)
+
+
+def test_an_offloaded_teacher_is_on_the_device_for_its_score_alone(text):
+    student, teacher, peaks = 1_720_574_976, 2 * 8_190_735_360, text["peaks"]
+    resident = (2 + 4 + 4) * student  # weights, gradients, masters; Adam's moments come with the first update
+    assert resident + teacher < peaks["teacher"] < resident + teacher + 2 * 2**30
+    assert peaks["export"] == pytest.approx(resident + 8 * student, rel=0.01)

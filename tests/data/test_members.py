@@ -461,6 +461,10 @@ S, U, A = ("system", "s"), ("user", "u"), ("assistant", "a")
         (turns(("developer", "s"), U), (S,), "u"),
         (turns(U, A, system="s"), (S,), "u"),
         (turns(("user", [{"type": "text", "text": "u"}])), (), "u"),
+        (turns(("system", ""), U), (("system", ""),), "u"),
+        (turns(S, U, system="s"), (S,), "u"),
+        (turns(("User", "u"), ("ai", "a")), (), "u"),
+        ({"messages": json.dumps(turns(U)["messages"])}, (), "u"),
     ],
 )
 def test_prompts_by_role(tmp_path, row, history, question):
@@ -497,6 +501,81 @@ def test_prompts_by_role(tmp_path, row, history, question):
 def test_what_is_no_target_is_refused(tmp_path, row, says):
     with pytest.raises(ValueError, match=says):
         rows(tmp_path, row, layout="messages", read=load_text_traces)
+
+
+def marked(**mark) -> dict:
+    """A turn of the user and one of the assistant, which carries a mark."""
+    return {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", **mark}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (marked(weight="0"), "weight 0"),
+        (marked(loss=0), "weight 0"),
+        (marked(train=False), "weight 0"),
+        (marked(loss_scale=0.0), "weight 0"),
+        (marked(weight=0.5), "turn 2 has weight = 0.5"),
+        (marked(prefix=True), "turn 2 is the beginning of an answer"),
+        (marked(reasoning=["hm"]), "the thought of turn 2 is list, not text"),
+        (marked(reasoning="hm", content="<think>ah</think>a"), "a thought in its text and another"),
+        (marked(reasoning="hm", content=None), "turn 2, of the assistant, is empty"),
+        (turns(S, U, A, system="other"), "a system turn and a column of another system text"),
+        (turns(U, A, videos=["v.mp4"]), "column 'videos' holds what the model would have to see"),
+        (turns(U, A, label=False), "'label' is false"),
+        ({"messages": [{"role": "user", "parts": [{"text": "u"}]}]}, "turn 1 has no content; it has role, parts"),
+        ({"messages": '[{"role": "user"'}, "no list of turns"),
+    ],
+    ids=str,
+)
+def test_marks_and_columns_that_change_what_is_learnt_are_refused(tmp_path, row, says):
+    with pytest.raises(ValueError, match=says):
+        rows(tmp_path, row, layout="messages", read=load_text_traces)
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 1}, {"loss": True}, {"train": "true"}, {"weight": None}, {"prefix": False}]
+)
+def test_marks_that_say_yes_are_read(tmp_path, mark):
+    (trace,) = rows(tmp_path, marked(**mark), layout="messages", read=load_text_traces)
+    assert trace.response == "a"
+    thought = marked(reasoning_content="hm", content="<think>\nhm\n</think>\n\na")
+    (trace,) = rows(tmp_path, thought, layout="messages", read=load_text_traces)
+    assert trace.response == "<think>\nhm\n</think>\n\na", "a thought that is kept twice is shown once"
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "columns", "history", "question"),
+    [
+        ({"query": "v", "response": "b", "history": [["u", "a"]]}, "prompt-response", {"prompt": "query"}, (U, A), "v"),
+        ({"instruction": "v", "output": "b", "history": [["u", "a"]]}, "alpaca", {}, (U, A), "v"),
+        ({"instruction": "v", "output": "b", "history": '[["u", "a"]]'}, "alpaca", {}, (U, A), "v"),
+        ({"instruction": "", "input": "v", "output": "b"}, "alpaca", {}, (), "v"),
+        ({"instruction": "v", "input": "<noinput>", "output": "b"}, "alpaca", {}, (), "v"),
+        ({"prompt": json.dumps([{"role": "user", "content": "v"}]), "response": "b"}, "prompt-response", {}, (), "v"),
+        ({"prompt": '[{"id": 1}]', "response": "b"}, "prompt-response", {}, (), '[{"id": 1}]'),
+    ],
+    ids=str,
+)
+def test_turns_before_the_question_in_a_column_of_their_own(tmp_path, row, layout, columns, history, question):
+    (trace,) = rows(tmp_path, row, layout=layout, columns=columns, read=load_text_traces)
+    assert (trace.problem.history, trace.problem.question, trace.response) == (history, question, "b")
+    if layout == "alpaca":
+        (problem,) = rows(tmp_path, row, layout=layout)
+        assert (problem.history, problem.question) == (history, question)
+
+
+def test_a_history_that_is_none_and_tools_that_are_not_shown(tmp_path):
+    row = {"instruction": "v", "output": "b", "history": ["u", "a"]}
+    with pytest.raises(ValueError, match="the history is no list of pairs"):
+        rows(tmp_path, row, layout="alpaca", read=load_text_traces)
+    notes: list[str] = []
+    for tools in ([{"type": "function"}], [], "[]"):
+        rows(tmp_path, turns(U, A, tools=tools), layout="messages", read=partial(load_text_traces, report=notes.append))
+    assert len(notes) == 1 and "1 rows with a column of tools, which the prompt does not show" in notes[0]
+    with pytest.raises(ValueError, match=r"no column 'output'.*data.columns=.input: context, response: response"):
+        dolly = {"instruction": "v", "context": "c", "response": "b"}
+        rows(tmp_path, dolly, layout="alpaca", read=load_text_traces)
 
 
 def test_every_assistant_turn_is_a_target_where_asked(tmp_path):
@@ -608,11 +687,37 @@ def test_golds_that_a_response_can_match(tmp_path, gold, wrap):
         (True, "must be a string"),
         ({"value": 2}, "must be a string"),
         ("", "empty"),
+        ("= 42", "begins with '='"),
+        ('"42"', "in quotation marks"),
+        ("\u201c42\u201d", "in quotation marks"),
+        ("x<sub>2</sub>", r"holds HTML \(<sub>\)"),
+        ("&lt;3", "holds HTML"),
     ],
 )
 def test_golds_that_no_response_can_match(tmp_path, gold, says):
     with pytest.raises(ValueError, match=says):
         rows(tmp_path, {"question": "q", "answer": gold})
+
+
+@pytest.mark.parametrize(
+    ("gold", "found"),
+    [
+        ("\\fbox{42}", ["42"]),
+        ("\\boxed 42", ["42"]),
+        ("['42']", ["42"]),
+        ('["42", "forty-two"]', ["42", "forty-two"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("1 < x > 0", ["1 < x > 0"]),
+        ("\\langle 1, 2 \\rangle", ["\\langle 1, 2 \\rangle"]),
+        ("5'3\"", ["5'3\""]),
+        ("R&D", ["R&D"]),
+    ],
+)
+def test_golds_as_published_files_spell_them(tmp_path, gold, found):
+    (problem,) = rows(tmp_path, {"question": "q", "answer": gold})
+    assert [problem.gold, *problem.other_golds] == found
+    (boxed,) = rows(tmp_path, {"question": "q", "answer": "So $\\boxed 2$."}, answer_in="boxed")
+    assert boxed.gold == "2"
 
 
 def test_the_setting_that_the_refusal_names_finds_the_answer(tmp_path):

@@ -21,7 +21,7 @@ ROWS = {
     if line.startswith("| ") and len(cells := [cell.strip() for cell in line.strip("| ").split(" | ")]) == 3
     if cells[1].startswith(("`{", "`["))
 }
-SFT = ("TRL, SFT", "ms-swift, SFT", "ms-swift, query", "ShareGPT", "Alpaca", "OpenAI")
+SFT = ("TRL, SFT", "ms-swift, SFT", "ms-swift, query", "ms-swift, earlier", "ShareGPT", "Alpaca", "Dolly", "OpenAI")
 
 
 def test_the_table_is_read_whole():

@@ -17,7 +17,7 @@ if [[ ! -e .real/.ready ]]; then
   fi
 fi
 
-PYTHONPATH=$VOLD_REAL${PYTHONPATH:+:$PYTHONPATH} $main -m pytest -m real tests/real/test_smollm2.py
+PYTHONPATH=$VOLD_REAL${PYTHONPATH:+:$PYTHONPATH} $main -m pytest -m real tests/real/test_smollm2.py tests/real/test_foreign_template.py
 
 if [[ -x $vllm ]]; then
   export TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1

@@ -21,6 +21,7 @@ FITTING: tuple[tuple[frozenset[str], str], ...] = tuple(
         ("prompt completion", "layout=prompt-response columns={response: completion}"),
         ("prompt response", "layout=prompt-response"),
         ("question response", "layout=prompt-response columns={question: question}"),
+        ("instruction context response", "layout=alpaca columns={input: context, response: response}"),
         ("prompt chosen rejected", "layout=prompt-response columns={response: chosen}"),
         ("question options answer image_1", "layout=mmmu"),
         ("question options answer", "layout=vqa columns={choices: options}"),
@@ -35,6 +36,7 @@ FITTING: tuple[tuple[frozenset[str], str], ...] = tuple(
         ("prompt answer", "layout=vqa columns={question: prompt}"),
         ("question final_answer", "layout=vqa columns={answer: final_answer}"),
         ("problem", "layout=vqa columns={question: problem}"),
+        ("chosen rejected", "layout=messages columns={messages: chosen}"),
         ("query response", "layout=prompt-response columns={prompt: query}"),
         ("query answer", "layout=vqa columns={question: query}"),
     )

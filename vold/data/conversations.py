@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ ROLES = {
     "model": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
 }
+UNTRAINED = ("weight", "loss", "train", "training", "loss_scale")  # OpenAI's, ms-swift's and axolotl's marks of a turn
 TOOL_ROLES = {"tool", "function", "observation", "ipython"} | {
     f"{name}_{part}" for name in ("tool", "function") for part in ("call", "calls", "response", "result")
 }
@@ -63,15 +66,20 @@ class Conversation:
 
 
 def read_conversation(cell: Any, system: str | None = None) -> Conversation:
-    """A list of {"role", "content"} or {"from", "value"}; content is text, or parts of text and images. system: the
-    text of a system turn that the row keeps in a column of its own. Raises ValueError that names the turn for what is
-    not such a list, for tools and other roles, and for turns in an impossible order."""
+    """A list of {"role", "content"} or {"from", "value"}, or its JSON text; content is text, or parts of text and
+    images. An empty system turn stays one: templates leave out a default of their own for it. system: the text of a
+    system turn that the row keeps in a column of its own. Raises ValueError that names the turn for what is not such a
+    list, for tools and other roles, for turns in an impossible order, and for two system turns."""
+    cell = turns_of_text(cell)
     if not isinstance(cell, Sequence) or isinstance(cell, str | bytes) or not cell:
         raise ValueError("the conversation is no list of turns, or empty")
     images: list[Any] = []
     turns = [_turn(turn, f"turn {number}", images) for number, turn in enumerate(cell, start=1)]
-    if system and system.strip() and turns[0].role != "system":
-        turns.insert(0, Turn("system", system))
+    if system and system.strip():
+        if turns[0].role != "system":
+            turns.insert(0, Turn("system", system))
+        elif turns[0].text.strip() != system.strip():
+            raise ValueError("a system turn and a column of another system text: keep one")
     for number, turn in enumerate(turns, start=1):
         if turn.role == "system" and number > 1:
             raise ValueError(f"turn {number} is a system turn; only the first can be")
@@ -79,6 +87,18 @@ def read_conversation(cell: Any, system: str | None = None) -> Conversation:
     if first == "assistant":
         raise ValueError("its first turn is the assistant's: no question stands before it")
     return Conversation(tuple(turns), tuple(images))
+
+
+def turns_of_text(cell: Any) -> Any:
+    """The list of turns that a cell keeps as JSON text; any other cell as it is."""
+    if isinstance(cell, str) and cell.lstrip().startswith("[") and cell.rstrip().endswith("]"):
+        try:
+            turns = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        named = is_conversation(turns) and any(name in turns[0] for name in ("role", "from"))
+        return turns if named else cell
+    return cell
 
 
 def is_conversation(cell: Any) -> bool:
@@ -100,20 +120,46 @@ def _turn(turn: Any, where: str, images: list) -> Turn:
         raise ValueError(f"{where} is of role {name!r}; one of {', '.join(sorted(ROLES))}")
     role = ROLES[role]
     before = len(images)
+    if "content" not in turn and "value" not in turn:
+        raise ValueError(f"{where} has no content; it has {', '.join(map(str, list(turn)[:8]))}")
     text = _text(turn.get("content", turn.get("value")), where, images)
     if role == "assistant":
         if len(images) > before:
             raise ValueError(f"{where}, the assistant's, holds an image: only text can be trained on")
-        text = _with_thought(turn, text)
+        if turn.get("prefix"):
+            raise ValueError(f"{where} is the beginning of an answer ('prefix'): no whole one to train on")
     if not text.strip():
+        if role == "system":
+            return Turn(role, "")
         raise ValueError(f"{where}, of the {role}, is empty")
-    return Turn(role, text, trained=turn.get("weight", 1) != 0 and turn.get("loss") is not False)
+    if role != "assistant":
+        return Turn(role, text)
+    return Turn(role, _with_thought(turn, text, where), trained=_is_trained(turn, where))
 
 
-def _with_thought(turn: Mapping, text: str) -> str:
-    """The text behind the thought that a column of its own holds, as Qwen3's template writes it."""
+def _is_trained(turn: Mapping, where: str) -> bool:
+    """Whether no mark takes an assistant turn out of training. Raises ValueError for a weight between."""
+    trained = True
+    for name in UNTRAINED:
+        value = turn.get(name)
+        number = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}.get(str(value).lower(), value)
+        if value is not None and number not in (0.0, 1.0):
+            raise ValueError(f"{where} has {name} = {value!r}: a turn is trained on (1) or only read (0)")
+        trained &= value is None or number == 1.0
+    return trained
+
+
+def _with_thought(turn: Mapping, text: str, where: str) -> str:
+    """The text behind the thought that a column of its own holds, as Qwen3's template writes it; as it is where it
+    holds the thought already."""
     thought = turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking")
-    if not isinstance(thought, str) or not thought.strip():
+    if thought and not isinstance(thought, str):
+        raise ValueError(f"the thought of {where} is {type(thought).__name__}, not text")
+    if not thought or not thought.strip():
+        return text
+    if text.lstrip().startswith("<think>"):
+        if thought.strip() not in text:
+            raise ValueError(f"{where} has a thought in its text and another in a column of its own; keep one")
         return text
     return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + text.lstrip("\n")
 
@@ -144,7 +190,9 @@ def _part(part: Any, where: str, images: list) -> str:
             raise ValueError(f"a part of {where} is {type(text).__name__}, not text")
         return text
     if kind in ("image", "image_url", "input_image"):
-        found = next((part[name] for name in ("image", "image_url", "url", "path", "base64") if name in part), None)
+        held = part | (part["source"] if isinstance(part.get("source"), Mapping) else {})  # Anthropic's
+        names = ("image", "image_url", "url", "path", "base64", "data")
+        found = next((held[name] for name in names if name in held), None)
         images.append(found)  # None: the row's own images column has it
         return IMAGE
     raise ValueError(f"{where} holds a part of type {kind!r}: only text and images are supported")

@@ -2,8 +2,10 @@ r"""Gold answers of a data set: found in their cell, and refused where no grader
 
 from __future__ import annotations
 
+import ast
 import math
 import re
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -17,6 +19,12 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _SENTENCE_END = re.compile(r"[a-z]{2,}[.!?]\s+[A-Z]|[a-z]{3,}\.$")
 _BOX = re.compile(r"\\boxed\s*\{")
 _ONLY_BOX = re.compile(r"\$*\s*\\boxed\s*\{((?:(?!\\boxed).)*)\}\s*\.?\s*\$*", re.DOTALL)
+_OTHER_BOX = re.compile(r"\\(?:fbox|boxed)(?:\s*(?=\{)|\s+([^\s{}$\\]+))")
+_HTML = re.compile(
+    r"</?(?:a|b|i|u|p|br|em|strong|su[bp]|div|span|t[adhr]|table|li|[ou]l|h[1-6]|font|m(?:ath|[inor]|frac|sup|sub))\b[^<>]*>"
+    r"|&(?:[a-zA-Z]{2,8}|#\d+);"
+)
+_QUOTED = re.compile(r"\"[^\"]+\"|\u201c[^\u201c\u201d]+\u201d|'[^']+'")
 _BLOCK = re.compile(r"\\begin\{")
 _PLACEHOLDER = re.compile(
     r"(?:please )?(?:see|refer to|as shown in|shown in)(?: the)? (?:\w+ )?"
@@ -26,11 +34,22 @@ _PLACEHOLDER = re.compile(
 )
 
 
+def answers_in(cell: Any) -> list:
+    """The right answers of a cell: of a list, of a list of texts that is kept as text (`['4', 'four']`), or the only
+    one."""
+    if isinstance(cell, str) and cell.strip().startswith(("['", '["')):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            listed = ast.literal_eval(cell.strip())  # runs nothing
+            if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+                return listed
+    return cell if isinstance(cell, list) else [cell]
+
+
 def read_gold(cell: Any, config: DataConfig, default_form: str = "cell") -> str:
     """The gold answer in a cell, as `data.answer_in` says. Raises ValueError where there is none that a response could
     match, and names the setting that would find it."""
     form = config.answer_in or default_form
-    text = _as_text(cell)
+    text = _OTHER_BOX.sub(lambda box: f"\\boxed{{{box[1]}}}" if box[1] else "\\boxed", _as_text(cell))
     gold = FORMS[form](text)
     if config.answer_in is None and form == "cell":
         _check_whole(gold)
@@ -43,6 +62,14 @@ def check_gold(gold: str) -> None:
     validate_gold(gold)
     if _PLACEHOLDER.fullmatch(gold.strip()):
         raise ValueError(f"gold answer {_short(gold)} is a placeholder, not an answer; drop the row")
+    if found := _HTML.search(gold):
+        raise ValueError(
+            f"gold answer {_short(gold)} holds HTML ({found[0]}), which no response would; write it plainly"
+        )
+    if _QUOTED.fullmatch(gold.strip()):
+        raise ValueError(f"gold answer {_short(gold)} is in quotation marks, in which no response would put it")
+    if gold.lstrip().startswith("="):
+        raise ValueError(f"gold answer {_short(gold)} begins with '='; keep what is behind it")
     if "\n" in gold.strip() and not _BLOCK.search(gold):
         raise ValueError(f"gold answer {_short(gold)} has several lines; keep only the final answer")
     words = _WORD.findall(re.sub(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r" \1 ", gold))

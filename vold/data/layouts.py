@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vold.data.cells import Cells
@@ -13,6 +13,7 @@ from vold.data.options import LETTERS
 from vold.data.pictures import decode_base64
 
 IMAGE_COLUMNS = ("images", "image")
+OTHER_MEDIA = ("videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Fields:
     answer       the right one, or a list of several
     choices      anything that `read_options` takes
     answer_form  where in its cell the answer is, unless data.answer_in says
+    history      the turns before the question: (question, answer) pairs, or turns
     """
 
     question: Any
@@ -34,6 +36,7 @@ class Fields:
     response: Any = None
     answer_form: str = "cell"
     messages: Any = None
+    history: Any = None
 
 
 def _fields(cells: Cells, question: tuple[str, ...], answer: tuple[str, ...], **more: Any) -> Fields:
@@ -126,11 +129,12 @@ def _mmmu(cells: Cells) -> Fields:
 
 
 def _alpaca(cells: Cells) -> Fields:
-    """Alpaca: {"instruction", "input" (may be empty), "output", "system"}"""
-    fields = _fields(cells, ("instruction",), ("answer",), response=cells.get("response", "output"))
-    more = cells.get("input", "input")
-    if isinstance(more, str) and more.strip() and isinstance(fields.question, str):
-        return Fields(**{**vars(fields), "question": f"{fields.question}\n\n{more}"})
+    """Alpaca: {"instruction", "input" (one of the two may be empty), "output", "system", "history"}"""
+    more, history = cells.get("input", "input"), cells.get("history", "history")
+    fields = _fields(cells, ("instruction",), ("answer",), response=cells.get("response", "output"), history=history)
+    if isinstance(more, str) and isinstance(fields.question, str):
+        parts = [part for part in (fields.question, more) if part.strip() and part.strip() != "<noinput>"]
+        return replace(fields, question="\n\n".join(parts))
     return fields
 
 
@@ -144,11 +148,26 @@ def _messages(cells: Cells) -> Fields:
 
 
 def _prompt_response(cells: Cells) -> Fields:
-    """{"prompt", "response"}: text, or turns as in `messages`; [images], [system]"""
+    """{"prompt", "response"}: text, or turns as in `messages`; [images], [system], [history]"""
     field = "prompt" if "prompt" in cells.mapped else "question"
     prompt, response = cells.need(field, "prompt"), cells.need("response", "response")
     images, system = cells.get("images", *IMAGE_COLUMNS), cells.get("system", "system")
-    return Fields(prompt, images=images, system=system, response=response)
+    history = cells.get("history", "history")
+    return Fields(prompt, images=images, system=system, response=response, history=history)
+
+
+def check_unread(cells: Cells, fields: Fields, notes: list[str]) -> None:
+    """Raise ValueError for a row with columns that change what it means and that no layout reads; a note says where the
+    row loses less."""
+    row = cells.row if isinstance(cells.row, dict) else {}
+    held = {name: cell for name, cell in row.items() if cell and name not in cells.read}
+    if media := next((name for name in OTHER_MEDIA if name in held), None):
+        raise ValueError(f"column {media!r} holds what the model would have to see: only text and images are supported")
+    answered = fields.response is not None or fields.messages is not None
+    if answered and row.get("label") is False and "label" not in cells.read:  # KTO
+        raise ValueError("column 'label' is false: an answer that is not to be learnt; leave such rows out")
+    if any(name in held and str(held[name]).strip() not in ("[]", "null", "{}") for name in ("tools", "functions")):
+        notes.append("with a column of tools, which the prompt does not show")
 
 
 PROBLEM_LAYOUTS: dict[str, Callable[[Cells], Fields]] = {

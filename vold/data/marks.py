@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vold.config.schema import DataConfig
-from vold.data.conversations import IMAGE, Conversation, Turn, is_conversation, read_conversation
+from vold.data.conversations import IMAGE, Conversation, Turn, is_conversation, read_conversation, turns_of_text
 from vold.data.layouts import Fields
 from vold.data.pictures import picture_path
 
@@ -23,7 +23,9 @@ UNNAMED = "with an image that the text names nowhere: it is left out"
 
 def problem_turns(fields: Fields) -> tuple[tuple[Turn, ...], list]:
     """A problem's turns, the question last, and the cells of its pictures."""
-    turns = fields.question if fields.messages is None else fields.messages
+    turns = turns_of_text(fields.question) if fields.messages is None else fields.messages
+    if fields.history:
+        turns = [*_earlier(fields.history), {"role": "user", "content": _text(turns, "question")}]
     if fields.messages is not None or is_conversation(turns):
         conversation = read_conversation(turns, _system(fields))
         return conversation.prompt(), _pictures(conversation, fields)
@@ -35,15 +37,28 @@ def trace_turns(fields: Fields) -> tuple[tuple[Turn, ...], list]:
     """A trace's turns, the answer last, and the cells of its pictures."""
     turns = fields.messages
     if turns is None:
-        prompt, response = fields.question, fields.response
+        prompt, response = turns_of_text(fields.question), turns_of_text(fields.response)
         if not is_conversation(prompt):
             prompt = [{"role": "user", "content": _text(prompt, "prompt")}]
         if not is_conversation(response):
             response = [{"role": "assistant", "content": _text(response, "response")}]
         has_prompt = read_conversation(response[:1]).turns[0].role != "assistant" if len(response) > 1 else False
-        turns = response if has_prompt else [*prompt, *response]
+        turns = response if has_prompt else [*_earlier(fields.history), *prompt, *response]
     conversation = read_conversation(turns, _system(fields))
     return conversation.turns, _pictures(conversation, fields)
+
+
+def _earlier(history: Any) -> list:
+    """The turns of a column of earlier ones: (question, answer) pairs, or turns."""
+    if isinstance(history, str):
+        with suppress(ValueError, RecursionError):
+            history = json.loads(history)
+    if not history or is_conversation(history):
+        return history or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError(f"the history is no list of pairs of question and answer: {str(history)[:60]!r}")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
 
 def _pictures(conversation: Conversation, fields: Fields) -> list:

@@ -17,8 +17,8 @@ from typing import Any
 from vold.config.schema import DataConfig
 from vold.data.cells import Cells, MissingColumn
 from vold.data.conversations import IMAGE, Conversation, Turn
-from vold.data.golds import read_gold
-from vold.data.layouts import PROBLEM_LAYOUTS, TRACE_LAYOUTS, Fields
+from vold.data.golds import answers_in, read_gold
+from vold.data.layouts import PROBLEM_LAYOUTS, TRACE_LAYOUTS, Fields, check_unread
 from vold.data.marks import picture_paths, place_images, problem_turns, trace_turns
 from vold.data.options import as_tuple, named_letter, read_options
 from vold.data.rows import Row, read_rows
@@ -89,6 +89,8 @@ class _Parser:
 
     def traces(self, row: Row, fields: Fields, cells: Cells, notes: list[str]) -> list[TextTrace]:
         """One trace, or one of each assistant turn (data.targets: all)."""
+        if fields.messages is None and fields.response is None:
+            cells.need("response", "output")
         turns, pictures = trace_turns(fields)
         placed = place_images(turns, {}, pictures, notes)
         images = picture_paths(placed.pictures, self.config, row.folder)
@@ -111,7 +113,7 @@ class _Parser:
         needed = self.needs_gold
         if needed is None:
             needed = self.config.layout not in GOLD_OPTIONAL
-        answers = fields.answer if isinstance(fields.answer, list) else [fields.answer]
+        answers = answers_in(fields.answer)
         answers = [answer for answer in answers if answer is not None]
         if not answers:
             if needed:
@@ -214,7 +216,9 @@ def _parse_rows(config: DataConfig, layout: Callable, parse: Callable, report: C
             return row.cells
         cells, notes = Cells(row.cells, config.columns), []
         try:
-            return row, cells, parse(row, layout(cells), cells, notes), notes
+            fields = layout(cells)
+            check_unread(cells, fields, notes)
+            return row, cells, parse(row, fields, cells, notes), notes
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             return ValueError(f"{row.where}: {_reason(error, config.layout)}")
 

@@ -11,7 +11,7 @@ from vold.grading.worker_process import Job, WorkerCommand
 from vold.grading.workers import WorkerPool
 
 IN_WORKER = "VOLD_REWARD_WORKER"  # set in workers' environment
-Values = dict[str, float | str]
+Values = Mapping[str, float | str]
 """What a function returned: "score" and further numbers by name, and "feedback" in words if any."""
 
 

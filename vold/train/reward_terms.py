@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from vold.config.schema import RewardConfig, RlConfig
 from vold.grading.function_worker import FEEDBACK
 from vold.grading.functions import FunctionPool, Values, changed_files, check_function_file
-from vold.grading.judge import PLACE, Judge
+from vold.grading.judge import PLACE, Judge, Score
 from vold.io import log, one_line_errors, write_atomically
 from vold.objectives import Objective
 from vold.run.job import Job
@@ -34,7 +34,7 @@ class RewardTerms:
         self._functions, self._judge, self._routed_by, self._output = functions, judge, routed_by, output
         self._warned: set[str] = set()
 
-    def ask_judge(self, rollouts: Sequence[Rollout]) -> list[Future[Values | str]]:
+    def ask_judge(self, rollouts: Sequence[Rollout]) -> list[Future[Score | str]]:
         """Scores of the responses, that may still be under way; none where there is no judge."""
         if self._judge is None:
             return []
@@ -51,7 +51,7 @@ class RewardTerms:
         values = [self._flat(rollout, result) for rollout, result in zip(rollouts, results, strict=True)]
         return list(zip(values, words, strict=True))
 
-    def judge_values(self, rollout: Rollout, judged: Future[Values | str]) -> dict[str, float | None]:
+    def judge_values(self, rollout: Rollout, judged: Future[Score | str]) -> dict[str, float | None]:
         """`judge` -> score of one response, None where there is none. Waits for it."""
         return self._flat(rollout, {"judge": judged.result()})
 

@@ -76,14 +76,15 @@ bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its 
 bench-rl: $(BENCH)/.ready  ## the miniature RL step beside TRL's (ARGS="--student … --data …" after `make demo`)
 	$(BENCH)/bin/python -m benchmarks.end_to_end $(ARGS)
 
-# A Python that has torch already, as on a machine lent for minutes, is taken as it is; else the environment above.
-# GPU_PYTHON=... names one. Without a network the wheels are those that `make gpu-wheels` collected before.
-GPU_PYTHON ?= $(shell python3 -c 'import torch, triton, transformers' 2>/dev/null && echo python3)
+# A Python that has torch already, as on a machine lent for minutes, is taken as it is (GPU_PYTHON=... names one); else
+# the environment above is made. Wheels that it lacks come from .gpu-wheels/, without a network as collected before.
+GPU_PYTHON ?= python3
+HAS_TORCH  := from importlib.util import find_spec as f; raise SystemExit(not all(map(f, ("torch", "triton", "transformers"))))
 
-gpu-day:             ## all that a GPU must tell, in nine minutes: docs/gpu.md (ARGS=--dry-run on a CPU)
-	$(if $(GPU_PYTHON),,$(MAKE) env)
-	test -d .gpu-wheels || $(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu_day.wheels --all || echo "no wheels: what needs them will say so"
-	$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu_day $(ARGS)
+gpu-day:             ## all that only a GPU can tell, in nine minutes: docs/gpu.md (ARGS=--dry-run on a CPU)
+	python=$(GPU_PYTHON); $$python -c '$(HAS_TORCH)' 2>/dev/null || { make env && python=$(PY); }; \
+	test -d .gpu-wheels || $$python -m benchmarks.gpu_day.wheels --all || echo "no wheels: what needs them says so"; \
+	$$python -m benchmarks.gpu_day $(ARGS)
 
 gpu-wheels:          ## the wheels that a bare GPU machine lacks, into .gpu-wheels/: at most 50 MiB, to be carried there
 	$(or $(PYTHON),python3) -m benchmarks.gpu_day.wheels

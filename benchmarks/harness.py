@@ -15,6 +15,7 @@ import importlib.metadata
 import multiprocessing as mp
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -112,7 +113,9 @@ def environment(device: torch.device, threads: int) -> dict[str, str]:
     """Device, versions, commit and start time: the columns that every row of a run shares."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {threads} threads",
+        "device": f"{torch.cuda.get_device_name()}, driver {_driver()}"
+        if cuda
+        else f"{_cpu_name()}, {threads} threads",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -327,12 +330,27 @@ def _cpu_name() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
+def _driver() -> str:
+    """The GPU driver's version, of the kernel module: nvidia-smi may be absent."""
+    found = re.search(r"\d+\.\d+[.\d]*", _text("/proc/driver/nvidia/version") or _text("/sys/module/nvidia/version"))
+    return found[0] if found else "unknown"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def _commit() -> str:
-    """Short hash of the commit, with -dirty where measured files differ from it."""
+    """Short hash of the commit, with -dirty where measured files differ from it; a copy without git's folder is told
+    it by VOLD_COMMIT."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "../kernels", "../vold", "*.py")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("-dirty" if changed else "") if head else os.environ.get("VOLD_COMMIT", "unknown")

@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=list(left_out))
 
 
+@pytest.hookimpl(optionalhook=True)  # a GPU machine may lack xdist
 def pytest_xdist_make_scheduler(config, log):
     """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones."""
     from xdist.scheduler import LoadFileScheduling

@@ -116,11 +116,16 @@ def _asked(number: int, again: bool = False) -> Callable[[Try], None]:
     return fault
 
 
+MOST_CALLS = {"rename": 40, "fsync": 20, "save": 2, "append": 12, "open": 120, "list": 40, "remove": 20, "make": 12}
+"""About how often a run of a few steps does so."""
+
+
 def _inside(where: str) -> Callable[[Try], None]:
     def fault(run: Try) -> None:
-        most = {"rename": 40, "fsync": 20, "save": 2, "append": 12}[where]
+        most = MOST_CALLS[where]
         rank = 0 if where == "append" else run.rng.randrange(run.variant.world)
-        inside = Inside(rank, where, run.rng.randrange(1, most + 1), run.rng.choice(ERRNOS))
+        number, code = run.rng.randrange(1, most + 1), run.rng.choice(ERRNOS)
+        inside = Inside(rank, where, number, code, below=str(run.world.root))
         launch = run.go(inside=inside)
         run.end(launch, 2, 1, 143, -15)
         lines = launch.output().splitlines()
@@ -247,6 +252,8 @@ FAULTS: dict[str, Callable[[Try], None]] = {
     "a write to a log fails": _inside("append"),
     "a rename fails": _inside("rename"),
     "an fsync fails": _inside("fsync"),
+    "opening a file fails": _inside("open"),
+    "listing, removing or making one fails": lambda run: _inside(run.rng.choice(["list", "remove", "make"]))(run),
     "killed, directory moved": moved,
     "killed, other layout on resume": elsewhere,
     "--resume beside the living run": second_writer,

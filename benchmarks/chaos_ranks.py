@@ -7,7 +7,9 @@ campaign makes hundreds.
 from __future__ import annotations
 
 import atexit
+import builtins
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -32,12 +34,13 @@ ERRNOS = (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Inside:
-    """A fault inside one rank: at the `number`-th call of `where` (a key of PLACES)."""
+    """A fault inside one rank: at the `number`-th call of `where` (a key of PLACES), for some only below a folder."""
 
     rank: int
     where: str
     number: int
     errno: int = errno.ENOSPC
+    below: str = ""
 
 
 class Launch:
@@ -221,4 +224,44 @@ def _append(inside: Inside) -> None:
     _at_call(run_dir, "append_jsonl", inside, torn)
 
 
-PLACES = {"rename": _rename, "fsync": _fsync, "save": _save, "append": _append}
+def _open(inside: Inside) -> None:
+    _fails_below(inside, builtins, "open")
+    io.open = builtins.open  # pathlib's
+
+
+def _listed(inside: Inside) -> None:
+    _fails_below(inside, os, "scandir")
+
+
+def _removed(inside: Inside) -> None:
+    _fails_below(inside, os, "unlink")
+
+
+def _made(inside: Inside) -> None:
+    _fails_below(inside, os, "mkdir")
+
+
+def _fails_below(inside: Inside, owner: object, name: str) -> None:
+    """The `number`-th call for a path of the campaign's folder fails; others are not the run's files."""
+    original, calls = getattr(owner, name), [0]
+
+    def counted(*arguments, **keywords):
+        if arguments and str(arguments[0]).startswith(inside.below):
+            calls[0] += 1
+            if calls[0] == inside.number:
+                raise OSError(inside.errno, os.strerror(inside.errno), str(arguments[0]))
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, counted)
+
+
+PLACES = {
+    "rename": _rename,
+    "fsync": _fsync,
+    "save": _save,
+    "append": _append,
+    "open": _open,
+    "list": _listed,
+    "remove": _removed,
+    "make": _made,
+}

@@ -28,9 +28,9 @@ def bounded_lines(file: BinaryIO, most_bytes: int = LINE_BYTES) -> Iterator[byte
         if line.endswith(b"\n") or len(line) < most_bytes:
             yield line
             continue
+        yield None  # before the rest of it is read: it may have no end
         while line and not line.endswith(b"\n"):
             line = file.readline(most_bytes)
-        yield None
 
 
 def read_jsonl(path: Path, is_valid: Callable[[dict], bool] = lambda row: True) -> list[dict]:
@@ -44,7 +44,11 @@ def read_jsonl(path: Path, is_valid: Callable[[dict], bool] = lambda row: True) 
         for number, line in enumerate(bounded_lines(file), start=1):
             if damaged:
                 raise ValueError(f"{path} line {damaged} is damaged; mend it or delete the lines from there on")
-            row = None if line is None else parse_row(line)
+            if line is None:
+                raise ValueError(
+                    f"{path} line {number} is damaged (over {LINE_BYTES} bytes); delete the lines from there on"
+                )
+            row = parse_row(line)
             if row is not None and is_valid(row):
                 rows.append(row)
             else:

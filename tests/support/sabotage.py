@@ -20,6 +20,7 @@ from vold.types import Batch
 def run_verb(arguments: list[str], faults: dict[int, tuple]) -> None:
     """`vold ARGUMENTS` on this rank; faults: rank -> (function of this module, its arguments)."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a run under nohup ignores it, and the tests may run under nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and a job in the background ignores this one
     fault, *numbers = faults.get(int(os.environ["RANK"]), (None,))
     if fault is not None:
         fault(*numbers)

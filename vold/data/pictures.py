@@ -85,7 +85,7 @@ def picture_path(value: Any, config: DataConfig, folder: Path) -> Path:
     if isinstance(content, bytes):
         path = store_picture(content, config.image_root or _store(config, folder)).resolve()
     else:
-        path = (root / content).resolve()
+        path = Path(os.path.realpath(root / content))  # `resolve` raises where links lead in a circle
         if not path.is_relative_to(root):
             raise ValueError(f"image {_short(content)} lies outside {root}")
     check_picture(path)

@@ -8,6 +8,7 @@ A folder that holds a home directory or the whole machine counts for none of the
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -45,9 +46,9 @@ def find_picture(run: RunRecord, name: str) -> Path:
 
 
 def _folders(run: RunRecord) -> Iterator[Path]:
-    home, temporary = (Path(folder).resolve() for folder in (Path.home(), tempfile.gettempdir()))
-    for folder in (run.path, run.path.parent, *_data_folders(run.config)):
-        folder = folder.resolve()
+    home, temporary = (Path(os.path.realpath(folder)) for folder in (Path.home(), tempfile.gettempdir()))
+    for named in (run.path, run.path.parent, *_data_folders(run.config)):
+        folder = Path(os.path.realpath(named))
         if not home.is_relative_to(folder) and not temporary.is_relative_to(folder):
             yield folder
 

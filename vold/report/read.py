@@ -126,11 +126,11 @@ def find_runs(path: Path) -> list[Path]:
 def read_run(path: Path, name: str | None = None) -> RunRecord:
     """Read one run directory. Absent or damaged files leave their field empty."""
     path = Path(path)
-    metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl")
+    metric_rows, bad_metrics = read_jsonl(path / "metrics.jsonl", TAIL_BYTES)
     evaluation = read_json(path / "evaluation.json")
     limit = (EVALUATION_BYTES, 1) if evaluation else (TRAINING_BYTES, TRAINING_PARTS)
     samples, bad_samples = read_jsonl(path / "samples.jsonl", *limit)
-    timeline, _ = read_jsonl(path / "timeline.jsonl")
+    timeline, _ = read_jsonl(path / "timeline.jsonl", TAIL_BYTES)
     return RunRecord(
         name=name or path.name,
         path=path,

@@ -7,15 +7,18 @@ every few seconds, whatever the clocks of the two machines say.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
+import stat
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from vold.io import log
 from vold.jsonl import parse_row
@@ -23,6 +26,8 @@ from vold.processes import Process
 
 FILE = "lock.json"
 HEARTBEAT_SECONDS = 5.0
+RECORD_BYTES = 1 << 16
+EXCLUSIVE_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
 """A holder on another machine whose heartbeat does not change for so long is dead."""
 
@@ -36,7 +41,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, verb: str):
-        self._path = (run_dir / FILE).resolve()
+        self._path = run_dir.resolve() / FILE
         if before := _held.get(self._path):
             before.release()  # an earlier run of this process
         self._record = {**Process.current().fields(), "verb": verb, "run_dir": str(self._path.parent)}
@@ -88,7 +93,7 @@ def _take(path: Path, record: dict) -> None:
     seen, since, told = None, time.monotonic(), False
     while True:
         with _exclusive(path) as file:
-            content = file.read()
+            content = file.read(RECORD_BYTES)
             holder = parse_row(content) if content else None
             alive = _is_alive(holder, path) if content else False
             if alive is None and content != seen:
@@ -133,8 +138,8 @@ def _beat(path: Path, record: dict, stop: threading.Event) -> None:
     beats = 0
     while not stop.wait(HEARTBEAT_SECONDS):
         beats += 1
-        with contextlib.suppress(OSError), _exclusive(path) as file:
-            if stop.is_set() or (parse_row(file.read()) or record).get("token") != record["token"]:
+        with contextlib.suppress(OSError, ValueError), _exclusive(path) as file:
+            if stop.is_set() or (parse_row(file.read(RECORD_BYTES)) or record).get("token") != record["token"]:
                 return
             _write(file, {**record, "heartbeat": beats})
 
@@ -149,12 +154,13 @@ def _release(path: Path, token: str, stop: threading.Event) -> None:
 def _read(path: Path) -> dict | None:
     """The lock's content, None where there is none or it is damaged."""
     try:
-        return parse_row(path.read_bytes())
-    except OSError:
+        with _opened(path, os.O_RDONLY, "rb") as file:
+            return parse_row(file.read(RECORD_BYTES))
+    except (OSError, ValueError):
         return None
 
 
-def _write(file, record: dict) -> None:
+def _write(file: BinaryIO, record: dict) -> None:
     file.seek(0)
     file.write(json.dumps(record).encode() + b"\n")
     file.truncate()
@@ -163,13 +169,40 @@ def _write(file, record: dict) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator:
+def _opened(path: Path, flags: int, mode: str) -> Iterator[BinaryIO]:
+    """The file itself, never what a link leads to. Raises ValueError for a link, a folder, a pipe or a device."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ValueError(f"{path} is no ordinary file; delete it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no ordinary file; delete it")
+    with os.fdopen(descriptor, mode) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[BinaryIO]:
     """The file, opened for reading and writing, while no other process has it so. Some file systems have no such locks:
-    there two processes that start in the same instant may both go on, and the heartbeat ends the first (`check`)."""
+    there two processes that start in the same instant may both go on, and the heartbeat ends the first (`check`). So it
+    is where a process, which need only be allowed to read the file, keeps the lock."""
     while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with _opened(path, os.O_RDWR | os.O_CREAT, "r+b") as file:
+            _wait_for(file)
             if os.fstat(file.fileno()).st_nlink:  # else the holder has removed it meanwhile
                 yield file
                 return
+
+
+def _wait_for(file: BinaryIO) -> None:
+    deadline = time.monotonic() + EXCLUSIVE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return

@@ -14,17 +14,14 @@ timeline.jsonl   the phases of the last few steps
 
 from __future__ import annotations
 
-import hashlib
 import math
-import sys
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vold.config import dump_config
 from vold.config.load import in_present_terms
@@ -34,9 +31,11 @@ from vold.io import append_jsonl, flush_to_disk, log, one_line_errors, to_json, 
 from vold.jsonl import read_jsonl
 from vold.run.leftovers import remove, unfinished
 from vold.run.lock import RunLock
+from vold.run.log_digests import LogDigests, in_words, is_as_described
 from vold.run.loggers import Loggers
+from vold.run.progress import progress_line, progress_note
 from vold.run.timers import PhaseTimers
-from vold.untrusted import check_regular, read_yaml
+from vold.untrusted import read_yaml
 
 # any of these shows that a run got past its start
 RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
@@ -84,13 +83,13 @@ class RunLog:
         self._config, self._verb, self._peak_flops = config, verb, peak_flops
         settings = yaml.safe_load(dump_config(config, verb))
         self._loggers = Loggers(config.loggers, config.tracking, config.run_dir, settings)
-        self._progress = _progress(writer)
+        self._progress = progress_line(writer)
         self._task = self._progress.add_task(verb, total=total, note="", status="")
         self.phase = PhaseTimers()
         self._step_started, self._cpu_started = time.perf_counter(), time.process_time()
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
         self._lock: RunLock | None = None
-        self._digests: dict[str, tuple] = {}  # of each log, as far as it was read: the SHA-256 so far and the bytes
+        self._digests = LogDigests()
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run, and lock it. Raises ValueError where it cannot be
@@ -128,7 +127,7 @@ class RunLog:
         if not self._writer:
             return {}
         last_metrics: dict[str, float] = {}
-        self._digests.clear()
+        self._digests = LogDigests()
         for name in LOGS:
             path = self.path / name
             if path.exists():
@@ -152,20 +151,9 @@ class RunLog:
             if (path := self.path / name).exists():
                 flush_to_disk(path)
                 if name in CHECKED_LOGS:
-                    found[name] = self._describe(path)
+                    found[name] = self._digests.of(path)
         flush_to_disk(self.path)
         return found
-
-    def _describe(self, path: Path) -> dict:
-        """Size and SHA-256 of a log; only what was appended since the last call is read."""
-        digest, read = self._digests.get(path.name, (hashlib.sha256(), 0))
-        with path.open("rb") as file:
-            file.seek(read)
-            while block := file.read(1 << 20):
-                digest.update(block)
-                read += len(block)
-        self._digests[path.name] = digest, read
-        return {"bytes": read, "sha256": digest.hexdigest()}
 
     def check_rows(self, step: int, logs: dict[str, dict] | None) -> None:
         """Warn, on rank 0, about rows up to `step` that were lost or changed since its checkpoint, which `flush` then
@@ -174,11 +162,10 @@ class RunLog:
             return
         for name, then in (logs or {}).items():
             path = self.path / name
-            now = _beginning(path, then["bytes"]) if path.exists() else b""
-            if hashlib.sha256(now).hexdigest() != then["sha256"]:
+            if not is_as_described(path, then):
                 rows = {row.get("step", 0) for row in read_rows(path)} if path.exists() else set()
                 missing = [number for number in range(1, step + 1) if number not in rows]
-                what = f"{_ranges(missing)} missing" if missing else "rows were changed"
+                what = f"{in_words(missing)} missing" if missing else "rows were changed"
                 log.warning(
                     f"{path}: {what} since the checkpoint of step {step} was written; training is not affected, it "
                     "continues from the checkpoint alone, but curves and reports are"
@@ -251,11 +238,16 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
     saved = config.run_dir / "config.yaml"
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"run_dir {config.run_dir} is a file; choose another")
+    if os.path.lexists(saved) and not saved.is_file():
+        raise ValueError(f"{saved} is no ordinary file; write the run's own config back, or start another run_dir")
+    results = [name for name in RESULTS if (config.run_dir / name).exists()]
     if not saved.is_file():
+        if any(name in results for name in ("metrics.jsonl", "evaluation.json")):  # others may be of other stages
+            raise ValueError(f"{saved} is missing beside {results[0]}; write it back, or start another run_dir")
         if resume:
             raise ValueError(f"--resume: {config.run_dir} holds no run; leave --resume out to start one")
         return
-    if not resume and not any((config.run_dir / name).exists() for name in RESULTS):
+    if not resume and not results:
         return  # an attempt that stopped before its first step
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
@@ -317,54 +309,6 @@ def read_rows(path: Path) -> list[dict]:
     return read_jsonl(path, lambda row: isinstance(row.get("step", 0), int))
 
 
-def _beginning(path: Path, size: int) -> bytes:
-    """The first bytes of a file. Raises ValueError for a pipe or a device."""
-    check_regular(path)
-    with path.open("rb") as file:
-        return file.read(size)
-
-
 def _numbers(row: dict) -> dict:
     """A row of metrics; NaN where the file holds null, see to_json."""
     return {key: math.nan if value is None else value for key, value in row.items()}
-
-
-def _ranges(steps: list[int]) -> str:
-    """ "step 3" or "steps 3-5, 8": numbers in order."""
-    parts: list[list[int]] = []
-    for step in steps:
-        if parts and parts[-1][1] == step - 1:
-            parts[-1][1] = step
-        else:
-            parts.append([step, step])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-    return f"steps {text} are" if len(steps) > 1 else f"step {text} is"
-
-
-def progress_note(row: Mapping[str, float]) -> str:
-    """The step's reward, KL, tokens/s, rollout tail, MFU and memory on one line, as far as it logged them."""
-    formats = [
-        ("reward", "reward {:.3f}"),
-        ("nll", "nll {:.4f}"),
-        ("kl_teacher", "kl {:.3f}"),
-        ("prompts_per_second", "{:.2f} prompts/s"),
-        ("tokens_per_second", "{:.0f} tok/s"),
-        ("rollout_tail_seconds", "tail {:.1f} s"),
-        ("mfu", "mfu {:.1%}"),
-        ("peak_memory_gib", "{:.2f} GiB"),
-    ]
-    return " · ".join(text.format(row[key]) for key, text in formats if key in row)
-
-
-def _progress(writer: bool) -> Progress:
-    """A live line on a terminal; silent off it and off rank 0."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        disable=not (writer and sys.stderr.isatty()),
-    )

@@ -42,9 +42,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vold.config.schema import OptimizerConfig
+from vold.config.schema import AdapterConfig, OptimizerConfig
 from vold.data.packing import filler, pack
-from vold.models.weights import export_weights
+from vold.models.adapters import PROJECTIONS
+from vold.models.weights import export_adapters, export_weights
 from vold.parallel.launch import initialise
 from vold.teacher import Teacher
 from vold.trainer.trainer import Trainer
@@ -54,7 +55,7 @@ from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
-HEADS = ("tied", "untied", "tied-llama")  # of a Qwen2, whose projections have biases; of a Llama, without
+HEADS = ("tied", "untied", "tied-llama", "tied-lora")  # of a Qwen2, with biases; of a Llama; of a Qwen2 with adapters
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -64,6 +65,8 @@ BETA = 0.3
 # eps: at 1e-8 AdamW divides rounding noise by itself wherever a gradient is nothing else, and the same arithmetic in
 # another order differs by a part of the learning rate: one process and transformers by 1.7e-5, tp2 by 7.1e-5.
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-5, schedule="constant", clip_grad=0.5)
+
+ADAPTER = AdapterConfig(rank=4, alpha=8)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,23 @@ def student(head: str) -> PreTrainedModel:
         tie_word_embeddings=head != "untied",
     )
     return _perturbed(LlamaForCausalLM if llama else Qwen2ForCausalLM, config, seed=0)
+
+
+def save_student(head: str, models: Path) -> None:
+    """The student, and for lora an adapter by peft whose update is not zero."""
+    model = student(head)
+    model.save_pretrained(models / "student")
+    if not head.endswith("lora"):
+        return
+    from peft import LoraConfig, get_peft_model
+
+    modules = [name for target in ADAPTER.targets for name in PROJECTIONS[target]]
+    adapted = get_peft_model(model, LoraConfig(r=ADAPTER.rank, lora_alpha=ADAPTER.alpha, target_modules=modules))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))  # a tenth of the weights
+    adapted.save_pretrained(models / "adapter")
 
 
 def teacher() -> PreTrainedModel:
@@ -180,21 +200,25 @@ def train_vold(layout: Layout, models: Path, out: Path) -> None:
     """Trains on one rank. Rank 0 writes the tensors that `differences` compares."""
     sizes = {key: value for key, value in vars(layout).items() if key != "world"}
     rank_layout = initialise(**sizes, seed=0)
-    trainer = Trainer(models / "student", rank_layout, OPTIMIZER, steps=STEPS, dtype=torch.float32, vocab_size=VOCAB)
+    has_adapter = (models / "adapter").exists()
+    adapter = ADAPTER.model_copy(update={"path": models / "adapter"}) if has_adapter else None
+    sizes = {"steps": STEPS, "dtype": torch.float32, "vocab_size": VOCAB}
+    trainer = Trainer(models / "student", rank_layout, OPTIMIZER, adapter=adapter, **sizes)
+    export = export_adapters if has_adapter else export_weights
     scorer = Teacher(models / "teacher", rank_layout, dtype=torch.float32, vocab_size=VOCAB)
-    tensors = _named("loaded", export_weights(trainer.chunks))
+    tensors = _named("loaded", export(trainer.chunks))
     for step in range(STEPS):
         batch = scorer.score(batch_of_step(step, trainer))
         trainer.accumulate_gradients(batch)
         if not layout.distributed_optimizer:  # whose ranks hold only their own share of the sum
-            tensors |= _named(f"gradient/{step}", export_weights(trainer.chunks, lambda p: p.main_grad))
+            tensors |= _named(f"gradient/{step}", export(trainer.chunks, lambda p: p.main_grad))
         report = trainer.step(batch)
         reports: list = [None] * layout.world
         dist.all_gather_object(reports, report)
         assert all(other == report for other in reports), "every rank reports the same numbers"
         tensors[f"loss/{step}"] = torch.tensor(report.metrics["loss"], dtype=torch.float64)
-    tensors |= _named("parameter", export_weights(trainer.chunks))
-    if rank_layout.is_last_stage and trainer.chunks[-1].arch.tied:
+    tensors |= _named("parameter", export(trainer.chunks))
+    if not has_adapter and rank_layout.is_last_stage and trainer.chunks[-1].arch.tied:
         head_shard = trainer.chunks[-1].head_weight()
         embedding_shard = tensors["parameter/lm_head.weight"].chunk(rank_layout.tp)[rank_layout.tp_rank]
         assert torch.equal(head_shard, embedding_shard), "the tied head differs from its embedding"
@@ -210,15 +234,20 @@ def train_transformers(models: Path, out: Path) -> None:
     """The same three steps in plain torch: sequence by sequence, on materialised logits, with torch's AdamW."""
     learner = AutoModelForCausalLM.from_pretrained(models / "student", dtype=torch.float32)
     scorer = Qwen3ForCausalLM.from_pretrained(models / "teacher", dtype=torch.float32)
-    matrices = [p for p in learner.parameters() if p.ndim > 1]
-    vectors = [p for p in learner.parameters() if p.ndim == 1]
+    if (models / "adapter").exists():
+        from peft import PeftModel
+
+        learner = PeftModel.from_pretrained(learner, models / "adapter", is_trainable=True)
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIMIZER.lr,
         betas=OPTIMIZER.betas,
         eps=OPTIMIZER.eps,
     )
-    named = dict(learner.named_parameters(remove_duplicate=False))
+    parameters = learner.named_parameters(remove_duplicate=False)
+    named = {name.replace(".default", ""): p for name, p in parameters if p.requires_grad}
     tensors = _named("loaded", ((name, p.detach()) for name, p in named.items()))
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -226,7 +255,7 @@ def train_transformers(models: Path, out: Path) -> None:
         loss.backward()
         tensors[f"loss/{step}"] = loss.detach().double()
         tensors |= _named(f"gradient/{step}", ((name, p.grad) for name, p in named.items()))
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), OPTIMIZER.clip_grad)
+        torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER.clip_grad)
         optimizer.step()
     tensors |= _named("parameter", ((name, p.detach()) for name, p in named.items()))
     save_file(tensors, out)
@@ -263,7 +292,7 @@ def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterato
     """A row for each head and layout, as it is finished."""
     for head in heads:
         models = folder / head
-        student(head).save_pretrained(models / "student")
+        save_student(head, models)
         teacher().save_pretrained(models / "teacher")
         run_world(1, train_transformers, models, folder / "transformers")
         run_world(1, train_vold, Layout(), models, folder / "one process")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from vold.config.schema import ExportConfig, PromptConfig
+from vold.config.schema import AdapterConfig, ExportConfig, PromptConfig
 from vold.io import log
+from vold.models.adapters import write_adapter
 from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
-from vold.models.weights import export_weights, load_chunks
+from vold.models.weights import export_adapters, export_weights, load_chunks
 from vold.parallel.launch import initialise
 from vold.run.run_dir import read_config
 from vold.trainer.checkpoint import Checkpoints
@@ -43,8 +44,16 @@ def export_model(config: ExportConfig) -> None:
         raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
     student = Path(settings["student"])
     train_merger = isinstance(vision := settings.get("vision"), dict) and vision.get("train_merger") is True
-    chunks = load_chunks(student, layout, getattr(torch, settings["dtype"]), train_merger=train_merger)
+    adapter = AdapterConfig(**settings["adapter"]) if settings.get("adapter") else None
+    if config.adapter and adapter is None:
+        raise ValueError(f"adapter = true, but run = {config.run} trained the whole model; leave it out")
+    dtype = getattr(torch, settings["dtype"])
+    chunks = load_chunks(student, layout, dtype, train_merger=train_merger, adapter=adapter)
     checkpoints.load_weights(chunks, step)
+    if config.adapter:
+        write_adapter(config.out, student, adapter, export_adapters(chunks))
+        log.info(f"{config.out}: adapter of step {step} of {config.run}, for {student}")
+        return
     rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}
     amend = partial(write_chat_template, prompt=PromptConfig(**rendering))
     export_checkpoint(student, config.out, export_weights(chunks), amend=amend)

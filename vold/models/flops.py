@@ -53,11 +53,13 @@ def language_model_parameters(arch: Architecture) -> int:
 # Work ----------------------------------------------------------------------------------------------------------------
 
 
-def training_flops(arch: Architecture, tokens: PackedTokens) -> float:
-    """FLOPs of forward and backward over packed tokens: 6 per weight and token, plus causal attention. Recomputation
-    and padding do not count, and a prompt that responses share counts once."""
-    shapes = zip(tokens.cu_seqlens.diff().tolist(), tokens.cu_seqlens_k.diff().tolist(), strict=True)
-    return sum(segment_flops(arch, queries, keys) for queries, keys in shapes)
+def training_flops(arch: Architecture, tokens: PackedTokens, has_frozen_weights: bool = False) -> float:
+    """FLOPs of forward and backward over packed tokens: 6 per weight and token (4 for frozen ones, whose gradient is
+    not computed; adapters are left out), plus causal attention. Recomputation and padding do not count, and a prompt
+    that responses share counts once."""
+    shapes = list(zip(tokens.cu_seqlens.diff().tolist(), tokens.cu_seqlens_k.diff().tolist(), strict=True))
+    saved = 2 * matmul_parameters(arch) * sum(queries for queries, _ in shapes) if has_frozen_weights else 0
+    return sum(segment_flops(arch, queries, keys) for queries, keys in shapes) - saved
 
 
 def segment_flops(arch: Architecture, queries: int, keys: int) -> float:

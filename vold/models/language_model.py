@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from vold.config.schema import AdapterConfig
+from vold.models.adapters import add_adapters, train_embeddings_output
 from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec
 from vold.models.vision import Features, FrozenVisionTower, Mergers
@@ -28,12 +30,14 @@ class LanguageModel(GPTModel):
 
     vision_levels  levels of the vision tower's features that this chunk adds (see vold.models.vision)
     visual         the patch mergers of these levels, where they are trained
+    adapter        LoRA's settings; the other weights of the text model are frozen then
     """
 
     arch: Architecture
     layout: Layout
     vision_levels: tuple[int, ...]
     visual: Mergers | None
+    adapter: AdapterConfig | None
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -47,18 +51,25 @@ class LanguageModel(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def head_main_grad(self) -> Tensor:
-        """[U, D] fp32: the buffer of the head's gradient, made by Megatron's data-parallel wrapper. Last stage only."""
-        return self.head_weight().main_grad
+    def head_main_grad(self) -> Tensor | None:
+        """[U, D] fp32: the buffer of the head's gradient, made by Megatron's data-parallel wrapper; None for a frozen
+        head. Last stage only."""
+        return self.head_weight().main_grad if self.head_weight().requires_grad else None
 
 
 def build_chunks(
-    arch: Architecture, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+    arch: Architecture,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    train_merger: bool = False,
+    adapter: AdapterConfig | None = None,
 ) -> list[LanguageModel]:
     """This rank's part of the model: one chunk, or with virtual stages `layout.vpp` of them, in the order of their
     layers. Weights are uninitialised: call `load_pretrained` next."""
     stages = [None] if layout.vpp is None else range(layout.vpp)
-    return [build_language_model(arch, layout, dtype, vp_stage, train_merger=train_merger) for vp_stage in stages]
+    options = {"train_merger": train_merger, "adapter": adapter}
+    return [build_language_model(arch, layout, dtype, vp_stage, **options) for vp_stage in stages]
 
 
 def build_language_model(
@@ -68,9 +79,11 @@ def build_language_model(
     vp_stage: int | None = None,
     *,
     train_merger: bool = False,
+    adapter: AdapterConfig | None = None,
 ) -> LanguageModel:
     """One chunk of the model on `layout.device`, weights uninitialised. The first chunk of all holds the embedding, the
-    last one the final norm and the head; with `train_merger` each also holds the mergers of its vision levels."""
+    last one the final norm and the head; with `train_merger` each also holds the mergers of its vision levels, with
+    `adapter` the text model is frozen and its layers have adapters."""
     pre_process = layout.is_first_stage and vp_stage in (None, 0)
     post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
@@ -90,10 +103,35 @@ def build_language_model(
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)
+    model.adapter = adapter
+    if adapter is not None:
+        _add_adapters(model, arch, layout, adapter)
     model.visual = None
     if train_merger and model.vision_levels:
         model.visual = Mergers(arch, model.vision_levels, dtype, layout)
     return model
+
+
+def _add_adapters(model: LanguageModel, arch: Architecture, layout: Layout, config: AdapterConfig) -> None:
+    """Freeze the text model and give its layers adapters."""
+    groups = arch.kv_heads // layout.tp
+    queries, keys = arch.heads * arch.head_dim // layout.tp, arch.kv_heads * arch.head_dim // layout.tp
+
+    def by_group(parts: list[Tensor], dim: int) -> Tensor:
+        """Queries, keys and values -> for each group its queries, key, value, as in linear_qkv."""
+        grouped = [part.unflatten(dim, (groups, -1)) for part in parts]
+        return torch.cat(grouped, dim=1 if dim == 0 else -1).flatten(0 if dim == 0 else -2, 1 if dim == 0 else -1)
+
+    model.requires_grad_(False)
+    joins = {
+        "qkv": lambda rows: ((queries, keys, keys), by_group),
+        "proj": lambda rows: ((rows,), lambda parts, dim: parts[0]),
+        "fc1": lambda rows: ((rows // 2, rows // 2), lambda parts, dim: torch.cat(parts, dim)),
+        "fc2": lambda rows: ((rows,), lambda parts, dim: parts[0]),
+    }
+    add_adapters(model.decoder.layers, config, joins)
+    if model.pre_process:
+        train_embeddings_output(model.embedding)
 
 
 def _vision_levels(model: LanguageModel, arch: Architecture) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vold.config.schema import AdapterConfig
+from vold.models.adapters import LINEARS, adapter_tensors, check_matrix, initialise_matrix, merged
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
 from vold.models.language_model import LanguageModel, build_chunks
@@ -53,6 +55,21 @@ LAYER_RULES = {
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), split=1),
 }
+
+
+def _adapter_rules() -> dict[str, Rule]:
+    """Of each projection's A and B: B has the rows of a weight that is divided by rows, A the columns of the others."""
+    rules = {}
+    for target in LINEARS.values():
+        rule = LAYER_RULES[f"{target}.weight"]
+        for index, name in enumerate(rule.names):
+            for letter, split in (("A", None if rule.split == 0 else 1), ("B", 0 if rule.split == 0 else None)):
+                stored = name.replace(".weight", f".lora_{letter}.weight")
+                rules[f"{target}.adapter.lora_{letter}.{index}"] = Rule((stored,), split=split)
+    return rules
+
+
+ADAPTER_RULES = _adapter_rules()
 EMBEDDING_RULE = Rule(("embed_tokens.weight",), split=0)
 HEAD_RULE = Rule(("lm_head.weight",), split=0)
 MODEL_RULES = {
@@ -80,8 +97,19 @@ def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]
             yield name, parameter, Rule((name,)) if name.startswith("visual.") else MODEL_RULES[name]
             continue
         layer = model.decoder.layers[int(match[1])].layer_number - 1
-        rule = LAYER_RULES[match[2]]
+        rule = LAYER_RULES.get(match[2]) or ADAPTER_RULES[match[2]]
         yield name, parameter, Rule(tuple(f"layers.{layer}.{n}" for n in rule.names), rule.join, rule.split)
+
+
+def trained_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]]:
+    """`named_rules` of what is trained: all parameters of a chunk, or its adapters and mergers."""
+    for name, parameter, rule in named_rules(model):
+        if model.adapter is None or is_adapter(rule) or name.startswith("visual."):
+            yield name, parameter, rule
+
+
+def is_adapter(rule: Rule) -> bool:
+    return ".lora_" in rule.names[0]
 
 
 # Shapes of the pieces ------------------------------------------------------------------------------------------------
@@ -125,9 +153,11 @@ def _group_rows(arch: Architecture) -> list[int]:
 
 
 def tensor_shapes(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """For every Hugging Face tensor in these chunks: short name, full shape, number of its elements that they hold. A
-    tied head counts with its embedding."""
+    """For every Hugging Face tensor in these chunks, adapters left out: short name, full shape, number of its elements
+    that they hold. A tied head counts with its embedding."""
     for name, shape, _, _, rule in _tensor_pieces(chunks):
+        if is_adapter(rule):
+            continue
         parts = 1 if rule.split is None else chunks[0].layout.tp
         yield name, shape, math.prod(shape) // parts
 
@@ -237,12 +267,18 @@ def check_names(checkpoint_dir: str | Path) -> None:
 
 
 def load_chunks(
-    checkpoint: Path, layout: Layout, dtype: torch.dtype, *, train_merger: bool = False
+    checkpoint: Path,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    train_merger: bool = False,
+    adapter: AdapterConfig | None = None,
 ) -> list[LanguageModel]:
-    """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights."""
+    """This rank's part of the language model in a checkpoint directory (see build_chunks), with its weights, and new
+    adapters where `adapter` asks for them."""
     arch = Architecture.from_pretrained(checkpoint)
     check_sizes(checkpoint)
-    chunks = build_chunks(arch, layout, dtype, train_merger=train_merger)
+    chunks = build_chunks(arch, layout, dtype, train_merger=train_merger, adapter=adapter)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)
     return chunks
@@ -254,15 +290,35 @@ def load_pretrained(chunk: LanguageModel, checkpoint_dir: str | Path) -> None:
 
     Raises ValueError naming the tensor and the file when one is missing, has another shape, or would be left out.
     """
+    if chunk.adapter is not None:
+        _load_adapters(chunk, chunk.adapter)
     with CheckpointReader(checkpoint_dir) as reader:
         reader.check_names(chunk.arch)
         for _name, parameter, rule in named_rules(chunk):
+            if is_adapter(rule):
+                continue
             if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
                 rule = EMBEDDING_RULE
             shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
             names = zip(rule.names, shapes, strict=True)
             pieces = [_read_share(reader, name, shape, rule.split, chunk.layout) for name, shape in names]
             parameter.copy_(join_pieces(rule, pieces, chunk.arch))
+
+
+def _load_adapters(chunk: LanguageModel, config: AdapterConfig) -> None:
+    """Fill a chunk's adapters: new ones, or those of config.path."""
+    tp = (chunk.layout.tp, chunk.layout.tp_rank)
+    matrices = ((parameter, rule.names[0], rule.split) for _, parameter, rule in named_rules(chunk) if is_adapter(rule))
+    if config.path is None:
+        for parameter, name, split in matrices:
+            initialise_matrix(name, parameter, split, tp, config.seed)
+        return
+    with adapter_tensors(config) as stored:
+        for parameter, name, split in matrices:
+            full_name = f"base_model.model.{_long_name(name, chunk.arch)}"
+            shape = tuple(size * (tp[0] if dim == split else 1) for dim, size in enumerate(parameter.shape))
+            value = check_matrix(stored, full_name, shape, config)
+            parameter.copy_(value if split is None else value.chunk(tp[0], split)[tp[1]])
 
 
 def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, layout: Layout):
@@ -287,9 +343,10 @@ def _finite(tensor: Tensor, name: str, reader: CheckpointReader) -> Tensor:
 
 @torch.no_grad()
 def export_weights(
-    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = merged
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stream (Hugging Face name, full tensor) of what is trained, with the names transformers writes today.
+    """Stream (Hugging Face name, full tensor) of the language model and trained mergers, with the names transformers
+    writes today; adapters are merged into the weights that they change.
 
     Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
     from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
@@ -298,10 +355,19 @@ def export_weights(
     shape (its gradient, say).
     """
     arch, layout = chunks[0].arch, chunks[0].layout
-    for name, tensor in _from_all_stages(_lazy_tensors(chunks, value), layout):
+    for name, tensor in _from_all_stages(_lazy_tensors(chunks, value, of_adapters=False), layout):
         yield _long_name(name, arch), tensor
         if arch.tied and name == "embed_tokens.weight":
             yield "lm_head.weight", tensor
+
+
+@torch.no_grad()
+def export_adapters(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name as peft writes it, full tensor) of the adapters, as `export_weights` does."""
+    for name, tensor in _from_all_stages(_lazy_tensors(chunks, value, of_adapters=True), chunks[0].layout):
+        yield f"base_model.model.{_long_name(name, chunks[0].arch)}", tensor
 
 
 def _long_name(name: str, arch: Architecture) -> str:
@@ -321,15 +387,20 @@ class _LazyTensor:
     gather: Callable[[], Tensor]
 
 
-def _lazy_tensors(chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor]) -> Iterator[_LazyTensor]:
+def _lazy_tensors(
+    chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor], *, of_adapters: bool
+) -> Iterator[_LazyTensor]:
     for name, shape, index, parameter, rule in _tensor_pieces(chunks):
-        tensor = value(parameter)
-        yield _LazyTensor(name, shape, tensor.dtype, partial(_gather_piece, rule, tensor, index, chunks[0]))
+        if is_adapter(rule) != of_adapters:
+            continue
+        gather = partial(_gather_piece, rule, partial(value, parameter), index, chunks[0])
+        dtype = parameter.dtype if value is merged else value(parameter).dtype
+        yield _LazyTensor(name, shape, dtype, gather)
 
 
-def _gather_piece(rule: Rule, parameter: Tensor, index: int, chunk: LanguageModel) -> Tensor:
-    """The full Hugging Face tensor number `index` of a rule, from this tp rank's share of the parameter."""
-    piece = split_pieces(rule, parameter, chunk.arch)[index]
+def _gather_piece(rule: Rule, value: Callable[[], Tensor], index: int, chunk: LanguageModel) -> Tensor:
+    """The full Hugging Face tensor number `index` of a rule, from this tp rank's share of the parameter's value."""
+    piece = split_pieces(rule, value(), chunk.arch)[index]
     if rule.split is None or chunk.layout.tp == 1:
         return piece
     shares = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(chunk.layout.tp)]

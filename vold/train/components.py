@@ -167,6 +167,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
         dtype=job.dtype,
         vocab_size=vocab_size,
         vision=config.vision,
+        adapter=config.adapter,
     )
     sampler = probe = None
     if evaluates_after(config.steps - 1, config.steps, config.evaluation):
@@ -245,6 +246,7 @@ def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: in
         temperature=config.rollout.temperature,
         importance_cap=config.rollout.importance_cap if config.rollout.lag or config.minibatches > 1 else None,
         vision=config.vision,
+        adapter=config.adapter,
     )
 
 

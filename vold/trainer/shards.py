@@ -29,7 +29,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vold.models.language_model import LanguageModel
-from vold.models.weights import EMBEDDING_RULE, HEAD_RULE, Rule, join_pieces, named_rules, piece_shapes, split_pieces
+from vold.models.weights import (
+    EMBEDDING_RULE,
+    HEAD_RULE,
+    Rule,
+    join_pieces,
+    piece_shapes,
+    split_pieces,
+    trained_rules,
+)
 from vold.trainer.optimizer import (
     is_distributed,
     load_optimizer_state,
@@ -120,7 +128,7 @@ def _is_first_copy(chunk: LanguageModel, rule: Rule) -> bool:
 
 def _parameters(chunks: Iterable[LanguageModel]) -> Iterator[tuple[LanguageModel, nn.Parameter, Rule]]:
     for chunk in chunks:
-        for _name, parameter, rule in named_rules(chunk):
+        for _name, parameter, rule in trained_rules(chunk):
             yield chunk, parameter, rule
 
 
@@ -182,7 +190,7 @@ class PieceReader:
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[LanguageModel], reader: PieceReader) -> None:
-    """Fill this rank's parameters, from a checkpoint of any layout."""
+    """Fill this rank's trained parameters, from a checkpoint of any layout."""
     for chunk, parameter, rule in _parameters(chunks):
         parameter.copy_(_read(reader, "model", parameter, rule, chunk))
 

@@ -20,7 +20,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
-from vold.config.schema import OptimizerConfig, VisionConfig
+from vold.config.schema import AdapterConfig, OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
 from vold.models.flops import segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
@@ -67,11 +67,13 @@ class Trainer:
         temperature: float = 1.0,
         importance_cap: float | None = None,
         vision: VisionConfig = VisionConfig(),
+        adapter: AdapterConfig | None = None,
     ):
         self.vocab_size = vocab_size
         self._layout, self._objective = layout, objective
         self._temperature, self._importance_cap = temperature, importance_cap
-        self._chunks = _wrap(load_chunks(student, layout, dtype, train_merger=vision.train_merger))
+        load = partial(load_chunks, student, layout, dtype, train_merger=vision.train_merger, adapter=adapter)
+        self._chunks = _wrap(load())
         self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
@@ -79,8 +81,7 @@ class Trainer:
         self.average: WeightAverage | None = None
         if objective.uses_self_teacher:
             assert objective.self_distillation is not None
-            copy = load_chunks(student, layout, dtype, train_merger=vision.train_merger)
-            self.average = WeightAverage(copy, objective.self_distillation.rate)
+            self.average = WeightAverage(load(), objective.self_distillation.rate, self.chunks)
         self.phases = PhaseTimers()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -226,7 +227,10 @@ class Trainer:
     def _useful_flops(self, batch: Batch) -> float:
         """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
         arch = self.chunks[0].arch
-        return sum(training_flops(arch, micro.tokens) for micro in batch.micro_batches if micro.sample_B)
+        has_frozen_weights = self.chunks[0].adapter is not None
+        return sum(
+            training_flops(arch, micro.tokens, has_frozen_weights) for micro in batch.micro_batches if micro.sample_B
+        )
 
     @property
     def replicas(self) -> Replicas:
@@ -275,7 +279,8 @@ class Trainer:
         return cast(Tensor, linear_logprob(hidden_ND, weight_UD, micro.target_N, **options))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Trained weights by transformers' names, streamed; a frozen vision tower's are not among them."""
+        """The weights by transformers' names, streamed, with adapters merged; a frozen vision tower's are not among
+        them."""
         return export_weights(self.chunks)
 
     # -- for checkpoints -------------------------------------------------------------------------------------------
@@ -294,6 +299,7 @@ class Trainer:
             prefix.format(number) + name: parameter
             for number, chunk in enumerate(self.chunks)
             for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad
         }
 
 

@@ -26,9 +26,18 @@ from vold.config.schema.selfplay import (
     SelfplayConfig,
     SelfplayPhaseConfig,
 )
-from vold.config.schema.training import OptimizerConfig, RlConfig, SftConfig, TracesConfig, TrainConfig, VisionConfig
+from vold.config.schema.training import (
+    AdapterConfig,
+    OptimizerConfig,
+    RlConfig,
+    SftConfig,
+    TracesConfig,
+    TrainConfig,
+    VisionConfig,
+)
 
 __all__ = [
+    "AdapterConfig",
     "AnswersConfig",
     "CoderConfig",
     "CurriculumConfig",

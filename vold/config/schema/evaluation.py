@@ -84,3 +84,6 @@ class ExportConfig(Strict):
     """Directory to write."""
     step: Positive | Literal["best"] | None = None
     """The latest step when null; best: see evaluation.best."""
+    adapter: bool = False
+    """Write a run's LoRA adapter alone, as a directory that peft's PeftModel.from_pretrained and vLLM load, instead of
+    the whole model with the adapter merged."""

@@ -49,6 +49,29 @@ class VisionConfig(Strict):
     """Image patches in one forward pass of the tower."""
 
 
+class AdapterConfig(Strict):
+    """LoRA: the language model is frozen, and a low-rank update of its linear layers is trained."""
+
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = (
+        "qkv",
+        "proj",
+        "fc1",
+        "fc2",
+    )
+    """Linear layers with an update: qkv (q_proj, k_proj, v_proj), proj (o_proj), fc1 (gate_proj, up_proj),
+    fc2 (down_proj)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    seed: NonNegative = 0
+    """Seed of the update's initial values."""
+    path: Path | None = None
+    """Directory of an adapter, as peft or `vold export` with adapter=true writes it, to continue from."""
+
+
 class TrainConfig(RunConfig):
     """Common to both training stages."""
 
@@ -60,6 +83,8 @@ class TrainConfig(RunConfig):
     """Optimizer and learning rate."""
     vision: VisionConfig = VisionConfig()
     """Vision tower."""
+    adapter: AdapterConfig | None = None
+    """LoRA; null: all weights of the language model are trained."""
     steps: Positive
     """Optimizer steps (rl: steps of rollouts; minibatches updates each)."""
     microbatch_tokens: Positive = 16384

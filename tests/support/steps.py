@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vold.config.schema import ObjectiveConfig, OptimizerConfig
+from vold.config.schema import AdapterConfig, ObjectiveConfig, OptimizerConfig
 from vold.data.packing import filler, pack
 from vold.objectives import Objective, build_objective
 from vold.teacher import Teacher
@@ -28,6 +28,7 @@ def make_trainer(
     objective=Objective(),
     dtype=torch.float32,
     importance_cap: float | None = None,
+    adapter: AdapterConfig | None = None,
     **numbers,
 ) -> Trainer:
     return Trainer(
@@ -39,6 +40,7 @@ def make_trainer(
         vocab_size=VOCAB_SIZE,
         objective=objective,
         importance_cap=importance_cap,
+        adapter=adapter,
     )
 
 

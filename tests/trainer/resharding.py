@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from support.steps import LONGEST, VOCAB_SIZE, make_groups, make_trainer
-from vold.config.schema import ObjectiveConfig
+from vold.config.schema import AdapterConfig, ObjectiveConfig
 from vold.data.packing import pack
 from vold.objectives import build_objective
 from vold.parallel.launch import initialise, shutdown
@@ -27,12 +27,14 @@ def hinted(prompt: Prompt, hint: Hint) -> Prompt:
     return replace(prompt, token_ids=(*prompt.token_ids, 9, 10, 11))
 
 
-def link(student: Path, parallel: dict, dtype: str, run_dir: Path, step: int) -> None:
+def link(student: Path, parallel: dict, dtype: str, run_dir: Path, step: int, adapter: AdapterConfig | None) -> None:
     """Load `step` (0: start), save it again unchanged to run_dir/again-{step}, train one step and save it, train one
     more. Writes run_dir/steps-{step}.json: a few numbers of the two steps. Policy gradient and self-teacher are in it:
     the student's average is part of the state."""
     layout = initialise(**parallel, seed=step)
-    settings = dict(dtype=getattr(torch, dtype), warmup_steps=4, schedule="cosine", objective=OBJECTIVE)
+    settings = dict(
+        dtype=getattr(torch, dtype), warmup_steps=4, schedule="cosine", objective=OBJECTIVE, adapter=adapter
+    )
     trainer = make_trainer(student, layout, **settings)
     numbers = dict(
         max_tokens=40, temperature=1.0, vocab_size=VOCAB_SIZE, confident=OBJECTIVE.self_distillation.confident

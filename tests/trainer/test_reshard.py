@@ -9,6 +9,7 @@ import resharding
 import torch
 
 from support import ranks, tiny
+from vold.config.schema import AdapterConfig
 from vold.trainer.checkpoint import shard_files
 from vold.trainer.shards import PieceReader
 
@@ -35,13 +36,18 @@ def whole_tensors(path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype", "tolerance", "chain"), [(True, "float32", 1e-6, CHAIN), (False, "bfloat16", 1e-2, CHAIN[2:])]
+    ("tied", "dtype", "tolerance", "chain", "adapter"),
+    [
+        (True, "float32", 1e-6, CHAIN, None),
+        (False, "bfloat16", 1e-2, CHAIN[2:], None),
+        (True, "bfloat16", 1e-2, CHAIN[::2], AdapterConfig(rank=3)),
+    ],
 )
-def test_a_chain_of_layouts(tied, dtype, tolerance, chain, tmp_path):
+def test_a_chain_of_layouts(tied, dtype, tolerance, chain, adapter, tmp_path):
     student = tiny.save(tiny.qwen3(tied=tied, num_hidden_layers=4), tmp_path / "student")
     run_dir = tmp_path / "run"
     for step, (world, layout) in enumerate(chain):
-        ranks.run(world, resharding.link, student, layout, dtype, run_dir, step, logs=tmp_path / f"{step}")
+        ranks.run(world, resharding.link, student, layout, dtype, run_dir, step, adapter, logs=tmp_path / f"{step}")
     steps = [json.loads((run_dir / f"steps-{step}.json").read_text()) for step in range(len(chain))]
     for step in range(1, len(chain)):
         saved = whole_tensors(run_dir / f"checkpoints/step-{step:06d}")

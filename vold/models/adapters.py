@@ -124,7 +124,8 @@ PROJECTIONS = {
 
 
 def write_adapter(out: Path, base: Path, config: AdapterConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a directory as peft does. base: the checkpoint that the adapter belongs to. tensors: by peft's names."""
+    """Write a directory as peft does. base: the checkpoint that the adapter belongs to. tensors: by peft's names. A
+    vision tower, whose modules have the same names, is left out of it."""
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,11 +135,12 @@ def write_adapter(out: Path, base: Path, config: AdapterConfig, tensors: Iterabl
         "lora_dropout": 0.0,
         "use_rslora": config.rslora,
         "target_modules": [name for target in config.targets for name in PROJECTIONS[target]],
+        "exclude_modules": r"(.*\.)?visual\..*",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    if not config.alpha % 1:
+    if config.alpha.is_integer():
         settings["lora_alpha"] = int(config.alpha)  # as peft writes it; vLLM's key is an integer
     with new_checkpoint(out) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, partial / "adapter_model.safetensors")

@@ -5,6 +5,8 @@ All functions that name an architecture count the undivided text model: no visio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vold.models.architecture import Architecture
@@ -48,6 +50,18 @@ def language_model_parameters(arch: Architecture) -> int:
     """All parameters of the language model; a tied head counts once."""
     vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden
     return arch.layers * layer_parameters(arch) + arch.hidden + vocabulary
+
+
+def adapter_parameters(arch: Architecture, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of LoRA's update of these targets in all layers: rank * (inputs + outputs) of each projection."""
+    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    sizes = {
+        "qkv": 3 * arch.hidden + queries + 2 * keys,
+        "proj": queries + arch.hidden,
+        "fc1": 2 * (arch.hidden + arch.ffn),
+        "fc2": arch.ffn + arch.hidden,
+    }
+    return arch.layers * rank * sum(sizes[target] for target in targets)
 
 
 # Work ----------------------------------------------------------------------------------------------------------------

@@ -79,8 +79,9 @@ def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, 
     chunk: built on meta in a layout of fake_layout. tokens: on meta too, but for the boundaries of the packing. train:
     run the backward pass as well.
     """
-    chunk.requires_grad_(train).train(train)
-    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in chunk.parameters()] if train else []
+    chunk.train(train)
+    trained = [parameter for parameter in chunk.parameters() if train and parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
     with cpu.on_meta(), simulate_device(device), torch.set_grad_enabled(train), LiveBytes() as live:
         if not chunk.pre_process:
             chunk.set_input_tensor(_stage_input(chunk, tokens, train))
@@ -188,12 +189,15 @@ def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: 
     return total
 
 
-def training_state_bytes(parameters: int, layout: Layout, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of a rank's weights, fp32 gradients, and optimizer: fp32 masters (of a bfloat16 model) and Adam's moments,
-    divided over the data-parallel ranks by a distributed optimizer."""
+def training_state_bytes(
+    parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0
+) -> dict[str, float]:
+    """Bytes of a rank's weights, and of its trained parameters' fp32 gradients and optimizer: fp32 masters (of a
+    bfloat16 model) and Adam's moments, divided over the data-parallel ranks by a distributed optimizer. parameters:
+    the trained ones. frozen: those that have a weight alone."""
     masters = 4 if dtype.itemsize < 4 else 0
     return {
-        "weights": parameters * dtype.itemsize,
+        "weights": (parameters + frozen) * dtype.itemsize,
         "gradients": parameters * 4,
         "optimizer": parameters * (masters + 8) / _optimizer_ranks(layout),
     }

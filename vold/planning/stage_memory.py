@@ -62,11 +62,12 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """Measurements of one pipeline stage's run on the meta device, in bytes but for `parameters` and
-    `largest_parameter` (elements). Independent of sampler, optimizer division and offloading."""
+    """Measurements of one pipeline stage's run on the meta device, in bytes but for `trained`, `frozen` and
+    `largest_trained` (elements). Independent of sampler, optimizer division and offloading."""
 
-    parameters: int
-    largest_parameter: int
+    trained: int
+    frozen: int
+    largest_trained: int
     takes_images: bool
     train: TrainingPeak
     teacher_weights: float = 0.0
@@ -99,15 +100,18 @@ def stage_memories(sizes: StepSizes, device: str, cache: TraceCache | None = Non
 
 
 def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
-    dtype, train_merger = sizes.dtype, sizes.config.vision.train_merger
+    dtype, config = sizes.dtype, sizes.config
     tokens, losses = packed_on_meta(
         sizes.micro_batch_tokens, sizes.prompt_tokens, sizes.response_tokens, sizes.responses_per_prompt
     )
-    chunks = _build_on_meta(sizes.student, layout, dtype, train_merger=train_merger)
-    counts = [parameter.numel() for chunk in chunks for parameter in chunk.parameters()]
+    trained = {"train_merger": config.vision.train_merger, "adapter": config.adapter}
+    chunks = _build_on_meta(sizes.student, layout, dtype, **trained)
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    counts = [parameter.numel() for parameter in parameters if parameter.requires_grad]
+    frozen = sum(parameter.numel() for parameter in parameters) - sum(counts)
     options = {"micro_batches": sizes.micro_batches, "device": device, "two_heads": sizes.has_full_divergence}
     train = training_peak(chunks, tokens, losses, **options)
-    student = (sum(counts), max(counts), any(chunk.vision_levels for chunk in chunks), train)
+    student = (sum(counts), frozen, max(counts), any(chunk.vision_levels for chunk in chunks), train)
     if sizes.teacher is None:
         return StageTrace(*student)
     chunks = _build_on_meta(sizes.teacher, layout, dtype)
@@ -125,12 +129,12 @@ def _build_on_meta(arch: Architecture, layout: Layout, dtype: torch.dtype, **opt
 
 def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: str) -> StageMemory:
     config = sizes.config
-    state = training_state_bytes(trace.parameters, layout, sizes.dtype)
+    state = training_state_bytes(trace.trained, layout, sizes.dtype, trace.frozen)
     resident = state | {"vision": sizes.student_tower_bytes if trace.takes_images else 0.0}
     batch, host = float(BATCH_BYTES * sizes.tokens_per_replica), 0.0
     phases, teacher = {}, trace.teacher_weights
     if sizes.objective is not None and sizes.objective.uses_self_teacher:
-        resident["teacher"] = teacher = float(average_bytes(trace.parameters, sizes.dtype))
+        resident["teacher"] = teacher = float(average_bytes(trace.trained, sizes.dtype))
     elif sizes.teacher is not None:
         phases["teacher"] = {"working": trace.teacher_working, "batch": batch}
         weights = teacher + (sizes.teacher_tower_bytes if layout.is_first_stage else 0)
@@ -138,7 +142,7 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
         (phases["teacher"] if config.teacher_offload else resident)["teacher"] = weights
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0
     phases["train"] = {"activations": trace.train.activations, "working": trace.train.working, "batch": batch + kept}
-    update = update_bytes(trace.parameters, trace.largest_parameter, layout, device)
+    update = update_bytes(trace.trained, trace.largest_trained, layout, device)
     phases["update"] = {"working": update}
     for phase, sampling, responses in _sampled_phases(sizes):
         resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses)

@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 
 from vold.config.schema import DataConfig, RlConfig, SftConfig
 from vold.models.architecture import Architecture
+from vold.models.flops import adapter_parameters, language_model_parameters
 from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
 
@@ -51,6 +52,14 @@ class StepSizes:
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return getattr(torch, self.config.dtype)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of the language model with gradient and optimizer state: all, or the adapters'."""
+        adapter = self.config.adapter
+        if adapter is None:
+            return language_model_parameters(self.student)
+        return adapter_parameters(self.student, adapter.rank, adapter.targets)
 
     @property
     def has_full_divergence(self) -> bool:

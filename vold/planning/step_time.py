@@ -54,10 +54,12 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     weights = _weight_traffic(sizes, student) / model_ranks
     phases["student_forward"] = PhaseWork(forward, weights, tokens)
     recomputed = {"none": 0.0, "selective": mlp_flops_share(student), "full": 1.0}[config.parallel.recompute]
-    # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch.
-    phases["student_backward"] = PhaseWork((2 + recomputed) * forward, 6 * weights, tokens)
+    # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch: behind adapters, which
+    # are left out here, it reads them once and computes no gradient of theirs.
+    multiplied, moved = (2, 6) if config.adapter is None else (1, 1)
+    phases["student_backward"] = PhaseWork((multiplied + recomputed) * forward, moved * weights, tokens)
     sharing = sizes.dp if config.parallel.distributed_optimizer else 1
-    updated = language_model_parameters(student) / model_ranks * UPDATE_BYTES / sharing
+    updated = sizes.trained_parameters / model_ranks * UPDATE_BYTES / sharing
     phases["optimizer"] = PhaseWork(0.0, updated)
     return phases
 

@@ -35,8 +35,10 @@ CASES = {
         "bf16": {"dtype": "bfloat16"},
         "selective": {"parallel": {"recompute": "selective"}},
         "full": {"parallel": {"recompute": "full"}},
+        "adapter": {"dtype": "bfloat16", "adapter": {"rank": 8}},
     },
     2: {
+        "tp2 sp adapter": {"adapter": {"rank": 8}, "parallel": {"tp": 2, "sp": True}},
         "tp2 sp selective": {"parallel": {"tp": 2, "sp": True, "recompute": "selective"}},
         "pp2": {"parallel": {"pp": 2}},
         "pp2 vpp2": {"parallel": {"pp": 2, "vpp": 2}},
@@ -73,9 +75,8 @@ def measured_training(config: RlConfig) -> float:
     ]
     with LiveBytes() as live:
         dtype = getattr(torch, config.dtype)
-        trainer = Trainer(
-            config.student, layout, config.optimizer, steps=9, dtype=dtype, vocab_size=SHAPE["vocab_size"]
-        )
+        numbers = {"steps": 9, "dtype": dtype, "vocab_size": SHAPE["vocab_size"]}
+        trainer = Trainer(config.student, layout, config.optimizer, adapter=config.adapter, **numbers)
         trainer.phases = PeakBeforeUpdate(live)
         batch = pack(samples, max_tokens=config.microbatch_tokens, replicas=trainer.replicas)
         for _ in range(2):

@@ -14,8 +14,8 @@ from rich.text import Text
 from vold.config.schema import ParallelConfig, RlConfig, SftConfig
 from vold.data.responses import turn_end
 from vold.io import visible
-from vold.models.architecture import Architecture
 from vold.models.adapters import adapter_tensors
+from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.objectives import build_objective
@@ -217,7 +217,9 @@ def _check_disk(config: SftConfig | RlConfig) -> str:
     """Compare free disk space with the checkpoints that are kept, the one being written, and the exported model."""
     sizes = StepSizes(config, processes=1)
     parameters, itemsize = language_model_parameters(sizes.student), sizes.dtype.itemsize
-    checkpoint = sizes.trained_parameters * (itemsize + 8 + (4 if itemsize < 4 else 0))  # weights, Adam's moments, fp32 masters
+    checkpoint = sizes.trained_parameters * (
+        itemsize + 8 + (4 if itemsize < 4 else 0)
+    )  # weights, Adam's moments, fp32 masters
     kept = config.keep_checkpoints + 1 + (config.evaluation.best is not None)
     needed, free = kept * checkpoint + parameters * itemsize, machine.free_disk(config.run_dir)
     line = (

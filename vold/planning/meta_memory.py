@@ -189,9 +189,7 @@ def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: 
     return total
 
 
-def training_state_bytes(
-    parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0
-) -> dict[str, float]:
+def training_state_bytes(parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0) -> dict[str, float]:
     """Bytes of a rank's weights, and of its trained parameters' fp32 gradients and optimizer: fp32 masters (of a
     bfloat16 model) and Adam's moments, divided over the data-parallel ranks by a distributed optimizer. parameters:
     the trained ones. frozen: those that have a weight alone."""

@@ -35,7 +35,7 @@ def sft(tmp_path) -> Path:
         ("learning_rate=1e-5", "optimizer.lr"),
         ("optimizer.learning_rate=1e-5", "optimizer.lr"),
         ("gradient_checkpointing=true", "parallel.recompute"),
-        ("lora.rank=16", "all weights of the language model are trained"),
+        ("lora.rank=16", "it is adapter={rank: 16"),
         ("report_to=wandb", "loggers"),
         ("num_generations=8", "rollout.responses_per_prompt"),
         ("rollout.num_generations=8", "rollout.responses_per_prompt"),

@@ -3,16 +3,21 @@ traces, SFT, RL, evaluation and the exported student's own template give the sam
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vold.config.schema import DataConfig, PromptConfig
+from vold.config import load_config
+from vold.config.schema import DataConfig, PromptConfig, SftConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt, build_prompts
 from vold.data.renderings import Rendering
@@ -20,9 +25,11 @@ from vold.data.traces import TraceShard, load_samples
 from vold.miniature.tokenizer import make_tokenizer
 from vold.models.chat_template import load_chat_tokenizer, pair_prompt, write_chat_template
 from vold.models.tokenizer import extend_tokenizer
+from vold.planning.rendering_check import RenderingCheck
 from vold.types import Rollout
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+REPOSITORY = Path(__file__).parents[2]
+SHARED = REPOSITORY.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are in ../shared/data")
 
 PROBLEMS = [
@@ -214,6 +221,24 @@ def test_mistakes_in_the_section_are_one_line(prompt, message, quick, pair):
     with pytest.raises(ValueError, match=message) as error:
         load_chat_tokenizer(pair["qwen2.5-vl"], PromptConfig(**prompt))
     assert "\n" not in str(error.value)
+
+
+def test_the_recipes_page_shows_what_vold_check_prints(quick, pair, tmp_path, monkeypatch):
+    """Both renderings of the paper's pair, side by side."""
+    (tmp_path / "checkpoints").mkdir()
+    for name, family in (("Qwen2.5-VL-3B-think", "qwen2.5-vl"), ("Qwen3-8B", "qwen3")):
+        (tmp_path / "checkpoints" / name).symlink_to(pair[family])
+    monkeypatch.chdir(tmp_path)
+    check = RenderingCheck(load_config(SftConfig, REPOSITORY / "configs" / "qwen2.5-vl-3b" / "sft.yaml", []))
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(Text(f"rendering  {check.check()}"))
+    console.print(check.table())
+    shown = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    page = REPOSITORY / "docs" / "recipe.md"
+    if os.environ.get("WRITE"):
+        before, _, after = page.read_text().partition("```text\n")
+        page.write_text(before + "```text\n" + shown + "\n```\n" + after.partition("```\n")[2])
+    assert f"```text\n{shown}\n```\n" in page.read_text(), "WRITE=1 writes it anew"
 
 
 def test_every_place_that_a_checkpoint_keeps_its_template_is_read_and_written(tmp_path):

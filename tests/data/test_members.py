@@ -64,6 +64,7 @@ FILES = {
     "a.csv": CSV.encode(),
     "excel.csv": b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode(),
     "a.tsv": CSV.replace(",", "\t").encode(),
+    "spaces.csv": CSV.replace("question,answer", "question, answer ").encode(),
     "unicode-text.tsv": CSV.replace(",", "\t").encode("utf-16"),
     "bom.jsonl": b"\xef\xbb\xbf" + TEXT.encode(),
     "bom.json": b"\xef\xbb\xbf[" + TEXT.replace("}\n{", "},{").encode() + b"]",
@@ -82,6 +83,14 @@ def test_files_are_read_cell_by_cell(tmp_path, name):
     """No reader guesses a type: 007 is not 7 and NA is not empty."""
     (tmp_path / name).write_bytes(FILES[name])
     assert [problem.gold for problem in load(tmp_path / name)] == ANSWERS
+
+
+def test_text_that_is_not_utf_8_is_one_line_with_the_cure(tmp_path):
+    for encoding, text in (("latin-1", "question,answer\ncafé?,3\n"), ("gbk", "question,answer\n三?,3\n")):
+        (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=r"a.csv cannot be read: .*; save it as UTF-8") as error:
+            load(tmp_path / "a.csv")
+        assert "\n" not in str(error.value)
 
 
 def test_dates_and_mixed_types_stay_what_they_are(tmp_path):
@@ -266,6 +275,7 @@ def test_dotted_columns_reach_into_objects_lists_and_json_text(tmp_path):
         ('["4", "7"]', {"A": "4", "B": "7"}),
         (["A. 4", "B. 7"], {"A": "4", "B": "7"}),
         (["(A) 4", "(B) 7"], {"A": "4", "B": "7"}),
+        (["A ) 4", "B ) 7"], {"A": "4", "B": "7"}),
         (["A. 4", "7"], {"A": "A. 4", "B": "7"}),
     ],
     ids=str,
@@ -325,6 +335,33 @@ def test_an_answer_by_letter_text_or_index(answer, letter):
 def test_an_answer_that_names_none_or_two_is_refused(answer, options, says):
     with pytest.raises(ValueError, match=says):
         named_letter(answer, read_options(options))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "A": "x", "B": "y", "answer": "B"},
+        {"question": "q", "option1": "x", "option2": "y", "answer": "1"},
+        {"question": "q", "opa": "x", "opb": "y", "answer": "1"},
+        {"question": "q", "Option A": "x", "Option B": "y", "answer": "A"},
+    ],
+    ids=str,
+)
+def test_options_in_columns_that_nothing_reads_are_refused(tmp_path, row):
+    """The question would be asked without them, and its answer be a letter."""
+    with pytest.raises(ValueError, match=r"look like options, and this layout does not read them"):
+        rows(tmp_path, row)
+    if "A" in row:
+        (problem,) = rows(tmp_path, row, layout="vlmevalkit")
+        assert problem.choices == ("x", "y") and problem.gold == "B"
+
+
+def test_a_printed_array_is_no_list(tmp_path):
+    """Python reads `['4' '7']` as one text, 47."""
+    with pytest.raises(ValueError, match="a printed array without commas"):
+        rows(tmp_path, {"question": "q", "choices": "['4' '7']", "answer": "A"})
+    (problem,) = rows(tmp_path, {"question": "q", "answer": "['4' '7']"})
+    assert problem.gold != "47"
 
 
 def test_letters_are_kept_over_empty_cells_of_a_table(tmp_path):
@@ -587,6 +624,15 @@ def test_every_assistant_turn_is_a_target_where_asked(tmp_path):
     assert (first.problem.history, first.problem.question, first.response) == ((S,), "u", "a")
     assert third.problem.history == last.problem.history and third.response == "c"
     assert len({first.problem.id, third.problem.id}) == 2
+
+
+def test_a_prompt_that_ends_with_the_beginning_of_an_answer_is_refused(tmp_path):
+    """As verl and TRL continue it; without it the model would be asked something else."""
+    row = {"prompt": [*turns(U)["messages"], {"role": "assistant", "content": "Let me"}], "answer": "3"}
+    with pytest.raises(ValueError, match="ends with the beginning of an answer"):
+        rows(tmp_path, row, columns={"question": "prompt"})
+    with pytest.raises(ValueError, match=r"no answer to grade by; .*; the row has question, anwser"):
+        rows(tmp_path, {"question": "q", "anwser": "3"})
 
 
 def test_images_stay_with_their_turns(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import members
 import pytest
 import yaml
 from PIL import Image
@@ -68,3 +70,11 @@ def test_the_error_of_another_layout_names_what_to_write(tmp_path, name):
     )
     read = {**PROBLEM_LAYOUTS, **TRACE_LAYOUTS}[settings["layout"]](Cells(row, settings.get("columns", {})))
     assert (read.question or read.messages) is not None
+
+
+@pytest.mark.parametrize("kind", members.KINDS)
+def test_the_table_of_members_names_tests_that_are_there(kind):
+    for file, names in members.KINDS[kind]:
+        found = re.findall(r"^def (test_\w+)", (members.TESTS / file).read_text(), re.M)
+        assert all(any(test.startswith(name) for test in found) for name in names), (file, names)
+    assert f"| {kind} |" in members.PAGE.read_text()

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from vold.config.schema import DataConfig
+from vold.data.options import PRINTED_ARRAY
 from vold.grading import extract_answer, validate_gold
 
 MAX_WORDS = 12
@@ -37,7 +38,7 @@ _PLACEHOLDER = re.compile(
 def answers_in(cell: Any) -> list:
     """The right answers of a cell: of a list, of a list of texts that is kept as text (`['4', 'four']`), or the only
     one."""
-    if isinstance(cell, str) and cell.strip().startswith(("['", '["')):
+    if isinstance(cell, str) and cell.strip().startswith(("['", '["')) and not PRINTED_ARRAY.search(cell):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             listed = ast.literal_eval(cell.strip())  # runs nothing
             if isinstance(listed, list) and all(isinstance(item, str) for item in listed):

@@ -13,6 +13,7 @@ from vold.data.options import LETTERS
 from vold.data.pictures import decode_base64
 
 IMAGE_COLUMNS = ("images", "image")
+_OPTION = re.compile(r"[A-F]|(?:option|choice|opt|op)[ _-]?[a-f1-6]", re.IGNORECASE)  # names of an option's column
 OTHER_MEDIA = ("videos", "video", "audios", "audio")
 
 
@@ -163,6 +164,11 @@ def check_unread(cells: Cells, fields: Fields, notes: list[str]) -> None:
     held = {name: cell for name, cell in row.items() if cell and name not in cells.read}
     if media := next((name for name in OTHER_MEDIA if name in held), None):
         raise ValueError(f"column {media!r} holds what the model would have to see: only text and images are supported")
+    if fields.choices is None and len(options := [name for name in held if _OPTION.fullmatch(str(name))]) > 1:
+        raise ValueError(
+            f"columns {', '.join(map(repr, options[:8]))} look like options, and this layout does not read them: "
+            "data.layout=vlmevalkit reads columns A, B, …; another file needs them as one list (data.columns.choices)"
+        )
     answered = fields.response is not None or fields.messages is not None
     if answered and row.get("label") is False and "label" not in cells.read:  # KTO
         raise ValueError("column 'label' is false: an answer that is not to be learnt; leave such rows out")

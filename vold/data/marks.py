@@ -28,6 +28,10 @@ def problem_turns(fields: Fields) -> tuple[tuple[Turn, ...], list]:
         turns = [*_earlier(fields.history), {"role": "user", "content": _text(turns, "question")}]
     if fields.messages is not None or is_conversation(turns):
         conversation = read_conversation(turns, _system(fields))
+        if fields.messages is None and conversation.turns[-1].role == "assistant":
+            raise ValueError(
+                "the prompt ends with the beginning of an answer, which is not continued here; leave it out"
+            )
         return conversation.prompt(), _pictures(conversation, fields)
     question, system = Turn("user", _text(turns, "question")), _system(fields)
     return (Turn("system", system), question) if system else (question,), as_list(fields.images)

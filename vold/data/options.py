@@ -11,7 +11,9 @@ from contextlib import suppress
 from typing import Any
 
 LETTERS = string.ascii_uppercase
-_PREFIX = re.compile(r"\s*[(\[]?([A-Za-z])[)\].:]\s*(.*)", re.DOTALL)
+_PREFIX = re.compile(r"\s*[(\[]?\s*([A-Za-z])\s*[)\].:]\s*(.*)", re.DOTALL)
+PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
+"""In a list that is kept as text: NumPy prints no commas, and Python would read its texts as one."""
 _LETTER = re.compile(r"\W*(?:(?i:option|choice|answer)\W+)?([A-Za-z])\W*")
 _NAMES = ("label", "letter", "key", "id"), ("text", "content", "value", "option", "answer")
 
@@ -128,6 +130,8 @@ def _without_prefixes(options: dict[str, str]) -> dict[str, str]:
 
 def _literal(cell: str) -> Any:
     """A list or dict that is kept as its Python or JSON text, as MMMU has it."""
+    if PRINTED_ARRAY.search(cell):
+        raise ValueError(f"choices are a printed array without commas: {_short(cell)}; keep a list")
     if cell.strip().startswith(("[", "{")):
         for read in (json.loads, ast.literal_eval):  # neither runs anything
             with suppress(ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

@@ -70,7 +70,7 @@ class _Parser:
         turns, pictures = problem_turns(fields)
         options = read_options(fields.choices) if fields.choices is not None else {}
         placed = place_images(turns, options, pictures, notes)
-        question, golds = placed.turns[-1].text, self._golds(fields, options, notes)
+        question, golds = placed.turns[-1].text, self._golds(fields, options, cells, notes)
         if placed.options:
             question += "\nOptions:\n" + "".join(f"{letter}. {text}\n" for letter, text in placed.options.items())
             question += "Answer with the letter of the right option."
@@ -108,7 +108,7 @@ class _Parser:
     def _id(self, row: Row) -> str:
         return f"{self.config.path.stem}:{row.number}"
 
-    def _golds(self, fields: Fields, options: dict[str, str], notes: list[str]) -> list[str]:
+    def _golds(self, fields: Fields, options: dict[str, str], cells: Cells, notes: list[str]) -> list[str]:
         """The right answers. Raises ValueError where one is needed and there is none to grade by."""
         needed = self.needs_gold
         if needed is None:
@@ -117,7 +117,8 @@ class _Parser:
         answers = [answer for answer in answers if answer is not None]
         if not answers:
             if needed:
-                raise ValueError("no answer to grade by; name its column with data.columns={answer: …}")
+                line = "no answer to grade by; name its column with data.columns={answer: …}"
+                raise ValueError(f"{line}; {cells.columns()}")
             return []
         try:
             if options:

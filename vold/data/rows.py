@@ -61,7 +61,9 @@ def _read_file(file: Path) -> Iterator:
     check_regular(file)
     try:
         yield from READERS.get(suffix_of(file), _read_json)(file)
-    except (pa.ArrowException, csv.Error, UnicodeError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except UnicodeError as error:
+        raise ValueError(f"{file} cannot be read: {error}; save it as UTF-8") from None
+    except (pa.ArrowException, csv.Error, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -184,7 +186,8 @@ def _table_rows(file: Path) -> Iterator[dict]:
         if delimiter == "," and "," not in header and ";" in header:
             delimiter = ";"  # Excel's where a comma is the decimal sign
         table = csv.DictReader(chain([header], text), delimiter=delimiter)
-        names = [name for name in table.fieldnames or () if name]
+        table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+        names = [name for name in table.fieldnames if name]
         if len(set(names)) < len(names):
             raise ValueError(f"{file} has two columns {max(names, key=names.count)!r}; rename one")
         for number, row in enumerate(table, start=1):

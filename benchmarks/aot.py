@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for A100 and H200 without either, and lists what its binary needs.
 
     python -m benchmarks.aot [--out benchmarks/results/aot.csv]
+    python -m benchmarks.aot --table    that file beside aot-before.csv, the kernels of commit a08bfe4 counted alike
 
 `VARIANTS` lists the dtypes and switches in use. Row counts are the grid and strides are arguments, so one binary serves
 every shape; the block is a constant. Pointers and integers are compiled as divisible by 16, as the JIT finds those of a
@@ -27,11 +28,12 @@ from pathlib import Path
 import vold_kernels
 from vold_kernels.divergence import KINDS
 
-from .harness import write_rows
+from .harness import read_rows, table_line, write_rows
 
 CHIPS = {80: "A100", 90: "H200"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one block may use."""
+RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     *("kernel", "variant", "chip", "sm", "status", "block", "warps", "shared_bytes", "shared_limit"),
     *("registers", "spill_bytes", "stack_bytes", "instructions_per_logit", "load_bits", "barriers_per_block"),
@@ -146,16 +148,17 @@ def compiled(variant: Variant, sm: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vold_kernels.rows_triton import BLOCK, LANE, SEGMENT, WARPS
+    from vold_kernels import rows_triton
 
     function = getattr(importlib.import_module(f"vold_kernels.{variant.module}"), variant.kernel)
-    constants = {"BLOCK": BLOCK, "LANE": LANE, "SEGMENT": SEGMENT} | variant.constants
+    names = ("BLOCK", "LANE", "SEGMENT")  # an earlier commit may lack some of them
+    constants = {name: getattr(rows_triton, name, None) for name in names} | variant.constants
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
     divisible = [index for index, name in enumerate(function.arg_names) if signature[name] != "constexpr"]
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": rows_triton.WARPS})
 
 
 def usage(kernel) -> Usage | None:
@@ -236,7 +239,30 @@ def write(path: Path) -> None:
     write_rows(path, list(rows()), COLUMNS)
 
 
+SHOWN = ("instructions_per_logit", "load_bits", "barriers_per_block", "registers", "shared_bytes", "spill_bytes")
+
+
+def table(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
+    """Markdown: what each fp32 or bf16 kernel needs on each chip, `before → after` where it changed."""
+    keys = ("kernel", "variant", "sm")
+    earlier = {tuple(row[key] for key in keys): row for row in before}
+    lines = [table_line((*keys, *SHOWN)), table_line(["---"] * (len(keys) + len(SHOWN)))]
+    for row in after:
+        if "fp64" in row["variant"]:
+            continue
+        old = earlier.get(tuple(row[key] for key in keys), row)
+        cells = (row[name] if old[name] == row[name] else f"{old[name]} → {row[name]}" for name in SHOWN)
+        lines.append(table_line((*(row[key] for key in keys), *cells)))
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/aot.csv")
-    write(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot.csv")
+    parser.add_argument("--table", action="store_true", help="compile nothing: print aot-before.csv → aot.csv")
+    options = parser.parse_args()
+    if options.table:
+        before = RESULTS / "aot-before.csv"
+        print(table(read_rows(before) if before.exists() else [], read_rows(options.out)))
+    else:
+        write(options.out)

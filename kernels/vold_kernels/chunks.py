@@ -18,9 +18,9 @@ class ChunkBudget:
     """Memory for logits. Results do not depend on it beyond rounding."""
 
     resident_bytes: int
-    """Bytes of one resident chunk."""
+    """Bytes of the resident chunk, of both where two lanes overlap."""
     tile_bytes: int = 64 << 20
-    """Bytes of one tile: 64 MiB is 2048 tokens × 8192 columns in fp32."""
+    """Bytes of the tile, likewise: 64 MiB is 2048 tokens × 8192 columns in fp32."""
     tile_columns: int = TILE_COLUMNS
     """Columns of one tile, at most."""
     max_tokens: int = 8192
@@ -28,6 +28,9 @@ class ChunkBudget:
     bf16_logits: bool = False
     """Round logits to bf16: half the bytes and traffic, log-probs off by up to 2^-8 of the largest logit. Needs bf16
     inputs. The old and the new log-probs of a ratio must be made alike. (A CPU rounds too, but stores fp32.)"""
+    overlap: bool = True
+    """On a GPU, divide the bytes between two chunks (tiles), so that the row kernels of one run under the matmuls of
+    the other (`lanes.py`). A CPU has no second lane."""
 
     def resident_tokens(self, columns: int, itemsize: int, tokens: int) -> int:
         """Tokens of each resident chunk when `tokens` are divided into as few chunks as the budget allows, of about
@@ -48,11 +51,12 @@ class ChunkBudget:
 def default_budget(device: torch.device) -> ChunkBudget:
     """The budget used when a caller gives none.
 
-    GPU: 2 GiB, 3456 tokens of a 151936-row head in fp32; below about 2048 tokens the fp32 traffic of dW is measurable.
+    GPU: 5 GiB, twice 4096 tokens of a 151936-row head in fp32; below about 2048 tokens the fp32 traffic of dW is
+    measurable. Tiles .75 GiB. Where memory is short, half of it or less (`waves.bytes_within`).
     CPU: 256 MiB, 441 tokens of that head, and tiles that fit into its caches.
     """
     if device.type == "cuda":
-        return ChunkBudget(resident_bytes=2 << 30)
+        return ChunkBudget(resident_bytes=5 << 30, tile_bytes=3 << 28, tile_columns=4 * TILE_COLUMNS)
     return ChunkBudget(resident_bytes=256 << 20, tile_bytes=3 << 20, tile_columns=2048)
 
 

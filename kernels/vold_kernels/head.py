@@ -4,14 +4,16 @@ Shape letters: N tokens, n tokens that are kept (those with a weight or a gradie
 U vocabulary rows of this rank, B columns of one tile, K columns that the filter keeps.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import matmuls
+from . import matmuls, waves
 from .chunks import ChunkBudget, slices
+from .lanes import Done, Lanes, free_bytes, lanes_of, processors
 from .rows import row_functions, uses_triton
 from .softmax import SoftmaxStatistics, dlogits_storage, empty_statistics
 from .threads import in_threads, pieces
@@ -38,9 +40,35 @@ class Head:
         in_bf16 = self.budget.bf16_logits and matmuls.uses_tensor_cores(self.weight_UD)
         return torch.bfloat16 if in_bf16 else self.dtype
 
-    def resident_tokens(self, rows: int, tokens: int) -> int:
-        """Tokens of each resident chunk of `rows` columns (see `ChunkBudget.resident_tokens`)."""
-        return self.budget.resident_tokens(rows, self.logits_dtype.itemsize, tokens)
+    @property
+    def lanes(self) -> Lanes:
+        """The lanes of matmuls and row kernels."""
+        return lanes_of(self.weight_UD.device, overlap=self.budget.overlap)
+
+    def resident_tokens(self, rows: int, tokens: int, *, buffers: int | None = None) -> int:
+        """Tokens of each resident chunk of `rows` columns: by whole waves on a GPU (`waves.py`), else as
+        `ChunkBudget.resident_tokens` says. buffers: chunks at once, by default one a lane."""
+        buffers, budget = buffers or self.lanes.buffers, self.budget
+        itemsize, sms = self.logits_dtype.itemsize, processors(self.weight_UD.device)
+        if sms:
+            # Ranks of a group must choose alike, and each knows its own free memory alone.
+            free = free_bytes(self.weight_UD.device) if self.shard.group is None else budget.resident_bytes
+            most = waves.bytes_within(budget.resident_bytes, free) // (buffers * rows * itemsize)
+            shape = waves.HeadShape(tokens, self.weight_UD.shape[1], rows)
+            if chosen := waves.resident_tokens(shape, min(most, budget.max_tokens), sms):
+                return chosen
+        return replace(budget, resident_bytes=budget.resident_bytes // buffers).resident_tokens(rows, itemsize, tokens)
+
+    def tile(self, tokens: int) -> tuple[int, int]:
+        """(tokens, columns) of a tile, likewise."""
+        budget, rows, itemsize = self.budget, self.shard.rows, self.logits_dtype.itemsize
+        tile_bytes, device = budget.tile_bytes // self.lanes.buffers, self.weight_UD.device
+        if sms := processors(device):
+            tile_bytes = waves.bytes_within(budget.tile_bytes, free_bytes(device)) // self.lanes.buffers
+            shape = waves.HeadShape(tokens, self.weight_UD.shape[1], rows)
+            if chosen := waves.tile(shape, tile_bytes // itemsize, (budget.max_tokens, budget.tile_columns), sms):
+                return chosen
+        return replace(budget, tile_bytes=tile_bytes).tile(rows, itemsize)
 
     def buffer(self, tokens: int, columns: int) -> Tensor:
         """Flat memory for [tokens, columns] logits, used again for every chunk."""
@@ -83,20 +111,28 @@ def finish_statistics(head: Head, folded_4N: Tensor, target_N: Tensor) -> Softma
 
 
 def stream_statistics(head: Head, hidden_ND: Tensor, target_N: Tensor) -> SoftmaxStatistics:
-    """Statistics of every token, from tiles of logits in one reused buffer (on a CPU one of each thread). Ranks
+    """Statistics of every token, from tiles of logits in reused buffers (one a lane; on a CPU one a thread). Ranks
     communicate once, at the end."""
-    tokens, columns = head.budget.tile(head.shard.rows, head.logits_dtype.itemsize)
+    tokens, columns = head.tile(len(target_N))
     folded_4N = head.empty_statistics(len(target_N))
     local_target_N = head.local_target(target_N)
 
     def fold(part: slice) -> None:
-        buffer = head.buffer(min(tokens, part.stop - part.start), columns)
-        for chunk in slices(part.stop, tokens, first=part.start):
-            for tile in slices(head.shard.rows, columns):
-                z_CB = head.logits(buffer, hidden_ND[chunk], head.weight_UD[tile])
+        lanes, running = head.lanes, deque[Done]()
+        buffers = [head.buffer(min(tokens, part.stop - part.start), columns) for _ in range(lanes.buffers)]
+        tiles = ((c, t) for c in slices(part.stop, tokens, first=part.start) for t in slices(head.shard.rows, columns))
+        for index, (chunk, tile) in enumerate(tiles):
+            if len(running) == len(buffers):
+                lanes.wait(running.popleft())
+            z_CB = head.logits(buffers[index % len(buffers)], hidden_ND[chunk], head.weight_UD[tile])
+            with lanes.rows() as done:
                 head.fold_(folded_4N[:, chunk], z_CB, local_target_N[chunk], tile.start)
+            running.append(done)
+        if running:
+            lanes.wait(running[-1])
 
-    in_threads(fold, pieces(folded_4N, head.shard.rows, step=16))
+    is_one_part = uses_triton(hidden_ND.device)
+    in_threads(fold, [slice(0, len(target_N))] if is_one_part else pieces(folded_4N, head.shard.rows, step=16))
     return finish_statistics(head, folded_4N, target_N)
 
 
@@ -116,14 +152,15 @@ class ResidentChunk:
 
 
 def resident_chunks(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, *, tokens: int
+    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, *, tokens: int, buffers: int = 1
 ) -> Iterator[ResidentChunk]:
-    """The given rows of hidden, `tokens` at a time. Each chunk overwrites the logits of the one before."""
-    buffer = head.buffer(min(tokens, len(rows_n)), head.shard.rows)
-    for kept in slices(len(rows_n), tokens):
+    """The given rows of hidden, `tokens` at a time. Each chunk overwrites the logits of the one `buffers` before."""
+    buffers = min(buffers, -(-len(rows_n) // tokens))
+    memory = [head.buffer(min(tokens, len(rows_n)), head.shard.rows) for _ in range(buffers)]
+    for index, kept in enumerate(slices(len(rows_n), tokens)):
         rows_C = rows_n[kept]
         hidden_CD = hidden_ND.index_select(0, rows_C)
-        z_CU = head.logits(buffer, hidden_CD, head.weight_UD)
+        z_CU = head.logits(memory[index % buffers], hidden_CD, head.weight_UD)
         yield ResidentChunk(kept, rows_C, hidden_CD, target_N[rows_C], z_CU)
 
 
@@ -153,6 +190,10 @@ def needs_gradient(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
+RowsStep = Callable[[ResidentChunk], Tensor | None]
+"""[C, U] gradient of a chunk's logits, written over them, or None where none is requested."""
+
+
 class HeadGradients:
     """dH and dW over all chunks, accumulated in fp32 (fp64 for fp64) and rounded once, in `scaled`.
 
@@ -174,12 +215,25 @@ class HeadGradients:
             self.weight_UD = new(weight_UD, dtype=head.dtype) if main_grad_UD is None else main_grad_UD
         self.dropped_mass = weight_UD.new_zeros((), dtype=head.dtype)
 
-    def add_chunk_(
-        self, chunk: ResidentChunk, statistics: SoftmaxStatistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None
-    ) -> None:
-        """Adds the gradient of Σ d_logp · logp + d_entropy · entropy. Overwrites the chunk's logits."""
-        if self.request.any:
-            self.backward_matmuls_(chunk, self.dlogits_(chunk, statistics, d_logp_C, d_entropy_C))
+    def add_chunks_(self, chunks: Iterator[ResidentChunk], rows_step: RowsStep) -> None:
+        """Adds the gradients of all chunks. rows_step(chunk), in the row lane, returns what `dlogits_` does; the two
+        matmuls follow when the row lane is done, in a second lane under the row kernels of the next chunk."""
+        lanes, running = self.head.lanes, deque[tuple[ResidentChunk, Tensor | None, Done]]()
+
+        def finish_first() -> None:
+            chunk, dz_CU, done = running.popleft()
+            lanes.wait(done)
+            if dz_CU is not None:
+                self.backward_matmuls_(chunk, dz_CU)
+
+        for chunk in chunks:
+            with lanes.rows() as done:
+                dz_CU = rows_step(chunk)
+            running.append((chunk, dz_CU, done))
+            if len(running) == lanes.buffers:
+                finish_first()
+        while running:
+            finish_first()
 
     def dlogits_(
         self, chunk: ResidentChunk, statistics: SoftmaxStatistics, d_logp_C: Tensor, d_entropy_C: Tensor | None = None

@@ -152,7 +152,7 @@ def _one_pass(
     heads = [Head(x[1], options.shard, options.temperature, options.budget) for x in (student, teacher)]
     # The host waits here, once; chunks are those of the widest shard (see `linear_policy_loss._one_pass`).
     rows_n = (weight_N != 0).nonzero()[:, 0]
-    tokens = heads[0].resident_tokens(2 * options.shard.widest_shard(), len(rows_n))
+    tokens = heads[0].resident_tokens(2 * options.shard.widest_shard(), len(rows_n), buffers=1)
     weight_n = weight_N[rows_n].to(heads[0].dtype)
     kl_n = torch.empty_like(weight_n)
     no_target_N = torch.full_like(weight_N, -1, dtype=torch.int64)

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_budget, check_head, check_target, check_vocab_size
 from .chunks import ChunkBudget, default_budget
-from .head import GradientRequest, Head, HeadGradients, resident_chunks, scaled, scatter_rows, stream_statistics
+from .head import GradientRequest, Head, HeadGradients, scaled, scatter_rows, stream_statistics
+from .one_pass import Rows, second_pass
 from .operators import budget_from_numbers, budget_numbers, fake_outputs
 from .softmax import SoftmaxStatistics
 from .vocab import VocabShard, group_from_name, group_name, vocab_shard
@@ -73,9 +74,9 @@ def _recompute(
     rows_n = _rows_with_gradient(d_logp_N, d_entropy_N)
     gradients = HeadGradients(head, len(rows_n), request)
     tokens = head.resident_tokens(head.shard.rows, len(rows_n))
-    for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
-        d_entropy_C = None if d_entropy_N is None else d_entropy_N[chunk.rows_C]
-        gradients.add_chunk_(chunk, statistics.select(chunk.rows_C), d_logp_N[chunk.rows_C], d_entropy_C)
+    d_entropy_n = None if d_entropy_N is None else d_entropy_N[rows_n]
+    rows, coefficients = Rows(hidden_ND, target_N, rows_n, tokens), (d_logp_N[rows_n], d_entropy_n)
+    second_pass(head, rows, gradients, statistics.select(rows_n), coefficients)
     d_hidden_nD, d_weight_UD = gradients.finish()
     d_hidden_ND = None
     if d_hidden_nD is not None:

@@ -44,7 +44,7 @@ from .checks import (
 )
 from .chunks import ChunkBudget, default_budget
 from .head import GradientRequest, Head, HeadGradients, OnePassBackward, needs_gradient
-from .one_pass import one_pass, two_passes
+from .one_pass import Coefficients, Rows, one_pass, two_passes
 from .operators import (
     budget_from_numbers,
     budget_numbers,
@@ -53,6 +53,7 @@ from .operators import (
     gradient_shapes,
     register_backward,
 )
+from .softmax import SoftmaxStatistics
 from .token_loss import LossNumbers, TokenLosses, empty_token_losses, select_terms, token_losses
 from .types import PolicyLoss, PolicyTerms
 from .vocab import VocabShard, group_from_name, group_name, vocab_shard
@@ -82,15 +83,18 @@ def _one_pass(
     weighted_terms = select_terms(terms, rows_n, head.dtype)
     gradients = HeadGradients(head, len(rows_n), options.request)
     per_token = empty_token_losses(len(rows_n), weighted_terms.pg_weight_C)
-    couples_chunks = terms.sequence_N is not None and tokens < len(rows_n)
-    walk = two_passes if couples_chunks else one_pass
-    for kept, statistics, add_gradient in walk(head, hidden_ND, target_N, rows_n, gradients, tokens=tokens):
+
+    def loss(kept: slice, statistics: SoftmaxStatistics) -> Coefficients:
         chunk_terms = weighted_terms.select(kept)
         losses = token_losses(statistics, chunk_terms, options.loss)
-        d_entropy = [-options.loss.entropy_bonus * chunk_terms.pg_weight_C] if options.request.entropy else []
-        add_gradient(losses.d_logp, *d_entropy)
         for name, value in vars(losses).items():
             getattr(per_token, name)[kept] = value
+        d_entropy_C = -options.loss.entropy_bonus * chunk_terms.pg_weight_C if options.request.entropy else None
+        return losses.d_logp, d_entropy_C
+
+    couples_chunks = terms.sequence_N is not None and tokens < len(rows_n)
+    walk = two_passes if couples_chunks else one_pass
+    walk(head, Rows(hidden_ND, target_N, rows_n, tokens), gradients, loss)
     return rows_n, per_token, gradients
 
 

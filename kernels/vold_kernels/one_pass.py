@@ -13,71 +13,90 @@ tile, t tiles.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import matmuls, rows_torch
 from .chunks import slices
-from .head import Head, HeadGradients, finish_statistics, resident_chunks, stream_statistics
+from .head import Head, HeadGradients, ResidentChunk, finish_statistics, resident_chunks, stream_statistics
 from .rows import uses_triton
 from .softmax import SoftmaxStatistics
 from .threads import in_threads, pieces
 from .vocab import merge_tiles
 
-AddGradient = Callable[..., None]
-"""Adds the gradient of Σ d_logp · logp (+ d_entropy · entropy): called with d_logp_C, and with d_entropy_C where
-`GradientRequest.entropy`."""
-Step = tuple[slice, SoftmaxStatistics, AddGradient]
-"""(positions among the kept rows, their softmax, how to add their gradient)"""
+Coefficients = tuple[Tensor, Tensor | None]
+"""(d_logp, d_entropy) of Σ d_logp · logp + d_entropy · entropy; None for no second term."""
+Loss = Callable[[slice, SoftmaxStatistics], Coefficients]
+"""Called with positions among the kept rows and their softmax, for all kept rows in order."""
 
 
-def one_pass(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, *, tokens: int
-) -> Iterator[Step]:
-    """One step per chunk of `tokens` of the given rows; logits are computed once (6NDV).
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch that enter a loss."""
 
-    Each chunk overwrites the one before, so its gradient is added before the next step. One MAX and one SUM all-reduce
-    per chunk: every rank takes the same steps.
+    hidden_ND: Tensor
+    target_N: Tensor
+    rows_n: Tensor
+    """[n] int64, indices of the kept rows."""
+    tokens: int
+    """Of them in one chunk."""
+
+    def chunks(self, head: Head) -> Iterator[ResidentChunk]:
+        """The chunks, each in the buffer of the last but one where two lanes overlap."""
+        batch = self.hidden_ND, self.target_N, self.rows_n
+        return resident_chunks(head, *batch, tokens=self.tokens, buffers=head.lanes.buffers)
+
+
+def one_pass(head: Head, rows: Rows, gradients: HeadGradients, loss: Loss) -> None:
+    """Calls `loss` once per chunk and adds its gradient; logits are computed once (6NDV).
+
+    One MAX and one SUM all-reduce per chunk: every rank takes the same steps.
     """
     # The filter needs the gradient of every column, the entropy's gradient needs the logits again.
     tiles_in_cache = gradients.request.filter_eps == 0 and not gradients.request.entropy
-    if tiles_in_cache and not uses_triton(hidden_ND.device):
-        yield from _one_pass_in_cache(head, hidden_ND, target_N, rows_n, gradients, tokens)
+    if tiles_in_cache and not uses_triton(rows.hidden_ND.device):
+        _one_pass_in_cache(head, rows, gradients, loss)
         return
-    for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
+
+    def rows_step(chunk: ResidentChunk) -> Tensor | None:
         folded_4C = head.empty_statistics(len(chunk.rows_C))
         head.fold_(folded_4C, chunk.z_CU, head.local_target(chunk.target_C), 0)
         statistics = finish_statistics(head, folded_4C, chunk.target_C)
-        yield chunk.kept, statistics, partial(gradients.add_chunk_, chunk, statistics)
+        coefficients = loss(chunk.kept, statistics)
+        return gradients.dlogits_(chunk, statistics, *coefficients) if gradients.request.any else None
+
+    gradients.add_chunks_(rows.chunks(head), rows_step)
 
 
-def two_passes(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, *, tokens: int
-) -> Iterator[Step]:
-    """A single step with all given rows, for a loss that couples tokens of several chunks (8NDV).
+def two_passes(head: Head, rows: Rows, gradients: HeadGradients, loss: Loss) -> None:
+    """Calls `loss` once, with all kept rows, for a loss that couples tokens of several chunks (8NDV).
 
     The logits are computed twice: tile by tile for the softmax, then `tokens` rows at a time for the gradient.
     """
-    statistics = stream_statistics(head, hidden_ND[rows_n], target_N[rows_n])
+    statistics = stream_statistics(head, rows.hidden_ND[rows.rows_n], rows.target_N[rows.rows_n])
+    coefficients = loss(slice(0, len(rows.rows_n)), statistics)
+    if gradients.request.any:
+        second_pass(head, rows, gradients, statistics, coefficients)
 
-    def add_gradient(d_logp_n: Tensor, d_entropy_n: Tensor | None = None) -> None:
-        if not gradients.request.any:
-            return
-        for chunk in resident_chunks(head, hidden_ND, target_N, rows_n, tokens=tokens):
-            d_entropy_C = None if d_entropy_n is None else d_entropy_n[chunk.kept]
-            gradients.add_chunk_(chunk, statistics.select(chunk.kept), d_logp_n[chunk.kept], d_entropy_C)
 
-    yield slice(0, len(rows_n)), statistics, add_gradient
+def second_pass(
+    head: Head, rows: Rows, gradients: HeadGradients, statistics: SoftmaxStatistics, coefficients: Coefficients
+) -> None:
+    """Computes the logits of the kept rows and adds their gradient; statistics and coefficients are given, [n] each."""
+    d_logp_n, d_entropy_n = coefficients
+
+    def rows_step(chunk: ResidentChunk) -> Tensor:
+        d_entropy_C = None if d_entropy_n is None else d_entropy_n[chunk.kept]
+        return gradients.dlogits_(chunk, statistics.select(chunk.kept), d_logp_n[chunk.kept], d_entropy_C)
+
+    gradients.add_chunks_(rows.chunks(head), rows_step)
 
 
 @dataclass(frozen=True)
 class _Exponentials:
     """A chunk of tokens after all tiles."""
 
-    kept: slice
-    """Positions of the chunk among the n kept rows."""
     hidden_CD: Tensor
     local_target_C: Tensor
     exp_CU: Tensor
@@ -88,27 +107,34 @@ class _Exponentials:
     """Σ e^(x − max of the last tile) W over this rank's rows; 0 where dH is not requested."""
 
 
-def _one_pass_in_cache(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, rows_n: Tensor, gradients: HeadGradients, tokens: int
-) -> Iterator[Step]:
+def _one_pass_in_cache(head: Head, rows: Rows, gradients: HeadGradients, loss: Loss) -> None:
     """`one_pass` with each tile finished while it is in cache (CPU only). Each thread has tokens of its own."""
-    rows = head.shard.rows
-    exp_buffer = head.buffer(min(tokens, len(rows_n)), rows)
-    for kept in slices(len(rows_n), tokens):
-        hidden_CD = hidden_ND.index_select(0, rows_n[kept]).to(head.dtype)
-        target_C = target_N[rows_n[kept]]
-        local_target_C = head.local_target(target_C)
-        exp_CU, exp_weight_CD = head.view(exp_buffer, len(hidden_CD), rows), torch.zeros_like(hidden_CD)
+    columns, needs_hidden_gradient = head.shard.rows, gradients.request.hidden
+    exp_buffer = head.buffer(min(rows.tokens, len(rows.rows_n)), columns)
+    for kept in slices(len(rows.rows_n), rows.tokens):
+        rows_C = rows.rows_n[kept]
+        hidden_CD, target_C = rows.hidden_ND.index_select(0, rows_C).to(head.dtype), rows.target_N[rows_C]
+        exp_CU = head.view(exp_buffer, len(hidden_CD), columns)
+        chunk, folded_4C = _exponentials(head, exp_CU, (hidden_CD, target_C), needs_hidden_gradient)
+        statistics = finish_statistics(head, folded_4C, target_C)
+        d_logp_C, _ = loss(kept, statistics)
+        _add_gradient(head, gradients, chunk, statistics, (kept, d_logp_C))
 
-        def exponentials(piece: slice) -> Tensor:
-            inputs = hidden_CD[piece], local_target_C[piece]  # noqa: B023 (called in this iteration)
-            exp_weight = exp_weight_CD[piece] if gradients.request.hidden else None  # noqa: B023
-            return _exponentials_(exp_CU[piece], exp_weight, head, inputs)  # noqa: B023
 
-        folded_4tC = torch.cat(in_threads(exponentials, pieces(target_C, rows, step=16)), dim=2)
-        statistics = finish_statistics(head, merge_tiles(folded_4tC), target_C)
-        chunk = _Exponentials(kept, hidden_CD, local_target_C, exp_CU, folded_4tC[0], exp_weight_CD)
-        yield kept, statistics, partial(_add_gradient, head, gradients, chunk, statistics)
+def _exponentials(
+    head: Head, exp_CU: Tensor, inputs: tuple[Tensor, Tensor], needs_hidden_gradient: bool
+) -> tuple[_Exponentials, Tensor]:
+    """(the chunk, [4, C] its running statistics over this rank's rows). inputs: (hidden_CD, target_C)."""
+    hidden_CD, target_C = inputs
+    local_target_C, exp_weight_CD = head.local_target(target_C), torch.zeros_like(hidden_CD)
+
+    def exponentials(part: slice) -> Tensor:
+        exp_weight_cD = exp_weight_CD[part] if needs_hidden_gradient else None
+        return _exponentials_(exp_CU[part], exp_weight_cD, head, (hidden_CD[part], local_target_C[part]))
+
+    folded_4tC = torch.cat(in_threads(exponentials, pieces(target_C, head.shard.rows, step=16)), dim=2)
+    chunk = _Exponentials(hidden_CD, local_target_C, exp_CU, folded_4tC[0], exp_weight_CD)
+    return chunk, merge_tiles(folded_4tC)
 
 
 def _exponentials_(exp_CU: Tensor, exp_weight_CD: Tensor | None, head: Head, inputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -138,19 +164,27 @@ def _exponentials_(exp_CU: Tensor, exp_weight_CD: Tensor | None, head: Head, inp
 
 
 def _add_gradient(
-    head: Head, gradients: HeadGradients, chunk: _Exponentials, statistics: SoftmaxStatistics, d_logp_C: Tensor
+    head: Head,
+    gradients: HeadGradients,
+    chunk: _Exponentials,
+    statistics: SoftmaxStatistics,
+    coefficients: tuple[slice, Tensor],
 ) -> None:
-    """Adds dH and dW. In a tile dL/dx is −factor · e^(x − tile max), plus d_logp at the target; it is never stored."""
+    """Adds dH and dW. In a tile dL/dx is −factor · e^(x − tile max), plus d_logp at the target; it is never stored.
+
+    coefficients: (positions among the kept rows, d_logp_C).
+    """
+    kept, d_logp_C = coefficients
     d_logp_C = d_logp_C / head.temperature
     column_C, is_local_C = rows_torch.target_column(chunk.local_target_C, head.shard.rows, head.shard.real_rows, 0)
     d_target_C = torch.where(is_local_C, d_logp_C, 0.0)
     factor_tC = d_logp_C * (chunk.max_tC - statistics.max_C - statistics.log_sum_C).exp()
     if gradients.hidden_nD is not None:
         softmax_part_CD = chunk.exp_weight_CD * factor_tC[-1, :, None]
-        d_hidden_CD = gradients.hidden_nD[chunk.kept]
+        d_hidden_CD = gradients.hidden_nD[kept]
         torch.addcmul(-softmax_part_CD, head.weight_UD[column_C], d_target_C[:, None], out=d_hidden_CD)
     if gradients.weight_UD is not None:
-        accumulate, d_weight_UD = gradients.weight_is_initialised(chunk.kept), gradients.weight_UD
+        accumulate, d_weight_UD = gradients.weight_is_initialised(kept), gradients.weight_UD
 
         def add_rows(part: slice) -> None:
             for tile in slices(part.stop, rows_torch.BLOCK, first=part.start):

@@ -22,8 +22,8 @@ def budget_numbers(budget: ChunkBudget) -> list[int]:
 
 def budget_from_numbers(numbers: list[int]) -> ChunkBudget:
     """Inverse of `budget_numbers`."""
-    resident_bytes, tile_bytes, tile_columns, max_tokens, bf16_logits = numbers
-    return ChunkBudget(resident_bytes, tile_bytes, tile_columns, max_tokens, bool(bf16_logits))
+    *sizes, bf16_logits, overlap = numbers
+    return ChunkBudget(*sizes, bf16_logits=bool(bf16_logits), overlap=bool(overlap))
 
 
 def gradient_outputs(rows_n: Tensor, gradients: HeadGradients, tokens: int) -> tuple[Tensor, Tensor]:

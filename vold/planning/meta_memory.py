@@ -180,10 +180,14 @@ def _in_flight(layout: Layout, micro_batches: int) -> int:
 
 def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: str, *, two_heads: bool = False) -> int:
     """Bytes that linear_policy_loss (linear_kl, of two heads) holds while it runs: a chunk of fp32 logits, the N hidden
-    states, their fp32 gradients. The head's gradient goes into the gradient buffer."""
-    heads = 2 if two_heads else 1
-    chunk = default_budget(torch.device(device)).resident_tokens(heads * rows, 4, losses)
-    total = 4 * chunk * heads * rows + losses * hidden * (dtype.itemsize + 4) + chunk * hidden * dtype.itemsize
+    states, their fp32 gradients. The head's gradient goes into the gradient buffer. There are two chunks on a GPU, of
+    the budget's size together unless all logits are smaller."""
+    heads, budget = 2 if two_heads else 1, default_budget(torch.device(device))
+    chunk = budget.resident_tokens(heads * rows, 4, losses)
+    logits = 4 * (chunk if device == "cpu" else losses) * heads * rows
+    total = (
+        min(logits, budget.resident_bytes) + losses * hidden * (dtype.itemsize + 4) + chunk * hidden * dtype.itemsize
+    )
     if device == "cpu":  # tiles sized for the cache: one more tile, and six tensors of [chunk, D]
         total += 4 * chunk * (min(rows, BLOCK) + 6 * hidden)
     return total

@@ -104,6 +104,7 @@ def _torch_cuda() -> None:
         "get_device_properties": properties,
         "max_memory_allocated": 0,
         "memory_allocated": 0,
+        "memory_reserved": 0,
         "mem_get_info": (MEMORY, MEMORY),
     }
     ignored = ("_lazy_init", "set_device", "manual_seed", "manual_seed_all", "set_rng_state", "empty_cache")

@@ -93,7 +93,8 @@ def test_no_work_beyond_the_useful(text):
 
 
 def test_the_plan_is_within_a_tenth_of_the_bytes_alive(text):
-    assert text["planned_peak"] == pytest.approx(text["peaks"]["student_backward"], rel=0.1)
+    peak = max(text["peaks"][phase] for phase in ("student_forward", "student_backward"))
+    assert text["planned_peak"] == pytest.approx(peak, rel=0.1)
 
 
 def test_an_offloaded_teacher_is_on_the_device_for_its_score_alone(text):

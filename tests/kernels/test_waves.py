@@ -1,11 +1,13 @@
 """Sizes of chunks and tiles on GPUs of 108 (A100) and 132 SMs (H100, H200): whole waves, within the memory."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from vold_kernels import waves
-from vold_kernels.chunks import TILE_COLUMNS
+from vold_kernels import head, waves
+from vold_kernels.chunks import TILE_COLUMNS, default_budget
 from vold_kernels.waves import HeadShape
 
 VOCAB = 151936
@@ -72,3 +74,16 @@ def test_memory_is_halved_where_it_is_short():
         1,
     ]
     assert waves.bytes_within(8 * GIB, 0) == GIB // 2
+
+
+@pytest.mark.parametrize(("free", "tokens", "tile_tokens"), [(100, 4096, 2816), (9, 2048, 2816), (1, 256, 1408)])
+def test_a_head_on_an_h200_chooses_by_whole_waves_and_free_memory(free, tokens, tile_tokens, monkeypatch):
+    monkeypatch.setattr(head, "processors", lambda device: 132)
+    monkeypatch.setattr(head, "free_bytes", lambda device: free * GIB)
+    monkeypatch.setattr(head, "lanes_of", lambda device, overlap: SimpleNamespace(buffers=2))
+    weight_UD = torch.empty(VOCAB, 2048, dtype=torch.bfloat16, device="meta")
+    for group, expected in ((None, tokens), ("a group", 2048)):
+        shard = SimpleNamespace(rows=VOCAB, group=group)
+        one = head.Head(weight_UD, shard, 1.0, default_budget(torch.device("cuda")))
+        assert one.resident_tokens(VOCAB, 8192) == expected
+    assert one.tile(8192)[0] == tile_tokens and one.tile(8192)[1] % TILE_COLUMNS == 0

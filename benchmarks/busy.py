@@ -36,11 +36,13 @@ def main() -> None:
             case = Case("small", mode, *options.shape, "float32")
             load = f"{os.getloadavg()[0]:.1f}"  # of the minute before
             with spinning(count):
-                results = measure(case, [OURS, EAGER], device, Plan(rounds=options.rounds, threads=options.threads))
-            case_rows = csv_rows(case, results, facts)
-            eager_s = next(float(row["median_s"]) for row in case_rows if row["provider"] == EAGER)
+                plan = Plan(rounds=options.rounds, threads=options.threads, timeout_s=1800)
+                case_rows = csv_rows(case, measure(case, [OURS, EAGER], device, plan), facts)
+            if failed := [row["reason"] for row in case_rows if row["reason"]]:
+                raise SystemExit(f"busy: {'; '.join(map(str, failed))}")
+            eager_s = next(float(str(row["median_s"])) for row in case_rows if row["provider"] == EAGER)
             for row in case_rows:
-                over_eager = f"{float(row['median_s']) / eager_s:.3f}"
+                over_eager = f"{float(str(row['median_s'])) / eager_s:.3f}"
                 rows.append(row | {"spinning": count, "load_average": load, "over_eager": over_eager})
     write_rows(options.out / "busy-cpu.csv", rows, (*EXTRA_COLUMNS, *COLUMNS))
     shown = ("mode", "spinning", "provider", "median_s", "p20_s", "p80_s", "over_eager", "load_average")

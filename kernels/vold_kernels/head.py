@@ -52,7 +52,8 @@ class Head:
         itemsize, sms = self.logits_dtype.itemsize, processors(self.weight_UD.device)
         if sms:
             # Ranks of a group must choose alike, and each knows its own free memory alone.
-            free = free_bytes(self.weight_UD.device) if self.shard.group is None else budget.resident_bytes
+            is_alone = len(self.shard.sizes_R) == 1
+            free = free_bytes(self.weight_UD.device) if is_alone else budget.resident_bytes
             most = waves.bytes_within(budget.resident_bytes, free) // (buffers * rows * itemsize)
             shape = waves.HeadShape(tokens, self.weight_UD.shape[1], rows)
             if chosen := waves.resident_tokens(shape, min(most, budget.max_tokens), sms):

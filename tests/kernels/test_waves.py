@@ -82,8 +82,8 @@ def test_a_head_on_an_h200_chooses_by_whole_waves_and_free_memory(free, tokens, 
     monkeypatch.setattr(head, "free_bytes", lambda device: free * GIB)
     monkeypatch.setattr(head, "lanes_of", lambda device, overlap: SimpleNamespace(buffers=2))
     weight_UD = torch.empty(VOCAB, 2048, dtype=torch.bfloat16, device="meta")
-    for group, expected in ((None, tokens), ("a group", 2048)):
-        shard = SimpleNamespace(rows=VOCAB, group=group)
+    for ranks, expected in ((1, tokens), (2, 2048)):  # ranks of a group choose alike
+        shard = SimpleNamespace(rows=VOCAB, sizes_R=torch.full((ranks,), VOCAB))
         one = head.Head(weight_UD, shard, 1.0, default_budget(torch.device("cuda")))
         assert one.resident_tokens(VOCAB, 8192) == expected
     assert one.tile(8192)[0] == tile_tokens and one.tile(8192)[1] % TILE_COLUMNS == 0

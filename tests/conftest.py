@@ -6,20 +6,23 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import hypothesis
 import pytest
 import torch
 
 TESTS = Path(__file__).parent
 pytest_plugins = ("support.stage_world",)
-hypothesis.settings.register_profile("suite", deadline=None)  # no test asserts a wall-clock time
-hypothesis.settings.load_profile("suite")
+if find_spec("hypothesis"):  # not in the environments of vLLM and of the peers
+    from hypothesis import settings
+
+    settings.register_profile("suite", deadline=None)  # no test asserts a wall-clock time
+    settings.load_profile("suite")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # What `--fast` leaves out besides: files that are slow, or whose tests start a process by way of what they call.
@@ -62,6 +65,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine may lack xdist
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones."""
     from xdist.scheduler import LoadFileScheduling

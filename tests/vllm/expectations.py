@@ -1,6 +1,7 @@
 """Two exported checkpoints and what transformers makes of them: run in the main environment by tests/vllm/run.sh.
 
-Usage: expectations.py DIRECTORY, which gets student/, teacher/, images and expectations.json.
+Usage: expectations.py DIRECTORY, which gets student/, teacher/, adapter/ (of the teacher), images and
+expectations.json.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vold.config.schema import PromptConfig, SamplingConfig
+from vold.config.schema import AdapterConfig, PromptConfig, SamplingConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.miniature import models, world
+from vold.models.adapters import write_adapter
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.language_model import build_language_model
 from vold.models.tokenizer import load_tokenizer
-from vold.models.weights import export_weights, load_pretrained
+from vold.models.weights import export_adapters, export_weights, load_chunks, load_pretrained, trained_rules
 from vold.parallel.launch import Layout, initialise, shutdown
 from vold.rollout import TransformersSampler
 from vold.types import Prompt, Rollout
@@ -36,18 +38,19 @@ def main(out: Path) -> None:
     layout = initialise(seed=0)
     student_dir = _exported(models.base_config(), out / "student", layout)
     teacher_dir = _exported(models.teacher_config(), out / "teacher", layout)
+    adapted_dir = _adapted(teacher_dir, out, layout)
     shutdown()
     prompts = _prompts(student_dir, out)
     rollouts = _sampler(student_dir).sample(prompts, GREEDY, responses=1, seed=0)
-    teacher = _sampler(teacher_dir)
-    scores = {rollout.prompt.id: teacher.score(rollout.prompt, rollout.response_ids) for rollout in rollouts[:TEXTS]}
+    scores = [_scores(rollouts, directory) for directory in (teacher_dir, adapted_dir)]
     facts = {
         "student": str(student_dir),
         "teacher": str(teacher_dir),
+        "adapter": str(out / "adapter"),
         "real_ids": len(load_tokenizer(student_dir)),
         "image_id": Architecture.from_pretrained(student_dir).vision.image_token_id,
         "max_new_tokens": GREEDY.max_new_tokens,
-        "cases": [_case(rollout, scores) for rollout in rollouts],
+        "cases": [_case(rollout, *scores) for rollout in rollouts],
     }
     (out / "expectations.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -63,6 +66,23 @@ def _exported(config, target: Path, layout: Layout) -> Path:
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn(parameter.shape, generator=generator))
     return export_checkpoint(source, target, export_weights([model]))
+
+
+def _adapted(base: Path, out: Path, layout: Layout) -> Path:
+    """A LoRA adapter for `base` in out/adapter, and the model with it merged."""
+    config = AdapterConfig(rank=8, alpha=16)
+    (chunk,) = load_chunks(base, layout, torch.float32, adapter=config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, parameter, _ in trained_rules(chunk):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    write_adapter(out / "adapter", base, config, export_adapters([chunk]))
+    return export_checkpoint(base, out / "adapted", export_weights([chunk]))
+
+
+def _scores(rollouts: list[Rollout], directory: Path) -> dict[str, list[float]]:
+    model = _sampler(directory)
+    return {rollout.prompt.id: model.score(rollout.prompt, rollout.response_ids) for rollout in rollouts[:TEXTS]}
 
 
 def _prompts(student_dir: Path, out: Path) -> list[Prompt]:
@@ -83,7 +103,7 @@ def _sampler(directory: Path) -> TransformersSampler:
     return TransformersSampler(directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def _case(rollout: Rollout, scores: dict[str, list[float]]) -> dict:
+def _case(rollout: Rollout, teacher: dict[str, list[float]], adapted: dict[str, list[float]]) -> dict:
     prompt = rollout.prompt
     return {
         "id": prompt.id,
@@ -92,7 +112,8 @@ def _case(rollout: Rollout, scores: dict[str, list[float]]) -> dict:
         "response_ids": rollout.response_ids.tolist(),
         "finish_reason": rollout.finish_reason,
         "logp_student": rollout.logp_rollout.tolist(),
-        "logp_teacher": scores.get(prompt.id),
+        "logp_teacher": teacher.get(prompt.id),
+        "logp_adapted": adapted.get(prompt.id),
     }
 
 

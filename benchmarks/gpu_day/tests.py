@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -27,7 +28,9 @@ def items(context: Context) -> list[Item]:
 
 
 def _pytest(context: Context, arguments: list[str]) -> None:
-    options = ["-v", "-p", "no:cacheprovider", "-rs", "--no-header", f"--timeout={SECONDS_EACH}", f"--rootdir={ROOT}"]
+    options = ["-o", "addopts=", "-v", "-p", "no:cacheprovider", "-rs", "--no-header", f"--rootdir={ROOT}"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options.append(f"--timeout={SECONDS_EACH}")
     command = [sys.executable, "-u", "-m", "pytest", *options, *arguments]
     passed, last = 0, ""
     with subprocess.Popen(

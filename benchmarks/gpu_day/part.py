@@ -99,7 +99,7 @@ def main() -> int:
     name, module_name, out, limit, *flags = sys.argv[1:]
     faulthandler.dump_traceback_later(max(float(limit) - 1, 1))  # where a hanging part hung; the scheduler kills it
     context = Context(Path(out), "--dry-run" in flags, time.monotonic() + float(limit))
-    if "--interpret" in flags and _can_interpret():
+    if "--interpret" in flags and can_interpret():
         os.environ["TRITON_INTERPRET"] = "1"
     journal = Journal(context.out / "parts.csv")
     module = importlib.import_module(module_name)
@@ -137,7 +137,7 @@ def _run_item(part: str, item: Item, context: Context, journal: Journal) -> bool
     return True
 
 
-def _can_interpret() -> bool:
+def can_interpret() -> bool:
     """Triton's interpreter works: since 3.7, or with an older numpy."""
 
     def version(package: str) -> tuple[int, ...]:

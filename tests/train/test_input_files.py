@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vold.train.input_files import RECORD, InputFiles
+from vold.train.input_files import RECORD, InputFiles, training_files
 from vold.train.rl import train_rl
 from vold.train.sft import train_sft
 
@@ -109,3 +109,11 @@ def test_an_input_that_cannot_be_read_leaves_no_record(tmp_path, layout, caplog)
     with caplog.at_level("WARNING", "vold"):
         inputs.record()
     assert "gone" in caplog.text and not (tmp_path / RECORD).exists()
+
+
+def test_an_adapter_and_a_chat_template_are_inputs_too(load, world, tmp_path):
+    (tmp_path / "chat.jinja").touch()
+    given = [f"adapter={{path: {tmp_path / 'adapter'}}}", f"prompt.chat_template={tmp_path / 'chat.jinja'}"]
+    files = training_files(load("sft", tmp_path / "sft", *given), [])
+    assert files["adapter/adapter_model.safetensors"] == tmp_path / "adapter" / "adapter_model.safetensors"
+    assert tmp_path / "chat.jinja" in files.values()

@@ -25,6 +25,7 @@ from vold.parallel.collectives import run_on_all_ranks
 from vold.untrusted import check_regular, check_size
 
 RECORD = "inputs.jsonl"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD_BYTES = 1 << 30
 SLOW_SECONDS = 5.0
 
@@ -126,6 +127,8 @@ def training_files(config: SftConfig | RlConfig, pictures: Iterable[Path]) -> di
     files = {f"student/{name}": config.student / name for name in _checkpoint_files(config.student)}
     if teacher[1] is not None:
         files |= {f"{teacher[0]}/{name}": teacher[1] / name for name in _checkpoint_files(teacher[1])}
+    if config.adapter is not None and (adapter := config.adapter.path) is not None:
+        files |= {f"adapter/{name}": adapter / name for name in ADAPTER_FILES}
     if (template := config.prompt.chat_template) is not None:
         names = _text_files(template) if template.is_dir() else [""]
         files |= {f"prompt.chat_template/{name}": template / name for name in names}

@@ -182,6 +182,16 @@ CASES = [
         export("odd"),
         run_copy("odd", write("config.yaml", "verb: rl\nstudent: runs/miniature/seed0/base\ndtype: load\n")),
     ),
+    Case(
+        "export of a run whose adapter is a list",
+        export("listed"),
+        run_copy("listed", write("config.yaml", "verb: rl\nstudent: x\ndtype: bfloat16\nadapter: [1]\n")),
+    ),
+    Case(
+        "export of a run whose prompt is a text",
+        export("texted"),
+        run_copy("texted", write("config.yaml", "verb: rl\nstudent: x\ndtype: bfloat16\nprompt: hello\n")),
+    ),
     Case("grade of brackets", ("grade", "mine/g4.jsonl"), put("mine/g4.jsonl", "[" * 50_000)),
 ]
 

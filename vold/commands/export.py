@@ -16,6 +16,7 @@ from vold.models.weights import export_adapters, export_weights, load_chunks
 from vold.parallel.launch import initialise
 from vold.run.run_dir import read_config
 from vold.trainer.checkpoint import Checkpoints
+from vold.untrusted import as_vold_writes
 
 
 def export_model(config: ExportConfig) -> None:
@@ -44,7 +45,10 @@ def export_model(config: ExportConfig) -> None:
         raise ValueError(f"step = {step} is none of run = {config.run}'s checkpoints: {', '.join(map(str, steps))}")
     student = Path(settings["student"])
     train_merger = isinstance(vision := settings.get("vision"), dict) and vision.get("train_merger") is True
-    adapter = AdapterConfig(**settings["adapter"]) if settings.get("adapter") else None
+    with as_vold_writes(config_path):
+        adapter = AdapterConfig(**settings["adapter"]) if settings.get("adapter") else None
+        rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}
+        prompt = PromptConfig(**rendering)
     if config.adapter and adapter is None:
         raise ValueError(f"adapter = true, but run = {config.run} trained the whole model; leave it out")
     dtype = getattr(torch, settings["dtype"])
@@ -54,7 +58,6 @@ def export_model(config: ExportConfig) -> None:
         write_adapter(config.out, student, adapter, export_adapters(chunks))
         log.info(f"{config.out}: adapter of step {step} of {config.run}, for {student}")
         return
-    rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}
-    amend = partial(write_chat_template, prompt=PromptConfig(**rendering))
+    amend = partial(write_chat_template, prompt=prompt)
     export_checkpoint(student, config.out, export_weights(chunks), amend=amend)
     log.info(f"{config.out}: step {step} of {config.run}")

@@ -200,6 +200,7 @@ class PackedTokens:
     cu_seqlens_k     int32 [S + 1], cumulative numbers of keys
     kv_index_K       int64, index into T of each key, ascending in a segment; None: every key is its own query's
     pictures         in the order of their tokens in T
+    segments         (queries, keys) of each segment, on the host: nobody waits for the device to read the boundaries
     """
 
     input_ids_T: Tensor
@@ -208,6 +209,12 @@ class PackedTokens:
     cu_seqlens_k: Tensor
     kv_index_K: Tensor | None = None
     pictures: tuple[Picture, ...] = ()
+    segments: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            bounds = torch.stack([self.cu_seqlens, self.cu_seqlens_k])
+            object.__setattr__(self, "segments", tuple(map(tuple, bounds.diff().T.tolist())))
 
     def to(self, device: torch.device) -> PackedTokens:
         """The same record with its tensors on `device`; pictures stay on the CPU."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 LARGEST = 1 << 18
 """Elements of the largest tensor whose numbers are followed."""
 NOT_FOLLOWED = ("empty", "new_empty", "rand", "normal", "uniform", "bernoulli")
+JOINS = (torch.ops.aten.stack.default, torch.ops.aten.cat.default)
 _stale: set[int] = set()  # storages of numbers, part of which was overwritten by unknown ones
 
 
@@ -50,6 +51,12 @@ def real_result(func, args: tuple, kwargs: dict, tensors: Sequence[Tensor]) -> A
     if func is torch.ops.aten.copy_.default and targets and _is_set_whole(*args[:2]):
         with torch._C._DisableTorchDispatch():
             args[0].numbers = torch.empty(args[0].shape, dtype=args[0].dtype)
+    if func in JOINS and _can_be_filled(tensors):
+        known = [numbers_of(tensor) for tensor in tensors]
+        with torch._C._DisableTorchDispatch():
+            pairs = zip(tensors, known, strict=True)
+            filled = [torch.ones(x.shape, dtype=x.dtype) if n is None else n for x, n in pairs]
+            return func(filled, *args[1:], **kwargs)
     known = all(numbers_of(tensor) is not None for tensor in tensors) and _is_small(func, args)
     if not known or func.__name__.startswith(NOT_FOLLOWED):
         for target in targets:
@@ -77,6 +84,12 @@ def fake_like(numbers: Tensor, device: torch.device) -> Tensor:
     out = torch.empty_strided(numbers.shape, numbers.stride(), dtype=numbers.dtype, device=device)
     attach(out, numbers)
     return out
+
+
+def _can_be_filled(tensors: Sequence[Tensor]) -> bool:
+    """True for a few floats that the host reads together: those that are not known are read as 1, as they are alone."""
+    some = any(numbers_of(tensor) is not None for tensor in tensors)
+    return some and sum(x.numel() for x in tensors) <= 64 and all(x.is_floating_point() for x in tensors)
 
 
 def _is_set_whole(target: Tensor, source: Tensor) -> bool:

@@ -43,12 +43,15 @@ class VocabShard:
 def vocab_shard(weight_UD: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
     """The rows of this rank, from the sizes of all shards (one all-reduce of R integers).
 
-    vocab_size: real rows over all ranks; None: there is no padding.
+    vocab_size: real rows over all ranks; None: there is no padding. A group of one rank is none: its collectives would
+    change nothing.
     """
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     rows = weight_UD.shape[0]
     sizes_R = torch.zeros(ranks, dtype=torch.int64, device=weight_UD.device)
-    sizes_R[rank] = rows
+    sizes_R[rank].fill_(rows)  # a number assigned by [] would be copied from the host, which waits for that
     all_reduce_(sizes_R, group)
     offset, real_total = sizes_R[:rank].sum(), sizes_R.sum()
     if vocab_size is not None:

@@ -102,3 +102,25 @@ def test_an_offloaded_teacher_is_on_the_device_for_its_score_alone(text):
     resident = (2 + 4 + 4) * student  # weights, gradients, masters; Adam's moments come with the first update
     assert resident + teacher < peaks["teacher"] < resident + teacher + 2 * 2**30
     assert peaks["export"] == pytest.approx(resident + 8 * student, rel=0.01)
+
+
+WAITS = {  # phase -> where the host waits for the device in a step of two micro-batches, and how often
+    "teacher": {},
+    "student_forward": {"nonzero, kernels/vold_kernels/linear_policy_loss.py:_one_pass": 2},
+    "student_backward": {},
+    "optimizer": {"tolist, vold/trainer/trainer.py:_update": 1},
+    "step": {"tolist, vold/trainer/metrics.py:reduce_stats": 1},
+    "export": {},
+}
+
+
+def test_where_the_host_waits(text):
+    """Golden. At most 4 a micro-batch forward and backward, 2 an update and its report, 1 a teacher's micro-batch."""
+    assert text["micro_batches"] == 2
+    assert {phase: text["waits"][phase] for phase in WAITS} == WAITS
+
+
+def test_one_rank_talks_to_nobody_for_each_chunk(text):
+    """The heads have no collective where tp is 1; a step has its gradient, norm, flag and two sums of metrics."""
+    assert sorted(text["collectives"].values()) == [1, 1, 1, 2]
+    assert not [where for where in text["collectives"] if "kernels/" in where]

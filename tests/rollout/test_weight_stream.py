@@ -70,3 +70,25 @@ def test_a_lost_receiver_is_a_connection_error(monkeypatch):
         with pytest.raises(ConnectionError, match="lost while it received weights"):
             weight_stream.send(store, 2, WEIGHTS.items(), CPU)
         call.result()
+
+
+class StalledGroup:
+    """NCCL towards an engine that is gone: `wait` orders streams and returns, and nothing is ever received."""
+
+    def broadcast(self, *_args) -> StalledGroup:
+        return self
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self) -> bool:
+        return True
+
+
+def test_an_engine_that_stalls_is_one_line_in_time(monkeypatch):
+    monkeypatch.setattr(weight_stream, "SECONDS", 0.2)
+    monkeypatch.setattr(weight_stream, "_join", lambda *_args: StalledGroup())
+    store = weight_stream.open_store(HERE, 2)
+    line = r"an engine was lost while it received weights \(no progress for 0\.2 s\)"
+    with pytest.raises(ConnectionError, match=line):
+        weight_stream.send(store, 2, WEIGHTS.items(), CPU)

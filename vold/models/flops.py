@@ -71,9 +71,8 @@ def training_flops(arch: Architecture, tokens: PackedTokens, has_frozen_weights:
     """FLOPs of forward and backward over packed tokens: 6 per weight and token (4 for frozen ones, whose gradient is
     not computed; adapters are left out), plus causal attention. Recomputation and padding do not count, and a prompt
     that responses share counts once."""
-    shapes = list(zip(tokens.cu_seqlens.diff().tolist(), tokens.cu_seqlens_k.diff().tolist(), strict=True))
-    saved = 2 * matmul_parameters(arch) * sum(queries for queries, _ in shapes) if has_frozen_weights else 0
-    return sum(segment_flops(arch, queries, keys) for queries, keys in shapes) - saved
+    saved = 2 * matmul_parameters(arch) * sum(queries for queries, _ in tokens.segments) if has_frozen_weights else 0
+    return sum(segment_flops(arch, queries, keys) for queries, keys in tokens.segments) - saved
 
 
 def segment_flops(arch: Architecture, queries: int, keys: int) -> float:

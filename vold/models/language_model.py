@@ -206,8 +206,7 @@ def unwrap(model: nn.Module) -> LanguageModel:
 
 def packing(tokens: PackedTokens) -> Packing:
     """The packing as Megatron's record. Attention reads the real boundaries; rope reads the `padded` ones."""
-    bounds = torch.stack([tokens.cu_seqlens, tokens.cu_seqlens_k])
-    longest_q, longest_k = bounds.diff().amax(1).tolist()
+    longest_q, longest_k = map(max, zip(*tokens.segments, strict=True))
     # One span [0, T]: rope then always maps position i of the packing to its own angle (its other branch restarts
     # every sequence at angle 0, which is wrong for images), and being on the CPU it costs no device sync per layer.
     span = torch.tensor([0, tokens.input_ids_T.numel()], dtype=torch.int32, device="cpu")
@@ -238,6 +237,7 @@ def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> Packe
         cu_seqlens=torch.cat([tokens.cu_seqlens, tokens.cu_seqlens[-1:] + missing]),
         cu_seqlens_k=torch.cat([tokens.cu_seqlens_k, tokens.cu_seqlens_k[-1:] + missing]),
         kv_index_K=kv_index,
+        segments=(*tokens.segments, (missing, missing)),
     )
 
 

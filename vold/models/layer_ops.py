@@ -176,7 +176,9 @@ def liger_rope(q_T1AH: Tensor, k_T1KH: Tensor, cos_T11H: Tensor, sin_T11H: Tenso
 
 
 def flash_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
-    """Since flash-attn 2.1 causal means from the last key, as `PackedTokens` does."""
+    """Since flash-attn 2.1 causal means from the last key, as `PackedTokens` does. Its backward pass adds up dQ with
+    atomics, in no fixed order, unless torch is deterministic (`parallel.deterministic`)."""
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True)
+    order = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    return flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True, **order)

@@ -45,6 +45,7 @@ class Layout:
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
     distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
+    deterministic  two runs on CUDA are bit-equal
     """
 
     tp: int
@@ -61,6 +62,7 @@ class Layout:
     sp: bool = False
     distributed_optimizer: bool = False
     recompute: str = "none"
+    deterministic: bool = False
 
     @property
     def is_first_stage(self) -> bool:
@@ -90,6 +92,7 @@ def initialise(
     sp: bool = False,
     distributed_optimizer: bool = False,
     recompute: str = "none",
+    deterministic: bool = False,
     timeout_seconds: float = 1800.0,
 ) -> Layout:
     """Create (or reuse) the process groups, seed every generator and return this rank's layout.
@@ -102,11 +105,14 @@ def initialise(
     _check_sizes(launch.world, tp, pp, vpp, sp)
     if tp > 1:  # Megatron requires it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if launch.device.type == "cuda":
+        _fix_order_of_sums(deterministic)
     cpu.install()
     _start_world(launch, timeout_seconds)
     _build_groups(tp, pp, vpp, timeout_seconds)
     _seed(seed)
-    return _layout(launch.device, vpp=vpp, sp=sp, distributed_optimizer=distributed_optimizer, recompute=recompute)
+    choices = {"distributed_optimizer": distributed_optimizer, "recompute": recompute, "deterministic": deterministic}
+    return _layout(launch.device, vpp=vpp, sp=sp, **choices)
 
 
 def fake_layout(
@@ -147,6 +153,15 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"vpp={vpp} needs pp of at least 2 and at least 2 stages a rank, got pp={pp}: leave vpp unset")
     if sp and tp == 1:
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
+
+
+def _fix_order_of_sums(deterministic: bool) -> None:
+    """Ask torch, cuBLAS and flash-attn (see layer_ops) for kernels that add up in a fixed order. Kernels without such a
+    form warn."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every buffer once more
 
 
 def _start_world(launch: LaunchEnvironment, timeout_seconds: float) -> None:

@@ -67,14 +67,16 @@ class Teacher:
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
         """The batch with logp_teacher_N filled in on the last pipeline stage, where the student's loss is: nats, 0
-        where the KL weight is 0; or with hidden states and head. All ranks of one model copy pass the same batch."""
+        where the KL weight is 0; or with hidden states and head. All ranks of one model copy pass the same batch, on
+        the CPU as `pack` makes it: what the teacher reads is then planned there, and the device is not waited for."""
         with self._weights_on_device():
-            return self._score(batch.to(self._layout.device))
+            return self._score(batch)
 
     def _score(self, batch: Batch) -> Batch:
         rows = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
         head = _hidden_states_head if self._full_distributions else self._logprob_head
         outputs = self._read(batch, rows, self._encode, head)
+        batch = batch.to(self._layout.device)
         if not self._layout.is_last_stage:
             return batch
         triples = zip(batch.micro_batches, rows, outputs, strict=True)
@@ -93,9 +95,9 @@ class Teacher:
         """`head`'s result for `rows` of each micro-batch's targets (None without rows), on the last stage."""
         encode_once = encode and cache(encode)
         reduced = [
-            only_sequences(micro, rows_n)
-            if encode_once is None
-            else repack_for_teacher(micro, rows_n, encode_once).to(self._layout.device)
+            (
+                only_sequences(micro, rows_n) if encode_once is None else repack_for_teacher(micro, rows_n, encode_once)
+            ).to(self._layout.device)
             for micro, rows_n in zip(batch.micro_batches, rows, strict=True)
             if rows_n.numel()
         ]
@@ -169,7 +171,8 @@ def _hidden_states_head(micro: MicroBatch, hidden_TE: Tensor) -> HeadOutput[Tens
 def _with_logp(micro: MicroBatch, rows_n: Tensor, logp_n: Tensor | None) -> MicroBatch:
     logp_teacher_N = torch.zeros_like(micro.kl_weight_N)
     if logp_n is not None:
-        logp_teacher_N[rows_n] = logp_n.to(logp_teacher_N)
+        rows_n = rows_n.to(logp_teacher_N.device, non_blocking=True)
+        logp_teacher_N.index_copy_(0, rows_n, logp_n.to(logp_teacher_N))
     return replace(micro, logp_teacher_N=logp_teacher_N)
 
 

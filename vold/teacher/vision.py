@@ -54,9 +54,10 @@ class VisualAdvantageTeacher(Teacher):
         self._degraded = degraded
 
     def _score(self, batch: Batch) -> Batch:
-        batch = super()._score(batch)
         rows = [_rows_with_images(micro) for micro in batch.micro_batches]
         degraded = self._read(batch, rows, self._degraded, self._logprob_head)
+        batch = super()._score(batch)
+        rows = [rows_n.to(self._layout.device, non_blocking=True) for rows_n in rows]
         if self._layout.is_last_stage:
             responses = [
                 response

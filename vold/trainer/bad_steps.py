@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vold.io import log
 from vold.trainer.metrics import MicroBatchStats
@@ -39,25 +40,27 @@ class BadSteps:
 
 def check_ids(batch: Batch, vocab_size: int) -> None:
     """Raise ValueError where a response has an id that both models do not really have: its likelihood would be 0."""
-    for micro in batch.micro_batches:
-        beyond_N = micro.target_N >= vocab_size
-        if bool(beyond_N.any()):
-            position = int(beyond_N.nonzero()[0])
-            prompt = micro.samples_B[int(micro.sequence_N[position])].prompt
+    for sample in (sample for micro in batch.micro_batches for sample in micro.samples_B):
+        beyond = sample.response_ids[sample.response_ids >= vocab_size]
+        if len(beyond):
             raise ValueError(
-                f"{prompt.id}: the response has token id {int(micro.target_N[position])} and ids end at "
+                f"{sample.prompt.id}: the response has token id {beyond[0]} and ids end at "
                 f"{vocab_size - 1}; its tokenizer is another model's"
             )
 
 
-def nonfinite_reason(batch: Batch, stats: Sequence[MicroBatchStats], device: torch.device) -> str | None:
-    """Why an update must not be made: a loss, log-probability or divergence of it is not finite, on any rank; None
-    where all are finite. A collective over all ranks. stats: of the batch, on the last pipeline stage; else empty."""
-    finite = torch.stack([s.sums_M.isfinite().all() for s in stats]).all() if stats else torch.tensor(True)
-    flag = (~finite).to(device, torch.float32)
+def nonfinite_flag(stats: Sequence[MicroBatchStats], device: torch.device) -> Tensor:
+    """[] float32 on the device: 1 where a loss, log-probability or divergence is not finite, on any rank, else 0. A
+    collective over all ranks. stats: of the update, on the last pipeline stage; else empty."""
+    flag = torch.zeros((), device=device)
+    if stats:
+        flag = (~torch.stack([s.sums_M.isfinite().all() for s in stats]).all()).float()
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if not flag.item():
-        return None
+    return flag
+
+
+def nonfinite_reason(batch: Batch, stats: Sequence[MicroBatchStats]) -> str:
+    """Why an update whose `nonfinite_flag` is 1 must not be made. A collective over all ranks."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _first_nonfinite(batch.micro_batches, stats))
     where = next((reason for reason in found if reason), "the loss")

@@ -81,7 +81,7 @@ def micro_batch_stats(
         log_ratio_teacher_N = torch.where(scored_N > 0, logp_N - micro.logp_teacher_N, 0.0)
     kl_N = 0.5 * log_ratio_teacher_N.square()
     if divergence is not None:
-        kl_N[micro.kl_weight_N != 0] = divergence.kl_N.double()
+        kl_N = kl_N.masked_scatter(micro.kl_weight_N != 0, divergence.kl_N.double())
     mismatch, mismatch_max = _mismatch_sums(logp_N, micro, policy_N, importance_cap)
     sums = {
         "gradient_tokens": gradient_N.sum(),
@@ -135,15 +135,24 @@ def _mismatch_sums(
 
 def reduce_stats(
     stats: Sequence[MicroBatchStats], group: dist.ProcessGroup | None, *, train_tflop: float
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[tuple[list[float], list[float]]]]:
     """Metrics of the updates behind `stats`, over all ranks of `group`: means per token (nats); counts, losses and
-    `train_tflop` (this rank's useful work) are sums."""
+    `train_tflop` (this rank's useful work) are sums. And kl_B and kl_tokens_B of each micro-batch of this rank. All
+    is read at once: the host waits for the device once a step."""
     sums = torch.stack([s.sums_M for s in stats]).sum(0)
-    sums = torch.cat([sums, sums.new_tensor([train_tflop])])
+    sums = torch.cat([sums, sums.new_full((1,), train_tflop)])
     mismatch_max = torch.stack([s.mismatch_max for s in stats]).amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(mismatch_max, op=dist.ReduceOp.MAX, group=group)
-    total = dict(zip((*SUM_NAMES, "train_tflop"), sums.tolist(), strict=True))
+    parts = [sums, mismatch_max[None], *(x for s in stats for x in (s.kl_B, s.kl_tokens_B))]
+    values = iter(torch.cat([part.double() for part in parts]).tolist())
+    numbers, [mismatch_max], *kl = ([next(values) for _ in range(len(part))] for part in parts)
+    return _means(numbers, mismatch_max), list(zip(kl[::2], kl[1::2], strict=True))
+
+
+def _means(numbers: Sequence[float], mismatch_max: float) -> dict[str, float]:
+    """Metrics from the step's sums."""
+    total = dict(zip((*SUM_NAMES, "train_tflop"), numbers, strict=True))
     metrics = {key: total[key] for key in ("loss", "pg_loss", "kl_loss", "train_tflop", "gradient_tokens")}
     if total["policy_tokens"]:  # none where a full-vocabulary divergence is the only term
         for key in ("nll", "entropy", "clip_fraction_low", "clip_fraction_high"):
@@ -154,7 +163,7 @@ def reduce_stats(
         metrics["kl_tokens"] = total["kl_tokens"]
     if total["rollout_tokens"]:
         metrics["mismatch_mean"] = total["mismatch"] / total["rollout_tokens"]
-        metrics["mismatch_max"] = float(mismatch_max)
+        metrics["mismatch_max"] = mismatch_max
         metrics["mismatch_kl"] = total["mismatch_kl"] / total["rollout_tokens"]
     if total["importance"]:  # Kish's effective sample size, as a share of the tokens
         metrics["importance_truncated"] = total["importance_truncated"] / total["rollout_tokens"]
@@ -165,13 +174,13 @@ def reduce_stats(
 
 
 def mean_kl(
-    micro_batches: Sequence[MicroBatch], stats: Sequence[MicroBatchStats], group: dist.ProcessGroup
+    micro_batches: Sequence[MicroBatch], kl_BB: Sequence[tuple[list[float], list[float]]], group: dist.ProcessGroup
 ) -> dict[int, float]:
     """Sample index -> mean KL term over its tokens (k2: 1/2 (logp - logp_teacher)^2), for the samples of all ranks of
-    `group` that had one."""
+    `group` that had one. kl_BB: kl_B and kl_tokens_B of each micro-batch."""
     means: dict[int, float] = {}
-    for micro, s in zip(micro_batches, stats, strict=True):
-        for sample, total, count in zip(micro.sample_B, s.kl_B.tolist(), s.kl_tokens_B.tolist(), strict=True):
+    for micro, (total_B, tokens_B) in zip(micro_batches, kl_BB, strict=True):
+        for sample, total, count in zip(micro.sample_B, total_B, tokens_B, strict=True):
             if count:
                 means[sample] = total / count
     return _merge_ranks(means, group)
@@ -184,19 +193,33 @@ def token_logps(
     group: dist.ProcessGroup,
 ) -> dict[int, dict[str, list[float]]]:
     """Sample index -> `logp` and, with a KL term, `logp_teacher` of its tokens (nats), for the samples of all ranks of
-    `group` that are among `sample_ids`."""
+    `group` that are among `sample_ids`. The host waits once for each micro-batch that has one of them."""
     logps: dict[int, dict[str, list[float]]] = {}
     for micro, s in zip(micro_batches, stats, strict=True):
-        for sequence, sample in enumerate(micro.sample_B):
+        if not any(sample in sample_ids for sample in micro.sample_B):
+            continue
+        has_teacher = micro.logp_teacher_N is not None
+        teacher_N = micro.logp_teacher_N.to(s.logp_N) if has_teacher else torch.zeros_like(s.logp_N)
+        rows = torch.stack([s.logp_N, teacher_N, (micro.kl_weight_N != 0).to(s.logp_N)]).tolist()
+        for sample, tokens in by_sample(micro, list(zip(*rows, strict=True))).items():
             if sample in sample_ids:
-                rows_N = micro.sequence_N == sequence
-                logps[sample] = {"logp": s.logp_N[rows_N].tolist()}
-                if micro.logp_teacher_N is not None and bool(micro.kl_weight_N[rows_N].any()):
-                    logps[sample]["logp_teacher"] = micro.logp_teacher_N[rows_N].tolist()
+                logp, logp_teacher, has_kl = (list(row) for row in zip(*tokens, strict=True))
+                logps[sample] = {"logp": logp}
+                if has_teacher and any(has_kl):
+                    logps[sample]["logp_teacher"] = logp_teacher
     return _merge_ranks(logps, group)
 
 
+def by_sample(micro: MicroBatch, values_N: Sequence[ValueT]) -> dict[int, list[ValueT]]:
+    """Sample index -> the values of its tokens, which lie side by side in a micro-batch."""
+    values = iter(values_N)
+    pairs = zip(micro.sample_B, micro.samples_B, strict=True)
+    return {index: [next(values) for _ in range(len(sample.response_ids))] for index, sample in pairs}
+
+
 def _merge_ranks(by_sample: dict[int, ValueT], group: dist.ProcessGroup) -> dict[int, ValueT]:
+    if dist.get_world_size(group) == 1:  # through NCCL objects travel by the device
+        return by_sample
     shares: list[dict[int, ValueT]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(shares, by_sample, group=group)
     return {sample: value for share in shares for sample, value in share.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -57,6 +58,33 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps:
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
+
+
+# Norm and clipping ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gradient_norm_squared(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """[] float32 on the device: the squared norm of the whole gradient, to the bit as Megatron has it, which reads the
+    norm of every parameter on the host where neither apex nor TransformerEngine is installed. Replicas count once and
+    shares add up. A collective over the ranks with parts of the gradient; `optimizer.prepare_grads` comes first."""
+    inner = _inner(optimizer)
+    gradients = inner.get_main_grads_for_grad_norm() if inner.get_parameters() else []
+    if gradients:
+        squared = torch.stack(torch._foreach_norm(gradients)).norm() ** 2.0
+    else:
+        squared = torch.zeros((), device=torch.cuda.current_device())
+    dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())
+    return squared
+
+
+@torch.no_grad()
+def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale the gradient, of this norm, to the optimizer's `clip_grad` where it is longer; as Megatron does."""
+    coefficient = optimizer.config.clip_grad / (norm + 1.0e-6)
+    gradients = [p.grad for p in _inner(optimizer).get_parameters() if p.grad is not None]
+    if coefficient < 1.0 and gradients:
+        torch._foreach_mul_(gradients, coefficient)
 
 
 # Adam's state by model parameter, however Megatron keeps it -----------------------------------------------------------

@@ -29,8 +29,8 @@ from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
 from vold.trainer import bad_steps
-from vold.trainer.metrics import MicroBatchStats, mean_kl, micro_batch_stats, reduce_stats, token_logps
-from vold.trainer.optimizer import build_optimizer, build_schedule
+from vold.trainer.metrics import MicroBatchStats, by_sample, mean_kl, micro_batch_stats, reduce_stats, token_logps
+from vold.trainer.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm_squared
 from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, MicroBatch, StepReport
@@ -103,7 +103,7 @@ class Trainer:
         for batch in batches:
             batch_stats = self.accumulate_gradients(batch)
             with self.phases("optimizer"):
-                updates.append(self._update(bad_steps.nonfinite_reason(batch, batch_stats, self._layout.device)))
+                updates.append(self._update(batch, batch_stats))
             stats += batch_stats
         if self.average is not None and any(update.made for update in updates):
             self.average.update(self.chunks)
@@ -180,11 +180,14 @@ class Trainer:
         schedule does not scale the loss (see head_output)."""
         return self._head_options() | {"weight_main_grad": self.chunks[-1].head_main_grad()}
 
-    def _update(self, nonfinite: str | None) -> _Update:
-        """Clip the gradient and update, unless the loss is not finite (`nonfinite`: why) or the gradient is not, or is
-        exactly zero. Every rank decides alike: the norm is reduced over all."""
+    def _update(self, batch: Batch, stats: Sequence[MicroBatchStats]) -> _Update:
+        """Clip the gradient and update, unless the loss or the gradient is not finite, or the gradient exactly zero.
+        Every rank decides alike: both are reduced over all, and read together, where the host waits for the update."""
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.clip_grad_norm(self.optimizer.config.clip_grad))
+        flag = bad_steps.nonfinite_flag(stats, self._layout.device)
+        squared, is_nonfinite = torch.stack([gradient_norm_squared(self.optimizer), flag]).tolist()
+        grad_norm = squared**0.5
+        nonfinite = bad_steps.nonfinite_reason(batch, stats) if is_nonfinite else None
         norm_reason = None if math.isfinite(grad_norm) else f"gradient norm was {grad_norm}"
         if reason := nonfinite or norm_reason:
             bad_steps.warn(reason)
@@ -192,6 +195,7 @@ class Trainer:
         elif grad_norm == 0.0:
             bad_steps.warn("no response has a gradient")
         else:
+            clip_gradient(self.optimizer, grad_norm)
             self.optimizer.step_with_ready_grads()
             self._bad_steps.reset()
             return _Update(grad_norm, made=True)
@@ -216,13 +220,13 @@ class Trainer:
         and norms are means over the updates, the other metrics over all their tokens."""
         group = self._layout.dp_group
         flops = sum(self._useful_flops(batch) for batch in batches)
-        metrics = reduce_stats(stats, group, train_tflop=flops / 1e12)
+        metrics, kl_BB = reduce_stats(stats, group, train_tflop=flops / 1e12)
         metrics |= {name: metrics[name] / len(updates) for name in ("loss", "pg_loss", "kl_loss")}
         metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
         metrics |= {"lr": self._lr(), "skipped": float(sum(not update.made for update in updates))}
         micro_batches = [micro for batch in batches for micro in batch.micro_batches]
         logps = token_logps(micro_batches, stats, logged_sample_ids, group)
-        return StepReport(metrics, mean_kl(micro_batches, stats, group), logps)
+        return StepReport(metrics, mean_kl(micro_batches, kl_BB, group), logps)
 
     def _useful_flops(self, batch: Batch) -> float:
         """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
@@ -263,9 +267,7 @@ class Trainer:
 
         def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[dict[int, list[float]]]:
             logp_N = self._logp(micro, hidden_TD[micro.source_N], temperature=1.0)
-            sequences = enumerate(micro.sample_B)
-            logps = {sample: logp_N[micro.sequence_N == sequence].tolist() for sequence, sample in sequences}
-            return head_output(hidden_TD, logps)
+            return head_output(hidden_TD, by_sample(micro, logp_N.tolist()))
 
         logps = self._run_forward(batch.to(self._layout.device), head)
         return self._layout.from_last_stage({sample: logp for part in logps for sample, logp in part.items()})
@@ -310,6 +312,12 @@ def _wrap(chunks: Sequence[LanguageModel]) -> list[DistributedDataParallel]:
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     for chunk in wrapped:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = _finalize_gradients
         chunk.train()
     return wrapped
+
+
+def _finalize_gradients(chunks, _tokens, **options) -> None:
+    """Megatron's reduction over all groups without its division by the number of tokens, which is in our weights: it
+    would broadcast that number, and the host would wait to see that it is 0."""
+    finalize_model_grads(chunks, None, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
 from vold.types import Prompt, TokenIds
 
+GIB = 2**30
+CONTEXT_BYTES = GIB  # an engine's CUDA context and communicators, which vLLM opens before it looks at free memory
 WORKER = "vold.rollout.vllm.worker.PolicyWorker"
 
 
@@ -95,8 +98,10 @@ class Engines(Protocol):
 
 
 def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[str, Any]:
-    """vLLM's engine arguments, the same inside this process and behind `vold serve`."""
+    """vLLM's engine arguments, the same for the policy and a teacher, inside this process and behind `vold serve`.
+    Raises ValueError where the GPU has not the memory for the engine now."""
     return {
+        **_memory_options(checkpoint, settings),
         "model": str(checkpoint),
         "dtype": dtype,
         "max_model_len": settings.max_model_len,
@@ -108,6 +113,31 @@ def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[s
         "limit_mm_per_prompt": {"video": 0},
         "worker_extension_cls": WORKER,
     }
+
+
+def _memory_options(checkpoint: Path, settings: VllmConfig) -> dict[str, float]:
+    """vLLM refuses to start unless so much of the card is free, .92 by default, even where `kv_cache_memory_bytes`
+    says what it is to take. Trainer and teacher are there first, so it is told what they left."""
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.empty_cache()  # memory that the trainer has freed and torch still caches
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return {"gpu_memory_utilization": memory_share(*torch.cuda.mem_get_info(), weights, settings)}
+
+
+def memory_share(free: int, total: int, weights: int, settings: VllmConfig) -> float:
+    """The share of a card of `total` bytes, of which `free` are free, that an engine with weights of so many bytes may
+    use: all that is free but for what its CUDA context and communicators take before it looks. Raises ValueError where
+    weights, keys and values do not fit."""
+    share = math.floor((free - CONTEXT_BYTES) / total * 1e4) / 1e4
+    needed = weights + settings.kv_cache_gib * GIB
+    if share * total < needed:
+        raise ValueError(
+            f"vllm.kv_cache_gib = {settings.kv_cache_gib:g} and weights of {weights / GIB:.1f} GiB do not fit: "
+            f"{max(free - CONTEXT_BYTES, 0) / GIB:.1f} of {total / GIB:.1f} GiB of GPU memory are free for the engine; "
+            "lower it, or give the engine a card of its own (vold serve)"
+        )
+    return share
 
 
 def settings_for_scoring(checkpoint: Path, settings: VllmConfig) -> VllmConfig:

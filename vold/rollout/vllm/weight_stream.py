@@ -8,6 +8,7 @@ a second copy of the model. On a GPU this is not measured yet.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch import Tensor
 
 SECONDS = 120.0
 """A weight sync without progress for so long has failed: an engine died in it."""
+POLL_SECONDS = 2e-4
 
 
 def open_store(address: str, world: int) -> dist.TCPStore:
@@ -33,10 +35,10 @@ def send(store: dist.TCPStore, world: int, named_weights: Iterable[tuple[str, Te
     for number, (name, tensor) in enumerate(named_weights, start=1):
         sent = tensor.detach().to(device).contiguous()
         store.set(str(number), json.dumps([name, str(sent.dtype).removeprefix("torch."), list(sent.shape)]))
-        with _named_loss():
-            group.broadcast(sent, 0).wait()
+        with _named_loss(group):
+            _wait(group.broadcast(sent, 0))
     store.set(str(number + 1), "")
-    with _named_loss():
+    with _named_loss(group):
         _leave(group, device)
 
 
@@ -48,7 +50,7 @@ def receive(address: str, port: int, rank: int, world: int, device: torch.device
     while spec := store.get(str(number)):
         name, dtype, shape = json.loads(spec)
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        group.broadcast(tensor, 0).wait()
+        _wait(group.broadcast(tensor, 0))
         yield name, tensor
         number += 1
     _leave(group, device)
@@ -60,7 +62,7 @@ def _join(store: dist.TCPStore, rank: int, world: int, device: torch.device) -> 
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, world, timeout)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
+    options._timeout = 2 * timeout  # its watchdog, which ends the process, comes after `_wait`
     return dist.ProcessGroupNCCL(store, rank, world, options)
 
 
@@ -68,15 +70,29 @@ def _leave(group: dist.distributed_c10d.Backend, device: torch.device) -> None:
     """Wait until all members have received everything: the store ends with member 0. An all-reduce, because NCCL's
     barrier would guess the device."""
     token = torch.zeros(1, device=device)
-    group.allreduce([token]).wait()
-    token.item()
+    _wait(group.allreduce([token]))
     group.shutdown()
 
 
+def _wait(work: dist.Work) -> None:
+    """Wait on the host until a collective is over. NCCL's own `wait` only orders streams: it returns at once, and a
+    member that died is noticed by nobody but the watchdog, which ends the process. Raises RuntimeError after `SECONDS`,
+    or for what the collective itself failed with."""
+    deadline = time.monotonic() + SECONDS
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no progress for {SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+    work.wait()
+
+
 @contextmanager
-def _named_loss() -> Iterator[None]:
-    """Re-raise torch's plain RuntimeErrors as ConnectionErrors: a lost rank of the trainer raises RuntimeErrors too."""
+def _named_loss(group: dist.distributed_c10d.Backend | None = None) -> Iterator[None]:
+    """Re-raise torch's plain RuntimeErrors as ConnectionErrors: a lost rank of the trainer raises RuntimeErrors too.
+    The group is given up, so that nothing waits for its members any longer."""
     try:
         yield
     except RuntimeError as error:
+        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+            group.abort()
         raise ConnectionError(f"an engine was lost while it received weights ({error})") from error

@@ -2,8 +2,9 @@
 
 from norm_ranks import body
 
-from support import ranks
+from support import ranks, tiny
 
 
-def test_norm_and_clipping_are_megatrons(tiny_student_dir, tmp_path):
-    ranks.run(4, body, str(tiny_student_dir), logs=tmp_path)
+def test_norm_and_clipping_are_megatrons(tmp_path):
+    student = tiny.save(tiny.FAMILIES["qwen3"](), tmp_path / "student")
+    ranks.run(4, body, str(student), logs=tmp_path / "logs")

@@ -186,7 +186,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     gpu: Annotated[
-        Literal["a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="GPU of every process")
+        Literal["rtx4090-24g", "a100-40g", "a100-80g", "h100-80g", "h200"], typer.Option(help="GPU of every process")
     ] = ...,
     processes: Processes = 1,
     response_tokens: Annotated[int | None, typer.Option(min=1, help="mean length of a response, for the time")] = None,

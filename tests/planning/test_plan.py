@@ -47,6 +47,17 @@ def test_the_papers_stage_2_fits_four_a100s_of_80_gb(checkpoints):
     assert "not measured" in run.stdout and "a bound, not a forecast" in run.stdout
 
 
+def test_the_recipe_for_one_gpu_fits_80_gb_and_with_a_smaller_teacher_24(checkpoints, tmp_path):
+    run = plan("one-gpu.yaml", *checkpoints, "--gpu", "a100-80g")
+    assert run.returncode == 0 and "✗" not in run.stdout, run.stdout + run.stderr
+    smaller = dry_run.teacher()
+    smaller.hidden_size, smaller.intermediate_size, smaller.tie_word_embeddings = 2560, 9728, True  # of Qwen3-4B
+    smaller.save_pretrained(tmp_path / "teacher")
+    overrides = [f"teacher={tmp_path / 'teacher'}", "rollout.vllm.kv_cache_gib=4", "microbatch_tokens=9216"]
+    run = plan("one-gpu.yaml", checkpoints[0], *overrides, "--gpu", "rtx4090-24g")
+    assert run.returncode == 0 and "✗" not in run.stdout, run.stdout + run.stderr
+
+
 def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(checkpoints):
     overrides = ["objective.preset=grpo", "parallel.distributed_optimizer=false", "evaluation.every=0"]
     run = plan("vold.yaml", *checkpoints, *overrides, "--gpu", "a100-80g", "--processes", "4")

@@ -1,4 +1,5 @@
-"""Published memory and peak rates of GPUs, from NVIDIA's data sheets of the SXM modules.
+"""Published memory and peak rates of GPUs, from NVIDIA's data sheets: of the SXM modules, and of the RTX 4090 (Ada
+white paper, fp32 accumulation).
 
 Memory as nvidia-smi counts it, dense bf16 matrix multiplication, memory bandwidth.
 """
@@ -29,6 +30,7 @@ class GpuSpec:
 
 
 GPU_SPECS = {
+    "rtx4090-24g": GpuSpec(24 * GIB, 165.2e12, 1.008e12),
     "a100-40g": GpuSpec(40 * GIB, PEAK_FLOPS["A100"], 1.555e12),
     "a100-80g": GpuSpec(80 * GIB, PEAK_FLOPS["A100"], 2.039e12),
     "h100-80g": GpuSpec(79.6 * GIB, PEAK_FLOPS["H100"], 3.35e12),

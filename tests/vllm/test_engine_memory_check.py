@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
+
 from vold.config.schema import VllmConfig
 from vold.rollout.vllm.engines import CONTEXT_BYTES, GIB, memory_share
 

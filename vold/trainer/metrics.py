@@ -199,7 +199,7 @@ def token_logps(
         if not any(sample in sample_ids for sample in micro.sample_B):
             continue
         has_teacher = micro.logp_teacher_N is not None
-        teacher_N = micro.logp_teacher_N.to(s.logp_N) if has_teacher else torch.zeros_like(s.logp_N)
+        teacher_N = torch.zeros_like(s.logp_N) if micro.logp_teacher_N is None else micro.logp_teacher_N.to(s.logp_N)
         rows = torch.stack([s.logp_N, teacher_N, (micro.kl_weight_N != 0).to(s.logp_N)]).tolist()
         for sample, tokens in by_sample(micro, list(zip(*rows, strict=True))).items():
             if sample in sample_ids:

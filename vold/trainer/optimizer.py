@@ -71,7 +71,7 @@ def gradient_norm_squared(optimizer: MegatronOptimizer) -> torch.Tensor:
     inner = _inner(optimizer)
     gradients = inner.get_main_grads_for_grad_norm() if inner.get_parameters() else []
     if gradients:
-        squared = torch.stack(torch._foreach_norm(gradients)).norm() ** 2.0
+        squared = torch.stack(torch._foreach_norm(gradients)).norm() ** 2.0  # pyright: ignore[reportPrivateImportUsage]
     else:
         squared = torch.zeros((), device=torch.cuda.current_device())
     dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())
@@ -84,7 +84,7 @@ def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
     coefficient = optimizer.config.clip_grad / (norm + 1.0e-6)
     gradients = [p.grad for p in _inner(optimizer).get_parameters() if p.grad is not None]
     if coefficient < 1.0 and gradients:
-        torch._foreach_mul_(gradients, coefficient)
+        torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 
 
 # Adam's state by model parameter, however Megatron keeps it -----------------------------------------------------------

@@ -51,10 +51,13 @@ class Head:
         buffers, budget = buffers or self.lanes.buffers, self.budget
         itemsize, sms = self.logits_dtype.itemsize, processors(self.weight_UD.device)
         if sms:
-            # Ranks of a group must choose alike, and each knows its own free memory alone.
-            is_alone = len(self.shard.sizes_R) == 1
-            free = free_bytes(self.weight_UD.device) if is_alone else budget.resident_bytes
-            most = waves.bytes_within(budget.resident_bytes, free) // (buffers * rows * itemsize)
+            wanted, is_alone = budget.resident_bytes, len(self.shard.sizes_R) == 1
+            all_bytes = (
+                waves.bytes_within(wanted, free_bytes(self.weight_UD.device))
+                if is_alone
+                else waves.shared_bytes(wanted)
+            )
+            most = all_bytes // (buffers * rows * itemsize)
             shape = waves.HeadShape(tokens, self.weight_UD.shape[1], rows)
             if chosen := waves.resident_tokens(shape, min(most, budget.max_tokens), sms):
                 return chosen

@@ -51,6 +51,12 @@ def bytes_within(wanted: int, free: int) -> int:
     return next((wanted >> j for j in range(4) if wanted >> j <= free // 2), wanted >> 4)
 
 
+def shared_bytes(wanted: int) -> int:
+    """The same where ranks share a head: half, whatever is free. They must choose alike, and each knows its own free
+    memory alone."""
+    return wanted // 2
+
+
 @lru_cache(maxsize=256)
 def resident_tokens(shape: HeadShape, most: int, sms: int) -> int | None:
     """Tokens of each resident chunk, at most `most`: the size of the least total time over all N tokens. None: not even

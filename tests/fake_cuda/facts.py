@@ -20,6 +20,7 @@ from vold.models.language_model import build_chunks
 from vold.parallel import cpu
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning.meta_memory import head_bytes, run_micro_batch, training_state_bytes
+from vold_kernels.waves import HeadShape
 
 CASES = {
     "text": Case(student="qwen3-1.7b", teacher="qwen3-8b", offload=True),
@@ -122,7 +123,8 @@ def planned_peak(case: Case) -> int:
     parameters = sum(parameter.numel() for parameter in chunk.parameters())
     state = sum(training_state_bytes(parameters, layout, torch.bfloat16).values()) - 8 * parameters
     passes = run_micro_batch(chunk, replace(tokens, **meta, pictures=()), device="cuda", train=True)
-    head = head_bytes(losses, chunk.head_weight().shape[0], arch.hidden, torch.bfloat16, "cuda")
+    shape = HeadShape(losses, arch.hidden, chunk.head_weight().shape[0])
+    head = head_bytes(shape, torch.bfloat16, "cuda", ranks=case.tp)
     shutdown()
     return int(state + max(passes.peak, passes.kept + head))
 

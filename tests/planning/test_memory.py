@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vold.planning.meta_memory import LiveBytes, head_bytes, packed_on_meta
+from vold_kernels import head
+from vold_kernels.chunks import default_budget
+from vold_kernels.lanes import CudaLanes
+from vold_kernels.waves import HeadShape
 
 PROGRAM = Path(__file__).with_name("memory_ranks.py")
 
@@ -49,6 +54,26 @@ def test_a_packing_on_meta_is_full_and_reads_a_prompt_once():
 
 def test_a_head_holds_one_budget_of_logits_whatever_the_number_of_tokens():
     for tokens in (1000, 8192, 16384, 131072):
-        chunk = head_bytes(tokens, 151936, 2048, torch.bfloat16, "cuda") - tokens * 2048 * (2 + 4)
-        assert 0 < chunk <= 5 * 2**30 + 8192 * 2048 * 2, "5 GiB of logits and their hidden states"
+        chunk = head_bytes(HeadShape(tokens, 2048, 151936), torch.bfloat16, "cuda") - tokens * 2048 * (2 + 4)
+        assert 0 < chunk <= 5 * 2**30 + 8835 * 2048 * 2, "5 GiB of logits and their hidden states"
     assert chunk > 5 * 2**30
+
+
+@pytest.mark.parametrize("two_heads", [False, True])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_planned_logits_are_those_that_the_head_would_hold_on_an_h200(tp, two_heads, monkeypatch):
+    """linear_policy_loss has two chunks of one head, linear_kl one of each of two; ranks that share a head halve it."""
+    monkeypatch.setattr(head, "processors", lambda device: 132)
+    monkeypatch.setattr(head, "free_bytes", lambda device: 100 * 2**30)
+    monkeypatch.setattr(head, "lanes_of", lambda device, overlap: SimpleNamespace(buffers=CudaLanes.buffers))
+    rows, tokens = 151936 // tp, 32768
+    weight_UD = torch.empty(rows, 2048, dtype=torch.bfloat16, device="meta")
+    shard = SimpleNamespace(rows=rows, sizes_R=torch.full((tp,), rows))
+    one = head.Head(weight_UD, shard, 1.0, default_budget(torch.device("cuda")))
+    if two_heads:
+        held = one.resident_tokens(2 * rows, tokens, buffers=1) * 2 * rows * 4
+    else:
+        held = one.resident_tokens(rows, tokens) * CudaLanes.buffers * rows * 4
+    shape = HeadShape(tokens, 2048, rows)
+    planned = head_bytes(shape, torch.bfloat16, "cuda", ranks=tp, two_heads=two_heads) - tokens * 2048 * (2 + 4)
+    assert held <= planned <= 1.25 * held

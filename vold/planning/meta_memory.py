@@ -23,7 +23,9 @@ from vold.parallel import cpu
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
 from vold_kernels.chunks import default_budget
+from vold_kernels.lanes import CudaLanes
 from vold_kernels.rows_torch import BLOCK
+from vold_kernels.waves import HeadShape, shared_bytes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -164,8 +166,8 @@ def training_peak(
     others = (_in_flight(layout, micro_batches) - 1) * mean
     moments = [(others + measured.kept, measured.peak - measured.kept) for measured in passes]
     if last.post_process:
-        rows = last.head_weight().shape[0]
-        head = head_bytes(losses, rows, last.arch.hidden, last.config.params_dtype, device, two_heads=two_heads)
+        shape = HeadShape(losses, last.arch.hidden, last.head_weight().shape[0])
+        head = head_bytes(shape, last.config.params_dtype, device, ranks=layout.tp, two_heads=two_heads)
         moments.append((others + passes[-1].kept, head))
     return TrainingPeak(*max(moments, key=sum))
 
@@ -178,18 +180,24 @@ def _in_flight(layout: Layout, micro_batches: int) -> int:
     return min(warm_up + 1, micro_batches * layout.vpp)
 
 
-def head_bytes(losses: int, rows: int, hidden: int, dtype: torch.dtype, device: str, *, two_heads: bool = False) -> int:
-    """Bytes that linear_policy_loss (linear_kl, of two heads) holds while it runs: a chunk of fp32 logits, the N hidden
-    states, their fp32 gradients. The head's gradient goes into the gradient buffer. There are two chunks on a GPU, of
-    the budget's size together unless all logits are smaller."""
-    heads, budget = 2 if two_heads else 1, default_budget(torch.device(device))
-    chunk = budget.resident_tokens(heads * rows, 4, losses)
-    logits = 4 * (chunk if device == "cpu" else losses) * heads * rows
-    total = (
-        min(logits, budget.resident_bytes) + losses * hidden * (dtype.itemsize + 4) + chunk * hidden * dtype.itemsize
-    )
+def head_bytes(shape: HeadShape, dtype: torch.dtype, device: str, *, ranks: int = 1, two_heads: bool = False) -> int:
+    """Bytes that linear_policy_loss (linear_kl, of two heads of this shape) holds while it runs: chunks of fp32 logits,
+    the N hidden states, their fp32 gradients. The head's gradient goes into the gradient buffer.
+
+    On a GPU there are two chunks of one head, or one of both, together of the budget's size (half of it where `ranks`
+    > 1 share the head) unless all logits are smaller, or the most tokens of a chunk are reached.
+    """
+    budget, rows = default_budget(torch.device(device)), (2 if two_heads else 1) * shape.rows
+    if device == "cpu":
+        in_flight = budget.resident_tokens(rows, 4, shape.tokens)
+    else:
+        resident = budget.resident_bytes if ranks == 1 else shared_bytes(budget.resident_bytes)
+        most = (1 if two_heads else CudaLanes.buffers) * budget.max_tokens
+        in_flight = min(shape.tokens, most, resident // (4 * rows))
+    total = 4 * in_flight * rows + shape.tokens * shape.hidden * (dtype.itemsize + 4)
+    total += in_flight * shape.hidden * dtype.itemsize
     if device == "cpu":  # tiles sized for the cache: one more tile, and six tensors of [chunk, D]
-        total += 4 * chunk * (min(rows, BLOCK) + 6 * hidden)
+        total += 4 * in_flight * (min(shape.rows, BLOCK) + 6 * shape.hidden)
     return total
 
 

@@ -65,18 +65,23 @@ MODELS = {
 """Name -> class, its arguments, and the parameters of the language model."""
 
 
-def config_of(name: str, layers: int | None = None) -> PretrainedConfig:
-    """layers: fewer than published, for a quick look."""
+def config_of(name: str, layers: int | None = None, blocks: int | None = None) -> PretrainedConfig:
+    """layers, blocks: of the text model and of the vision tower, fewer than published; the first ones are kept."""
     config_type, arguments, _ = MODELS[name]
     config = config_type(**arguments)
     text = config.get_text_config()
     text.num_hidden_layers = layers or text.num_hidden_layers
     text.layer_types = text.layer_types[: text.num_hidden_layers]
+    if blocks is not None:
+        config.vision_config.depth = blocks
+        config.vision_config.fullatt_block_indexes = [
+            block for block in config.vision_config.fullatt_block_indexes if block < blocks
+        ]
     return config
 
 
-def save_config(name: str, folder: Path, layers: int | None = None) -> Path:
+def save_config(name: str, folder: Path, layers: int | None = None, blocks: int | None = None) -> Path:
     """A checkpoint directory with config.json alone."""
     directory = folder / name
-    config_of(name, layers).save_pretrained(directory)
+    config_of(name, layers, blocks).save_pretrained(directory)
     return directory

@@ -26,7 +26,7 @@ from vold.models.flops import segment_flops
 from vold.models.layer_ops import layer_ops
 from vold.models.positions import expand_image_tokens, mrope_positions
 from vold.objectives import build_objective
-from vold.parallel.launch import Layout, fake_layout, shutdown
+from vold.parallel.launch import Layout, _fix_order_of_sums, fake_layout, shutdown
 from vold.teacher.scorer import Teacher
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, Picture, Prompt, Sample
@@ -40,8 +40,8 @@ IMAGE = Path("image.png")
 @dataclass(frozen=True)
 class Case:
     """The sizes and choices of a step. prompts × responses sequences; images: patches (height, width) of the image of
-    each prompt, none in a text model. tp to recompute: see Layout, of rank 0 of `world` processes. layers: fewer than
-    the models have, for a quick look."""
+    each prompt, none in a text model. tp to deterministic: see Layout, of rank 0 of `world` processes. layers: fewer
+    than the models have; blocks: fewer than the vision tower has."""
 
     student: str = "qwen3-1.7b"
     teacher: str | None = "qwen3-8b"
@@ -58,12 +58,15 @@ class Case:
     sp: bool = False
     distributed_optimizer: bool = False
     recompute: str = "none"
+    deterministic: bool = False
     layers: int | None = None
+    blocks: int | None = None
 
 
 @dataclass
 class Step:
-    """What was run: its trace, the batch (on the CPU, with numbers), and the objects."""
+    """What was run: its trace, the batch (on the CPU, with numbers), and the objects. exported: the name and the size
+    of each weight that is on the device."""
 
     case: Case
     trace: Trace
@@ -72,7 +75,7 @@ class Step:
     parameters: int
     arch: Architecture
     teacher_arch: Architecture | None
-    exported: int
+    exported: dict[str, tuple[int, ...]]
 
     @property
     def targets(self) -> int:
@@ -83,7 +86,7 @@ def run_step(case: Case) -> Step:
     """Execute a step on the fake device. `install` comes first; process groups are replaced and destroyed."""
     trace = Trace()
     with tempfile.TemporaryDirectory() as folder, _layout(case) as layout:
-        student = save_config(case.student, Path(folder), case.layers)
+        student = save_config(case.student, Path(folder), case.layers, case.blocks)
         arch = Architecture.from_pretrained(student)
         batch = make_batch(case, arch, layout.dp)
         with _no_weights(), tracing(trace) as mode:
@@ -100,7 +103,7 @@ def run_step(case: Case) -> Step:
             with trace.in_phase("step"):
                 trainer.step(fake)
             with trace.in_phase("export"):
-                exported = sum(1 for _name, tensor in trainer.weights() if tensor.is_cuda)
+                exported = {name: tuple(x.shape) for name, x in trainer.weights() if x.is_cuda}
     return Step(
         case=case,
         trace=trace,
@@ -127,14 +130,17 @@ def _layout(case: Case) -> Iterator[Layout]:
 
     for name in ("get_data_parallel_group", "get_expert_data_parallel_group"):  # no gloo in a fake world
         setattr(parallel_state, f"{name}_gloo", lambda *_args, _name=name, **_options: getattr(parallel_state, _name)())
+    _fix_order_of_sums(case.deterministic)
     try:
         yield replace(layout, device=torch.device("cuda", 0))
     finally:
+        _fix_order_of_sums(False)
         shutdown()
 
 
 def _choices(case: Case) -> dict[str, Any]:
-    return {"distributed_optimizer": case.distributed_optimizer, "recompute": case.recompute}
+    names = ("distributed_optimizer", "recompute", "deterministic")
+    return {name: getattr(case, name) for name in names}
 
 
 def _trainer(case: Case, student: Path, layout: Layout) -> Trainer:

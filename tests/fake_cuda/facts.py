@@ -1,14 +1,15 @@
-"""Body of test_fake_step.py: one step on the fake device, in a process of its own; prints what the tests compare."""
+"""Body of test_fake_step.py: a step of each case on the fake device, in a process of its own; prints a line of each
+with what the tests compare."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.fake_cuda.device import install
 from benchmarks.fake_cuda.models import MODELS, config_of
@@ -24,7 +25,17 @@ from vold_kernels.waves import HeadShape
 
 CASES = {
     "text": Case(student="qwen3-1.7b", teacher="qwen3-8b", offload=True),
-    "images": Case(student="qwen2.5-vl-3b", teacher=None, preset="grpo", prompts=1, image_patches=(40, 40)),
+    # Two images, of two of the 36 text layers and the first 8 of the tower's 32 blocks: 7 by windows, 1 that reads all.
+    "images": Case(
+        student="qwen2.5-vl-3b",
+        teacher=None,
+        preset="grpo",
+        responses=4,
+        image_patches=(40, 40),
+        layers=2,
+        blocks=8,
+    ),
+    "deterministic": Case(teacher=None, preset="grpo", prompts=1, layers=1, deterministic=True),
 }
 PHASES = ("build", "build_teacher", "teacher", "student_forward", "student_backward", "optimizer", "step", "export")
 
@@ -35,7 +46,8 @@ def facts_of(step: Step) -> dict:
         "branches": step.branches,
         "parameters": step.parameters,
         "published_parameters": MODELS[step.case.student][2],
-        "exported": step.exported,
+        "exported": {name: list(size) for name, size in step.exported.items()},
+        "transformers": transformers_tensors(step.case),
         "issues": dict(trace.issues),
         "waits": {phase: trace.waits_by_site(phase) for phase in PHASES},
         "micro_batches": len(step.batch.micro_batches),
@@ -46,6 +58,33 @@ def facts_of(step: Step) -> dict:
         "collectives": collectives(trace),
         "peaks": {phase: trace.peaks[phase] for phase in PHASES},
         "flops": flops(step),
+        "tower": {} if step.case.image_patches is None else tower(trace),
+    }
+
+
+def transformers_tensors(case: Case) -> dict[str, list[int]]:
+    """Names and sizes of the text model's tensors in transformers' own class of the student."""
+    config = config_of(case.student, case.layers, case.blocks)
+    auto = AutoModelForCausalLM if config is config.get_text_config() else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return {name: list(x.shape) for name, x in model.state_dict().items() if "visual." not in name}
+
+
+def tower(trace: Trace) -> dict:
+    """The tower's products, in the order of the widths, and where its output goes."""
+    products: Counter[str] = Counter()
+    for op, count in trace.select("aten", site="vision.py:features").items():
+        if op.flops:
+            a, b = op.inputs[-2:]
+            products[f"{op.name} {list(a.size)} {list(b.size)} -> {op.outputs[0].dtype} {op.outputs[0].device}"] += (
+                count
+            )
+    [insertion] = trace.select("aten", name="index_copy", site="language_model.py:hidden_states")
+    return {
+        "products": dict(products),
+        "launches": sum(n for op, n in trace.select("aten", site="vision.py").items() if not op.is_free),
+        "insertion": [f"{x.dtype} {x.device} {list(x.size)}" for x in insertion.inputs],
     }
 
 
@@ -129,14 +168,13 @@ def planned_peak(case: Case) -> int:
     return int(state + max(passes.peak, passes.kept + head))
 
 
-def main(name: str) -> None:
-    started = time.process_time()
-    planned = planned_peak(CASES[name])
+def main(*names: str) -> None:
+    planned = {name: planned_peak(CASES[name]) for name in names if CASES[name].layers is None}
     with cpu.paused():  # the planner has installed it
         install()
-        facts = facts_of(run_step(CASES[name]))
-    print(json.dumps(facts | {"planned_peak": planned, "seconds": time.process_time() - started}))
+        for name in names:
+            print(json.dumps({"case": name, "planned_peak": planned.get(name)} | facts_of(run_step(CASES[name]))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -15,28 +15,32 @@ pytestmark = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
 
 
 @pytest.fixture(scope="module")
-def facts_of(torchrun):
-    """Case of facts.py -> what a step of it did, in a process of its own."""
-    found: dict[str, dict] = {}
-
-    def facts_of(name: str) -> dict:
-        if name not in found:
-            done = torchrun(1, FACTS, name)
-            assert done.returncode == 0, done.stderr[-4000:]
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-        return found[name]
-
-    return facts_of
+def facts(torchrun) -> dict[str, dict]:
+    """Case of facts.py -> what a step of it did; all in one process."""
+    done = torchrun(1, FACTS, "text", "images", "deterministic")
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = map(json.loads, (line for line in done.stdout.splitlines() if line.startswith("{")))
+    return {found["case"]: found for found in lines}
 
 
 @pytest.fixture(scope="module")
-def text(facts_of) -> dict:
-    return facts_of("text")
+def text(facts) -> dict:
+    return facts["text"]
+
+
+@pytest.fixture(scope="module")
+def images(facts) -> dict:
+    return facts["images"]
 
 
 def test_the_models_are_those_that_were_published(text):
     assert text["parameters"] == text["published_parameters"]
-    assert text["exported"] == 311  # 28 layers of 11 tensors, embedding, final norm; one more would be a copy of a tie
+
+
+def test_weights_are_exported_under_transformers_names_and_sizes(text, images):
+    for found in (text, images):
+        assert found["exported"] == found["transformers"]
+    assert len(text["exported"]) == 28 * 11 + 3 and len(images["exported"]) == 2 * 12 + 3
 
 
 def test_the_gpu_branches_are_taken(text):
@@ -124,3 +128,76 @@ def test_one_rank_talks_to_nobody_for_each_chunk(text):
     """The heads have no collective where tp is 1; a step has its gradient, norm, flag and two sums of metrics."""
     assert sorted(text["collectives"].values()) == [1, 1, 1, 2]
     assert not [where for where in text["collectives"] if "kernels/" in where]
+
+
+# -- Qwen2.5-VL-3B with two images of 40 × 40 patches, 2 text layers and 8 blocks of the tower (facts.py) --------------
+
+
+def test_the_vl_student_takes_the_branches_of_the_text_student(images):
+    assert images["branches"] == "rms_norm liger, swiglu liger, rope liger, attention flash"
+    assert images["attention"] == {
+        "student_forward: flash_attn forward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],
+        "student_backward: flash_attn backward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],
+    }
+    assert images["issues"] == {}
+
+
+HEADS, WIDTH, INNER, OUT = 16, 1280, 3420, 2048
+PATCHES, BLOCKS = 2 * 40 * 40, 8
+PRODUCTS = {  # of the tower: [rows, width] of both matrices -> calls; a window of 112 pixels is 8 × 8 patches
+    f"bmm.default [{HEADS}, 64, 80] [{HEADS}, 80, 64] -> float32 cuda": 7 * 2 * 25,
+    f"bmm.default [{HEADS}, 64, 64] [{HEADS}, 64, 80] -> float32 cuda": 7 * 2 * 25,
+    f"bmm.default [{HEADS}, 1600, 80] [{HEADS}, 80, 1600] -> float32 cuda": 2,
+    f"bmm.default [{HEADS}, 1600, 1600] [{HEADS}, 1600, 80] -> float32 cuda": 2,
+    f"addmm.default [{PATCHES}, {WIDTH}] [{WIDTH}, {3 * WIDTH}] -> bfloat16 cuda": BLOCKS,
+    f"addmm.default [{PATCHES}, {WIDTH}] [{WIDTH}, {WIDTH}] -> bfloat16 cuda": BLOCKS,
+    f"addmm.default [{PATCHES}, {WIDTH}] [{WIDTH}, {INNER}] -> bfloat16 cuda": 2 * BLOCKS,
+    f"addmm.default [{PATCHES}, {INNER}] [{INNER}, {WIDTH}] -> bfloat16 cuda": BLOCKS,
+    f"addmm.default [{PATCHES // 4}, {4 * WIDTH}] [{4 * WIDTH}, {4 * WIDTH}] -> bfloat16 cuda": 1,
+    f"addmm.default [{PATCHES // 4}, {4 * WIDTH}] [{4 * WIDTH}, {OUT}] -> bfloat16 cuda": 1,
+}
+
+
+def test_the_tower_attends_window_by_window_and_merges_to_the_text_width(images):
+    """Scaled-dot-product attention of each window by itself, of each image in the 8th block. Which kernel torch takes
+    for one is the device's choice: here it is written out as two products. The last two rows are the merger."""
+    assert images["tower"]["products"] == PRODUCTS
+
+
+def test_image_features_are_put_into_the_embeddings_as_they_come_from_the_merger(images):
+    embeddings, rows, features = images["tower"]["insertion"]
+    assert embeddings.startswith("bfloat16 cuda [") and embeddings.endswith(", 1, 2048]")
+    assert rows == "int64 cuda [800]" and features == "bfloat16 cuda [800, 1, 2048]"
+
+
+def test_the_head_multiplies_once_behind_images_too(images):
+    assert images["flops"]["head"] == images["flops"]["6NDV"]
+
+
+TOWER = "vold/models/vision.py:"
+TOWER_WAITS = {  # of one pass, which both images share
+    f"copy to the device, {TOWER}_tower": 13 * BLOCKS,  # its weights, before the first picture
+    f"tolist, {TOWER}features": 3 * BLOCKS + 3,  # each block reads the windows' lengths, for q, k and v
+    f"copy to the device, {TOWER}features": 4,
+    f"repeat_interleave, {TOWER}features": 1,
+    f"unique_consecutive, {TOWER}features": 1,
+}
+
+
+def test_where_the_host_waits_for_a_tower_and_for_the_text(images):
+    waits, micro_batches = images["waits"]["student_forward"], images["micro_batches"]
+    assert {where: count for where, count in waits.items() if TOWER in where} == TOWER_WAITS
+    assert {where: count for where, count in waits.items() if TOWER not in where} == {
+        "nonzero, kernels/vold_kernels/linear_policy_loss.py:_one_pass": micro_batches,
+        "nonzero, vold/models/language_model.py:_local_image_features": micro_batches,
+    }
+    assert {phase: images["waits"][phase] for phase in WAITS if phase != "student_forward"} == {
+        phase: waits for phase, waits in WAITS.items() if phase != "student_forward"
+    }
+
+
+def test_deterministic_reaches_flash_attn_in_both_passes(facts):
+    assert facts["deterministic"]["attention"] == {
+        "student_forward: flash_attn forward deterministic bfloat16 [16, 8, 128]": 1,
+        "student_backward: flash_attn backward deterministic bfloat16 [16, 8, 128]": 1,
+    }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.roofline                                       both heads, 8192 tokens, A100, H100 and H200
     python -m benchmarks.roofline --gpu h200 --shape 32768 2048 151936  one head, forward and backward
+    python -m benchmarks.roofline --step                                the whole training step (step_roofline.py)
 
 Prints each design's phases, then all designs beside the floor: 6NDV (forward only: 2NDV) at the rate of a large matmul.
 The measured time stands beside it where results/kernels-cuda.csv has that GPU and shape. `ASSUMPTIONS` is printed too.
@@ -217,6 +218,10 @@ def report(shape: waves.HeadShape, mode: str, gpu: Gpu) -> str:
 
 def main() -> None:
     options = _options()
+    if options.step:
+        from . import step_roofline  # which reads this file
+
+        return step_roofline.main(options.gpu, options.out)
     if options.shape:
         tokens, hidden, rows = options.shape
         heads = [(mode, waves.HeadShape(tokens, hidden, rows)) for mode in (POLICY_LOSS, LOGPROB)]
@@ -235,7 +240,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gpu", nargs="*", choices=GPUS, default=list(GPUS))
     parser.add_argument("--tokens", type=int, default=8192, help="of the student's and the teacher's head")
     parser.add_argument("--shape", nargs=3, type=int, metavar=("N", "D", "V"), help="another head, both ways")
-    parser.add_argument("--out", type=Path, help="also write the text to this file")
+    parser.add_argument("--step", action="store_true", help="the whole step, traced on fake CUDA tensors")
+    parser.add_argument("--out", type=Path, help="also write the text to this file; with --step, to this folder")
     return parser.parse_args()
 
 

@@ -126,10 +126,12 @@ def _torch_cuda() -> None:
 def _fake_tensor_mode() -> None:
     """FakeTensorMode would open the device, and a module would not move its parameters."""
     from torch._subclasses import fake_tensor
+    from torch.optim import optimizer as optimizers
 
     fake_tensor.init_gpu_context = lambda *_args, **_options: None
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda _mode: True)
     fake_tensor.FakeTensor.tolist = torch.Tensor.tolist  # its own reads element by element
+    optimizers._foreach_supported_types.append(fake_tensor.FakeTensor)  # as torch chooses for parameters on CUDA
     nn.Module.to, nn.Module.cuda = _move, lambda module, *_: _move(module, torch.device("cuda", 0))
 
 

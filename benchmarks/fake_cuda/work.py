@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 VIEWS = {"view", "t", "transpose", "permute", "expand", "slice", "select", "detach", "alias", "as_strided"}
 VIEWS |= {"unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "_unsafe_view", "_reshape_alias", "narrow"}
-VIEWS |= {"lift_fresh", "unfold", "diagonal"}
+VIEWS |= {"lift_fresh", "unfold", "diagonal", "prim"}  # prim: a question about the tensor, such as its device
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 

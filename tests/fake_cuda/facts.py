@@ -11,10 +11,12 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from benchmarks import step_roofline
 from benchmarks.fake_cuda.device import install
 from benchmarks.fake_cuda.models import MODELS, config_of
 from benchmarks.fake_cuda.step import Case, Step, make_batch, run_step
 from benchmarks.fake_cuda.trace import Trace
+from benchmarks.roofline import GPUS
 from vold.models.architecture import Architecture
 from vold.models.flops import segment_flops
 from vold.models.language_model import build_chunks
@@ -58,6 +60,7 @@ def facts_of(step: Step) -> dict:
         "collectives": collectives(trace),
         "peaks": {phase: trace.peaks[phase] for phase in PHASES},
         "flops": flops(step),
+        "predicted": predicted(step),
         "tower": {} if step.case.image_patches is None else tower(trace),
     }
 
@@ -145,6 +148,12 @@ def flops(step: Step) -> dict[str, float]:
         found["teacher_head"] = trace.flops(phase="teacher", site="kernels/")
         found["2nEV"] = 2 * scored * teacher.hidden * teacher.vocab
     return found
+
+
+def predicted(step: Step) -> list[dict[str, str]]:
+    """Rows of benchmarks/results/step.csv that this step would give for an H200."""
+    setup = step_roofline.setup_of(step.batch.micro_batches, step.arch, step.teacher_arch)
+    return step_roofline.rows(step.trace.operations, setup, GPUS["h200"])
 
 
 def planned_peak(case: Case) -> int:

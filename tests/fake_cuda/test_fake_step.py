@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fake_cuda.device import unsupported
+from benchmarks.harness import read_rows
+from benchmarks.roofline import RESULTS
 
 FACTS = Path(__file__).with_name("facts.py")
 pytestmark = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
@@ -94,6 +96,22 @@ def test_the_head_multiplies_once(text):
 def test_no_work_beyond_the_useful(text):
     """A step without recomputation multiplies what `training_flops` counts, and attention's fifth product."""
     assert 1.0 <= text["flops"]["student"] / text["flops"]["useful"] < 1.01
+
+
+def test_the_committed_prediction_is_of_this_step(text):
+    """Regenerate: `python -m benchmarks.roofline --step --out benchmarks/results`, and the table of docs/speed.md."""
+    committed = {row["phase"]: row for row in read_rows(RESULTS / "step.csv") if _is_same_case(row, text)}
+    rows = {row["phase"]: row for row in text["predicted"] if row["phase"] != "teacher"}  # here it is offloaded
+    assert rows and rows.keys() <= committed.keys()
+    for phase, row in rows.items():
+        assert float(row["tflop"]) == pytest.approx(float(committed[phase]["tflop"]), abs=0.01)
+        for column in ("launches", "ms"):
+            assert float(row[column]) == pytest.approx(float(committed[phase][column]), rel=0.03), (phase, column)
+    assert float(rows["student step"]["tflop"]) == pytest.approx(text["flops"]["student"] / 1e12, abs=0.01)
+
+
+def _is_same_case(row: dict[str, str], text: dict) -> bool:
+    return all(row[key] == text["predicted"][0][key] for key in ("gpu", "micro_batch"))
 
 
 def test_the_plan_is_within_a_tenth_of_the_bytes_alive(text):

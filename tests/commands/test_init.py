@@ -22,7 +22,7 @@ def test_a_written_config_is_read_and_its_comments_are_the_defaults(tmp_path, st
     write_config(stage, path, NO_PATHS)
     written = load_config(SCHEMAS[stage], path)
     uncommented = tmp_path / "uncommented.yaml"
-    uncommented.write_text(re.sub(r"^( *)# (\w+:(?: \S.*)?)$", r"\1\2", path.read_text(), flags=re.M))
+    uncommented.write_text(re.sub(r"^( *)# ([a-z_]+:(?: \S.*)?)$", r"\1\2", path.read_text(), flags=re.M))
     assert uncommented.read_text() != path.read_text()
     assert load_config(SCHEMAS[stage], uncommented) == written
     assert max(map(len, path.read_text().splitlines()[3:])) <= 120

@@ -78,7 +78,8 @@ KINDS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 def kind_of(nodeid: str) -> str | None:
     """The kind that a test belongs to."""
-    file, _, name = nodeid.partition("::")
+    file, _, name = nodeid.partition(":")
+    name = name.lstrip(":")
     for kind, places in KINDS.items():
         if any(file.endswith(place) and name.startswith(names) for place, names in places):
             return kind

@@ -147,4 +147,4 @@ def test_which_ran(capsys):
         for command in COMMANDS
     ]
     print("\n".join(lines))
-    assert len(RUN) > len(COMMANDS) / 2
+    assert len(RUN) > 60, "commands that were run are now only read"

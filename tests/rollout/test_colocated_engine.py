@@ -64,6 +64,8 @@ def opened(tiny_student_dir, monkeypatch):
     """An engine on what pretends to be a GPU, and the calls to its vLLM from here on."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=StandIn, SamplingParams=lambda **params: params))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
 
     def opened(**settings) -> tuple[ColocatedEngine, list[str]]:
         engine = ColocatedEngine(tiny_student_dir, VllmConfig(**settings), dtype=torch.float32)

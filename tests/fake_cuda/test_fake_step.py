@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
 @pytest.fixture(scope="module")
 def facts(torchrun) -> dict[str, dict]:
     """Case of facts.py -> what a step of it did; all in one process."""
-    done = torchrun(1, FACTS, "text", "images", "deterministic")
+    done = torchrun(1, FACTS, "text", "images", "deterministic", "gpu_day")
     assert done.returncode == 0, done.stderr[-4000:]
     lines = map(json.loads, (line for line in done.stdout.splitlines() if line.startswith("{")))
     return {found["case"]: found for found in lines}
@@ -219,3 +219,16 @@ def test_deterministic_reaches_flash_attn_in_both_passes(facts):
         "student_forward: flash_attn forward deterministic bfloat16 [16, 8, 128]": 1,
         "student_backward: flash_attn backward deterministic bfloat16 [16, 8, 128]": 1,
     }
+
+
+def test_the_train_part_of_a_gpu_day_writes_its_rows_on_fake_tensors(facts):
+    """One layer of each model, all else as on a GPU: 12,000 and 3,200 tokens, then with the teacher."""
+    day = facts["gpu_day"]
+    assert day["items"] == ["12000 tokens", "3200 tokens", "12000 tokens with the 8B teacher"]
+    rows = day["train_step-cuda"]
+    assert [row["provider"] for row in rows] == ["vold_kernels", "materialised"] * 2 + ["vold_kernels"]
+    for row in rows:
+        assert {key for key, value in row.items() if not value} <= {"teacher_hidden", "teacher_layers"}
+    ours, materialised, *_ = (int(row["peak_extra_mib"]) for row in rows)
+    assert ours < materialised / 2, "three copies of 9,600 rows of logits"
+    assert [(row["value"], row["passed"]) for row in day["checks"]] == [("3", "yes")] * 3, "host waits"

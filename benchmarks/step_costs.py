@@ -135,7 +135,7 @@ def _bytes(tensors: Sequence[Shape]) -> int:
 
 REMEDIES = {
     "attention (flash-attn 2)": "FlashAttention 3 where installed (Hopper)",
-    "AdamW": "`fused=True` on CUDA",
+    "AdamW": "at the memory's floor: fused, one pass",
     "gradient norm and clipping": "the factor as fused AdamW's `grad_scale`",
     "weights to bf16, gradients to zero": "-",
     "q, k, v: split, norms, rope, join": "one kernel: q/k norm and rope on the mixed projection",

@@ -65,6 +65,7 @@ def facts_of(step: Step) -> dict:
         "peaks": {phase: trace.peaks[phase] for phase in PHASES},
         "flops": flops(step),
         "predicted": predicted(step),
+        "adamw": adamw(trace),
         "tower": {} if step.case.image_patches is None else tower(trace),
     }
 
@@ -152,6 +153,14 @@ def flops(step: Step) -> dict[str, float]:
         found["teacher_head"] = trace.flops(phase="teacher", site="kernels/")
         found["2nEV"] = 2 * scored * teacher.hidden * teacher.vocab
     return found
+
+
+def adamw(trace: Trace) -> dict[str, int]:
+    """Operations of the update itself that launch something -> how often."""
+    found: Counter[str] = Counter()
+    for op, count in trace.select("aten", phase="optimizer", site="step_with_ready_grads").items():
+        found[op.name] += count * (not op.is_free)
+    return dict(+found)
 
 
 def predicted(step: Step) -> list[dict[str, str]]:

@@ -126,6 +126,13 @@ def test_an_offloaded_teacher_is_on_the_device_for_its_score_alone(text):
     assert peaks["export"] == pytest.approx(resident + 8 * student, rel=0.01)
 
 
+def test_adamw_reads_and_writes_once(text):
+    """Two groups, decayed and not; the moments, and the steps on the device, are made in the first update."""
+    update = dict(text["adamw"])
+    assert {update.pop(name, 0) for name in ("zeros_like.default", "zeros.default")} <= {0, 226, 452}
+    assert update == {"_foreach_add_.Scalar": 2, "_fused_adamw_.default": 2}
+
+
 WAITS = {  # phase -> where the host waits for the device in a step of two micro-batches, and how often
     "teacher": {},
     "student_forward": {"nonzero, kernels/vold_kernels/linear_policy_loss.py:_one_pass": 2},

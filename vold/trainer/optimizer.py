@@ -22,7 +22,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16. Its state is divided
     over the data-parallel ranks where their wrappers divide the gradients."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -38,6 +38,19 @@ def build_optimizer(
         ),
         list(chunks),
     )
+    _update_in_one_pass(optimizer)
+    return optimizer
+
+
+def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:
+    """On a GPU torch's AdamW reads and writes its tensors once, not once an operation, and keeps no temporary copy."""
+    adamw = _inner(optimizer).optimizer
+    if not isinstance(adamw, torch.optim.Adam):  # Apex's or TransformerEngine's, or a rank without parameters
+        return
+    parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    if parameters and all(parameter.is_cuda for parameter in parameters):
+        for options in (adamw.defaults, *adamw.param_groups):
+            options["fused"] = True
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
@@ -138,7 +151,8 @@ def load_optimizer_state(
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
     """Adam's own step count on this rank; skipped updates do not count."""
-    return int(max((state["step"] for state in _inner(optimizer).optimizer.state.values()), default=0))
+    steps = [state["step"] for state in _inner(optimizer).optimizer.state.values()]
+    return int(torch.stack(steps).max()) if steps else 0
 
 
 def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:

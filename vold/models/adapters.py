@@ -48,7 +48,8 @@ class Adapter(nn.Module):
     """The update of one linear layer; it joins the layer as `linear.adapter` and adds to its output.
 
     parts: rows of the layer's local weight for each projection that it joins (q, k, v), each with an A and a B of its
-    own. join: their outputs, or weights, by projection -> in the order of the layer's rows, along a dimension.
+    own. join: their outputs, or weights, by projection -> in the order of the layer's rows, along a dimension that
+    is counted from the end.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's weight with the update added, summed in fp32 and rounded once."""
         pairs = zip(self.lora_A, self.lora_B, strict=True)
-        update = self._join([B.detach().float() @ A.detach().float() for A, B in pairs], 0)
+        update = self._join([B.detach().float() @ A.detach().float() for A, B in pairs], -2)
         return (weight.detach().float() + self.scale * update).to(weight.dtype)
 
 

@@ -119,8 +119,7 @@ def _add_adapters(model: LanguageModel, arch: Architecture, layout: Layout, conf
 
     def by_group(parts: list[Tensor], dim: int) -> Tensor:
         """Queries, keys and values -> for each group its queries, key, value, as in linear_qkv."""
-        grouped = [part.unflatten(dim, (groups, -1)) for part in parts]
-        return torch.cat(grouped, dim=1 if dim == 0 else -1).flatten(0 if dim == 0 else -2, 1 if dim == 0 else -1)
+        return torch.cat([part.unflatten(dim, (groups, -1)) for part in parts], dim).flatten(dim - 1, dim)
 
     model.requires_grad_(False)
     joins = {

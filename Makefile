@@ -15,7 +15,7 @@ SPREAD := -n logical --maxprocesses 4 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE  ?= 1
 
-.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers chaos check bench bench-rl gpu-day gpu-wheels clean
+.PHONY: help env demo reproduce selfplay test test-fast test-install test-vllm test-real test-peers chaos check docs bench bench-rl gpu-day gpu-wheels clean
 .DEFAULT_GOAL := help
 
 help:                ## this list
@@ -69,6 +69,9 @@ check: env           ## style, format and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
+
+docs: env            ## the documentation as a searchable site: runs/site/docs/README.html
+	$(PY) -m sphinx -q -W --keep-going -c docs -b html . runs/site
 
 bench: $(BENCH)/.ready  ## kernels beside their peers, in an environment of its own: benchmarks/results/
 	OMP_NUM_THREADS=$$(nproc) $(BENCH)/bin/python -m benchmarks.kernels

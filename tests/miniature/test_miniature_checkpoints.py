@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -179,3 +182,16 @@ def test_make_world_names_what_failed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="teacher, base"):
         make_world(tmp_path, 0, DataSizes(1, 1, 1, 1, 1))
     assert not MiniatureWorld.at(tmp_path).teacher.exists()
+
+
+def test_a_checkpoint_under_way_ends_with_the_process_that_asked_for_it(tmp_path):
+    """Else it would finish beside the next attempt, and one of the two would find the directory taken."""
+    code = "import sys, time; from vold.miniature import make; w = make._start_worker('teacher', sys.argv[1], 0)"
+    code += "; print(w.pid, flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "teacher")], stdout=subprocess.PIPE)
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([worker], timeout=120)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    assert not (tmp_path / "teacher").exists()

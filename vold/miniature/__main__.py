@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import warnings
 
@@ -32,11 +33,16 @@ def main(arguments: list[str]) -> int:
     from vold.io import configure_logging
 
     configure_logging()
+    for asked_to_stop in (signal.SIGTERM, signal.SIGHUP):  # an exception ends what was started here
+        signal.signal(asked_to_stop, lambda number, _: sys.exit(128 + number))
     try:
         importlib.import_module(f"vold.miniature.{command.replace('-', '_')}").run()
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +78,19 @@ def _start_worker(name: str, out_dir: Path, seed: int) -> subprocess.Popen:
     package_root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", _WORKER, name, str(out_dir), str(seed)], env=environment)
+    command = [sys.executable, "-c", _WORKER, name, str(out_dir), str(seed)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
 
 
 def run_worker(name: str, out_dir: str, seed: str) -> None:
-    """Body of a worker process: make the `teacher` or the `base`."""
+    """Body of a worker process: make the `teacher` or the `base`. It ends with the process that started it."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     configure_logging()
     transformers.utils.logging.disable_progress_bar()
     make = {"teacher": make_teacher, "base": make_base}[name]
     make(Path(out_dir), int(seed))
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()  # nothing is written to it: the pipe ends when its other side's process does
+    os._exit(1)

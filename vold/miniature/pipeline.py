@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vold.run.run_dir import RESULTS, progress_note, read_rows
 
+SECONDS_BETWEEN_LINES = 60.0  # off a terminal
 CONFIGS = Path(__file__).with_name("configs")
 FINISHED_BY = {
     "traces": "traces/card.json",
@@ -61,6 +62,7 @@ def run_phases(phases: Sequence[Phase], *, parallel: int, keep_going: bool = Fal
     waiting = [phase for phase in phases if not phase.finished]
     running: dict[subprocess.Popen, tuple[Phase, TaskID, float]] = {}
     seconds: dict[str, float] = {}
+    next_lines = time.perf_counter() + SECONDS_BETWEEN_LINES
     with _progress() as progress:
         try:
             while waiting or running:
@@ -79,6 +81,9 @@ def run_phases(phases: Sequence[Phase], *, parallel: int, keep_going: bool = Fal
                             if not keep_going:
                                 raise
                             progress.console.print(str(error), markup=False)
+                if progress.disable and time.perf_counter() > next_lines:
+                    next_lines += SECONDS_BETWEEN_LINES
+                    _print_lines(progress)
                 time.sleep(0.2)
         finally:
             for process in running:
@@ -111,8 +116,15 @@ def _show(progress: Progress, task: TaskID, phase: Phase) -> None:
         progress.update(task, completed=len(rows), note=progress_note(rows[-1]))
 
 
+def _print_lines(progress: Progress) -> None:
+    for task in progress.tasks:
+        if task.total and 0 < task.completed < task.total:
+            steps = f"{task.completed:.0f}/{task.total:.0f}"
+            progress.console.print(f"  {task.description:<28} {steps:>8}  {task.fields['note']}", markup=False)
+
+
 def _progress() -> Progress:
-    """A live line per running phase on a terminal; elsewhere only one line as each phase ends."""
+    """A live line per running phase on a terminal; elsewhere `run_phases` prints lines, fewer of them."""
     console = Console(file=sys.stdout)
     return Progress(
         TextColumn("  {task.description:<28}"),

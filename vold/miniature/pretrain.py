@@ -25,7 +25,7 @@ from vold.miniature.files import atomic_directory
 from vold.miniature.tokenizer import make_tokenizer
 
 LOG_FILE = "pretraining.jsonl"
-REPORT_EVERY = 20
+REPORT_EVERY, OFF_TERMINAL_EVERY = 20, 100  # steps
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def schedule(step: int, phase: PretrainPhase) -> float:
 
 
 def _progress(name: str, steps: int, row: dict) -> None:
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() or row["step"] % OFF_TERMINAL_EVERY == 0:
         left = row["seconds"] / row["step"] * (steps - row["step"])
         loss = "  ".join(f"{key} {value:.3f}" for key, value in row.items() if key.startswith("loss_"))
         log.info(f"{name}  step {row['step']}/{steps}  {loss}  {left:.0f} s left")

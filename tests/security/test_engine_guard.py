@@ -116,6 +116,8 @@ CALLS = [
     b'{"method": "load_policy", "args": [["/etc"]]}',
     b'{"method": "prepare_policy", "args": ["os.system"]}',
     b'{"method": "receive_policy", "args": ["127.0.0.1", 80, 1, 2]}',
+    b'{"method": "send_hidden_states", "args": [["name"]]}',
+    b'{"method": "take_hidden_states", "args": ["name"]}',
 ]
 
 

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from vold.rollout.vllm import weight_stream
+from vold.rollout.vllm.hidden_states import ASK, to_json
 
 
 class _Server(ThreadingHTTPServer):
@@ -29,6 +30,8 @@ class FakeEngine:
         self.version, self.fault, self.answered, self.calls = "default", "", 0, []
         self.victim: int | None = None
         self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
+        self.hidden: dict[str, list] = {}  # by the name that a request gave its hidden states
+        self.width = 0  # of hidden states: each row is full of its token's id
         self.held: set[int] = set()
         self.twelve = threading.Barrier(12)
         self.hung_up = threading.Event()  # a client did not wait for its answer
@@ -67,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
                 next(received)
                 return self.reply({"error": "out of memory"}, 500)
             engine.weights = dict(received)
+        if body.get("method") == "send_hidden_states":
+            return self.reply({"results": [None, engine.hidden.pop(body["args"][0], None)]})
         if self.path == "/update_weight_version":
             engine.version = body["new_version"]
         self.reply({"success": True})
@@ -116,6 +121,17 @@ class _Handler(BaseHTTPRequestHandler):
             choices[0]["logprobs"]["content"][1]["logprob"] = float("nan")
         if fault == "restarted":
             choices[0]["weight_versions"][0]["version"] = "default"
+        if asked_for := (body["sampling_params"].get("extra_args") or {}).get(ASK):
+            name, count = asked_for
+            rows = torch.tensor(asked[-count:], dtype=torch.float32)[:, None].expand(-1, engine.width)
+            if fault == "nan":
+                rows = rows * float("nan")
+            if fault == "hidden states of another length":
+                rows = rows[:-1]
+            if fault != "no hidden states":
+                engine.hidden[name] = to_json(rows)
+            if fault == "too few bytes":
+                engine.hidden[name][3] = "AAAA"
         scored = None
         if "prompt_logprobs" in body["sampling_params"]:  # minus a hundredth of each id
             scored = [None, *({str(token): {"logprob": -token / 100}} for token in asked[1:])]

@@ -13,8 +13,13 @@ from engines import Engine
 from test_sampler import CPU, agree, all_logits, other_weights, prompts  # noqa: F401 - a fixture
 
 from vold.config.schema import EngineConfig, SamplingConfig, VllmConfig
+from vold.data.packing import pack
+from vold.models.architecture import Architecture
+from vold.models.images import load_prompt_encoder
+from vold.models.tokenizer import load_tokenizer
 from vold.rollout import TransformersSampler, open_sampler
-from vold.teacher import VllmTeacher
+from vold.teacher import Teacher, VllmDistributions, VllmTeacher
+from vold.types import Sample
 
 pytestmark = pytest.mark.vllm
 
@@ -91,6 +96,22 @@ def test_a_teacher_behind_the_engines(engines, prompts, tiny_student_dir):  # no
         logp = logp.gather(1, torch.tensor(rollout.response_ids.tolist())[:, None])[:, 0]
         assert found == pytest.approx(logp.tolist(), rel=0, abs=1e-4)
     teacher.close()
+
+
+def test_whole_distributions_from_behind_the_engines(engines, prompts, tiny_student_dir, layout):  # noqa: F811
+    """Hidden states over HTTP, text and images: the same bits' worth as those of a teacher in the trainer."""
+    responses = [(5, 6, 7), tuple(range(8, 20)), (9,), (10, 11)]
+    samples = [Sample(prompt, ids, 0.0, 0.0, 1.0) for prompt, ids in zip(prompts, responses, strict=True)]
+    encode, size = load_prompt_encoder(tiny_student_dir), len(load_tokenizer(tiny_student_dir))
+    numbers = {"dtype": torch.float32, "vocab_size": size}
+    inside = Teacher(tiny_student_dir, layout, full_distributions=True, encode=encode, **numbers)
+    rows = Architecture.from_pretrained(tiny_student_dir).vocab
+    outside = VllmDistributions(tiny_student_dir, remote(engines), layout, student_rows=rows, **numbers)
+    batch = pack(samples, max_tokens=1 << 20, encode=encode)
+    (expected,), (found,) = (teacher.score(batch).micro_batches for teacher in (inside, outside))
+    assert torch.equal(found.head_teacher_UE, expected.head_teacher_UE)
+    assert (found.hidden_teacher_nE - expected.hidden_teacher_nE).abs().max() <= 1e-4
+    assert outside.metrics == {"teacher_failed": 0.0}
 
 
 def test_two_engines_and_the_death_of_one(engines, prompts, tiny_student_dir, capfd):  # noqa: F811

@@ -141,6 +141,8 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
         host = weights if config.teacher_offload else 0.0
         (phases["teacher"] if config.teacher_offload else resident)["teacher"] = weights
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0
+    if layout.is_last_stage and (head := sizes.engine_head_bytes):
+        resident["teacher"] = teacher = head
     phases["train"] = {"activations": trace.train.activations, "working": trace.train.working, "batch": batch + kept}
     update = update_bytes(trace.trained, trace.largest_trained, layout, device)
     phases["update"] = {"working": update}

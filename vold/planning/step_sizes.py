@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from vold.config.schema import DataConfig, RlConfig, SftConfig
 from vold.models.architecture import Architecture
+from vold.models.checkpoint_dir import reading
 from vold.models.flops import adapter_parameters, language_model_parameters
 from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
@@ -138,6 +140,22 @@ class StepSizes:
     @property
     def hidden_teacher_bytes(self) -> float:
         """The teacher's hidden states of a step's responses, kept where the loss compares whole distributions."""
-        if not self.has_full_divergence or self.teacher is None:
+        return float(self.responses_per_replica * self.response_tokens * self._teacher_width * self.dtype.itemsize)
+
+    @property
+    def engine_head_bytes(self) -> float:
+        """This rank's share of the head of a teacher in vLLM, whose hidden states come over the network."""
+        if self.teacher is not None:
             return 0.0
-        return float(self.responses_per_replica * self.response_tokens * self.teacher.hidden * self.dtype.itemsize)
+        return float(self.student.vocab * self._teacher_width * self.dtype.itemsize / self.config.parallel.tp)
+
+    @cached_property
+    def _teacher_width(self) -> int:
+        """Hidden width of the teacher where the loss compares whole distributions, else 0."""
+        objective, config = self.objective, self.config
+        if not isinstance(config, RlConfig) or config.teacher is None or not self.has_full_divergence:
+            return 0
+        if objective is None or not objective.needs_teacher:
+            return 0
+        with reading(config.teacher):
+            return AutoConfig.from_pretrained(config.teacher, local_files_only=True).get_text_config().hidden_size

@@ -5,5 +5,14 @@ from vold.teacher.scorer import NoTeacher, Teacher
 from vold.teacher.self_teacher import SelfTeacher
 from vold.teacher.vision import VisualAdvantageTeacher
 from vold.teacher.vllm import VllmTeacher
+from vold.teacher.vllm_distributions import VllmDistributions
 
-__all__ = ["NoTeacher", "SelfTeacher", "Teacher", "TeacherPromptEncoder", "VisualAdvantageTeacher", "VllmTeacher"]
+__all__ = [
+    "NoTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "TeacherPromptEncoder",
+    "VisualAdvantageTeacher",
+    "VllmDistributions",
+    "VllmTeacher",
+]

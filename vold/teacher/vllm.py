@@ -15,11 +15,12 @@ import torch
 from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
+from vold.io import log, visible
 from vold.models.architecture import Architecture
 from vold.models.images import ImageProcessor
 from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, settings_for_scoring
 from vold.rollout.vllm.remote import RemoteEngines
-from vold.types import Rollout
+from vold.types import Prompt, Rollout
 
 Scores = list[list[float] | None]
 """Teacher log-probs (nats) of the response ids of each rollout; None where the teacher failed."""
@@ -38,15 +39,10 @@ class VllmTeacher:
 
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, temperature: float, dtype: torch.dtype | None = None):
         self._images = ImageProcessor(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
-        self._engines: Engines
+        self._engines = open_scoring_engines(checkpoint, settings, temperature=temperature, dtype=dtype)
         self._pool: ThreadPoolExecutor | None = None
         if settings.urls:
-            self._engines = RemoteEngines(checkpoint, settings, temperature=temperature)
             self._pool = ThreadPoolExecutor(max_workers=MAX_CONCURRENT_CALLS, thread_name_prefix="teacher")
-        else:
-            config: Any = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-            settings = settings_for_scoring(checkpoint, settings)
-            self._engines = ColocatedEngine(checkpoint, settings, dtype=dtype or config.dtype, temperature=temperature)
 
     def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
         """For each rollout the log-probability (nats) of each of its response ids, or None where scoring failed more
@@ -58,10 +54,11 @@ class VllmTeacher:
                     f"prompt {rollout.prompt.id} has images: a text-only teacher cannot score its responses"
                 )
         requests = [Request.scoring(rollout.prompt, rollout.response_ids, self._images) for rollout in rollouts]
+        prompts = [rollout.prompt for rollout in rollouts]
         if self._pool:
-            return self._pool.submit(self._score, requests)
+            return self._pool.submit(self._score, requests, prompts)
         done: Future[Scores] = Future()
-        done.set_result(self._score(requests))
+        done.set_result(self._score(requests, prompts))
         return done
 
     def close(self) -> None:
@@ -69,7 +66,26 @@ class VllmTeacher:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _score(self, requests: Sequence[Request]) -> Scores:
+    def _score(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Scores:
         answers = dict(self._engines.stream(requests))
+        for index, prompt in enumerate(prompts):
+            if answers[index] is None:
+                warn_of_missing(prompt)
         in_order = (answers[index] for index in range(len(requests)))
         return [answer.scored if answer else None for answer in in_order]
+
+
+def open_scoring_engines(
+    checkpoint: Path, settings: VllmConfig, *, temperature: float, dtype: torch.dtype | None
+) -> Engines:
+    """A teacher's engines: those of `settings.urls`, for every rank at the same time, or one inside this process."""
+    if settings.urls:
+        return RemoteEngines(checkpoint, settings, temperature=temperature)
+    config: Any = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    settings = settings_for_scoring(checkpoint, settings)
+    return ColocatedEngine(checkpoint, settings, dtype=dtype or config.dtype, temperature=temperature)
+
+
+def warn_of_missing(prompt: Prompt) -> None:
+    """Name a response that the teacher did not score, or whose scores were no numbers: it will be masked."""
+    log.warning(f"the teacher did not score a response to prompt {visible(prompt.id)}: it is left out of the loss")

@@ -29,7 +29,15 @@ from vold.objectives.visual_advantage import degrade
 from vold.rollout import TransformersSampler, open_sampler
 from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
-from vold.teacher import NoTeacher, SelfTeacher, Teacher, TeacherPromptEncoder, VisualAdvantageTeacher, VllmTeacher
+from vold.teacher import (
+    NoTeacher,
+    SelfTeacher,
+    Teacher,
+    TeacherPromptEncoder,
+    VisualAdvantageTeacher,
+    VllmDistributions,
+    VllmTeacher,
+)
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.input_files import InputFiles, training_files
 from vold.train.probe import build_probe
@@ -47,6 +55,7 @@ from vold.train.training_run import TrainingRun, evaluates_after
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, Prompt, Sample
 
+BatchTeacher = Teacher | SelfTeacher | VllmDistributions | NoTeacher
 Packer = Callable[[Sequence[Sample]], Batch]
 """Packs the samples of one update into this rank's micro-batches."""
 
@@ -60,7 +69,7 @@ class RlComponents:
     encode: PromptEncoder
     objective: Objective
     trainer: Trainer
-    teacher: Teacher | SelfTeacher | NoTeacher
+    teacher: BatchTeacher
     rollouts: RolloutSchedule
     image_sensitivity: ImageSensitivity
     training: TrainingRun
@@ -204,10 +213,10 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
                 f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
                 f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
             )
-    if objective.divergence is not None and teacher_engine == "vllm":
+    if objective.visual_advantage and teacher_engine == "vllm":
         raise ValueError(
-            "objective.divergence is of whole distributions and teacher_engine = 'vllm' gives log-probs of the sampled "
-            "tokens; set teacher_engine=trainer, or objective.divergence=k2"
+            "objective.visual_advantage reads each response twice, with degraded images, and teacher_engine = 'vllm' "
+            "does not; set teacher_engine=trainer"
         )
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
@@ -257,8 +266,8 @@ def _teacher(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-) -> Teacher | SelfTeacher | NoTeacher:
-    """The teacher in the trainer, as the objective needs it."""
+) -> BatchTeacher:
+    """The teacher that scores a step's batches, as the objective needs it."""
     head: dict[str, Any] = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
     if objective.uses_self_teacher:
         assert trainer.average is not None and objective.self_distillation is not None
@@ -270,9 +279,16 @@ def _teacher(
             confident=objective.self_distillation.confident,
             **head,
         )
-    if not objective.needs_teacher or config.teacher_engine == "vllm":
+    if not objective.needs_teacher or (config.teacher_engine == "vllm" and objective.divergence is None):
         return NoTeacher()
     assert config.teacher is not None, "see check_rl_config"
+    if config.teacher_engine == "vllm":
+        if not Architecture.from_pretrained(config.teacher).vision:
+            _check_text_teacher(config, objective, problems, warn=job.is_writer)
+        rows = Architecture.from_pretrained(config.student).vocab
+        return VllmDistributions(
+            config.teacher, config.teacher_vllm, job.layout, dtype=job.dtype, student_rows=rows, **head
+        )
     settings = head | {
         "dtype": job.dtype,
         "patches_per_pass": config.vision.patches_per_pass,
@@ -305,7 +321,7 @@ def _check_text_teacher(config: RlConfig, objective: Objective, problems: Sequen
 
 def _remote_teacher(config: RlConfig, job: Job, objective: Objective) -> RemoteTeacher | None:
     """The teacher in vLLM, which scores each group as soon as it is graded; None where the trainer has the teacher."""
-    if not objective.needs_teacher or config.teacher_engine == "trainer":
+    if not objective.needs_teacher or config.teacher_engine == "trainer" or objective.divergence is not None:
         return None
     assert config.teacher is not None, "see check_rl_config"
     return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature, dtype=job.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from vold.data.pictures import read_picture
 from vold.models.images import ImageProcessor
 from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
+from vold.rollout.vllm import hidden_states
 from vold.types import Prompt, TokenIds
 
 GIB = 2**30
@@ -50,7 +52,7 @@ class Request:
 
     token_ids  with one image-pad id per image, which vLLM expands
     params     fields of vLLM's SamplingParams
-    scored     how many of the last ids get a log-probability, see `scoring`
+    scored     how many of the last ids get a log-probability, see `scoring`, or a hidden state, see `reading`
     """
 
     token_ids: list[int]
@@ -67,6 +69,17 @@ class Request:
         ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]
         return cls(ids, sized_images(prompt, processor), params, scored=len(response_ids))
 
+    @classmethod
+    def reading(
+        cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: ImageProcessor | None
+    ) -> Request:
+        """A request for the hidden states that predict the tokens of a given response. Positions from vLLM's prefix
+        cache would have none."""
+        scored = cls.scoring(prompt, response_ids, processor)
+        asked = {hidden_states.ASK: [secrets.token_hex(8), scored.scored]}
+        params = {"max_tokens": 1, "temperature": 0.0, "skip_reading_prefix_cache": True, "extra_args": asked}
+        return replace(scored, params=params, scored=0)
+
 
 @dataclass(frozen=True)
 class Response:
@@ -78,10 +91,15 @@ class Response:
 
 @dataclass(frozen=True)
 class EngineOutput:
-    """The output for one request; `scored`: log-probabilities (nats) of its last ids, at the engine's temperature."""
+    """The output for one request.
+
+    scored     log-probabilities (nats) of its last ids, at the engine's temperature
+    hidden_nE  the hidden states that predict its last ids, on the CPU, where it asked for them
+    """
 
     responses: list[Response]
     scored: list[float]
+    hidden_nE: Tensor | None = None
 
 
 class Engines(Protocol):
@@ -180,7 +198,7 @@ class ColocatedEngine:
         self._sleep()
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, EngineOutput | None]]:
-        """See Engines. Never None: a failure here fails the process."""
+        """See Engines. None for scores that are no numbers: any other failure here fails the process."""
         from vllm import SamplingParams
 
         self._wake("weights", "kv_cache")
@@ -194,7 +212,7 @@ class ColocatedEngine:
                     finished = [output for output in engine.step() if output.finished]
                 for output in finished:
                     index = waiting.pop(output.request_id)
-                    yield index, _engine_output(output, requests[index])
+                    yield index, self._output(output, requests[index])
         finally:
             if waiting:
                 engine.abort_request(list(waiting))
@@ -208,6 +226,16 @@ class ColocatedEngine:
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache over a weight update: requests are still running")
+
+    def _output(self, output, request: Request) -> EngineOutput | None:
+        found = _engine_output(output, request)
+        if asked := hidden_states.asked_for(request.params):
+            states = self._llm.collective_rpc("take_hidden_states", args=(asked[0],))
+            found = replace(found, hidden_nE=next((rows_nE for rows_nE in states if rows_nE is not None), None))
+            finite = found.hidden_nE is not None and bool(found.hidden_nE.isfinite().all())
+        else:
+            finite = all(map(math.isfinite, found.scored))
+        return found if finite else None
 
     def _sleep(self) -> None:
         if self._may_sleep:

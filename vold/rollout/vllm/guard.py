@@ -86,6 +86,8 @@ class Settings:
         method, arguments = call.get("method"), call["args"]
         if method == "prepare_policy":
             return "" if all(isinstance(a, int | float) for a in arguments) else "its arguments are numbers"
+        if method == "send_hidden_states":
+            return "" if len(arguments) == 1 and isinstance(arguments[0], str) else "its argument is a request's name"
         if method == "load_policy":
             ours = len(arguments) == 1 and isinstance(arguments[0], str) and self._is_ours(arguments[0])
             return "" if ours else "weights are read from the checkpoint and the run's folders in weights_dir"

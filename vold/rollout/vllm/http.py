@@ -9,14 +9,16 @@ import math
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from typing import Any
 
 import httpx2
+from torch import Tensor
 
 from vold.io import visible
+from vold.rollout.vllm import hidden_states
 from vold.rollout.vllm.engines import EngineOutput, Request, Response, SizedImage, scored_logps
 from vold.rollout.vllm.guard import HEADER
 
@@ -89,12 +91,29 @@ def generate(
     expected = request.params.get("n", 1)
     if len(output.responses) != expected:
         raise EngineFailed(f"{len(output.responses)} responses where {expected} were asked for")
+    if asked := hidden_states.asked_for(request.params):
+        return replace(output, hidden_nE=_hidden_states(engine, *asked, timeout))
     return output
 
 
-def call_workers(engine: Address, method: str, arguments: list, timeout: float) -> None:
-    """Call a method of PolicyWorker in the engine's process."""
-    post(engine, "/collective_rpc", {"method": method, "args": arguments}, timeout)
+def call_workers(engine: Address, method: str, arguments: list, timeout: float) -> list:
+    """Call a method of PolicyWorker in the engine's process; what each of its workers returns."""
+    answer = post(engine, "/collective_rpc", {"method": method, "args": arguments}, timeout)
+    results = answer.get("results")
+    return results if isinstance(results, list) else []
+
+
+def _hidden_states(engine: Address, name: str, rows: int, timeout: float) -> Tensor:
+    """The [rows, E] that the engine has kept of a request. Raises EngineFailed where it has not, or sends another
+    number of rows."""
+    found = [value for value in call_workers(engine, "send_hidden_states", [name], timeout) if value is not None]
+    try:
+        rows_nE = hidden_states.from_json(found[0] if found else None)
+    except (TypeError, ValueError) as error:
+        raise EngineFailed(f"nonsense ({error})") from None
+    if len(rows_nE) != rows:
+        raise EngineFailed(f"hidden states of {len(rows_nE)} positions where {rows} were asked for")
+    return rows_nE
 
 
 def post(

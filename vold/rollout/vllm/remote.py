@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -54,6 +55,7 @@ class RemoteEngines:
             raise ValueError(f"vllm.weights_dir = {settings.weights_dir} is no directory; choose another")
         self._settings = settings
         self._prepare_arguments = [id_bound(load_tokenizer(checkpoint)), temperature]  # of PolicyWorker.prepare_policy
+        self._workers: dict[str, int] = {}  # of each engine that was prepared: one for each of its GPUs
         self._is_leader = not dist.is_initialized() or dist.get_rank() == 0
         self._can_provide = True  # this rank may load weights into a restarted engine: every rank the checkpoint's
         self._directory: Path | None = checkpoint.resolve()  # of the weights in use; None when they came by a stream
@@ -161,14 +163,15 @@ class RemoteEngines:
         self._directory = None
         urls = self._successful(self._prepare)
         urls = urls or [self._pool.wait_for_one(lambda url: not _failure(self._prepare, url))]
-        world, address = 1 + len(urls), _address_towards(min(urls, key=is_local))
+        first_ranks = list(accumulate((self._workers[url] for url in urls), initial=1))
+        world, address = first_ranks.pop(), _address_towards(min(urls, key=is_local))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         store = weight_stream.open_store(address, world)
         receive = partial(call_workers, method="receive_policy", timeout=self._settings.timeout)
         with ThreadPoolExecutor(max_workers=len(urls)) as threads:
             calls = [
                 threads.submit(receive, self._at(url), arguments=[address, store.port, rank, world])
-                for rank, url in enumerate(urls, start=1)
+                for rank, url in zip(first_ranks, urls, strict=True)
             ]
             try:
                 weight_stream.send(store, world, weights, device)
@@ -203,7 +206,8 @@ class RemoteEngines:
         self._commit(url)
 
     def _prepare(self, url: str) -> None:
-        call_workers(self._at(url), "prepare_policy", self._prepare_arguments, self._settings.timeout)
+        workers = call_workers(self._at(url), "prepare_policy", self._prepare_arguments, self._settings.timeout)
+        self._workers[url] = max(len(workers), 1)
 
     def _commit(self, url: str) -> None:
         """Empty all three caches, then set the version's name: in this order, so that an engine that fails in between

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vold.rollout.vllm import weight_stream
+from vold.rollout.vllm import hidden_states, weight_stream
 
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: rows with a lower temperature take the most probable token."""
@@ -25,17 +25,19 @@ class PolicyWorker:
     """Methods that are called by name through `collective_rpc`; `self.model_runner` is vLLM's."""
 
     _prepared = False
+    _tap: hidden_states.Tap | None = None
 
-    def prepare_policy(self, real_ids: int, temperature: float = 1.0) -> None:
+    def prepare_policy(self, real_ids: int, temperature: float = 1.0) -> dict[str, int]:
         """Install the hooks, before the first request: ids from `real_ids` on get no probability, and log-probs of
-        sampled tokens are at each request's own temperature, before top-p and top-k.
+        sampled tokens are at each request's own temperature, before top-p and top-k. Returns this worker's rank in the
+        engine.
 
         temperature: divides all the engine's logits, for a teacher: vLLM scores prompts at temperature 1, whatever
         temperature a request has. Raises ValueError for a vLLM whose modules are not where the hooks need them.
         """
         self._real_ids, self._temperature = real_ids, temperature
         if self._prepared:
-            return
+            return {"rank": self.rank}
         model, sampler = self.model_runner.get_model(), self.model_runner.sampler
         if not isinstance(sampler, nn.Module):
             raise ValueError("vLLM's second model runner has no sampler module; set VLLM_USE_V2_MODEL_RUNNER=0")
@@ -44,7 +46,20 @@ class PolicyWorker:
             raise ValueError(f"vLLM's {type(model).__name__} has {len(heads)} LogitsProcessor modules, not one")
         heads[0].register_forward_hook(lambda _head, _inputs, logits: self._policy_logits(logits))
         sampler.register_forward_pre_hook(_apply_temperature, with_kwargs=True)
+        if _is_first_of_tensor_group():
+            self._tap = hidden_states.Tap(self.model_runner)
         self._prepared = True
+        return {"rank": self.rank}
+
+    def take_hidden_states(self, name: str) -> Tensor | None:
+        """The hidden states [n, E] that a request asked for (vold.rollout.vllm.hidden_states), of the worker that has
+        them."""
+        return None if self._tap is None else self._tap.take(name)
+
+    def send_hidden_states(self, name: str) -> list | None:
+        """The same in a form that travels in JSON."""
+        rows_nE = self.take_hidden_states(name)
+        return None if rows_nE is None else hidden_states.to_json(rows_nE)
 
     def load_policy(self, named_weights: Iterable[tuple[str, Tensor]] | str) -> None:
         """Overwrite weights in place, by transformers' names, from a stream or from the safetensors files of a
@@ -55,8 +70,9 @@ class PolicyWorker:
         self.model_runner.reload_weights(weights_iterator=iter(named_weights))
 
     def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
-        """Load the weights that member 0 of the group broadcasts, see vold.rollout.vllm.weight_stream."""
-        self.load_policy(weight_stream.receive(address, port, rank, world, torch.device(self.device)))
+        """Load the weights that member 0 of the group broadcasts, see vold.rollout.vllm.weight_stream. rank: the member
+        number of the engine's first worker; the others follow."""
+        self.load_policy(weight_stream.receive(address, port, rank + self.rank, world, torch.device(self.device)))
 
     def _policy_logits(self, logits: Tensor | None) -> Tensor | None:
         """Corrected logits [rows, V]; None on tensor-parallel ranks that do not sample."""
@@ -77,6 +93,12 @@ def _apply_temperature(_sampler: nn.Module, args: tuple, kwargs: dict) -> tuple[
         remaining = metadata.temperature.masked_fill(~greedy, 1.0)
         kwargs = {**kwargs, "logits": logits, "sampling_metadata": replace(metadata, temperature=remaining)}
     return args, kwargs
+
+
+def _is_first_of_tensor_group() -> bool:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
 
 
 def _read_directory(directory: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:

@@ -29,6 +29,7 @@ def make_trainer(
     dtype=torch.float32,
     importance_cap: float | None = None,
     adapter: AdapterConfig | None = None,
+    train=None,
     **numbers,
 ) -> Trainer:
     return Trainer(
@@ -41,6 +42,7 @@ def make_trainer(
         objective=objective,
         importance_cap=importance_cap,
         adapter=adapter,
+        train=train,
     )
 
 

@@ -46,13 +46,19 @@ def export_model(config: ExportConfig) -> None:
     student = Path(settings["student"])
     train_merger = isinstance(vision := settings.get("vision"), dict) and vision.get("train_merger") is True
     with as_vold_writes(config_path):
+        train = settings.get("train") and tuple(map(str, settings["train"]))
         adapter = AdapterConfig(**settings["adapter"]) if settings.get("adapter") else None
         rendering = {key: value for key, value in settings.get("prompt", {}).items() if key.startswith("chat_template")}
         prompt = PromptConfig(**rendering)
     if config.adapter and adapter is None:
         raise ValueError(f"adapter = true, but run = {config.run} trained the whole model; leave it out")
+    if config.adapter and (train or train_merger):
+        raise ValueError(
+            f"adapter = true, but run = {config.run} trained weights beside the adapter, which would be left out; "
+            "export the merged model"
+        )
     dtype = getattr(torch, settings["dtype"])
-    chunks = load_chunks(student, layout, dtype, train_merger=train_merger, adapter=adapter)
+    chunks = load_chunks(student, layout, dtype, train=train, train_merger=train_merger, adapter=adapter)
     checkpoints.load_weights(chunks, step)
     if config.adapter:
         write_adapter(config.out, student, adapter, export_adapters(chunks))

@@ -81,8 +81,14 @@ HABITS = {
     "lora_target_modules": "it is adapter.targets: qkv, proj, fc1, fc2",
     "peft": "it is adapter={rank: 16, alpha: 32}",
     "use_peft": "it is adapter={rank: 16, alpha: 32}",
-    "freeze_vision_tower": "its blocks always stay frozen; vision.train_merger trains the projector",
-    "freeze_vit": "its blocks always stay frozen; vision.train_merger trains the projector",
+    "freeze_vision_tower": "it is frozen unless train names it: train=[language_model, visual]",
+    "freeze_vit": "it is frozen unless train names it: train=[language_model, visual]",
+    "freeze_aligner": "it is frozen unless train names it: train=[language_model, visual.merger]",
+    "freeze_llm": "it is train=[visual], or what else is trained",
+    "freeze_parameters": "it is train: what is trained",
+    "trainable_parameters": "it is train: [patterns]",
+    "vit_lr": "it is optimizer.lr_groups={visual: 2.0e-6}",
+    "aligner_lr": "it is optimizer.lr_groups={visual.merger: 2.0e-6}",
 }
 """Keys of other trainers (TRL, verl, ms-swift, axolotl) -> what is here in their place."""
 

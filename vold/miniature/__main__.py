@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | methods | second-act | selfplay`."""
+"""`python -m vold.miniature demo | reproduce | methods | lora | second-act | selfplay`."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "the two-stage pipeline once: base, SFT, GRPO and VOLD, evaluated on text and on images",
     "reproduce": "three seeds of GRPO, VOLD, VOLD without mask and the misaligned start",
     "methods": "every method of configs/methods at equal rollouts, three seeds",
+    "lora": "LoRA of rank 16 beside full training, three seeds",
     "second-act": "RL on image problems after VOLD on text, three seeds",
     "selfplay": "R-Zero beside R-Diverse for five iterations, three seeds",
 }

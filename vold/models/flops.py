@@ -5,7 +5,8 @@ All functions that name an architecture count the undivided text model: no visio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -64,22 +65,62 @@ def adapter_parameters(arch: Architecture, rank: int, targets: Sequence[str]) ->
     return arch.layers * rank * sum(sizes[target] for target in targets)
 
 
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass computes: gradients of `weights` (elements that multiply tokens), and gradients through all
+    layers but the lowest `untouched`."""
+
+    weights: int
+    untouched: int = 0
+
+
+def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_embedding: bool) -> Backward:
+    """is_trained: by short names. through_embedding: a weight before the layers is trained, or an adapter."""
+    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    sizes = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    sizes |= {
+        "self_attn.o_proj": queries,
+        "mlp.gate_proj": arch.ffn,
+        "mlp.up_proj": arch.ffn,
+        "mlp.down_proj": arch.ffn,
+    }
+    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    head = "embed_tokens.weight" if arch.tied else "lm_head.weight"
+    weights, lowest = arch.vocab * arch.hidden * is_trained(head), arch.layers
+    for layer in reversed(range(arch.layers)):
+        trained = [name for name in sizes if is_trained(f"layers.{layer}.{name}.weight")]
+        weights += arch.hidden * sum(sizes[name] for name in trained)
+        if trained or any(is_trained(f"layers.{layer}.{name}.weight") for name in norms):
+            lowest = layer
+    through_embedding = through_embedding or is_trained("embed_tokens.weight")
+    return Backward(weights, 0 if through_embedding else lowest)
+
+
 # Work ----------------------------------------------------------------------------------------------------------------
 
 
-def training_flops(arch: Architecture, tokens: PackedTokens, has_frozen_weights: bool = False) -> float:
+def training_flops(arch: Architecture, tokens: PackedTokens, backward: Backward | None = None) -> float:
     """FLOPs of forward and backward over packed tokens: 6 per weight and token (4 for frozen ones, whose gradient is
-    not computed; adapters are left out), plus causal attention. Recomputation and padding do not count, and a prompt
-    that responses share counts once."""
-    saved = 2 * matmul_parameters(arch) * sum(queries for queries, _ in tokens.segments) if has_frozen_weights else 0
-    return sum(segment_flops(arch, queries, keys) for queries, keys in tokens.segments) - saved
+    not computed, 2 below the lowest trained one; adapters are left out), plus causal attention. Recomputation and
+    padding do not count, and a prompt that responses share counts once. backward: None: everything is trained."""
+    total = sum(segment_flops(arch, queries, keys) for queries, keys in tokens.segments)
+    if backward is None:
+        return total
+    below = backward.untouched / arch.layers
+    attention = sum(attention_flops(arch, queries, keys) for queries, keys in tokens.segments)
+    weights = matmul_parameters(arch) - backward.weights + backward.untouched * layer_matmul_parameters(arch)
+    return total - 2 * weights * sum(queries for queries, _ in tokens.segments) - below * attention * 2 / 3
+
+
+def attention_flops(arch: Architecture, queries: int, keys: int) -> float:
+    """Those of `segment_flops` that are attention's, a third of them forward."""
+    return 6.0 * arch.layers * arch.heads * arch.head_dim * queries * (2 * keys - queries)
 
 
 def segment_flops(arch: Architecture, queries: int, keys: int) -> float:
     """FLOPs of forward and backward over one segment of `queries` tokens whose last one reads `keys` keys, each token
     before it one key less."""
-    attention = arch.layers * arch.heads * arch.head_dim * queries * (2 * keys - queries)
-    return float(6 * matmul_parameters(arch) * queries + 6 * attention)
+    return float(6 * matmul_parameters(arch) * queries) + attention_flops(arch, queries, keys)
 
 
 def mlp_flops_share(arch: Architecture) -> float:

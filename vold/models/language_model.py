@@ -15,12 +15,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vold.config.schema import AdapterConfig
 from vold.models.adapters import add_adapters, train_embeddings_output
 from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec
-from vold.models.vision import Features, FrozenVisionTower, Mergers
+from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
 
@@ -29,15 +30,17 @@ class LanguageModel(GPTModel):
     """GPTModel whose last stage returns the final-norm hidden states [T, 1, D] instead of logits.
 
     vision_levels  levels of the vision tower's features that this chunk adds (see vold.models.vision)
-    visual         the patch mergers of these levels, where they are trained
+    visual         the patch mergers of these levels, or the whole tower, where they are trained
     adapter        LoRA's settings; the other weights of the text model are frozen then
+    trained        names of the parameters that are trained, see vold.models.weights.build_student
     """
 
     arch: Architecture
     layout: Layout
     vision_levels: tuple[int, ...]
-    visual: Mergers | None
+    visual: Mergers | PreTrainedModel | None
     adapter: AdapterConfig | None
+    trained: frozenset[str]
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -63,12 +66,13 @@ def build_chunks(
     dtype: torch.dtype,
     *,
     train_merger: bool = False,
+    train_tower: bool = False,
     adapter: AdapterConfig | None = None,
 ) -> list[LanguageModel]:
     """This rank's part of the model: one chunk, or with virtual stages `layout.vpp` of them, in the order of their
     layers. Weights are uninitialised: call `load_pretrained` next."""
     stages = [None] if layout.vpp is None else range(layout.vpp)
-    options = {"train_merger": train_merger, "adapter": adapter}
+    options = {"train_merger": train_merger, "train_tower": train_tower, "adapter": adapter}
     return [build_language_model(arch, layout, dtype, vp_stage, **options) for vp_stage in stages]
 
 
@@ -79,11 +83,13 @@ def build_language_model(
     vp_stage: int | None = None,
     *,
     train_merger: bool = False,
+    train_tower: bool = False,
     adapter: AdapterConfig | None = None,
 ) -> LanguageModel:
     """One chunk of the model on `layout.device`, weights uninitialised. The first chunk of all holds the embedding, the
     last one the final norm and the head; with `train_merger` each also holds the mergers of its vision levels, with
-    `adapter` the text model is frozen and its layers have adapters."""
+    `train_tower` the first holds the whole tower, with `adapter` the text model is frozen and its layers have adapters.
+    Raises ValueError where another chunk would need the tower's features."""
     pre_process = layout.is_first_stage and vp_stage in (None, 0)
     post_process = layout.is_last_stage and vp_stage in (None, (layout.vpp or 1) - 1)
     config = transformer_config(arch, layout, dtype)
@@ -107,7 +113,14 @@ def build_language_model(
     if adapter is not None:
         _add_adapters(model, arch, layout, adapter)
     model.visual = None
-    if train_merger and model.vision_levels:
+    if train_tower and model.vision_levels:
+        if not pre_process:
+            raise ValueError(
+                f"train takes the vision tower, whose features enter {arch.vision.deepstack_layers} layers, not all on "
+                "the first stage; lower parallel.pp or vpp, or train visual.merger and visual.deepstack_merger_list"
+            )
+        model.visual = trained_tower(arch, dtype, layout)
+    elif train_merger and model.vision_levels:
         model.visual = Mergers(arch, model.vision_levels, dtype, layout)
     return model
 
@@ -146,8 +159,8 @@ def _vision_levels(model: LanguageModel, arch: Architecture) -> tuple[int, ...]:
 def open_vision_tower(
     chunks: Sequence[LanguageModel], checkpoint_dir: str | Path, dtype: torch.dtype, patches_per_pass: int | None = None
 ) -> FrozenVisionTower | None:
-    """The vision tower for these chunks, or None where none of them has a vision level."""
-    if not any(chunk.vision_levels for chunk in chunks):
+    """The frozen vision tower for these chunks, or None where none of them has a vision level, or one has the tower."""
+    if not any(chunk.vision_levels for chunk in chunks) or any(has_tower(chunk) for chunk in chunks):
         return None
     return FrozenVisionTower(
         checkpoint_dir,
@@ -157,6 +170,11 @@ def open_vision_tower(
         patches_per_pass=patches_per_pass,
         merge_patches=all(chunk.visual is None for chunk in chunks),
     )
+
+
+def has_tower(chunk: LanguageModel) -> bool:
+    """True where the chunk itself encodes its pictures, with a tower that is trained."""
+    return isinstance(chunk.visual, PreTrainedModel)
 
 
 def _mark_tensor_parallel_weights(model: LanguageModel) -> None:
@@ -246,7 +264,12 @@ def _local_image_features(
     """Rows of the image tokens among this rank's rows of T (which sequence parallelism divides), and for each vision
     level of the chunk their features [I, 1, D]."""
     rows_I = (tokens.input_ids_T == chunk.arch.vision.image_token_id).nonzero()[:, 0]
+    if isinstance(chunk.visual, PreTrainedModel):
+        pictures = [*{picture.key: picture for picture in tokens.pictures}.values()]
+        features = encode(chunk.visual, pictures, chunk.arch.vision.merge_size)
     levels = _concatenated_features(tokens, features)
+    if has_tower(chunk):
+        levels = for_recomputed_layers(levels)
     if len(rows_I) != len(levels[0]):
         raise ValueError(
             f"{len(rows_I)} image-pad tokens but {len(levels[0])} image features: "
@@ -257,7 +280,7 @@ def _local_image_features(
         rows_I = rows_I - chunk.layout.tp_rank * share
         local = (rows_I >= 0) & (rows_I < share)
         rows_I, levels = rows_I[local], [features_ID[local] for features_ID in levels]
-    if chunk.visual is not None:
+    if isinstance(chunk.visual, Mergers):
         levels = {level: chunk.visual(level, levels[level]) for level in chunk.vision_levels}
     return rows_I, {level: levels[level][:, None] for level in chunk.vision_levels}
 

@@ -1,5 +1,5 @@
-"""The vision tower: transformers' own modules. Its blocks are frozen, outside model, optimiser and checkpoints; the
-patch mergers behind them are frozen with it, or trained as part of the language model's chunks.
+"""The vision tower: transformers' own modules. Frozen it is outside model, optimiser and checkpoints; what `train`
+takes of it is part of the language model's chunks: its patch mergers alone, behind frozen blocks, or the tower whole.
 
 A tower gives each image one tensor for each level. Level 0 replaces the embeddings of the image's tokens; level i > 0
 is DeepStack's (Qwen3-VL): added to the hidden states of those tokens after decoder layer i (counted from 1), from an
@@ -11,11 +11,12 @@ I image tokens of one image (its merged patches), D hidden width of the text mod
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -71,13 +72,7 @@ class FrozenVisionTower:
         """The features of every picture; pictures with equal keys are computed once."""
         features: dict[str, tuple[Tensor, ...]] = {}
         for group in self._passes({picture.key: picture for picture in pictures}.values()):
-            pixels = torch.cat([picture.pixel_values for picture in group])
-            grids = torch.tensor([picture.grid_thw for picture in group], device=self._device)
-            out = self._tower(pixels.to(self._device, self._dtype), grid_thw=grids)
-            levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-            counts = [len(picture.pixel_values) // self._arch.merge_size**2 for picture in group]
-            parts = zip(*(level.split(counts) for level in levels), strict=True)
-            features |= {picture.key: part for picture, part in zip(group, parts, strict=True)}
+            features |= encode(self._tower, group, self._arch.merge_size)
         return features
 
     def _passes(self, pictures: Collection[Picture]) -> Iterator[list[Picture]]:
@@ -98,6 +93,67 @@ class FrozenVisionTower:
     def state_dict(self) -> dict[str, Tensor]:
         """The tower's tensors, by their names without a prefix."""
         return self._tower.state_dict()
+
+
+def encode(tower: PreTrainedModel, pictures: Sequence[Picture], merge_size: int) -> dict[str, tuple[Tensor, ...]]:
+    """The features of some pictures in one pass of the tower."""
+    pixels = torch.cat([picture.pixel_values for picture in pictures])
+    grids = torch.tensor([picture.grid_thw for picture in pictures], device=tower.device)
+    out = tower(pixels.to(tower.device, tower.dtype), grid_thw=grids)
+    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+    counts = [len(picture.pixel_values) // merge_size**2 for picture in pictures]
+    parts = zip(*(level.split(counts) for level in levels), strict=True)
+    return {picture.key: part for picture, part in zip(pictures, parts, strict=True)}
+
+
+def trained_tower(arch: Architecture, dtype: torch.dtype, layout: Layout) -> PreTrainedModel:
+    """A whole tower as part of a chunk, weights uninitialised.
+
+    Every tensor-parallel rank holds it undivided and encodes all pictures. Under sequence parallelism the gradient
+    comes from the rank's own image tokens only, and the attribute `sequence_parallel` makes Megatron add up the shares.
+    """
+    with no_init_weights():
+        tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config, dtype=dtype)
+    for parameter in tower.parameters():
+        parameter.sequence_parallel = layout.sp
+    if layout.recompute == "full":
+        tower._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+    return tower.to(layout.device)
+
+
+class _BackwardOnce(torch.autograd.Function):
+    """Level 0, whose gradient comes last, behind all layers; with it the other levels' go back into the tower, which
+    their stand-ins have collected. A recomputed layer runs a backward pass of its own, which must not go on into the
+    tower: its graph is used once, for all levels."""
+
+    @staticmethod
+    def forward(ctx, stand_ins, first, *_others):
+        ctx.stand_ins = stand_ins
+        return first.view_as(first)
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, gradient, *(level.grad for level in ctx.stand_ins)
+
+
+def for_recomputed_layers(levels: Sequence[Tensor]) -> list[Tensor]:
+    """A trained tower's features, whose gradients reach the tower together."""
+    first, *others = levels
+    stand_ins = [level.detach().requires_grad_(level.requires_grad) for level in others]
+    return [_BackwardOnce.apply(stand_ins, first, *others), *stand_ins]
+
+
+def tower_tensors(arch: Architecture) -> tuple[str, ...]:
+    """Names of the tower's weights, `visual.…`; none where there is no tower."""
+    if arch.vision is None:
+        return ()
+    with torch.device("meta"), no_init_weights():
+        tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config)
+    return tuple(f"visual.{name}" for name, _ in tower.named_parameters())
+
+
+def is_merger(name: str) -> bool:
+    return name.startswith(("visual.merger.", "visual.deepstack_merger_list."))
 
 
 class _NoMerger(nn.Module):

@@ -18,6 +18,7 @@ from vold.models.adapters import adapter_tensors
 from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
+from vold.models.weights import check_rates
 from vold.objectives import build_objective
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine
@@ -155,8 +156,10 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     """Compare the tensors that the ranks would build with those in the checkpoint of the `student` or `teacher`."""
     path: Path = getattr(config, role)
     arch = Architecture.from_pretrained(path)
-    train_merger = role == "student" and config.vision.train_merger
-    tensors = check_tensors(rank_shards(arch, config.parallel, processes, train_merger=train_merger), path, arch)
+    trained = {"train": config.train, "train_merger": config.vision.train_merger} if role == "student" else {}
+    tensors = check_tensors(rank_shards(arch, config.parallel, processes, **trained), path, arch)
+    if role == "student":
+        check_rates(arch, config.optimizer.lr_groups, config.train, config.adapter, config.vision.train_merger)
     if role == "student" and config.adapter and config.adapter.path:
         with adapter_tensors(config.adapter):
             pass

@@ -55,7 +55,7 @@ class DataCheck:
             skipped += ["too long"] * (len(problems) - len(prompts))
         if not prompts:
             raise ValueError(f"{config.data.path} holds no row within prompt.max_tokens = {config.prompt.max_tokens}")
-        check_trained_vision(config.vision, prompts)
+        check_trained_vision(config, prompts)
         if isinstance(config, RlConfig):
             check_judge_template(config.reward, prompts)
         with_images = (prompt for prompt in islice(prompts, PREVIEWS, None) if prompt.images)

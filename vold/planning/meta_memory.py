@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from vold.models.language_model import LanguageModel, hidden_states
 from vold.models.layer_ops import simulate_device
@@ -96,6 +97,29 @@ def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, 
     for hook in hooks:
         hook.remove()
     return MicroBatchBytes(kept, live.peak)
+
+
+def tower_kept_bytes(tower: PreTrainedModel, patches: int, *, recompute: bool) -> int:
+    """Bytes that a trained tower on the meta device keeps for its backward pass over `patches` patches of one image:
+    what its first block keeps, for each block with a trained weight before or in it; each block's input alone where it
+    recomputes. Patches themselves and mergers are left out."""
+    config, dtype = tower.config, tower.dtype
+    first = next((n for n, block in enumerate(tower.blocks) if any(p.requires_grad for p in block.parameters())), None)
+    if any(p.requires_grad for name, p in tower.named_parameters() if name.startswith(("patch_embed", "pos_embed"))):
+        first = 0
+    if first is None:
+        return 0
+    blocks, block = len(tower.blocks) - first, tower.blocks[first]
+    x = torch.empty(patches, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    if recompute:
+        return blocks * x.numel() * dtype.itemsize
+    angles = torch.empty(patches, config.hidden_size // config.num_heads, device="meta")
+    boundaries = torch.tensor([0, patches], dtype=torch.int32)
+    with torch.enable_grad(), LiveBytes() as live:
+        out = block(x, cu_seqlens=boundaries, position_embeddings=(angles, angles))
+        kept = live.now
+    del out
+    return blocks * kept
 
 
 def _drop_gradient(parameter: Tensor) -> None:

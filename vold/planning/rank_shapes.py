@@ -10,8 +10,7 @@ import torch
 
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
-from vold.models.language_model import build_chunks
-from vold.models.weights import CheckpointReader, tensor_shapes
+from vold.models.weights import CheckpointReader, build_student, tensor_shapes
 from vold.parallel.launch import Layout, fake_layout, shutdown
 
 
@@ -28,15 +27,14 @@ class RankShard:
     tensors: dict[str, tuple[tuple[int, ...], int]]
 
 
-def rank_shards(
-    arch: Architecture, parallel: ParallelConfig, processes: int, *, train_merger: bool = False
-) -> list[RankShard]:
-    """The part that each of `processes` ranks would build, by rank. Leaves this process without process groups."""
+def rank_shards(arch: Architecture, parallel: ParallelConfig, processes: int, **trained) -> list[RankShard]:
+    """The part that each of `processes` ranks would build, by rank. trained: see build_student. Leaves this process
+    without process groups."""
     shards = []
     for rank in range(processes):
         layout = fake_layout(rank, processes, **parallel.model_dump())
         with torch.device("meta"):
-            chunks = build_chunks(arch, layout, torch.bfloat16, train_merger=train_merger)
+            chunks = build_student(arch, layout, torch.bfloat16, **trained)
         count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         shards.append(RankShard(layout, count, {name: (shape, here) for name, shape, here in tensor_shapes(chunks)}))
     shutdown()

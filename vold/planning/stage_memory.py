@@ -6,20 +6,22 @@ tensors, its tensor-parallel ranks equal parts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vold.config.schema import RlConfig, SamplingConfig
 from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
-from vold.models.language_model import LanguageModel, build_chunks
+from vold.models.language_model import build_chunks, has_tower
+from vold.models.weights import build_student
 from vold.parallel.launch import Layout, fake_layout, shutdown
 from vold.planning.meta_memory import (
     TrainingPeak,
     average_bytes,
     packed_on_meta,
     run_micro_batch,
+    tower_kept_bytes,
     training_peak,
     training_state_bytes,
     update_bytes,
@@ -104,27 +106,30 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     tokens, losses = packed_on_meta(
         sizes.micro_batch_tokens, sizes.prompt_tokens, sizes.response_tokens, sizes.responses_per_prompt
     )
-    trained = {"train_merger": config.vision.train_merger, "adapter": config.adapter}
-    chunks = _build_on_meta(sizes.student, layout, dtype, **trained)
+    trained = {"train": config.train, "train_merger": config.vision.train_merger, "adapter": config.adapter}
+    with torch.device("meta"):
+        chunks = build_student(sizes.student, layout, dtype, **trained)
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     counts = [parameter.numel() for parameter in parameters if parameter.requires_grad]
     frozen = sum(parameter.numel() for parameter in parameters) - sum(counts)
     options = {"micro_batches": sizes.micro_batches, "device": device, "two_heads": sizes.has_full_divergence}
     train = training_peak(chunks, tokens, losses, **options)
-    student = (sum(counts), frozen, max(counts), any(chunk.vision_levels for chunk in chunks), train)
+    takes_images = any(chunk.vision_levels for chunk in chunks) and not any(map(has_tower, chunks))
+    if any(map(has_tower, chunks)):  # every micro-batch holds as many image tokens as its prompts may have
+        prompts = -(-sizes.micro_batch_tokens // (sizes.prompt_tokens + sizes.response_tokens))
+        patches = prompts * sizes.prompt_tokens * sizes.student.vision.merge_size**2
+        kept = tower_kept_bytes(chunks[0].visual, patches, recompute=layout.recompute == "full")
+        train = replace(train, activations=train.activations + kept)
+    student = (sum(counts), frozen, max(counts, default=0), takes_images, train)
     if sizes.teacher is None:
         return StageTrace(*student)
-    chunks = _build_on_meta(sizes.teacher, layout, dtype)
+    with torch.device("meta"):
+        chunks = build_chunks(sizes.teacher, layout, dtype)
     weights = dtype.itemsize * sum(p.numel() for chunk in chunks for p in chunk.parameters())
     working = max(run_micro_batch(chunk, tokens, device=device, train=False).peak for chunk in chunks)
     if layout.is_last_stage:
         working += default_budget(torch.device(device)).tile_bytes + losses * sizes.teacher.hidden * dtype.itemsize
     return StageTrace(*student, weights, working)
-
-
-def _build_on_meta(arch: Architecture, layout: Layout, dtype: torch.dtype, **options) -> list[LanguageModel]:
-    with torch.device("meta"):
-        return build_chunks(arch, layout, dtype, **options)
 
 
 def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: str) -> StageMemory:

@@ -14,7 +14,9 @@ from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import reading
 from vold.models.flops import adapter_parameters, language_model_parameters
 from vold.models.vision import TOWERS
+from vold.models.weights import build_student
 from vold.objectives import Objective, build_objective
+from vold.parallel.launch import fake_layout, shutdown
 
 TEXT_LAYOUTS = ("orz", "orz-eval", "gsm8k", "traces", "prompt-response")  # data layouts whose rows never hold an image
 
@@ -55,10 +57,19 @@ class StepSizes:
         """Type of the weights."""
         return getattr(torch, self.config.dtype)
 
-    @property
+    @cached_property
     def trained_parameters(self) -> int:
-        """Parameters of the language model with gradient and optimizer state: all, or the adapters'."""
-        adapter = self.config.adapter
+        """Parameters with gradient and optimizer state. Leaves this process without process groups where `train` or
+        vision.train_merger chooses them."""
+        adapter, train, train_merger = self.config.adapter, self.config.train, self.config.vision.train_merger
+        if train is not None or train_merger:
+            layout = fake_layout(0, 1)
+            with torch.device("meta"):
+                chunks = build_student(
+                    self.student, layout, self.dtype, train=train, train_merger=train_merger, adapter=adapter
+                )
+            shutdown()
+            return sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
         if adapter is None:
             return language_model_parameters(self.student)
         return adapter_parameters(self.student, adapter.rank, adapter.targets)

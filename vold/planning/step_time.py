@@ -15,7 +15,8 @@ from rich.table import Table
 
 from vold.config.schema import RlConfig
 from vold.models.architecture import Architecture
-from vold.models.flops import language_model_parameters, mlp_flops_share, segment_flops
+from vold.models.flops import language_model_parameters, matmul_parameters, mlp_flops_share, segment_flops
+from vold.models.weights import backward_of
 from vold.planning.gpu_specs import GpuSpec
 from vold.planning.memory_table import TABLE_STYLE
 from vold.planning.stage_memory import kv_bytes
@@ -54,9 +55,11 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     weights = _weight_traffic(sizes, student) / model_ranks
     phases["student_forward"] = PhaseWork(forward, weights, tokens)
     recomputed = {"none": 0.0, "selective": mlp_flops_share(student), "full": 1.0}[config.parallel.recompute]
-    # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch: behind adapters, which
-    # are left out here, it reads them once and computes no gradient of theirs.
-    multiplied, moved = (2, 6) if config.adapter is None else (1, 1)
+    # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch: frozen ones (adapters
+    # are left out) it reads once and computes no gradient of theirs.
+    trained = {"train": config.train, "train_merger": config.vision.train_merger, "adapter": config.adapter}
+    share = backward_of(student, **trained).weights / matmul_parameters(student)
+    multiplied, moved = 1 + share, 1 + 5 * share
     phases["student_backward"] = PhaseWork((multiplied + recomputed) * forward, moved * weights, tokens)
     sharing = sizes.dp if config.parallel.distributed_optimizer else 1
     updated = sizes.trained_parameters / model_ranks * UPDATE_BYTES / sharing

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vold.config.schema import RlConfig, SftConfig, VisionConfig
+from vold.config.schema import RlConfig, SftConfig, TrainConfig
 from vold.data.packing import PromptEncoder, pack
 from vold.data.problems import Problem, load_problems
 from vold.data.prompts import build_prompts, show_hint
@@ -22,6 +22,7 @@ from vold.grading import Grader
 from vold.io import log
 from vold.models.architecture import Architecture
 from vold.models.chat_template import load_chat_tokenizer, pair_prompt
+from vold.models.checkpoint_dir import short_name
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import check_checkpoint, check_pair, stop_ids
 from vold.objectives import Objective, build_objective
@@ -110,7 +111,7 @@ def open_rl(
     problems = load_problems(config.data, **options)
     encode = load_prompt_encoder(config.student)
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
-    check_trained_vision(config.vision, prompts)
+    check_trained_vision(config, prompts)
     check_judge_template(config.reward, prompts)
     image_sensitivity = ImageSensitivity(
         prompts,
@@ -161,7 +162,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     ends = stop_ids(config.student, tokenizer)
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "stop_ids": ends, "length": encode.length}
     samples = load_samples(config.data, tokenizer, config.prompt, **limits)
-    check_trained_vision(config.vision, (sample.prompt for sample in samples))
+    check_trained_vision(config, (sample.prompt for sample in samples))
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     pictures = {
         *samples.pictures(),
@@ -177,6 +178,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
         vocab_size=vocab_size,
         vision=config.vision,
         adapter=config.adapter,
+        train=config.train,
     )
     sampler = probe = None
     if evaluates_after(config.steps - 1, config.steps, config.evaluation):
@@ -234,10 +236,14 @@ def check_sft_config(config: SftConfig) -> None:
         )
 
 
-def check_trained_vision(config: VisionConfig, prompts: Iterable[Prompt]) -> None:
-    """Raise ValueError for mergers that no image would train: weight decay alone would change them."""
-    if config.train_merger and not any(prompt.images for prompt in prompts):
+def check_trained_vision(config: TrainConfig, prompts: Iterable[Prompt]) -> None:
+    """Raise ValueError for a vision tower that no image would train: weight decay alone would change it."""
+    named = [p for p in config.train or () if short_name(p).startswith("visual") or short_name(p) == "*"]
+    if not (config.vision.train_merger or named) or any(prompt.images for prompt in prompts):
+        return
+    if config.vision.train_merger:
         raise ValueError("vision.train_merger = true, but no training prompt has an image; set it to false")
+    raise ValueError(f"train takes {named[0]!r}, but no training prompt has an image; leave it out")
 
 
 # -- models of stage 2 ---------------------------------------------------------------------------------------------
@@ -256,6 +262,7 @@ def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: in
         importance_cap=config.rollout.importance_cap if config.rollout.lag or config.minibatches > 1 else None,
         vision=config.vision,
         adapter=config.adapter,
+        train=config.train,
     )
 
 

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from vold.config.schema import OptimizerConfig
+from vold.models.language_model import unwrap
+from vold.models.selection import rates_by_name
+from vold.models.weights import trained_rules
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,25 +25,47 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW over the chunks' trainable parameters; fp32 main weights where `dtype` is bfloat16. Its state is divided
-    over the data-parallel ranks where their wrappers divide the gradients."""
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.lr * config.min_lr_ratio,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
-        ),
-        list(chunks),
+    over the data-parallel ranks where their wrappers divide the gradients. Weights that config.lr_groups takes have
+    rates of their own. Raises ValueError for a group without a trained weight."""
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.lr * config.min_lr_ratio,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
     )
+    groups = {**get_standard_config_overrides(settings), **_rate_groups(chunks, config)}
+    optimizer = get_megatron_optimizer(settings, list(chunks), config_overrides=groups)
     _update_in_one_pass(optimizer)
     return optimizer
+
+
+def _rate_groups(
+    chunks: Sequence[DistributedDataParallel], config: OptimizerConfig
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's groups for config.lr_groups; the first pattern that takes a weight gives its rate."""
+    trained = {
+        short: parameter
+        for chunk in map(unwrap, chunks)
+        for _name, parameter, rule in trained_rules(chunk)
+        for short in rule.names
+    }
+    rates: dict[float, set[int]] = {}
+    for name, rate in rates_by_name(config.lr_groups, trained).items():
+        rates.setdefault(rate, set()).add(id(trained[name]))
+    groups = {}
+    for rate, members in rates.items():
+        takes = ParamWithNamePredicate(
+            f"rate {rate}", lambda parameter, _name, members=members: id(parameter) in members
+        )
+        groups[ParamKey(with_name_predicate=takes)] = ParamGroupOverride(max_lr=rate, min_lr=rate * config.min_lr_ratio)
+    return groups
 
 
 def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:

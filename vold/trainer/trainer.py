@@ -22,9 +22,10 @@ from torch import Tensor
 
 from vold.config.schema import AdapterConfig, OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
+from vold.models.architecture import Architecture
 from vold.models.flops import segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
-from vold.models.weights import export_weights, load_chunks
+from vold.models.weights import backward_of, check_rates, export_weights, load_chunks
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
@@ -68,12 +69,17 @@ class Trainer:
         importance_cap: float | None = None,
         vision: VisionConfig = VisionConfig(),
         adapter: AdapterConfig | None = None,
+        train: Sequence[str] | None = None,
     ):
         self.vocab_size = vocab_size
         self._layout, self._objective = layout, objective
         self._temperature, self._importance_cap = temperature, importance_cap
-        load = partial(load_chunks, student, layout, dtype, train_merger=vision.train_merger, adapter=adapter)
+        trained = {"train": train, "train_merger": vision.train_merger, "adapter": adapter}
+        load = partial(load_chunks, student, layout, dtype, **trained)
+        arch = Architecture.from_pretrained(student)
+        check_rates(arch, optimizer.lr_groups, train, adapter, vision.train_merger)
         self._chunks = _wrap(load())
+        self._backward = backward_of(arch, **trained)
         self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
@@ -231,9 +237,8 @@ class Trainer:
     def _useful_flops(self, batch: Batch) -> float:
         """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
         arch = self.chunks[0].arch
-        has_frozen_weights = self.chunks[0].adapter is not None
         return sum(
-            training_flops(arch, micro.tokens, has_frozen_weights) for micro in batch.micro_batches if micro.sample_B
+            training_flops(arch, micro.tokens, self._backward) for micro in batch.micro_batches if micro.sample_B
         )
 
     @property
@@ -243,7 +248,8 @@ class Trainer:
         return Replicas(self._layout.dp, self._layout.dp_rank, cost)
 
     def _lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The rate of what is in no group of optimizer.lr_groups."""
+        return float(self.schedule.get_lr({}))
 
     # -- reading the policy ----------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ def _torch_name(value: object) -> object:
     return DTYPES.get(value, value) if isinstance(value, str) else value
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """`loggers=wandb` as `loggers=[wandb]`."""
     return value.split(",") if isinstance(value, str) else value
 
@@ -56,7 +56,7 @@ class TrackingConfig(Strict):
     """Group of runs within the project."""
     entity: str | None = None
     """wandb: user or team that owns the project; null: wandb's own default."""
-    tags: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    tags: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
     """wandb: labels of the run."""
 
 
@@ -75,7 +75,7 @@ class RunConfig(Strict):
     """Seconds that ranks wait for another in a collective; then the job ends with an error that names that rank."""
     prompt: PromptConfig = PromptConfig()
     """Rendering of problems."""
-    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(listed)] = ()
     """Experiment trackers that get the metrics, besides metrics.jsonl."""
     tracking: TrackingConfig = TrackingConfig()
     """Names of the run in the trackers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share, Strict
 from vold.config.schema.data import DataConfig
@@ -13,7 +13,7 @@ from vold.config.schema.evaluation import EvaluationConfig
 from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig
 from vold.config.schema.reward import RewardConfig
 from vold.config.schema.rollout import EngineConfig, RolloutConfig, SamplingConfig, VllmConfig
-from vold.config.schema.run import RunConfig
+from vold.config.schema.run import RunConfig, listed
 
 
 class OptimizerConfig(Strict):
@@ -21,6 +21,9 @@ class OptimizerConfig(Strict):
 
     lr: PositiveFloat
     """Peak learning rate."""
+    lr_groups: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Peak learning rates of their own, by patterns as in `train` (visual: 2.0e-6); the first that takes a weight
+    counts. Adapters have transformers' names: layers.*.lora_B."""
     warmup_steps: NonNegative = 0
     """Steps of linear warm-up from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -41,10 +44,10 @@ class OptimizerConfig(Strict):
 
 
 class VisionConfig(Strict):
-    """Vision tower of the student. Its blocks stay frozen."""
+    """Vision tower of the student, frozen unless `train` names it."""
 
     train_merger: bool = False
-    """Train the projector from patches to tokens (with Qwen3-VL's DeepStack mergers)."""
+    """Train the projector from patches to tokens (with Qwen3-VL's DeepStack mergers) beside what `train` says."""
     patches_per_pass: Positive = 16384
     """Image patches in one forward pass of the tower."""
 
@@ -84,7 +87,11 @@ class TrainConfig(RunConfig):
     vision: VisionConfig = VisionConfig()
     """Vision tower."""
     adapter: AdapterConfig | None = None
-    """LoRA; null: all weights of the language model are trained."""
+    """LoRA: adapters are trained in place of the language model's weights."""
+    train: Annotated[tuple[str, ...] | None, BeforeValidator(listed)] = None
+    """Weights that are trained; others stay as they are, to the bit: names of weights or modules as the checkpoint has
+    them, * for any: [layers.35, layers.*.mlp, norm, lm_head, visual.merger, visual, language_model]. null: the language
+    model, or with an adapter nothing beside it."""
     steps: Positive
     """Optimizer steps (rl: steps of rollouts; minibatches updates each)."""
     microbatch_tokens: Positive = 16384

@@ -21,7 +21,7 @@ class OptimizerConfig(Strict):
 
     lr: PositiveFloat
     """Peak learning rate."""
-    lr_groups: dict[str, PositiveFloat] = Field(default_factory=dict)
+    lr_groups: dict[str, PositiveFloat] = Field(default={})
     """Peak learning rates of their own, by patterns as in `train` (visual: 2.0e-6); the first that takes a weight
     counts. Adapters have transformers' names: layers.*.lora_B."""
     warmup_steps: NonNegative = 0

@@ -16,11 +16,11 @@ PATIENCE = 300.0  # seconds an engine may take to start
 class Engine:
     """One engine on a free port of this machine; `start` again after `kill` gives one with the checkpoint's weights."""
 
-    def __init__(self, checkpoint: Path, log: Path):
+    def __init__(self, checkpoint: Path, log: Path, **settings):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self._checkpoint, self._log = checkpoint, log
+        self._checkpoint, self._log, self._settings = checkpoint, log, settings
         self.secret_file = log.parent / "engines.secret"
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
@@ -29,7 +29,8 @@ class Engine:
         from vold.commands.serve import server_command, server_environment
         from vold.config.schema import VllmConfig
 
-        settings = VllmConfig(kv_cache_gib=0.25, max_model_len=256, enforce_eager=True, transport="nccl")
+        settings = {"kv_cache_gib": 0.25, "max_model_len": 256, "enforce_eager": True, "transport": "nccl"}
+        settings = VllmConfig(**settings | self._settings)
         where = {"host": "127.0.0.1", "port": self._port}
         command = server_command(self._checkpoint, settings, dtype="float32", where=where)
         guard = server_environment(self._checkpoint, settings, self.secret_file, where)

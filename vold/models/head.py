@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
-from vold.models.checkpoint_dir import lacks, reading
+from vold.models.served import ServedModel
 from vold.models.weights import CheckpointReader
 from vold.parallel.launch import Layout
 
@@ -27,10 +26,7 @@ def load_head(checkpoint: Path, layout: Layout, dtype: torch.dtype, rows: int) -
     """[U, E] on the layout's device: this tensor-parallel rank's share of a head of `rows` rows, the student's number;
     rows that the checkpoint's head has not are 0. A tied head is its embedding. Raises ValueError naming the field or
     the tensor where logits are not hidden states times a matrix, or the matrix is not there."""
-    if not (checkpoint / "config.json").is_file():
-        raise lacks(checkpoint, "config.json")
-    with reading(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = ServedModel.from_pretrained(checkpoint).config
     text = config.get_text_config()
     for name, linear in _LINEAR.items():
         if (value := getattr(text, name, None)) not in linear:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vold.data.responses import turn_end
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint, lacks, reading
+from vold.models.served import ServedModel
 from vold.models.weights import CheckpointReader, check_names
 
 
@@ -95,21 +96,61 @@ def _named_ends(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> Iterato
         yield "the tokenizer", tokenizer.eos_token_id
 
 
-def check_pair(student_dir: str | Path, teacher_dir: str | Path) -> PairReport:
-    """Compare two checkpoints' vocabularies and end tokens. Raises ValueError when they differ, or do not fit the two
-    heads."""
+def check_pair(student_dir: str | Path, teacher_dir: str | Path, *, served: bool = False) -> PairReport:
+    """Compare two checkpoints' vocabularies, what texts become, image tokens and end tokens. Raises ValueError when
+    they differ, or do not fit the two heads. served: vLLM runs the teacher, so that it may be of any architecture."""
     student, teacher = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     size = check_vocabularies(student.get_vocab(), teacher.get_vocab(), str(student_dir), str(teacher_dir))
-    rows = [Architecture.from_pretrained(path).vocab for path in (student_dir, teacher_dir)]
+    served_teacher = ServedModel.from_pretrained(teacher_dir) if served else None
+    heads = (Architecture.from_pretrained(student_dir), served_teacher or Architecture.from_pretrained(teacher_dir))
+    rows = [head.vocab for head in heads]
     if size > min(rows):
         raise ValueError(
             f"{size} token ids do not fit the heads: {rows[0]} rows in {student_dir}, {rows[1]} in {teacher_dir}: "
             "a checkpoint's tokenizer belongs to another model"
         )
-    for path in (student_dir, teacher_dir):
+    for path in (student_dir,) if served else (student_dir, teacher_dir):
         check_names(path)
+    if served_teacher is not None:
+        _check_image_tokens(student_dir, teacher_dir, heads[0], served_teacher)
+    _check_texts(student_dir, teacher_dir, student, teacher)
     _check_ends(student_dir, teacher_dir, student, teacher)
     return PairReport(size, *rows)
+
+
+TEXTS = (
+    "Let x = 1234567.89; then 3x² ≠ 10 (why?)",
+    "  two spaces,\ttab\n\nand lines\r\n    def f(a): return a**2",
+    "naïve café, Ångström, Ⅻ, ½, ﬁ, 中文字符, русский, 🙂👍🏽",
+    "It's we'll THEY'RE don't \\boxed{\\frac{1}{2}} <b>&amp;</b> $\\alpha_1$",
+)
+"""What tokenizers that share a vocabulary may still divide differently: digits, spaces, capitals, composed letters."""
+
+
+def _check_texts(
+    student_dir: str | Path, teacher_dir: str | Path, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError for a text that two tokenizers of one vocabulary make other ids of: the teacher would score
+    pieces that it has never seen in that place."""
+    for text in TEXTS:
+        ids, others = (tokenizer.encode(text, add_special_tokens=False) for tokenizer in (student, teacher))
+        if ids != others:
+            at = next((i for i, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
+            here, there = ids[at : at + 4], others[at : at + 4]
+            raise ValueError(
+                f"{teacher_dir} divides a text into other tokens than {student_dir} (at {teacher.decode(there)!r}: ids "
+                f"{there} and {here}): choose a teacher of the student's tokenizer family"
+            )
+
+
+def _check_image_tokens(student_dir: str | Path, teacher_dir: str | Path, student: Architecture, teacher: ServedModel):
+    """Raises ValueError for a teacher with eyes to which the student's image tokens are none."""
+    if student.vision is None or not teacher.sees or teacher.image_token_id == student.vision.image_token_id:
+        return
+    raise ValueError(
+        f"an image is token id {teacher.image_token_id} to {teacher_dir} and {student.vision.image_token_id} to "
+        f"{student_dir}, whose prompts it cannot read: choose a teacher of the student's family, or one for text alone"
+    )
 
 
 def _check_ends(

@@ -17,6 +17,7 @@ from vold.io import visible
 from vold.models.adapters import adapter_tensors
 from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
+from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.models.weights import check_rates
 from vold.objectives import build_objective
@@ -155,6 +156,9 @@ def _check_layout(parallel: ParallelConfig, processes: int) -> str:
 def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str:
     """Compare the tensors that the ranks would build with those in the checkpoint of the `student` or `teacher`."""
     path: Path = getattr(config, role)
+    if role == "teacher" and config.teacher_engine == "vllm":
+        model = ServedModel.from_pretrained(path)
+        return f"{path}: {model.config.model_type}, a head of {model.vocab} × {model.hidden}, in vLLM"
     arch = Architecture.from_pretrained(path)
     trained = {"train": config.train, "train_merger": config.vision.train_merger} if role == "student" else {}
     tensors = check_tensors(rank_shards(arch, config.parallel, processes, **trained), path, arch)
@@ -171,7 +175,8 @@ def _check_tokenizers(config: SftConfig | RlConfig) -> str:
     """Compare the student's tokenizer with the teacher's, or with the student's own head where there is no teacher."""
     teacher = config.pair_with if isinstance(config, SftConfig) else config.teacher
     if teacher is not None:
-        pair = check_pair(config.student, teacher)
+        served = isinstance(config, RlConfig) and config.teacher_engine == "vllm"
+        pair = check_pair(config.student, teacher, served=served)
         heads = f"heads of {pair.student_head_rows} and {pair.teacher_head_rows} rows"
         return f"{pair.shared_vocab_size} ids mean the same to student and teacher; {heads}" + _ends(config.student)
     rows = Architecture.from_pretrained(config.student).vocab

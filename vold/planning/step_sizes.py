@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from vold.config.schema import DataConfig, RlConfig, SftConfig
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import reading
 from vold.models.flops import adapter_parameters, language_model_parameters
+from vold.models.served import ServedModel
 from vold.models.vision import TOWERS
 from vold.models.weights import build_student
 from vold.objectives import Objective, build_objective
@@ -168,5 +167,4 @@ class StepSizes:
             return 0
         if objective is None or not objective.needs_teacher:
             return 0
-        with reading(config.teacher):
-            return AutoConfig.from_pretrained(config.teacher, local_files_only=True).get_text_config().hidden_size
+        return ServedModel.from_pretrained(config.teacher).hidden

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
 from vold.io import log, visible
-from vold.models.architecture import Architecture
-from vold.models.images import ImageProcessor
-from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, settings_for_scoring
+from vold.models.served import ServedModel
+from vold.rollout.vllm.engines import ColocatedEngine, Engines, Request, load_sizes, settings_for_scoring
 from vold.rollout.vllm.remote import RemoteEngines
 from vold.types import Prompt, Rollout
 
@@ -38,7 +35,7 @@ class VllmTeacher:
     """
 
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, temperature: float, dtype: torch.dtype | None = None):
-        self._images = ImageProcessor(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
+        self._images = load_sizes(checkpoint)
         self._engines = open_scoring_engines(checkpoint, settings, temperature=temperature, dtype=dtype)
         self._pool: ThreadPoolExecutor | None = None
         if settings.urls:
@@ -81,9 +78,9 @@ def open_scoring_engines(
     """A teacher's engines: those of `settings.urls`, for every rank at the same time, or one inside this process."""
     if settings.urls:
         return RemoteEngines(checkpoint, settings, temperature=temperature)
-    config: Any = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    dtype = dtype or ServedModel.from_pretrained(checkpoint).config.dtype
     settings = settings_for_scoring(checkpoint, settings)
-    return ColocatedEngine(checkpoint, settings, dtype=dtype or config.dtype, temperature=temperature)
+    return ColocatedEngine(checkpoint, settings, dtype=dtype, temperature=temperature)
 
 
 def warn_of_missing(prompt: Prompt) -> None:

@@ -19,12 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vold.config.schema import VllmConfig
-from vold.models.architecture import Architecture
 from vold.models.head import load_head
-from vold.models.images import ImageProcessor
 from vold.models.tokenizer import load_tokenizer
 from vold.parallel.launch import Layout
-from vold.rollout.vllm.engines import Request
+from vold.rollout.vllm.engines import Request, load_sizes
 from vold.teacher.scorer import without_images
 from vold.teacher.vllm import open_scoring_engines, warn_of_missing
 from vold.types import Batch, MicroBatch, Prompt, Sample
@@ -58,7 +56,7 @@ class VllmDistributions:
         temperature: float = 1.0,
     ):
         self._layout, self._checkpoint, self._dtype = layout, checkpoint, dtype
-        self._images = ImageProcessor(checkpoint) if Architecture.from_pretrained(checkpoint).vision else None
+        self._images = load_sizes(checkpoint)
         self._head_options: dict[str, Any] = {
             "temperature": temperature,
             "vocab_size": vocab_size,

@@ -24,6 +24,7 @@ from vold.models.architecture import Architecture
 from vold.models.chat_template import load_chat_tokenizer, pair_prompt
 from vold.models.checkpoint_dir import short_name
 from vold.models.images import load_prompt_encoder
+from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, stop_ids
 from vold.objectives import Objective, build_objective
 from vold.objectives.visual_advantage import degrade
@@ -104,7 +105,7 @@ def open_rl(
     job = open_job(config, "rl", total=config.steps, resume=resume)
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_chat_tokenizer(config.student, config.prompt)
-    vocab_size = _vocab_size(config.student, config.teacher)
+    vocab_size = _vocab_size(config.student, config.teacher, served=config.teacher_engine == "vllm")
     options = problem_options(config, objective)
     if reward_function is not GraderReward:  # of a caller in Python, as the challenger's: it may ask for no answers
         options["needs_gold"] = None
@@ -192,9 +193,11 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
         yield SftComponents(job, samples, trainer, training, packer)
 
 
-def _vocab_size(student: Path, teacher: Path | None) -> int:
+def _vocab_size(student: Path, teacher: Path | None, *, served: bool = False) -> int:
     """The bound of the ids that a student shares with its teacher, or of its own where it has none (see check_pair)."""
-    return check_checkpoint(student) if teacher is None else check_pair(student, teacher).shared_vocab_size
+    if teacher is None:
+        return check_checkpoint(student)
+    return check_pair(student, teacher, served=served).shared_vocab_size
 
 
 # -- checks that need no model -------------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ def _teacher(
         return NoTeacher()
     assert config.teacher is not None, "see check_rl_config"
     if config.teacher_engine == "vllm":
-        if not Architecture.from_pretrained(config.teacher).vision:
+        if not ServedModel.from_pretrained(config.teacher).sees:
             _check_text_teacher(config, objective, problems, warn=job.is_writer)
         rows = Architecture.from_pretrained(config.student).vocab
         return VllmDistributions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,15 @@ class SamplingConfig(Strict):
     """Responses generated side by side by the transformers engine; vLLM batches by itself."""
 
 
+NOT_PASSED = re.compile(
+    r"(model|dtype|max_model_len|enforce_eager|kv_cache_memory_bytes|generation_config|limit_mm_per_prompt|seed|host|port"
+    r"|uds|middleware|max_logprobs|logprobs_mode|(tensor|pipeline|data)_parallel_.*|enable_sleep_mode|enable_scale_out"
+    r"|trust_.*|.*code.*|.*_cls|.*tokenizer.*|hf_.*|.*load.*|.*revision.*|.*plugin.*|allowed_.*|.*media.*|.*processors?"
+    r"|.*config_format|ssl_.*|api_key|root_path|.*chat_template.*|.*tool.*|.*transfer.*|.*executor.*|enable_lora|.*prompt_embeds)"
+)
+"""Options of vLLM that vold sets, or that would run other code, read other files or open other doors."""
+
+
 class VllmConfig(Strict):
     """Settings of vLLM, with `engine: vllm`: an engine inside each process, or those that `vold serve` started."""
 
@@ -42,6 +52,13 @@ class VllmConfig(Strict):
     """Run without CUDA graphs: less memory, slower decoding."""
     sleep: bool = False
     """Free the GPU memory of an engine inside the process between calls; its weights wait in host memory."""
+    tensor_parallel_size: Positive = 1
+    """GPUs among which every layer of an engine is divided. Inside the process: with one process alone."""
+    pipeline_parallel_size: Positive = 1
+    """Stages of layers, each on tensor_parallel_size GPUs."""
+    engine_options: dict[str, bool | int | float | str] = Field(default={})
+    """Further engine arguments by vLLM's names, e.g. {max_num_seqs: 64, quantization: fp8}; what vold sets itself, and
+    what would run or read other files, is refused."""
     transport: Literal["auto", "files", "nccl"] = "auto"
     """How new weights reach `urls`: files in `weights_dir`, or NCCL (gloo without GPUs). auto: nccl from GPUs to other
     machines, else files."""
@@ -59,6 +76,21 @@ class VllmConfig(Strict):
         if self.sleep and self.urls:
             raise ValueError("vllm.sleep = true is for an engine inside the process; leave it out beside vllm.urls")
         return self
+
+    @model_validator(mode="after")
+    def _options_are_vllms_to_set(self):
+        for name in self.engine_options:
+            if NOT_PASSED.fullmatch(name) or not name.isidentifier():
+                raise ValueError(
+                    f"vllm.engine_options.{name} is not passed on: vold sets it, or it would run or read other files; "
+                    "leave it out"
+                )
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """Workers of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class EngineConfig(Strict):

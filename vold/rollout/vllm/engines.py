@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,14 +17,16 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig
 
 from vold.config.schema import VllmConfig
-from vold.data.pictures import read_picture
+from vold.data.pictures import picture_size, read_picture
+from vold.models.architecture import SUPPORTED_MODEL_TYPES
 from vold.models.images import ImageProcessor
+from vold.models.served import ServedModel
 from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
-from vold.rollout.vllm import hidden_states
+from vold.rollout.vllm import hidden_states, weight_files
+from vold.run import leftovers
 from vold.types import Prompt, TokenIds
 
 GIB = 2**30
@@ -41,7 +46,27 @@ class SizedImage(NamedTuple):
         return read_picture(self.path, self.size)
 
 
-def sized_images(prompt: Prompt, processor: ImageProcessor | None) -> tuple[SizedImage, ...]:
+class StoredSizes:
+    """The sizes of images as they are in their files, for a model whose processor vold does not know: vLLM resizes."""
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """(width, height)"""
+        return picture_size(path)
+
+
+Sizes = ImageProcessor | StoredSizes
+
+
+def load_sizes(checkpoint: Path) -> Sizes | None:
+    """The sizes at which the model in a checkpoint directory, of any architecture, gets its images; None where it reads
+    text only."""
+    model = ServedModel.from_pretrained(checkpoint)
+    if not model.sees:
+        return None
+    return ImageProcessor(checkpoint) if model.config.model_type in SUPPORTED_MODEL_TYPES else StoredSizes()
+
+
+def sized_images(prompt: Prompt, processor: Sizes | None) -> tuple[SizedImage, ...]:
     """A prompt's images as the model with this processor reads them; a text model has none."""
     return tuple(SizedImage(path, processor.size(path)) for path in prompt.images) if processor else ()
 
@@ -61,18 +86,14 @@ class Request:
     scored: int = 0
 
     @classmethod
-    def scoring(
-        cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: ImageProcessor | None
-    ) -> Request:
+    def scoring(cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: Sizes | None) -> Request:
         """A request for the log-probabilities of a given response. vLLM samples at least one token more."""
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         ids = [*prompt.token_ids.tolist(), *map(int, response_ids)]
         return cls(ids, sized_images(prompt, processor), params, scored=len(response_ids))
 
     @classmethod
-    def reading(
-        cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: ImageProcessor | None
-    ) -> Request:
+    def reading(cls, prompt: Prompt, response_ids: TokenIds | Sequence[int], processor: Sizes | None) -> Request:
         """A request for the hidden states that predict the tokens of a given response. Positions from vLLM's prefix
         cache would have none."""
         scored = cls.scoring(prompt, response_ids, processor)
@@ -130,7 +151,23 @@ def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[s
         "generation_config": "vllm",
         "limit_mm_per_prompt": {"video": 0},
         "worker_extension_cls": WORKER,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        **checked_options(settings.engine_options),
     }
+
+
+def checked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The user's further engine arguments. Raises ValueError for one that this machine's vLLM does not have."""
+    with suppress(ImportError):
+        from vllm.engine.arg_utils import EngineArgs
+
+        known = {field.name for field in fields(EngineArgs)}
+        if unknown := sorted(options.keys() - known):
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"vllm.engine_options.{unknown[0]} is no engine argument of this vLLM{meant}")
+    return options
 
 
 def _memory_options(checkpoint: Path, settings: VllmConfig) -> dict[str, float]:
@@ -139,7 +176,7 @@ def _memory_options(checkpoint: Path, settings: VllmConfig) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     torch.cuda.empty_cache()  # memory that the trainer has freed and torch still caches
-    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) // settings.gpus
     return {"gpu_memory_utilization": memory_share(*torch.cuda.mem_get_info(), weights, settings)}
 
 
@@ -161,7 +198,8 @@ def memory_share(free: int, total: int, weights: int, settings: VllmConfig) -> f
 def settings_for_scoring(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
     """A teacher's settings, with max_model_len one token longer: vLLM refuses a prompt that leaves no space for a
     sampled token, and a response of full length could not be scored."""
-    limit = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config().max_position_embeddings
+    text = ServedModel.from_pretrained(checkpoint).config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", math.inf)
     if settings.max_model_len is None or settings.max_model_len >= limit:
         return settings
     return settings.model_copy(update={"max_model_len": settings.max_model_len + 1})
@@ -177,6 +215,12 @@ class ColocatedEngine:
     def __init__(self, checkpoint: Path, settings: VllmConfig, *, dtype: torch.dtype, temperature: float = 1.0):
         if settings.sleep and not torch.cuda.is_available():
             raise ValueError("vllm.sleep = true needs a GPU: vLLM cannot sleep on a CPU; leave it out")
+        if settings.gpus > 1 and _world_size() > 1:
+            raise ValueError(
+                f"vllm.tensor_parallel_size × pipeline_parallel_size = {settings.gpus} inside each of {_world_size()} "
+                "processes; start such engines with `vold serve` and name them in vllm.urls"
+            )
+        self._settings = settings
         _set_environment()
         with cpu.paused(), torch.random.fork_rng():  # vLLM seeds torch
             try:
@@ -221,7 +265,15 @@ class ColocatedEngine:
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See Engines. The KV cache stays off the GPU until something is sampled with the new weights."""
         self._wake("weights")
-        self._llm.collective_rpc("load_policy", args=(named_weights,))
+        if self._settings.gpus == 1:
+            self._llm.collective_rpc("load_policy", args=(named_weights,))
+        else:  # its workers are processes
+            with tempfile.TemporaryDirectory(
+                dir=self._settings.weights_dir, prefix=leftovers.weights_prefix()
+            ) as folder:
+                leftovers.sign(Path(folder))
+                weight_files.write_parts(named_weights, Path(folder))
+                self._llm.collective_rpc("load_policy", args=(folder,))
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():

@@ -68,11 +68,21 @@ class PolicyWorker:
             tied = self.model_runner.model_config.hf_text_config.tie_word_embeddings
             named_weights = _read_directory(Path(named_weights), tied)
         self.model_runner.reload_weights(weights_iterator=iter(named_weights))
+        if torch.device(self.device).type == "cpu":
+            self._pack_experts()
 
     def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
         """Load the weights that member 0 of the group broadcasts, see vold.rollout.vllm.weight_stream. rank: the member
         number of the engine's first worker; the others follow."""
         self.load_policy(weight_stream.receive(address, port, rank + self.rank, world, torch.device(self.device)))
+
+    def _pack_experts(self) -> None:
+        """Bring mixture-of-experts weights into the layout that vLLM computes with: on a CPU it does so once, when a
+        model is loaded, and computes with the old ones after an update."""
+        for module in self.model_runner.get_model().modules():
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None and hasattr(module, "w13_weight"):
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def _policy_logits(self, logits: Tensor | None) -> Tensor | None:
         """Corrected logits [rows, V]; None on tensor-parallel ranks that do not sample."""

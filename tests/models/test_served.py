@@ -60,11 +60,11 @@ def test_images_go_at_their_own_size_where_the_processor_is_unknown(copy, tiny_s
     assert isinstance(load_sizes(copy(tiny_student_dir, model_type="qwen2_vl")), StoredSizes)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model", "trust_remote_code", "worker_extension_cls", "worker_cls", "tensor_parallel_size", "load_format"]
-    + ["allowed_local_media_path", "hf_overrides", "tokenizer", "middleware", "enable_lora", "api-key"],
-)
+OURS_OR_UNSAFE = """model trust_remote_code worker_extension_cls worker_cls tensor_parallel_size load_format
+allowed_local_media_path hf_overrides tokenizer middleware enable_lora api-key""".split()
+
+
+@pytest.mark.parametrize("name", OURS_OR_UNSAFE)
 def test_options_that_are_vold_s_or_unsafe_are_refused(name):
     with pytest.raises(ValidationError, match=f"vllm.engine_options.{name} is not passed on"):
         VllmConfig(engine_options={name: "x"})

@@ -60,8 +60,20 @@ def test_images_go_at_their_own_size_where_the_processor_is_unknown(copy, tiny_s
     assert isinstance(load_sizes(copy(tiny_student_dir, model_type="qwen2_vl")), StoredSizes)
 
 
-OURS_OR_UNSAFE = """model trust_remote_code worker_extension_cls worker_cls tensor_parallel_size load_format
-allowed_local_media_path hf_overrides tokenizer middleware enable_lora api-key""".split()
+OURS_OR_UNSAFE = [
+    "model",
+    "trust_remote_code",
+    "worker_extension_cls",
+    "worker_cls",
+    "tensor_parallel_size",
+    "load_format",
+    "allowed_local_media_path",
+    "hf_overrides",
+    "tokenizer",
+    "middleware",
+    "enable_lora",
+    "api-key",
+]
 
 
 @pytest.mark.parametrize("name", OURS_OR_UNSAFE)

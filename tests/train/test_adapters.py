@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +14,16 @@ from safetensors.torch import load_file
 
 from support import ranks, tiny
 from support.runs import same_tensors
-from support.steps import batch_of, make_groups, make_trainer
+from support.steps import assign_token_weights, batch_of, make_groups, make_trainer
 from vold.commands.export import export_model
-from vold.config.schema import AdapterConfig, ExportConfig
+from vold.config.schema import AdapterConfig, ExportConfig, ObjectiveConfig
 from vold.models.adapters import PROJECTIONS
 from vold.models.weights import load_chunks
-from vold.objectives import Objective
+from vold.objectives import Objective, build_objective
 from vold.objectives.advantages import group_normalised
 from vold.parallel.launch import initialise, shutdown
 from vold.run.run_dir import read_rows
+from vold.teacher import BaseTeacher, Teacher
 from vold.train.rl import train_rl
 
 MODULES = [name for names in PROJECTIONS.values() for name in names]
@@ -126,3 +128,39 @@ def test_recomputed_layers_have_their_gradients(targets, tmp_path):
     for name, gradient in found["none"].items():
         assert gradient.any() == (".lora_B." in name), "A's gradient is zero while B is"
         assert torch.equal(gradient, found["selective"][name]) and torch.equal(gradient, found["full"][name])
+
+
+@pytest.mark.parametrize("full_distributions", [False, True])
+def test_the_base_teaches_as_a_second_copy_of_it_would(full_distributions, layout, tmp_path):
+    """And the adapter is on again afterwards, also where scoring fails."""
+    student = tiny.save(tiny.qwen3(), tmp_path / "student")
+    trainer = make_trainer(student, layout, adapter=AdapterConfig(rank=2), lr=0.05)
+    samples = assign_token_weights("vold-unmasked", make_groups([[1.0, 0.0], [0.0, 1.0]]))
+    trainer.step(batch_of([replace(sample, kl_weight=0.0) for sample in samples]))
+    batch, before = batch_of(samples), trainer.logprobs(batch_of(samples))
+    settings = dict(dtype=torch.float32, vocab_size=40, full_distributions=full_distributions)
+    copy, base = Teacher(student, layout, **settings), BaseTeacher(trainer, student, layout, **settings)
+    assert {p.data_ptr() for p in base._parameters()} == {p.data_ptr() for c in trainer.chunks for p in c.parameters()}
+    field = "hidden_teacher_nE" if full_distributions else "logp_teacher_N"
+    for one, other in zip(base.score(batch).micro_batches, copy.score(batch).micro_batches, strict=True):
+        assert torch.equal(getattr(one, field), getattr(other, field)) and getattr(one, field).any()
+    assert trainer.logprobs(batch) == before and trainer.chunks[0].training
+    untrained = make_trainer(student, layout).logprobs(batch)
+    assert any(abs(a - b) > 1e-3 for a, b in zip(before[0], untrained[0], strict=True)), "the adapter acts"
+
+
+def test_a_self_teacher_is_an_average_of_adapters(layout, tmp_path):
+    """The frozen weights are the student's own memory; A and B follow as any weight of an average does."""
+    student, rate = tiny.save(tiny.qwen3(), tmp_path / "student"), 0.25
+    objective = build_objective(ObjectiveConfig(preset="sdpo", average_rate=rate), 13)
+    trainer = make_trainer(student, layout, adapter=AdapterConfig(rank=2), objective=objective, lr=0.05)
+    pairs = list(trainer.average._pairs(trainer.chunks))
+    assert {p.requires_grad for _, p in pairs} == {True, False}
+    for average, current in pairs:
+        assert (average.data_ptr() == current.data_ptr()) == (not current.requires_grad)
+    before = {id(p): p.detach().clone() for _, p in pairs}
+    plain = Objective(group_normalised, beta=0.0).assign_token_weights(make_groups([[1.0, 0.0], [0.0, 1.0]]))
+    trainer.step(batch_of(plain))
+    for average, current in pairs:
+        expected = before[id(current)].lerp(current.detach(), rate)
+        torch.testing.assert_close(average.detach(), expected, rtol=1e-6, atol=1e-8)

@@ -70,7 +70,7 @@ def test_what_is_not_named_keeps_every_bit_and_has_no_state(students, layout, ch
 def test_a_trained_tower_has_transformers_gradients(students, layout, family, recompute):
     recomputing = replace(layout, recompute=recompute)
     trainer = vision_ranks.open_trainer(students[family], recomputing, train=vision_ranks.TOWER)
-    assert trainer._vision is None
+    assert trainer.vision is None
     vision_ranks.check(trainer, family, takes_tower=True)
 
 

@@ -61,14 +61,14 @@ def test_every_layout_of_two_ranks_equals_transformers(tmp_path):
 def test_what_is_frozen_keeps_every_bit_and_everything_else_moves(student, layout, tmp_path, train_merger):
     trainer = vision_ranks.open_trainer(student, layout, train_merger=train_merger)
     batch = pack(vision_ranks.make_samples(), max_tokens=60, encode=vision_ranks.Pictures(trainer.chunks[0].arch))
-    tower = {name: tensor.clone() for name, tensor in trainer._vision.state_dict().items()}
+    tower = {name: tensor.clone() for name, tensor in trainer.vision.state_dict().items()}
     for _ in range(3):
         assert trainer.step(batch).metrics["skipped"] == 0.0
 
-    assert all(torch.equal(tower[name], tensor) for name, tensor in trainer._vision.state_dict().items())
+    assert all(torch.equal(tower[name], tensor) for name, tensor in trainer.vision.state_dict().items())
     optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in trainer.parameters.values()}
-    assert not optimised & {id(p) for p in trainer._vision.parameters()}
+    assert not optimised & {id(p) for p in trainer.vision.parameters()}
 
     trained = {short_name(name) for name, _ in trainer.weights()}
     assert any("visual" in name for name in trained) == train_merger

@@ -71,11 +71,12 @@ class Adapter(nn.Module):
             parameter.sequence_parallel = self._sp
         for parameter in divided:
             set_tensor_model_parallel_attributes(parameter, True, 0 if self._is_column else 1, 1)
+        self.is_on = True
         linear.register_forward_hook(self._add_to_output)
         linear.weight.adapter = self
 
     def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        return output[0] + self(inputs[0]), *output[1:]
+        return (output[0] + self(inputs[0]), *output[1:]) if self.is_on else output
 
     def forward(self, x_T1D: Tensor) -> Tensor:
         """What is added to the layer's output."""
@@ -98,6 +99,25 @@ class Adapter(nn.Module):
         pairs = zip(self.lora_A, self.lora_B, strict=True)
         update = self._join([B.detach().float() @ A.detach().float() for A, B in pairs], -2)
         return (weight.detach().float() + self.scale * update).to(weight.dtype)
+
+
+@contextmanager
+def switched_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the chunks compute what their base does, in evaluation mode."""
+    chunks = [*chunks]
+    adapters = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
+    was_training = [chunk.training for chunk in chunks]
+    for adapter in adapters:
+        adapter.is_on = False
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
 
 
 def merged(parameter: nn.Parameter) -> Tensor:

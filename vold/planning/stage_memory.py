@@ -126,6 +126,7 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     with torch.device("meta"):
         chunks = build_chunks(sizes.teacher, layout, dtype)
     weights = dtype.itemsize * sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    weights = 0 if getattr(config, "teacher_is_base", False) else weights
     working = max(run_micro_batch(chunk, tokens, device=device, train=False).peak for chunk in chunks)
     if layout.is_last_stage:
         working += default_budget(torch.device(device)).tile_bytes + losses * sizes.teacher.hidden * dtype.itemsize
@@ -142,7 +143,8 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
         resident["teacher"] = teacher = float(average_bytes(trace.trained, sizes.dtype))
     elif sizes.teacher is not None:
         phases["teacher"] = {"working": trace.teacher_working, "batch": batch}
-        weights = teacher + (sizes.teacher_tower_bytes if layout.is_first_stage else 0)
+        tower = 0 if config.teacher_is_base or not layout.is_first_stage else sizes.teacher_tower_bytes
+        weights = teacher + tower
         host = weights if config.teacher_offload else 0.0
         (phases["teacher"] if config.teacher_offload else resident)["teacher"] = weights
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0

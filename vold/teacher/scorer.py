@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from vold.data.packing import PromptEncoder, repack_for_teacher
-from vold.models.language_model import open_vision_tower
+from vold.models.adapters import switched_off
+from vold.models.language_model import LanguageModel, open_vision_tower
 from vold.models.weights import load_chunks
 from vold.parallel.launch import Layout
 from vold.trainer.pipeline import Head, HeadOutput, head_output, run_pipeline
+from vold.trainer.trainer import Trainer
 from vold.types import Batch, MicroBatch, PackedTokens, Sample
 from vold_kernels import linear_logprob
 
@@ -54,11 +56,15 @@ class Teacher:
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
         self._encode, self._full_distributions = encode, full_distributions
         self.metrics: dict[str, float] = {}
-        self._chunks = load_chunks(checkpoint, layout, dtype)
-        for chunk in self._chunks:
-            chunk.requires_grad_(False).eval()
+        self._chunks = self._open_chunks(checkpoint, dtype)
         self._vision = open_vision_tower(self._chunks, checkpoint, dtype, patches_per_pass) if encode else None
         self._offloaded = _host_copies(self._parameters()) if offload else []
+
+    def _open_chunks(self, checkpoint: Path, dtype: torch.dtype) -> list[LanguageModel]:
+        chunks = load_chunks(checkpoint, self._layout, dtype)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+        return chunks
 
     def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, without the KL term where their prompt has an image and the teacher reads text only."""
@@ -135,6 +141,26 @@ class Teacher:
             vocab_size=self._vocab_size,
         )
         return cast(Tensor, logp_n)
+
+
+class BaseTeacher(Teacher):
+    """The student's own base as the teacher: the trainer's chunks with their adapters switched off, no second copy.
+
+    trainer: nothing but adapters is trained in it. Other arguments as Teacher's.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: Path, layout: Layout, **settings):
+        self._students = trainer.chunks
+        super().__init__(checkpoint, layout, **settings | {"offload": False})
+        self._vision = trainer.vision if self._vision is not None else None
+
+    def _open_chunks(self, checkpoint: Path, dtype: torch.dtype) -> list[LanguageModel]:
+        return self._students
+
+    @contextmanager
+    def _weights_on_device(self) -> Iterator[None]:
+        with switched_off(self._chunks):
+            yield
 
 
 def without_images(samples: Sequence[Sample]) -> list[Sample]:

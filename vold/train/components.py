@@ -32,6 +32,7 @@ from vold.rollout import TransformersSampler, open_sampler
 from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
 from vold.teacher import (
+    BaseTeacher,
     NoTeacher,
     SelfTeacher,
     Teacher,
@@ -305,13 +306,14 @@ def _teacher(
         "offload": config.teacher_offload,
         "full_distributions": objective.divergence is not None,
     }
+    open_teacher = partial(BaseTeacher, trainer) if config.teacher_is_base else Teacher
     if not Architecture.from_pretrained(config.teacher).vision:
         _check_text_teacher(config, objective, problems, warn=job.is_writer)
-        return Teacher(config.teacher, job.layout, **settings)
+        return open_teacher(config.teacher, job.layout, **settings)
     prompt = pair_prompt(config.prompt, config.student)
     settings["encode"] = TeacherPromptEncoder(config.teacher, problems, prompt)
     if not objective.visual_advantage:
-        return Teacher(config.teacher, job.layout, **settings)
+        return open_teacher(config.teacher, job.layout, **settings)
     degraded = TeacherPromptEncoder(config.teacher, problems, prompt, degrade)
     return VisualAdvantageTeacher(config.teacher, job.layout, degraded=degraded, **settings)
 

@@ -80,7 +80,7 @@ class Trainer:
         check_rates(arch, optimizer.lr_groups, train, adapter, vision.train_merger)
         self._chunks = _wrap(load())
         self._backward = backward_of(arch, **trained)
-        self._vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
+        self.vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
         self._bad_steps = bad_steps.BadSteps(optimizer.max_bad_steps)
@@ -128,7 +128,7 @@ class Trainer:
                 batch.micro_batches,
                 self._layout,
                 self._loss,
-                vision=self._vision,
+                vision=self.vision,
                 timer=partial(self.phases, "student_forward"),
             )
 
@@ -280,7 +280,7 @@ class Trainer:
 
     def _run_forward(self, batch: Batch, head: Head[ResultT]) -> list[ResultT]:
         micro_batches, layout = batch.micro_batches, self._layout
-        return run_pipeline(self._chunks, micro_batches, layout, head, vision=self._vision, forward_only=True)
+        return run_pipeline(self._chunks, micro_batches, layout, head, vision=self.vision, forward_only=True)
 
     def _logp(self, micro: MicroBatch, hidden_ND: Tensor, **changes) -> Tensor:
         weight_UD, options = self.chunks[-1].head_weight(), self._head_options() | changes

@@ -141,7 +141,8 @@ class RlConfig(TrainConfig):
     """`vold rl`, stage 2: GRPO and distillation on the same rollouts."""
 
     teacher: Path | None = None
-    """Checkpoint directory of the teacher; required when the objective needs one."""
+    """Checkpoint directory of the teacher; required when the objective needs one. Behind adapters the student's own
+    directory is the base for nothing: the trainer's weights with the adapter switched off (a reference KL)."""
     teacher_engine: Literal["trainer", "vllm"] = "trainer"
     """trainer: scores the step's batch on Megatron; vllm: scores each group as soon as it is graded."""
     teacher_vllm: VllmConfig = VllmConfig()
@@ -168,6 +169,14 @@ class RlConfig(TrainConfig):
     """Processes per rank that grade answers."""
     grader_echo: bool = True
     """An answer that is copied from the prompt, and not spelled as the gold answer, is wrong (rule `echo`)."""
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """The trainer's teacher is the student without its adapter, which has no second copy of the weights then."""
+        trains_weights = bool(self.train) or self.vision.train_merger
+        if self.adapter is None or trains_weights or self.teacher is None or self.teacher_engine != "trainer":
+            return False
+        return self.teacher.resolve() == self.student.resolve() and not self.objective.visual_advantage
 
     @model_validator(mode="after")
     def _a_prompt_for_each_minibatch(self):

@@ -45,7 +45,7 @@ class Layout:
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
     distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
-    deterministic  two runs on CUDA are bit-equal
+    deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
     """
 
     tp: int
@@ -63,6 +63,7 @@ class Layout:
     distributed_optimizer: bool = False
     recompute: str = "none"
     deterministic: bool = False
+    offload_activations: bool = False
 
     @property
     def is_first_stage(self) -> bool:
@@ -93,6 +94,7 @@ def initialise(
     distributed_optimizer: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
+    offload_activations: bool = False,
     timeout_seconds: float = 1800.0,
 ) -> Layout:
     """Create (or reuse) the process groups, seed every generator and return this rank's layout.
@@ -112,6 +114,7 @@ def initialise(
     _build_groups(tp, pp, vpp, timeout_seconds)
     _seed(seed)
     choices = {"distributed_optimizer": distributed_optimizer, "recompute": recompute, "deterministic": deterministic}
+    choices["offload_activations"] = offload_activations
     return _layout(launch.device, vpp=vpp, sp=sp, **choices)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from vold.models.language_model import LanguageModel, hidden_states
 from vold.models.layer_ops import simulate_device
 from vold.parallel import cpu
 from vold.parallel.launch import Layout
+from vold.trainer.offload import ActivationOffload
 from vold.types import PackedTokens
 from vold_kernels.chunks import default_budget
 from vold_kernels.lanes import CudaLanes
@@ -70,10 +72,11 @@ class LiveBytes(TorchDispatchMode):
 @dataclass(frozen=True)
 class MicroBatchBytes:
     """Bytes that one micro-batch adds in one model chunk: `kept` between forward and backward, `peak` over both passes
-    (over the forward pass alone where nothing is trained)."""
+    (over the forward pass alone where nothing is trained), `host` in CPU memory."""
 
     kept: int
     peak: int
+    host: int = 0
 
 
 def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, train: bool) -> MicroBatchBytes:
@@ -85,10 +88,13 @@ def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, 
     chunk.train(train)
     trained = [parameter for parameter in chunk.parameters() if train and parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
+    offload = ActivationOffload(chunk)
+    moving = offload.forward_pass() if train and chunk.layout.offload_activations else nullcontext()
     with cpu.on_meta(), simulate_device(device), torch.set_grad_enabled(train), LiveBytes() as live:
         if not chunk.pre_process:
             chunk.set_input_tensor(_stage_input(chunk, tokens, train))
-        out = hidden_states(chunk, tokens)
+        with moving:
+            out = hidden_states(chunk, tokens)
         kept = live.now
         if train:
             out.backward(torch.empty_like(out))
@@ -96,7 +102,7 @@ def run_micro_batch(chunk: LanguageModel, tokens: PackedTokens, *, device: str, 
         chunk.set_input_tensor(None)
     for hook in hooks:
         hook.remove()
-    return MicroBatchBytes(kept, live.peak)
+    return MicroBatchBytes(kept, live.peak, offload.bytes)
 
 
 def tower_kept_bytes(tower: PreTrainedModel, patches: int, *, recompute: bool) -> int:
@@ -164,11 +170,13 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
 class TrainingPeak:
     """Bytes at the peak of a step's forward and backward passes on one rank.
 
-    activations: kept for backward, of all micro-batches in flight. working: added on top at the worst moment.
+    activations: kept for backward, of all micro-batches in flight. working: added on top at the worst moment. host:
+    activations that wait in CPU memory.
     """
 
     activations: int
     working: int
+    host: int = 0
 
 
 def training_peak(
@@ -193,7 +201,8 @@ def training_peak(
         shape = HeadShape(losses, last.arch.hidden, last.head_weight().shape[0])
         head = head_bytes(shape, last.config.params_dtype, device, ranks=layout.tp, two_heads=two_heads)
         moments.append((others + passes[-1].kept, head))
-    return TrainingPeak(*max(moments, key=sum))
+    host = _in_flight(layout, micro_batches) * sum(measured.host for measured in passes) // len(passes)
+    return TrainingPeak(*max(moments, key=sum), host)
 
 
 def _in_flight(layout: Layout, micro_batches: int) -> int:
@@ -229,12 +238,16 @@ def training_state_bytes(parameters: int, layout: Layout, dtype: torch.dtype, fr
     """Bytes of a rank's weights, and of its trained parameters' fp32 gradients and optimizer: fp32 masters (of a
     bfloat16 model) and Adam's moments, divided over the data-parallel ranks by a distributed optimizer. parameters:
     the trained ones. frozen: those that have a weight alone."""
-    masters = 4 if dtype.itemsize < 4 else 0
     return {
         "weights": (parameters + frozen) * dtype.itemsize,
         "gradients": parameters * 4,
-        "optimizer": parameters * (masters + 8) / _optimizer_ranks(layout),
+        "optimizer": state_masters(parameters, layout, dtype) + parameters * 8 / _optimizer_ranks(layout),
     }
+
+
+def state_masters(parameters: int, layout: Layout, dtype: torch.dtype) -> float:
+    """Bytes of a rank's fp32 masters of a bfloat16 model."""
+    return (4 if dtype.itemsize < 4 else 0) * parameters / _optimizer_ranks(layout)
 
 
 def update_bytes(parameters: int, largest_parameter: int, layout: Layout, device: str) -> float:

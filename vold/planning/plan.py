@@ -60,7 +60,7 @@ def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[s
     )
     host = max(stage.host for stage in stages)
     if host:
-        yield f"The teacher waits in CPU memory: {host / GIB:.1f} GiB for each process of a node."
+        yield f"Offloaded to CPU memory: {host / GIB:.1f} GiB for each process of a node."
 
 
 def _refusal(stages: Sequence[StageMemory], sizes: StepSizes, gpu: str, cache: TraceCache) -> str:

@@ -21,6 +21,7 @@ from vold.planning.meta_memory import (
     average_bytes,
     packed_on_meta,
     run_micro_batch,
+    state_masters,
     tower_kept_bytes,
     training_peak,
     training_state_bytes,
@@ -32,7 +33,7 @@ from vold_kernels.chunks import default_budget
 
 BATCH_BYTES = 7 * 8 + 8 + 6 * 4  # bytes of a packed token: MicroBatch's integers, its index of keys, its floats
 SCORE_VECTORS = 5  # fp32 vectors over the vocabulary that decode._draw holds beside the logits
-PHASES = ("rollout", "teacher", "train", "update", "evaluate")  # in the order of a step
+PHASES = ("start", "rollout", "teacher", "train", "update", "evaluate")  # in the order of a step
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,11 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
 def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: str) -> StageMemory:
     config = sizes.config
     state = training_state_bytes(trace.trained, layout, sizes.dtype, trace.frozen)
+    host = float(trace.train.host)
+    if config.optimizer.offload:
+        host, state["optimizer"] = host + state["optimizer"], 0.0
     resident = state | {"vision": sizes.student_tower_bytes if trace.takes_images else 0.0}
-    batch, host = float(BATCH_BYTES * sizes.tokens_per_replica), 0.0
+    batch = float(BATCH_BYTES * sizes.tokens_per_replica)
     phases, teacher = {}, trace.teacher_weights
     if sizes.objective is not None and sizes.objective.uses_self_teacher:
         resident["teacher"] = teacher = float(average_bytes(trace.trained, sizes.dtype))
@@ -145,14 +149,16 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
         phases["teacher"] = {"working": trace.teacher_working, "batch": batch}
         tower = 0 if config.teacher_is_base or not layout.is_first_stage else sizes.teacher_tower_bytes
         weights = teacher + tower
-        host = weights if config.teacher_offload else 0.0
+        host += weights if config.teacher_offload else 0.0
         (phases["teacher"] if config.teacher_offload else resident)["teacher"] = weights
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0
     if layout.is_last_stage and (head := sizes.engine_head_bytes):
         resident["teacher"] = teacher = head
     phases["train"] = {"activations": trace.train.activations, "working": trace.train.working, "batch": batch + kept}
-    update = update_bytes(trace.trained, trace.largest_trained, layout, device)
-    phases["update"] = {"working": update}
+    phases["update"] = {"working": update_bytes(trace.trained, trace.largest_trained, layout, device)}
+    if config.optimizer.offload:  # a parameter's new values as they arrive; masters are made here before they move
+        phases["update"] = {"working": 4.0 * trace.largest_trained}
+        phases["start"] = {"optimizer": state_masters(trace.trained, layout, sizes.dtype)}
     for phase, sampling, responses in _sampled_phases(sizes):
         resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses)
     models = state | {"teacher": teacher, "sampler": _sampler_weights(sizes)}

@@ -17,6 +17,7 @@ from vold.config.schema import OptimizerConfig
 from vold.models.language_model import unwrap
 from vold.models.selection import rates_by_name
 from vold.models.weights import trained_rules
+from vold.trainer.offload import OffloadedAdamW, offload_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +43,10 @@ def build_optimizer(
     )
     groups = {**get_standard_config_overrides(settings), **_rate_groups(chunks, config)}
     optimizer = get_megatron_optimizer(settings, list(chunks), config_overrides=groups)
-    _update_in_one_pass(optimizer)
+    if config.offload:
+        offload_optimizer(_inner(optimizer))
+    else:
+        _update_in_one_pass(optimizer)
     return optimizer
 
 
@@ -155,8 +159,9 @@ def optimizer_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter)
     main = _main(optimizer, parameter)
     if main is None:
         return {field: torch.empty(0, device=parameter.device) for field in state_fields(parameter)}
-    state = {"main": main.detach(), **_inner(optimizer).optimizer.state.get(main, {})}
-    return {field: state.get(field, torch.zeros_like(main)).flatten() for field in state_fields(parameter)}
+    held = _held(optimizer, main)
+    state = {"main": held.detach(), **_inner(optimizer).optimizer.state.get(main, {})}
+    return {field: state.get(field, torch.zeros_like(held)).flatten() for field in state_fields(parameter)}
 
 
 @torch.no_grad()
@@ -167,18 +172,26 @@ def load_optimizer_state(
     main = _main(optimizer, parameter)
     if main is None:
         return
-    state = _inner(optimizer).optimizer.state[main]
+    state, held = _inner(optimizer).optimizer.state[main], _held(optimizer, main)
     for field, value in values.items():
-        target = main if field == "main" else state.setdefault(field, torch.empty_like(main))
+        target = held if field == "main" else state.setdefault(field, torch.empty_like(held))
         target.copy_(value.view(main.shape))
+    if held is not main and "main" not in values:
+        held.copy_(main)  # fp32 weights, which are loaded already
     on_device = any(_inner(optimizer).optimizer.defaults.get(flag) for flag in ("fused", "capturable"))
     state["step"] = torch.tensor(float(updates), device=main.device if on_device else "cpu")
 
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
     """Adam's own step count on this rank; skipped updates do not count."""
-    steps = [state["step"] for state in _inner(optimizer).optimizer.state.values()]
+    steps = [state["step"] for state in _inner(optimizer).optimizer.state.values() if state]
     return int(torch.stack(steps).max()) if steps else 0
+
+
+def _held(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.Tensor:
+    """The tensor with the values of what Adam updates: its copy in CPU memory where the state is offloaded."""
+    inner = _inner(optimizer).optimizer
+    return inner.hosts[main] if isinstance(inner, OffloadedAdamW) else main
 
 
 def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:

@@ -20,6 +20,7 @@ from vold.data.packing import filler
 from vold.models.language_model import hidden_states, unwrap
 from vold.models.vision import Features, FrozenVisionTower
 from vold.parallel.launch import Layout
+from vold.trainer.offload import ActivationOffload
 from vold.types import MicroBatch
 
 ResultT = TypeVar("ResultT")
@@ -83,8 +84,14 @@ def _forward_step(
     chunk: nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], HeadOutput[ResultT]]]:
     micro = next(micro_batches)
-    with timer():
+    with timer(), _saved_activations(chunk):
         return hidden_states(chunk, micro.tokens, features), partial(head, micro)
+
+
+def _saved_activations(chunk: nn.Module) -> AbstractContextManager:
+    if unwrap(chunk).layout.offload_activations and torch.is_grad_enabled():
+        return ActivationOffload(unwrap(chunk)).forward_pass()
+    return nullcontext()
 
 
 def _fillers(count: int, layout: Layout) -> list[MicroBatch]:

@@ -40,6 +40,9 @@ class ParallelConfig(Strict):
     """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes: none, those of the MLPs, or those of whole layers."""
+    offload_activations: bool = False
+    """What the backward pass needs waits in CPU memory, tensors from 1 MiB on, also with recompute, whose inputs of
+    layers it then moves. Same results; the transfers cost time."""
     deterministic: bool = False
     """On GPUs, sums in a fixed order, so that two runs are bit-equal as they are on a CPU: attention's backward pass is
     then slower and takes more memory. Without it runs on CUDA differ in the last bits."""

@@ -38,6 +38,9 @@ class OptimizerConfig(Strict):
     """Added to Adam's denominator."""
     clip_grad: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
+    offload: bool = False
+    """Keep the fp32 masters and Adam's moments in CPU memory, and update there: 12 bytes a trained weight less on the
+    GPU (8 of a float32 model). Each update moves gradients there and weights back."""
     max_bad_steps: Positive = 3
     """Steps in a row, non-finite or without a graded response, each skipped on every rank, after which the run stops;
     a step whose gradient is zero is skipped too and does not count."""

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .qkv import Heads
 from .types import KLLoss, PolicyLoss, PolicyTerms
 
 
@@ -155,3 +156,40 @@ def _top_and_tail(logp_nV: Tensor, top_nk: Tensor) -> Tensor:
 def _kl(logp_nB: Tensor, other_nB: Tensor) -> Tensor:
     """[n] KL(p‖other) over B columns or buckets."""
     return (logp_nB.exp() * (logp_nB - other_nB)).sum(dim=1)
+
+
+# -- a layer's pieces --------------------------------------------------------------------------------------------------
+
+
+def qkv_norm_rope(
+    mixed_TW: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    cos_sin_2TH: Tensor,
+    heads: Heads,
+    index_S: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv.qkv_norm_rope`; index_S: the token of each key."""
+    mixed = mixed_TW.view(len(mixed_TW), heads.keys, -1, heads.width)
+    q_TAH, k_TKH, v_TKH = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+    if weights is not None:
+        q_TAH, k_TKH = (rms_norm(x, w, heads.eps) for x, w in zip((q_TAH, k_TKH), weights, strict=True))
+    cos_T1H, sin_T1H = cos_sin_2TH.to(mixed_TW.dtype)[:, :, None]
+    q_TAH, k_TKH = (x * cos_T1H + _rotated_by_90_degrees(x) * sin_T1H for x in (q_TAH, k_TKH))
+    return (q_TAH, k_TKH, v_TKH) if index_S is None else (q_TAH, k_TKH[index_S], v_TKH[index_S])
+
+
+def _rotated_by_90_degrees(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) in fp32 at least, rounded to x's dtype, then times the weight, as transformers has it."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_norm.add_rms_norm`."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)

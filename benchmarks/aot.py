@@ -11,7 +11,9 @@ real head (its rows start on 16 bytes), so that this is the binary that runs. A 
 Triton ships cuobjdump, which reads registers and spills from the cubin, and nvdisasm, which shows the loop over blocks
 of real columns: instructions per logit, bits of one load, barriers per block. Instructions per logit decide whether
 memory or the processor is the limit: an H200 reads 1.1e12 fp32 logits a second at 4.3 TB/s and issues 2.9e13
-instructions, 26 per logit (13 in bf16).
+instructions, 26 per logit (13 in bf16). A layer's kernels (qkv, add_norm) are compiled for Qwen3-1.7B's heads and width, and
+counted a column of a token's row: for all of the kernel, or its loop over tokens. They move 4 to 8 bytes a column, while an
+H200 issues 26 to 52 instructions.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vold_kernels
+from vold_kernels import add_norm_triton, qkv_triton
 from vold_kernels.divergence import KINDS
+from vold_kernels.rows_triton import BLOCK, WARPS
 
 from .harness import read_rows, table_line, write_rows
 
@@ -39,7 +43,9 @@ COLUMNS = (
     *("registers", "spill_bytes", "stack_bytes", "instructions_per_logit", "load_bits", "barriers_per_block"),
     *("ptx_bytes", "triton"),
 )
-ROWS_TRITON, PAIRS_TRITON = "rows_triton", "pairs_triton"
+ROWS_TRITON, PAIRS_TRITON, QKV_TRITON, ADD_NORM_TRITON = "rows_triton", "pairs_triton", "qkv_triton", "add_norm_triton"
+HEADS, EPS = (16, 8, 128), 1e-6
+"""Query heads, key heads and their width in Qwen3-1.7B, whose hidden width is the 2048 of `rows_triton.BLOCK`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Variant:
     types: dict[str, str]
     """Argument -> Triton type."""
     constants: dict[str, object] = field(default_factory=dict)
+    loop: str = "shortest"
+    """What is counted: the shortest loop that loads, the longest, or (none) the whole kernel."""
+    warps: int = WARPS
+    columns: int = BLOCK
+    """Of a program, one time through the loop."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Usage:
     instructions_per_logit: float
     """Instructions of one thread in the loop over whole blocks, over the columns of one thread."""
     load_bits: int
-    """The narrowest load of that loop."""
+    """The narrowest load of that loop; of a layer's kernel, which also loads scalars, that of most bytes."""
     barriers_per_block: int
 
 
@@ -88,6 +99,49 @@ def _divergence_sums(acc: str) -> dict[str, str]:
 
 def _divergence_dlogits(acc: str, dz: str) -> dict[str, str]:
     return {"DZ": f"*{dz}", "MEAN_LOG_RATIO": f"*{acc}", "WEIGHT": f"*{acc}", "dz_stride": "i32"} | _divergence(acc)
+
+
+def _qkv(layer: str, backward: bool) -> dict[str, str]:
+    tensors = dict.fromkeys(("MIXED", "Q_WEIGHT", "K_WEIGHT"), f"*{layer}") | dict.fromkeys(("COS", "SIN"), "*fp32")
+    tensors |= dict.fromkeys(("FIRST", "PLACES"), "*i32") | {"mixed_stride": "i32"}
+    if not backward:
+        return tensors | dict.fromkeys(("Q", "K", "V"), f"*{layer}")
+    return (
+        tensors | dict.fromkeys(("D_MIXED", "D_Q", "D_K", "D_V"), f"*{layer}") | {"D_WEIGHTS": "*fp32", "tokens": "i32"}
+    )
+
+
+def _add_norm(layer: str, backward: bool) -> dict[str, str]:
+    tensors = {"TOTAL": f"*{layer}", "WEIGHT": f"*{layer}", "SCALE": "*fp32"}
+    if not backward:
+        return tensors | dict.fromkeys(("Y", "X", "RESIDUAL"), f"*{layer}")
+    return tensors | dict.fromkeys(("D_X", "D_Y", "D_TOTAL"), f"*{layer}") | {"D_WEIGHT": "*fp32", "rows": "i32"}
+
+
+def _layer_variants() -> Iterator[Variant]:
+    """With and without norms and shared keys; with and without a residual."""
+    heads, warps = qkv_triton.tiles(*HEADS)
+    size = {"warps": warps, "columns": (HEADS[0] + 2 * HEADS[1]) * HEADS[2]}
+    names = {
+        (EPS, True): "norms, shared keys",
+        (EPS, False): "norms",
+        (None, True): "shared keys",
+        (None, False): "plain",
+    }
+    for backward, name in ((False, "qkv_forward_kernel"), (True, "qkv_backward_kernel")):
+        for (eps, shared), what in names.items():
+            for layer in ("bf16", "fp32") if eps and shared else ("bf16",):
+                constants = heads | {"EPS": eps, "SHARED": shared} | ({"ROWS": qkv_triton.ROWS} if backward else {})
+                loop = "longest" if backward else ""
+                yield Variant(QKV_TRITON, name, f"{layer}, {what}", _qkv(layer, backward), constants, loop, **size)
+    for residual, what in ((True, "sum"), (False, "norm alone")):
+        size = {"warps": add_norm_triton.block(BLOCK)[1], "columns": BLOCK}
+        constants = {"D": BLOCK, "EPS": EPS, "HAS_RESIDUAL": residual}
+        types = _add_norm("bf16", False)
+        yield Variant(ADD_NORM_TRITON, "add_norm_forward_kernel", f"bf16, {what}", types, constants, "", **size)
+        constants = {"D": BLOCK, "HAS_D_TOTAL": residual, "ROWS": add_norm_triton.ROWS}
+        types = _add_norm("bf16", True)
+        yield Variant(ADD_NORM_TRITON, "add_norm_backward_kernel", f"bf16, {what}", types, constants, "longest", **size)
 
 
 DTYPES = (("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64"))  # of the logits, of their gradient
@@ -123,6 +177,7 @@ VARIANTS = [
         for kind in KINDS
         for acc, dz in DTYPES
     ),
+    *_layer_variants(),
 ]
 
 
@@ -158,10 +213,10 @@ def compiled(variant: Variant, sm: int):
     divisible = [index for index, name in enumerate(function.arg_names) if signature[name] != "constexpr"]
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": rows_triton.WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})
 
 
-def usage(kernel) -> Usage | None:
+def usage(kernel, variant: Variant) -> Usage | None:
     """Resources of a compiled kernel; None where Triton ships no cuobjdump or nvdisasm."""
     import triton
 
@@ -176,22 +231,36 @@ def usage(kernel) -> Usage | None:
             for name, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     registers, stack, spill = (int(re.search(rf"{key}:(\d+)", resources)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return Usage(kernel.metadata.shared, registers, stack, spill, len(kernel.asm["ptx"]), **_main_loop(sass))
+    return Usage(kernel.metadata.shared, registers, stack, spill, len(kernel.asm["ptx"]), **_main_loop(sass, variant))
 
 
-def _main_loop(sass: str) -> dict[str, float]:
+def _main_loop(sass: str, variant: Variant) -> dict[str, float]:
     """What the loop over blocks of real columns costs: of the innermost loops that load, the shortest, since the others
-    carry a mask."""
-    from vold_kernels.rows_triton import BLOCK, WARPS
-
+    carry a mask. For a layer's kernel the loop over tokens, or the whole kernel."""
     loops = [loop for loop in _loops(sass) if any(name.startswith("LDG") for name in loop)]
-    loop = min(loops, key=len)
-    loads = [name for name in loop if name.startswith("LDG")]
+    loop = {"shortest": min, "longest": max}[variant.loop](loops, key=len) if variant.loop else _opcodes(sass)
+    widths = [_bits(name) for name in loop if name.startswith("LDG")]
     return {
-        "instructions_per_logit": round(len(loop) * WARPS * 32 / BLOCK, 2),
-        "load_bits": min(int(width[1]) if (width := re.search(r"\.U?(16|64|128)", name)) else 32 for name in loads),
+        "instructions_per_logit": round(len(loop) * variant.warps * 32 / variant.columns, 2),
+        "load_bits": min(widths)
+        if variant.loop == "shortest"
+        else max(set(widths), key=lambda bits: bits * widths.count(bits)),
         "barriers_per_block": sum(name.startswith("BAR") for name in loop),
     }
+
+
+def _bits(load: str) -> int:
+    return int(width[1]) if (width := re.search(r"\.U?(16|64|128)", load)) else 32
+
+
+def _opcodes(sass: str) -> list[str]:
+    """All of the kernel's, without the padding behind its end."""
+    opcodes = [found[1] for line in sass.splitlines() if (found := INSTRUCTION.search(line))]
+    last = max(index for index, name in enumerate(opcodes) if name == "EXIT")
+    return opcodes[: last + 1]
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?(\S+?)(?: (.*))?;")
 
 
 def _loops(sass: str) -> Iterator[list[str]]:
@@ -201,17 +270,15 @@ def _loops(sass: str) -> Iterator[list[str]]:
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?(\S+)(.*);", line):
+        elif instruction := INSTRUCTION.search(line):
             opcodes.append(instruction[1])
-            target = re.search(r"\.L_x_\d+", instruction[2])
+            target = re.search(r"\.L_x_\d+", instruction[2] or "")
             if instruction[1].startswith("BRA") and target and labels.get(target[0], len(opcodes)) < len(opcodes) - 1:
                 yield opcodes[labels[target[0]] :]
 
 
 def rows() -> Iterator[dict[str, object]]:
     import triton
-
-    from vold_kernels.rows_triton import BLOCK, WARPS
 
     listed = {(variant.module, variant.kernel) for variant in VARIANTS}
     for variant in VARIANTS:
@@ -224,8 +291,8 @@ def rows() -> Iterator[dict[str, object]]:
                 "sm": sm,
                 "triton": triton.__version__,
             }
-            row |= {"block": BLOCK, "warps": WARPS, "shared_limit": SHARED_LIMIT[sm]}
-            resources = usage(kernel)
+            row |= {"block": variant.columns, "warps": variant.warps, "shared_limit": SHARED_LIMIT[sm]}
+            resources = usage(kernel, variant)
             fits = kernel.metadata.shared <= SHARED_LIMIT[sm] and not (
                 resources and resources.spill_bytes + resources.stack_bytes
             )

@@ -17,9 +17,6 @@ GAP = 2e-6
 """Seconds between two kernels of a stream, charged for every kernel."""
 ATTENTION = {80: (185e12, 150e12), 90: (330e12, 270e12)}
 """Compute capability -> FLOP/s of flash-attn 2 forward and backward, causal, heads of 128."""
-NORM_ROW = 0.9e-6
-"""Seconds in which an SM does one iteration of Liger's RMSNorm backward (a row; 16 of the block kernel), which loads
-nothing ahead."""
 SORTED_KERNELS = {"embedding_dense_backward": 14, "index_put": 8}
 """Scatters that sort their indices first -> kernels of torch."""
 KERNELS = {"flash_attn backward": 6, "nonzero": 3, "linalg_vector_norm": 2, "cumsum": 2}
@@ -28,6 +25,16 @@ FILLS |= {"zero_", "fill_"}
 GATHERS = {"embedding", "index", "index_select"}
 FOREACH_BLOCK = 320 * 65536  # elements that one launch of torch's multi-tensor kernels takes
 FOREACH_LISTS = {"_foreach_lerp_": 2, "_foreach_addcmul_": 3, "_foreach_addcdiv_": 3}
+
+
+LAYER_KERNELS = ("qkv_", "add_norm_")
+"""How the names of our kernels of a layer begin."""
+LAYER_SITES = ("kernels/vold_kernels/qkv", "kernels/vold_kernels/add_norm")
+
+
+def is_of_head(op: Operation) -> bool:
+    """True where one of the fused heads made the operation."""
+    return op.site.startswith("kernels/") and not op.site.startswith(LAYER_SITES)
 
 
 def base(op: Operation) -> str:
@@ -56,8 +63,6 @@ def traffic(op: Operation) -> float:
     inputs, outputs, written = (_bytes(x) for x in (op.inputs, op.outputs, op.written))
     if op.kind == "attention":
         return inputs + outputs + (_attention_scratch(op) if "backward" in op.name else 0)
-    if name == "_triton_rope":  # q and k in place
-        return inputs + _bytes(op.inputs[:2])
     if name in FILLS:
         return outputs + written
     if name in GATHERS:
@@ -94,9 +99,6 @@ def _busy(op: Operation, gpu: Gpu, under_matmul: bool) -> float:
         bytes_per_logit = logits.itemsize + (2 if op.name == "dlogits_kernel" else 0)
         instructions = _instructions(op.name, logits.itemsize, gpu.capability)
         return _row_kernel(op.name, math.prod(logits.size), bytes_per_logit, under_matmul, instructions, gpu).seconds
-    if op.name.endswith("rms_norm_backward_kernel"):
-        rows = op.inputs[0].size[0] / (16 if "block" in op.name else 1)
-        return max(moved, math.ceil(rows / gpu.sms) * NORM_ROW)
     return moved
 
 
@@ -138,9 +140,8 @@ REMEDIES = {
     "AdamW": "at the memory's floor: fused, one pass",
     "gradient norm and clipping": "the factor as fused AdamW's `grad_scale`",
     "weights to bf16, gradients to zero": "-",
-    "q, k, v: split, norms, rope, join": "one kernel: q/k norm and rope on the mixed projection",
-    "shared prompt: gather, scatter": "the inverse index once a micro-batch, a segment sum",
-    "norms and residuals": "fused add + RMSNorm; a norm backward with loads ahead",
+    "q, k, v: split, norms, rope, shared keys": "at the memory's floor: one kernel",
+    "norms and residuals": "at the memory's floor: sum and norm in one kernel",
     "SwiGLU": "at the memory's floor unless fused into the GEMM",
     "dW added to main_grad": "the weight-gradient GEMM straight into `main_grad`",
     "GEMMs of the layers: part waves": "larger packs",
@@ -157,7 +158,7 @@ def group(op: Operation) -> str:
     name = base(op)
     if op.kind == "attention":
         return "attention (flash-attn 2)"
-    if op.site.startswith("kernels/"):
+    if is_of_head(op):
         return "head: part waves, fp32 results" if op.flops else "head: row kernels, losses"
     if op.flops:
         return "GEMMs of the layers: part waves"
@@ -167,16 +168,15 @@ def group(op: Operation) -> str:
         return "SwiGLU"
     if "distributed_data_parallel.py:hook" in op.site:
         return "dW added to main_grad"
-    if op.site.endswith("_gather") or (name == "embedding_dense_backward" and _reads_every_row(op)):
-        return "shared prompt: gather, scatter"
     if name.startswith("embedding"):
         return "embedding"
-    is_norm = "rms_norm" in name
-    if name == "_triton_rope" or "get_query_key_value" in op.site or name == "cat" or (is_norm and _is_of_heads(op)):
-        return "q, k, v: split, norms, rope, join"
-    if name == "clone" and "rms_norm" in op.site:
-        return "q, k, v: split, norms, rope, join"
-    if is_norm or name in ("add", "add_", "zeros_like", "sum", "_to_copy"):
+    if op.site.startswith(LAYER_SITES[0]) or "SharedKeys" in op.site:
+        return "q, k, v: split, norms, rope, shared keys"
+    if op.site.startswith(LAYER_SITES[1]):
+        return "norms and residuals"
+    if name == "cat":
+        return "q, k, v: split, norms, rope, shared keys"
+    if name in ("add", "add_", "zeros_like", "sum", "_to_copy"):
         return "norms and residuals"
     return "the rest"
 
@@ -187,12 +187,3 @@ def _optimizer_group(op: Operation, name: str) -> str:
     if name in ("_foreach_norm", "_foreach_mul_"):
         return "gradient norm and clipping"
     return "weights to bf16, gradients to zero" if name in ("copy_", "zero_", "_foreach_copy_") else "the rest"
-
-
-def _reads_every_row(op: Operation) -> bool:
-    """True for keys gathered from a micro-batch: not fewer indices than rows, as an embedding has."""
-    return math.prod(op.inputs[1].size) >= op.outputs[0].size[0]
-
-
-def _is_of_heads(op: Operation) -> bool:
-    return "block" in op.name or op.inputs[0].size[-1] <= 256

@@ -20,8 +20,8 @@ from vold.types import MicroBatch
 
 from . import step_costs
 from .fake_cuda.work import Operation
-from .harness import table_line
-from .roofline import GPUS, Gpu
+from .harness import read_rows, table_line
+from .roofline import GPUS, RESULTS, Gpu
 
 SPECS = {"A100": "a100-80g", "H100": "h100-80g", "H200": "h200"}
 MICROBATCH_TOKENS = (16384, 4096)
@@ -38,8 +38,8 @@ ASSUMPTIONS = f"""\
 - flash-attn 2 reaches {" and ".join(f"{x / 1e12:.0f}" for x in step_costs.ATTENTION[80])} TFLOP/s (forward, backward)
   on an A100, {" and ".join(f"{x / 1e12:.0f}" for x in step_costs.ATTENTION[90])} on Hopper, and its backward pass has
   scratch of its own: fp32 dQ, and dK and dV of every query head.
-- Other operations pass each tensor once at the memory's rate. An SM does one row (16 of the heads' norms) of Liger's
-  RMSNorm backward in at least {step_costs.NORM_ROW * 1e6:.1f} µs. A scatter that sorts is 8 to 14 kernels.
+- Other operations pass each tensor once at the memory's rate; so do our kernels of a layer, which need fewer instructions
+  than an H200 issues meanwhile (AOT.md). A scatter that sorts is 8 to 14 kernels.
 - Between two kernels the device idles {step_costs.GAP * 1e6:.0f} µs.
 - The host needs {HOST_LAYER["forward"] * 1e3:.2f} ms a layer forward and {HOST_LAYER["backward"] * 1e3:.2f} ms
   backward, {HOST_LAUNCH * 1e6:.0f} µs for every other launch; a phase takes as long as the slower of host and device.
@@ -92,8 +92,9 @@ def phase_of(op: Operation) -> str | None:
         return None if step_costs.is_first_step(op) else "optimizer"
     if op.phase not in ("student_forward", "student_backward"):
         return None
-    ours = ("kernels/", "vold/trainer/metrics.py", "vold/trainer/trainer.py:_loss", "vold/trainer/pipeline.py:head")
-    return "head" if op.site.startswith(ours) else op.phase.removeprefix("student_")
+    ours = ("vold/trainer/metrics.py", "vold/trainer/trainer.py:_loss", "vold/trainer/pipeline.py:head")
+    is_head = step_costs.is_of_head(op) or op.site.startswith(ours)
+    return "head" if is_head else op.phase.removeprefix("student_")
 
 
 def charged(operations: Mapping[Operation, int]) -> dict[Operation, tuple[str, int]]:
@@ -238,6 +239,19 @@ def summary(table: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
+def compared(before: Sequence[Mapping[str, str]], table: Sequence[Mapping[str, str]]) -> list[str]:
+    """The student's step in step-before.csv beside the same case now."""
+    columns = ("launches", "gb", "device_ms", "host_ms", "ms", "mfu")
+    lines = [table_line(("GPU", "micro-batch", *columns)), table_line(["---"] * (len(columns) + 2))]
+    earlier = {(row["gpu"], row["micro_batch"]): row for row in before if row["phase"] == "student step"}
+    for row in table:
+        old = earlier.get((row["gpu"], row["micro_batch"]))
+        if row["phase"] == "student step" and old is not None:
+            cells = [f"{old[column]} → {row[column]}" for column in columns]
+            lines.append(table_line((row["gpu"], f"{int(row['micro_batch']):,}", *cells)))
+    return lines
+
+
 def main(names: Sequence[str], out: Path | None = None) -> None:
     """Trace a step of each size in this process, which then believes in a GPU; print, and write below `out`."""
     from .fake_cuda.device import install
@@ -252,6 +266,8 @@ def main(names: Sequence[str], out: Path | None = None) -> None:
         for name in names:
             text.append(report(step.trace.operations, setup, GPUS[name]))
             table += rows(step.trace.operations, setup, GPUS[name])
+    before = read_rows(RESULTS / "step-before.csv")
+    text.insert(3, "\n".join(["## Before and after", "", BEFORE, "", *compared(before, table)]))
     print("\n\n".join(text))
     if out is not None:
         (out / "STEP.md").write_text("\n\n".join(text) + "\n")
@@ -264,3 +280,5 @@ def main(names: Sequence[str], out: Path | None = None) -> None:
 INTRO = """\
 `python -m benchmarks.roofline --step --out benchmarks/results`. A prediction from the operations that run on fake CUDA
 tensors, 16 responses of about 1,500 tokens to two prompts: no GPU has measured anything here."""
+BEFORE = """\
+The student's step at commit 9429b30 (step-before.csv: liger-kernel's norms and rope, Megatron's layer) → now."""

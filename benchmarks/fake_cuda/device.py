@@ -189,7 +189,11 @@ def _launcher(kernel, grid) -> Callable:
             function = function.fn
         arguments = inspect.signature(function).bind(*args, **options).arguments
         if _trace is not None:
-            _trace.launch(function.__name__, {k: v for k, v in arguments.items() if isinstance(v, Tensor)})
+            tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+            distinct = {
+                id(tensor): name for name, tensor in reversed(tensors.items())
+            }  # an unused pointer is another's
+            _trace.launch(function.__name__, {name: tensors[name] for name in reversed(distinct.values())})
 
     return launch
 

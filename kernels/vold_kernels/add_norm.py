@@ -12,8 +12,7 @@ from torch import Tensor
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + residual, its RMSNorm), both like x [..., D], by Triton: CUDA, or its interpreter."""
-    total, y = _AddNorm.apply(x, residual, weight_D, eps)
-    return total, y
+    return _AddNorm.apply(x, residual, weight_D, eps)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -27,33 +26,27 @@ class _AddNorm(torch.autograd.Function):
         from . import add_norm_triton  # on first use: a CPU needs no triton
 
         ctx.set_materialize_grads(False)
-        rows_TD = x.contiguous().view(-1, x.shape[-1])
-        inputs_TD = rows_TD if residual is None else residual.contiguous().view(-1, x.shape[-1])
-        y_TD = torch.empty_like(rows_TD)
-        total_TD = rows_TD if residual is None else torch.empty_like(rows_TD)
+        x = x.contiguous()
+        y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scale_T = rows_TD.new_empty(len(rows_TD), dtype=acc)
-        options = {"EPS": eps, "HAS_RESIDUAL": residual is not None}
-        add_norm_triton.forward_((total_TD, y_TD, scale_T), (rows_TD, inputs_TD, weight_D), **options)
-        ctx.save_for_backward(total_TD, scale_T, weight_D)
+        scale = x.new_empty(x.shape[:-1], dtype=acc)
+        inputs = (x, x if residual is None else residual.contiguous(), weight_D)
+        add_norm_triton.forward_((total, y, scale), inputs, EPS=eps, HAS_RESIDUAL=residual is not None)
+        ctx.save_for_backward(total, scale, weight_D)
         ctx.has_residual = residual is not None
-        y = y_TD.view(x.shape)
-        return y if residual is None else (total_TD.view(x.shape), y)
+        return y if residual is None else (total, y)
 
     @staticmethod
     def backward(ctx, *gradients):
         from . import add_norm_triton
 
-        *d_total, d_y = gradients
-        d_total = d_total[0] if d_total else None
+        d_total, d_y = gradients if ctx.has_residual else (None, *gradients)
         if d_y is None:
-            return d_total, d_total if ctx.has_residual else None, None, None
-        total_TD, scale_T, weight_D = ctx.saved_tensors
-        d_y_TD = d_y.contiguous().view(total_TD.shape)
-        d_total_TD = d_y_TD if d_total is None else d_total.contiguous().view(total_TD.shape)
-        d_x_TD = torch.empty_like(total_TD)
-        d_weight_D = scale_T.new_empty(-(-len(total_TD) // add_norm_triton.ROWS), total_TD.shape[1])
-        inputs = (d_y_TD, d_total_TD, total_TD, scale_T, weight_D)
-        add_norm_triton.backward_((d_x_TD, d_weight_D), inputs, HAS_D_TOTAL=d_total is not None)
-        d_x = d_x_TD.view(d_y.shape)
-        return d_x, d_x if ctx.has_residual else None, d_weight_D.sum(0).to(weight_D.dtype), None
+            return d_total, d_total, None, None
+        total, scale, weight_D = ctx.saved_tensors
+        d_y, d_x = d_y.contiguous(), torch.empty_like(total)
+        others = (d_y if d_total is None else d_total.contiguous(), total, scale, weight_D)
+        d_weight_D = scale.new_empty(-(-scale.numel() // add_norm_triton.ROWS), len(weight_D))
+        add_norm_triton.backward_((d_x, d_weight_D), (d_y, *others), HAS_D_TOTAL=d_total is not None)
+        d_weight_D = d_weight_D.sum(0).to(weight_D.dtype)
+        return d_x, d_x if ctx.has_residual else None, d_weight_D, None

@@ -108,18 +108,20 @@ def block(width: int) -> tuple[int, int]:
 
 
 def forward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options) -> None:
-    """outputs: total, y, scale; inputs: x, residual, weight."""
-    x_TD, (columns, warps) = inputs[0], block(inputs[0].shape[1])
-    with torch.cuda.device(x_TD.device if x_TD.is_cuda else -1):  # -1: does nothing
-        add_norm_forward_kernel[(len(x_TD),)](
-            *outputs, *inputs, **options, D=x_TD.shape[1], BLOCK=columns, num_warps=warps
+    """outputs: total, y, scale; inputs: x, residual, weight. Rows are all dimensions but the last."""
+    weight_D = inputs[-1]
+    columns, warps = block(len(weight_D))
+    with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):  # -1: does nothing
+        add_norm_forward_kernel[(outputs[2].numel(),)](
+            *outputs, *inputs, **options, D=len(weight_D), BLOCK=columns, num_warps=warps
         )
 
 
 def backward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options) -> None:
     """outputs: d_x, parts of d_weight; inputs: d_y, d_total, total, scale, weight."""
-    d_y_TD, (columns, warps) = inputs[0], block(inputs[0].shape[1])
-    with torch.cuda.device(d_y_TD.device if d_y_TD.is_cuda else -1):
+    scale, weight_D = inputs[-2:]
+    columns, warps = block(len(weight_D))
+    with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):
         add_norm_backward_kernel[(len(outputs[1]),)](
-            *outputs, *inputs, len(d_y_TD), **options, D=d_y_TD.shape[1], BLOCK=columns, ROWS=ROWS, num_warps=warps
+            *outputs, *inputs, scale.numel(), **options, D=len(weight_D), BLOCK=columns, ROWS=ROWS, num_warps=warps
         )

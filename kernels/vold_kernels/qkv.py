@@ -11,6 +11,7 @@ bit, and nothing is sorted but the places, once a micro-batch. `reference.qkv_no
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,20 +30,26 @@ class Heads:
     def sizes(self) -> tuple[int, int, int]:
         return self.queries, self.keys, self.width
 
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Columns of a key head's queries, of its key and of its value."""
+        return self.queries // self.keys * self.width, self.width, self.width
+
 
 @dataclass(frozen=True)
-class KeyPlaces:
-    """Where the S keys of attention come from, by token: token t's are place_S[first_T1[t] : first_T1[t + 1]]."""
+class SharedKeys:
+    """Keys that segments share. index_S: int64 [S], the token of each key; tokens: T."""
 
-    first_T1: Tensor
-    place_S: Tensor
+    index_S: Tensor
+    tokens: int
 
-    @classmethod
-    def of(cls, index_S: Tensor, tokens: int) -> "KeyPlaces":
-        """index_S: int64 [S], the token of each key. The host waits for nothing."""
-        sorted_S, place_S = torch.sort(index_S, stable=True)
-        all_T1 = torch.arange(tokens + 1, device=index_S.device)
-        return cls(torch.searchsorted(sorted_S, all_T1, out_int32=True), place_S.int())
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(first_T1, place_S), int32: token t's keys are place_S[first_T1[t] : first_T1[t + 1]]. Sorted on first use,
+        once for all layers of a micro-batch; the host waits for nothing."""
+        sorted_S, place_S = torch.sort(self.index_S, stable=True)
+        all_T1 = torch.arange(self.tokens + 1, device=self.index_S.device)
+        return torch.searchsorted(sorted_S, all_T1, out_int32=True), place_S.int()
 
 
 def qkv_norm_rope(
@@ -50,30 +57,30 @@ def qkv_norm_rope(
     weights: tuple[Tensor, Tensor] | None,
     cos_sin_2TH: Tensor,
     heads: Heads,
-    places: KeyPlaces | None = None,
+    shared: SharedKeys | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, A, H], k and v [S, K, H] (S = T without `places`), contiguous, by Triton: CUDA, or its interpreter.
+    """q [T, A, H], k and v [S, K, H] (S = T without `shared`), contiguous, by Triton: CUDA, or its interpreter.
 
     mixed_TW: for each key head its A/K query heads, its key and its value, rows contiguous. weights: of the norms of
     queries and keys, with heads.eps. cos_sin_2TH: fp32 (fp64 for fp64), both halves of H alike.
     """
     assert (weights is None) == (heads.eps is None), "norms have weights and an eps, or neither"
-    return _QkvNormRope.apply(mixed_TW, *(weights or (None, None)), cos_sin_2TH, heads, places)
+    return _QkvNormRope.apply(mixed_TW, *(weights or (None, None)), cos_sin_2TH, heads, shared)
 
 
 class _QkvNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, heads: Heads, places: KeyPlaces | None):
+    def forward(ctx, mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, heads: Heads, shared: SharedKeys | None):
         from . import qkv_triton  # on first use: a CPU needs no triton
 
         assert mixed_TW.stride(1) == 1 and cos_sin_2TH.is_contiguous()
-        keys = len(mixed_TW) if places is None else len(places.place_S)
+        keys = len(mixed_TW) if shared is None else len(shared.index_S)
         q_TAH = mixed_TW.new_empty(len(mixed_TW), heads.queries, heads.width)
         k_SKH, v_SKH = (mixed_TW.new_empty(keys, heads.keys, heads.width) for _ in range(2))
-        others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, places)
-        options = {"EPS": heads.eps, "SHARED": places is not None}
+        others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, shared)
+        options = {"EPS": heads.eps, "SHARED": shared is not None}
         qkv_triton.forward_((q_TAH, k_SKH, v_SKH), mixed_TW, others, heads.sizes, **options)
-        ctx.heads, ctx.places = heads, places
+        ctx.heads, ctx.shared = heads, shared
         ctx.save_for_backward(*(() if heads.eps is None else (mixed_TW, q_weight_H, k_weight_H)), cos_sin_2TH)
         return q_TAH, k_SKH, v_SKH
 
@@ -88,16 +95,16 @@ class _QkvNormRope(torch.autograd.Function):
         programs = -(-tokens // qkv_triton.ROWS)
         d_weights_2H = cos_sin_2TH.new_empty(programs, 2, heads.width if normed else 0)
         gradients = [x.contiguous() for x in (d_q_TAH, d_k_SKH, d_v_SKH)]
-        others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, ctx.places)
-        options = {"EPS": heads.eps, "SHARED": ctx.places is not None}
+        others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, ctx.shared)
+        options = {"EPS": heads.eps, "SHARED": ctx.shared is not None}
         qkv_triton.backward_((d_mixed_TW, d_weights_2H), (*gradients, mixed_TW, *others), heads.sizes, **options)
         if not normed:
             return d_mixed_TW, None, None, None, None, None
         return d_mixed_TW, *d_weights_2H.sum(0).to(q_weight_H.dtype), None, None, None
 
 
-def _others(mixed_TW: Tensor, q_weight_H, k_weight_H, cos_sin_2TH: Tensor, places: KeyPlaces | None):
+def _others(mixed_TW: Tensor, q_weight_H, k_weight_H, cos_sin_2TH: Tensor, shared: SharedKeys | None):
     """The kernels' other pointers; those that are not read are any tensor's."""
     weights = (mixed_TW, mixed_TW) if q_weight_H is None else (q_weight_H, k_weight_H)
-    shared = (cos_sin_2TH, cos_sin_2TH) if places is None else (places.first_T1, places.place_S)
-    return *weights, *cos_sin_2TH, *shared
+    places = (cos_sin_2TH, cos_sin_2TH) if shared is None else shared.places
+    return *weights, *cos_sin_2TH, *places

@@ -107,8 +107,11 @@ def qkv_forward_kernel(
     q_first, q_second = _turned(MIXED, q_columns, mask_q, Q_WEIGHT, h, mask_h, cos, sin, EPS, H)
     k_columns = (g * (PER + 2) + PER) * H + h
     k_first, k_second = _turned(MIXED, k_columns, mask_k, K_WEIGHT, h, mask_h, cos, sin, EPS, H)
-    v_first, v_second = _halves(MIXED, k_columns + H, mask_k, H // 2, COS.dtype.element_ty)
+    v_first = tl.load(MIXED + k_columns + H, mask=mask_k, other=0.0)
+    v_second = tl.load(MIXED + k_columns + H + H // 2, mask=mask_k, other=0.0)
     _store_halves(Q + row * HEADS * H, a * H + h, q_first, q_second, mask_q, H // 2)
+    k_first = k_first.to(Type)
+    k_second = k_second.to(Type)
     if SHARED:
         for place in range(tl.load(FIRST + row), tl.load(FIRST + row + 1)):
             start = tl.load(PLACES + place).to(tl.int64) * GROUPS * H
@@ -120,7 +123,9 @@ def qkv_forward_kernel(
 
 
 @triton.jit
-def _d_normed(d_first, d_second, first, second, WEIGHT, h, mask_h, EPS: tl.constexpr, H: tl.constexpr, Type: tl.constexpr):
+def _d_normed(
+    d_first, d_second, first, second, WEIGHT, h, mask_h, EPS: tl.constexpr, H: tl.constexpr, Type: tl.constexpr
+):
     """(halves of the gradient of x, halves of what this token adds to the weight's) from those of the norm's output."""
     Acc: tl.constexpr = first.dtype
     _, _, scale, unit_first, unit_second, weight_first, weight_second = _normed(
@@ -238,7 +243,9 @@ def tiles(heads: int, groups: int, width: int) -> tuple[dict[str, int], int]:
     return constants, min(max(head_tile * half_tile // (32 * ELEMENTS), 1), 16)
 
 
-def forward_(outputs: tuple[Tensor, ...], mixed_TW: Tensor, others: tuple[Tensor, ...], shape: tuple, **options) -> None:
+def forward_(
+    outputs: tuple[Tensor, ...], mixed_TW: Tensor, others: tuple[Tensor, ...], shape: tuple, **options
+) -> None:
     """Writes q, k and v. others: both weights, cosines, sines, first places, places. shape: (A, K, H)."""
     constants, warps = tiles(*shape)
     with torch.cuda.device(mixed_TW.device if mixed_TW.is_cuda else -1):  # -1: does nothing

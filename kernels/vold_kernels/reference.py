@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .qkv import Heads
+from .qkv import Heads, SharedKeys
 from .types import KLLoss, PolicyLoss, PolicyTerms
 
 
@@ -166,16 +166,16 @@ def qkv_norm_rope(
     weights: tuple[Tensor, Tensor] | None,
     cos_sin_2TH: Tensor,
     heads: Heads,
-    index_S: Tensor | None = None,
+    shared: SharedKeys | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qkv.qkv_norm_rope`; index_S: the token of each key."""
+    """`qkv.qkv_norm_rope`."""
     mixed = mixed_TW.view(len(mixed_TW), heads.keys, -1, heads.width)
     q_TAH, k_TKH, v_TKH = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
     if weights is not None:
         q_TAH, k_TKH = (rms_norm(x, w, heads.eps) for x, w in zip((q_TAH, k_TKH), weights, strict=True))
     cos_T1H, sin_T1H = cos_sin_2TH.to(mixed_TW.dtype)[:, :, None]
     q_TAH, k_TKH = (x * cos_T1H + _rotated_by_90_degrees(x) * sin_T1H for x in (q_TAH, k_TKH))
-    return (q_TAH, k_TKH, v_TKH) if index_S is None else (q_TAH, k_TKH[index_S], v_TKH[index_S])
+    return (q_TAH, k_TKH, v_TKH) if shared is None else (q_TAH, k_TKH[shared.index_S], v_TKH[shared.index_S])
 
 
 def _rotated_by_90_degrees(x: Tensor) -> Tensor:

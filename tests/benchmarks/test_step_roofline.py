@@ -65,7 +65,7 @@ def test_the_heads_results_are_half_hidden_and_row_kernels_run_under_a_matmul():
         (operation("teacher", "zeros_like.default", [fp32(100)], [fp32(100)]), 400),
         (operation("teacher", "copy_.default", [bf16(100), fp32(100)], written=(bf16(100),)), 600),
         (operation("teacher", "add_.Tensor", [fp32(100), bf16(100)], written=(fp32(100),)), 1000),
-        (operation("teacher", "_triton_rope", [bf16(9), bf16(4), bf16(3), bf16(3)], kind="triton"), 64),
+        (operation("teacher", "qkv_forward_kernel", [bf16(9), bf16(4), bf16(3), fp32(3)], kind="triton"), 44),
         (operation("optimizer", "_foreach_mul_.Scalar", [fp32(50), fp32(50)]), 800),
         (operation("optimizer", "_foreach_lerp_.Scalar", [fp32(50)] * 2), 600),
         (operation("optimizer", "_fused_adamw_.default", [fp32(50)] * 4), 1400),

@@ -46,7 +46,7 @@ def test_weights_are_exported_under_transformers_names_and_sizes(text, images):
 
 
 def test_the_gpu_branches_are_taken(text):
-    assert text["branches"] == "rms_norm liger, swiglu liger, rope liger, attention flash"
+    assert text["branches"] == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash"
     assert text["attention"] == {
         "teacher: flash_attn forward bfloat16 [32, 8, 128]": 36 * 2,
         "student_forward: flash_attn forward bfloat16 [16, 8, 128]": 28 * 2,
@@ -70,19 +70,25 @@ def test_matmuls_multiply_bf16_and_the_head_keeps_fp32(text):
 
 
 def test_kernels_get_the_dtypes_they_were_compiled_for(text):
-    """Those of benchmarks/aot.py for our kernels; Liger's keep the layers' bf16 and statistics in fp32."""
-    acc, bf16, i64 = "float32", "bfloat16", "int64"
+    """Those of benchmarks/aot.py for our kernels; Liger's keeps the layers' bf16. An unused pointer is not listed."""
+    acc, bf16, i64, i32 = "float32", "bfloat16", "int64", "int32"
     assert text["launches"]["fold_kernel"] == [" ".join((acc, acc, i64, i64))]
-    assert text["launches"]["dlogits_kernel"] == [" ".join((bf16, acc, i64, i64, acc, acc, acc, acc, acc))]
+    assert text["launches"]["dlogits_kernel"] == [" ".join((bf16, acc, i64, i64, acc, acc, acc, acc))]
+    table = (acc, acc, i32, i32)
+    assert text["launches"]["qkv_forward_kernel"] == [" ".join((*[bf16] * 6, *table))]
+    assert text["launches"]["qkv_backward_kernel"] == [" ".join((bf16, acc, *[bf16] * 6, *table))]
+    assert sorted(text["launches"]["add_norm_forward_kernel"]) == [
+        " ".join((bf16, bf16, acc, bf16)),  # the first layer's norm; the last's is of the final hidden states
+        " ".join((bf16, bf16, acc, bf16, bf16, bf16)),
+    ]
+    assert sorted(text["launches"]["add_norm_backward_kernel"]) == [
+        " ".join((bf16, acc, bf16, bf16, acc, bf16)),
+        " ".join((bf16, acc, bf16, bf16, bf16, acc, bf16)),
+    ]
     liger = {name: ways for name, ways in text["launches"].items() if name.startswith("_")}
     assert sorted(liger) == [
-        "_block_rms_norm_backward_kernel",
-        "_block_rms_norm_forward_kernel",
-        "_rms_norm_backward_kernel",
-        "_rms_norm_forward_kernel",
         "_swiglu_fused_gate_up_backward_kernel",
         "_swiglu_fused_gate_up_forward_kernel",
-        "_triton_rope",
     ]
     assert all(way.split()[0] == bf16 for ways in liger.values() for way in ways)
 
@@ -159,7 +165,7 @@ def test_one_rank_talks_to_nobody_for_each_chunk(text):
 
 
 def test_the_vl_student_takes_the_branches_of_the_text_student(images):
-    assert images["branches"] == "rms_norm liger, swiglu liger, rope liger, attention flash"
+    assert images["branches"] == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash"
     assert images["attention"] == {
         "student_forward: flash_attn forward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],
         "student_backward: flash_attn backward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],

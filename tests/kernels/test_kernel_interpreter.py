@@ -14,7 +14,13 @@ from kernel_cases import DEVICE, INTERPRETED
 from benchmarks.gpu_day.part import can_interpret
 
 HERE = Path(__file__).parent
-NAMES = ["test_linear_logprob", "test_linear_policy_loss", "test_linear_kl", "test_kernel_parallel"]
+NAMES = [
+    "test_linear_logprob",
+    "test_linear_policy_loss",
+    "test_linear_kl",
+    "test_kernel_parallel",
+    "test_layer_kernels",
+]
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels are being tested directly already")

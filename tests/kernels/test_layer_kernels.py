@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vold_kernels import reference
 from vold_kernels.add_norm import add_rms_norm, rms_norm
-from vold_kernels.qkv import Heads, KeyPlaces, qkv_norm_rope
+from vold_kernels.qkv import Heads, SharedKeys, qkv_norm_rope
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA or Triton's interpreter")
 EPS = 1e-6
@@ -68,27 +68,26 @@ def test_qkv(family: str, shared: bool, dtype: torch.dtype):
     tokens, heads = 19, Heads(queries, keys, width, EPS if has_norms else None)
     mixed = draw(tokens, (queries + 2 * keys) * width, seed=0, dtype=dtype)
     weights = [draw(width, seed=1 + i, dtype=dtype) for i in range(2)] if has_norms else []
-    index_S = shared_keys(tokens) if shared else None
-    places = KeyPlaces.of(index_S, tokens) if shared else None
-    count = len(index_S) if shared else tokens
+    sharing = SharedKeys(shared_keys(tokens), tokens) if shared else None
+    count = len(sharing.index_S) if sharing else tokens
     shapes = [(tokens, queries, width), (count, keys, width), (count, keys, width)]
     upstream = [draw(*shape, seed=5 + i, dtype=dtype).detach() for i, shape in enumerate(shapes)]
 
-    def pieces(function, last, dtype):
+    def pieces(function, dtype):
         table = tables(tokens, width, dtype)
-        return lambda mixed, *w: function(mixed, w or None, table, heads, last)
+        return lambda mixed, *w: function(mixed, w or None, table, heads, sharing)
 
     inputs = [mixed, *weights]
-    expected = run(pieces(reference.qkv_norm_rope, index_S, torch.float64), inputs, torch.float64, upstream)
-    plain = run(pieces(reference.qkv_norm_rope, index_S, dtype), inputs, dtype, upstream)
-    ours = run(pieces(qkv_norm_rope, places, dtype), inputs, dtype, upstream)
+    expected = run(pieces(reference.qkv_norm_rope, torch.float64), inputs, torch.float64, upstream)
+    plain = run(pieces(reference.qkv_norm_rope, dtype), inputs, dtype, upstream)
+    ours = run(pieces(qkv_norm_rope, dtype), inputs, dtype, upstream)
     assert [x.shape for x in ours] == [x.shape for x in expected]
     assert min(float(x.norm()) for x in expected) > 0
     error, of_torch = worst(ours, expected), worst(plain, expected)
     assert error <= TOLERANCE[dtype], (error, of_torch)
     if not INTERPRETED or dtype != torch.bfloat16:  # the interpreter truncates where it should round
         assert error <= max(1.25 * of_torch, 1e-6 if dtype == torch.float32 else 1e-13), (error, of_torch)
-    again = run(pieces(qkv_norm_rope, places, dtype), inputs, dtype, upstream)
+    again = run(pieces(qkv_norm_rope, dtype), inputs, dtype, upstream)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     if shared:
         assert not ours[3][tokens - 2].view(keys, -1, width)[:, -2:].any(), "a token that is nobody's key"
@@ -107,7 +106,9 @@ def test_a_projection_whose_rows_are_a_view():
 @pytest.mark.parametrize("residual", [True, False], ids=["sum", "norm alone"])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (16, 64), (37, 96), (5, 2048)])
 def test_add_norm(rows: int, width: int, residual: bool, dtype: torch.dtype):
-    inputs = [draw(rows, 1, width, seed=i, dtype=dtype) for i in range(1 + residual)] + [draw(width, seed=2, dtype=dtype)]
+    inputs = [draw(rows, 1, width, seed=i, dtype=dtype) for i in range(1 + residual)] + [
+        draw(width, seed=2, dtype=dtype)
+    ]
     upstream = [draw(rows, 1, width, seed=5 + i, dtype=dtype).detach() for i in range(1 + residual)]
 
     def ours(x, *others):

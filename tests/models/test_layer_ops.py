@@ -1,6 +1,6 @@
-"""Liger's and flash-attn's pieces give the numbers torch's give: each piece, and the whole model through all of them.
+"""Our kernels' and Liger's pieces give the numbers torch's give: each piece, and the whole model through all of them.
 
-On a CPU, Liger's Triton kernels run through the interpreter, in a process of their own: TRITON_INTERPRET has to be set
+On a CPU, the Triton kernels run through the interpreter, in a process of their own: TRITON_INTERPRET has to be set
 before the first `import triton`.
 """
 
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vold.models.architecture import Architecture
 from vold.models.language_model import build_language_model, hidden_states
 from vold.models.layer_ops import LayerOps, sdpa_attention
 from vold.models.weights import load_pretrained
+from vold_kernels.qkv import Heads, SharedKeys
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -29,29 +31,10 @@ LIGER = importlib.util.find_spec("liger_kernel") is not None
 runs_liger = pytest.mark.skipif(
     not LIGER or not (CUDA or INTERPRETED), reason="needs liger-kernel, and CUDA or Triton's interpreter"
 )
-TORCH_OPS = LayerOps(layer_ops.torch_rms_norm, layer_ops.torch_swiglu, layer_ops.torch_rope, sdpa_attention)
-LIGER_OPS = LayerOps(layer_ops.liger_rms_norm, layer_ops.liger_swiglu, layer_ops.liger_rope, sdpa_attention)
-
-
-@pytest.fixture(autouse=True)
-def interpreter_speaks_libdevice(monkeypatch):
-    """What Triton's interpreter lacks of a compiled launch: float arguments as fp32 scalars, libdevice's rsqrt."""
-    if not (INTERPRETED and LIGER):
-        return
-    import liger_kernel.ops.rms_norm as norm
-    import numpy as np
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._implicit_cvt
-
-    def with_floats(argument):
-        if not isinstance(argument, float):
-            return convert(argument)
-        return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-    monkeypatch.setattr(norm, "rsqrt", lambda x: tl.math.rsqrt(x))  # looked up late: the interpreter patches it
+TORCH_OPS = layer_ops.TORCH_OPS
+GPU_OPS = LayerOps(
+    layer_ops.vold_rms_norm, layer_ops.vold_add_norm, layer_ops.vold_qkv, layer_ops.liger_swiglu, sdpa_attention
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -62,32 +45,44 @@ def cases():
     """piece, arguments that need a gradient, the others; shapes on and off the kernels' block edges."""
     for width in (64, 100):
         yield pytest.param("rms_norm", (draw(7, 1, width), draw(width, seed=1)), (1e-6,), id=f"norm-{width}")
+        inputs = (draw(7, 1, width), draw(7, 1, width, seed=1), draw(width, seed=2))
+        yield pytest.param("add_norm", inputs, (1e-6,), id=f"add-norm-{width}")
         yield pytest.param("swiglu", (draw(7, 1, 2 * width),), (), id=f"swiglu-{width}")
-    for heads, groups in ((4, 2), (3, 3)):
-        angles = draw(7, 1, 1, 16, seed=2).detach().repeat(1, 1, 1, 2)
-        q_and_k = (draw(7, 1, heads, 32), draw(7, 1, groups, 32, seed=1))
-        yield pytest.param("rope", q_and_k, (angles.cos(), angles.sin()), id=f"rope-{heads}-{groups}")
+    for queries, keys, eps in ((4, 2, None), (3, 3, 1e-6)):
+        angles = draw(7, 16, seed=2).detach().repeat(1, 2)
+        heads = Heads(queries, keys, 32, eps)
+        for shared in (None, SharedKeys(torch.tensor([0, 1, 2, 3, 0, 1, 4, 5, 6]).to(DEVICE), 7)):
+            others = (torch.stack((angles.cos(), angles.sin())), heads, shared)
+            yield pytest.param(
+                "qkv",
+                (draw(7, (queries + 2 * keys) * 32),),
+                others,
+                id=f"qkv-{queries}-{keys}{'-shared' * bool(shared)}",
+            )
 
 
 @runs_liger
 @pytest.mark.parametrize(("piece", "inputs", "others"), cases())
-def test_liger_agrees_with_torch(piece, inputs, others):
+def test_the_kernels_agree_with_torch(piece, inputs, others):
     found = {}
-    for name, ops in (("liger", LIGER_OPS), ("torch", TORCH_OPS)):
+    if piece == "qkv":
+        norms = None if others[1].eps is None else (draw(32, seed=8).detach(), draw(32, seed=9).detach())
+        others = (norms, *others)
+    for name, ops in (("kernels", GPU_OPS), ("torch", TORCH_OPS)):
         outs = getattr(ops, piece)(*(x * 1 for x in inputs), *others)
         outs = outs if isinstance(outs, tuple) else (outs,)
         upstream = [draw(*out.shape, seed=3 + i).detach() for i, out in enumerate(outs)]
         found[name] = (*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, upstream))
-    for ours, expected in zip(found["liger"], found["torch"], strict=True):
+    for ours, expected in zip(found["kernels"], found["torch"], strict=True):
         assert ours.shape == expected.shape
         torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
 @runs_liger
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
-def test_a_model_through_liger_has_transformers_gradients(family, tmp_path, layout, monkeypatch):
-    """qwen3: norms on queries and keys; qwen2.5-vl: biases, three-axis rotation with images' positions."""
-    monkeypatch.setattr(layers, "layer_ops", lambda device, dtype: LIGER_OPS)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl", "llama"])
+def test_a_model_through_the_kernels_has_transformers_gradients(family, tmp_path, layout, monkeypatch):
+    """qwen3: norms on queries and keys; qwen2.5-vl: biases, three-axis rotation with images' positions; llama: none."""
+    monkeypatch.setattr(layers, "layer_ops", lambda device, dtype: GPU_OPS)
     reference = tiny.FAMILIES[family]()
     directory = tiny.save(reference, tmp_path / "c")
     model = build_language_model(Architecture.from_pretrained(directory), layout, torch.float32)
@@ -107,12 +102,20 @@ def test_one_choice_for_a_device_and_a_dtype(monkeypatch):
     installed = set()
     monkeypatch.setattr(layer_ops, "_installed", lambda package: package in installed)
     choose = layer_ops.layer_ops.__wrapped__  # without its cache
-    assert str(choose("cpu", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention sdpa"
-    assert str(choose("cuda", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention varlen"
+    assert (
+        str(choose("cpu", torch.bfloat16)) == "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
+    )
+    assert (
+        str(choose("cuda", torch.bfloat16)) == "rms_norm vold, add_norm vold, qkv vold, swiglu torch, attention varlen"
+    )
     installed |= {"liger_kernel", "flash_attn"}
-    assert str(choose("cpu", torch.bfloat16)) == "rms_norm torch, swiglu torch, rope torch, attention sdpa"
-    assert str(choose("cuda", torch.bfloat16)) == "rms_norm liger, swiglu liger, rope liger, attention flash"
-    assert str(choose("cuda", torch.float32)) == "rms_norm liger, swiglu liger, rope liger, attention sdpa"
+    assert (
+        str(choose("cpu", torch.bfloat16)) == "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
+    )
+    assert (
+        str(choose("cuda", torch.bfloat16)) == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash"
+    )
+    assert str(choose("cuda", torch.float32)) == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention sdpa"
 
 
 def test_norm_weights_keep_their_names_and_their_sequence_parallel_mark(tmp_path, layout):
@@ -130,3 +133,20 @@ def test_interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_norm_computed_ahead_is_found_once_and_by_its_owner(tmp_path, layout):
+    directory = tiny.save(tiny.qwen3(), tmp_path / "c")
+    arch = Architecture.from_pretrained(directory)
+    model = build_language_model(arch, layout, torch.float32)
+    first, second = model.decoder.layers[:2]
+    assert first._next_norm == (second.input_layernorm,)
+    assert model.decoder.layers[-1]._next_norm == (model.decoder.final_layernorm,)
+    x, ahead = torch.ones(3, 1, arch.hidden), torch.full((3, 1, arch.hidden), 7.0)
+    x.norm_ahead = (second.input_layernorm, ahead)
+    assert first.input_layernorm(x) is not ahead
+    assert second.input_layernorm(x) is ahead and second.input_layernorm(x) is not ahead
+    x.norm_ahead = (second.input_layernorm, ahead)  # made without gradient, as inside a recomputed segment
+    assert second.input_layernorm(x.requires_grad_()) is not ahead
+    recomputed = build_language_model(arch, replace(layout, recompute="full"), torch.float32)
+    assert all(layer._next_norm == () for layer in recomputed.decoder.layers)

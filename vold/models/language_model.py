@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from vold.config.schema import AdapterConfig
 from vold.models.adapters import add_adapters, train_embeddings_output
 from vold.models.architecture import Architecture, transformer_config
-from vold.models.layers import Packing, Rotary, block_spec
+from vold.models.layers import Packing, Rotary, block_spec, join_norms
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
+from vold_kernels.qkv import SharedKeys
 
 
 class LanguageModel(GPTModel):
@@ -106,6 +107,7 @@ def build_language_model(
         vp_stage=vp_stage,
     )
     model.rotary_pos_emb = Rotary(arch, layout.device)
+    join_norms(model.decoder)
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)
@@ -222,20 +224,16 @@ def unwrap(model: nn.Module) -> LanguageModel:
 
 
 def packing(tokens: PackedTokens) -> Packing:
-    """The packing as Megatron's record. Attention reads the real boundaries; rope reads the `padded` ones."""
+    """The packing as Megatron's record."""
     longest_q, longest_k = map(max, zip(*tokens.segments, strict=True))
-    # One span [0, T]: rope then always maps position i of the packing to its own angle (its other branch restarts
-    # every sequence at angle 0, which is wrong for images), and being on the CPU it costs no device sync per layer.
-    span = torch.tensor([0, tokens.input_ids_T.numel()], dtype=torch.int32, device="cpu")
+    index_K = tokens.kv_index_K
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=tokens.cu_seqlens,
         cu_seqlens_kv=tokens.cu_seqlens_k,
-        cu_seqlens_q_padded=span,
-        cu_seqlens_kv_padded=span,
         max_seqlen_q=longest_q,
         max_seqlen_kv=longest_k,
-        kv_index=tokens.kv_index_K,
+        shared_keys=None if index_K is None else SharedKeys(index_K, tokens.input_ids_T.numel()),
     )
 
 

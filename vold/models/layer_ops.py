@@ -1,8 +1,9 @@
-"""The functions behind a layer's norm, gated activation, rotary embedding and attention: liger-kernel and flash-attn
-where they are installed and the tensors are on CUDA, plain torch otherwise. `layer_ops` alone chooses.
+"""The functions behind a layer's norms, its split into queries, keys and values, its gated activation and attention:
+on CUDA our kernels, liger-kernel's and flash-attn's where these are installed, plain torch otherwise. `layer_ops` alone
+chooses.
 
 T packed tokens, S keys and values that attention reads (T, or more where responses share a prompt), A query heads,
-K key/value heads, H head width, F feed-forward width.
+K key/value heads, H head width, W = (A + 2K) H, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -19,7 +20,16 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from vold.models.layer_shapes import meta_cpu_attention, meta_flash_attention, meta_rms_norm, meta_rope, meta_swiglu
+from vold.models.layer_shapes import (
+    meta_add_norm,
+    meta_cpu_attention,
+    meta_flash_attention,
+    meta_qkv,
+    meta_rms_norm,
+    meta_swiglu,
+)
+from vold_kernels import add_norm, qkv
+from vold_kernels.qkv import Heads, SharedKeys
 
 
 @dataclass(frozen=True)
@@ -27,14 +37,17 @@ class LayerOps:
     """One function for each part of a layer.
 
     rms_norm(x [..., D], weight [D], eps) -> [..., D]
+    add_norm(x, residual, weight [D], eps) -> their sum, its norm; all [..., D]
+    qkv(mixed [T, W], norms' weights or None, cos_sin [2, T, H], heads, shared or None) -> q [T, A, H], k and v [S, K, H]
+        split, normed and rotated; see vold_kernels.qkv
     swiglu(gate_up [..., 2F]) -> [..., F]
-    rope(q [T, 1, A, H], k [T, 1, K, H], cos [T, 1, 1, H], sin [T, 1, 1, H]) -> q, k rotated
     attention(q [T, A, H], k [S, K, H], v [S, K, H], packed, scale) -> [T, A, H], causal from the end of each segment
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    qkv: Callable[[Tensor, tuple[Tensor, Tensor] | None, Tensor, Heads, SharedKeys | None], tuple[Tensor, ...]]
     swiglu: Callable[[Tensor], Tensor]
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
 
     def __str__(self) -> str:
@@ -48,13 +61,12 @@ def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
     if device == "meta":
         return _meta_layer_ops(_simulated_device)
     if device != "cuda":
-        return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, sdpa_attention)
+        return TORCH_OPS
     attention = sdpa_attention  # the varlen kernels know half precision only
     if dtype in (torch.bfloat16, torch.float16):
         attention = flash_attention if _installed("flash_attn") else varlen_attention
-    if _installed("liger_kernel"):
-        return LayerOps(liger_rms_norm, liger_swiglu, liger_rope, attention)
-    return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, attention)
+    swiglu = liger_swiglu if _installed("liger_kernel") else torch_swiglu
+    return LayerOps(vold_rms_norm, vold_add_norm, vold_qkv, swiglu, attention)
 
 
 _simulated_device = "cuda"
@@ -75,8 +87,8 @@ def simulate_device(device: str) -> Iterator[None]:
 
 def _meta_layer_ops(device: str) -> LayerOps:
     if device == "cuda":
-        return LayerOps(meta_rms_norm, meta_swiglu, meta_rope, meta_flash_attention)
-    return LayerOps(torch_rms_norm, torch_swiglu, torch_rope, partial(sdpa_attention, attend=meta_cpu_attention))
+        return LayerOps(meta_rms_norm, meta_add_norm, meta_qkv, meta_swiglu, meta_flash_attention)
+    return replace(TORCH_OPS, attention=partial(sdpa_attention, attend=meta_cpu_attention))
 
 
 def _installed(package: str) -> bool:
@@ -95,8 +107,32 @@ def torch_swiglu(gate_up_T2F: Tensor) -> Tensor:
     return F.silu(gate_TF) * up_TF
 
 
-def torch_rope(q_T1AH: Tensor, k_T1KH: Tensor, cos_T11H: Tensor, sin_T11H: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(x * cos_T11H + _rotate_half(x) * sin_T11H for x in (q_T1AH, k_T1KH))
+def torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, torch_rms_norm(total, weight, eps)
+
+
+def torch_qkv(
+    mixed_TW: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    cos_sin_2TH: Tensor,
+    heads: Heads,
+    shared: SharedKeys | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = mixed_TW.view(len(mixed_TW), heads.keys, -1).split([*heads.split], dim=2)
+    q_TAH, k_TKH, v_TKH = (x.reshape(len(mixed_TW), -1, heads.width) for x in parts)
+    if norms is not None:
+        q_TAH, k_TKH = (torch_rms_norm(x, w, heads.eps) for x, w in zip((q_TAH, k_TKH), norms, strict=True))
+    cos_T1H, sin_T1H = cos_sin_2TH.to(mixed_TW.dtype)[:, :, None]
+    q_TAH, k_TKH = (x * cos_T1H + _rotate_half(x) * sin_T1H for x in (q_TAH, k_TKH))
+    if shared is not None:
+        k_TKH, v_TKH = (_gather(x, shared.index_S) for x in (k_TKH, v_TKH))
+    return q_TAH, k_TKH, v_TKH
+
+
+def _gather(x_TKH: Tensor, index_S: Tensor) -> Tensor:
+    """Look up rows of x as an embedding does, whose backward adds a row's gradients up in a fixed order."""
+    return F.embedding(index_S, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -128,6 +164,9 @@ def sdpa_attention(
     return torch.cat(outs)
 
 
+TORCH_OPS = LayerOps(torch_rms_norm, torch_add_norm, torch_qkv, torch_swiglu, sdpa_attention)
+
+
 def varlen_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
     """torch.nn.attention.varlen; key and value heads are repeated, as not every torch since 2.11 takes fewer."""
     from torch.nn.attention.varlen import varlen_attn
@@ -141,15 +180,26 @@ def _bounds(packed: PackedSeqParams) -> tuple[Tensor, Tensor, int, int]:
     return packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
 
 
-# -- liger-kernel and flash-attn: CUDA -----------------------------------------------------------------------------
+# -- our kernels, liger-kernel and flash-attn: CUDA ----------------------------------------------------------------
 
 
-def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`llama`: the product with the weight is rounded as transformers and vLLM round it. Not in place: Megatron may
-    still hold the gradient that comes in (pipeline buffers, recomputation)."""
-    from liger_kernel.ops import LigerRMSNormFunction
+def vold_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The product with the weight is rounded as transformers and vLLM round it."""
+    return add_norm.rms_norm(x, weight, eps)
 
-    return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False, None)
+
+def vold_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return add_norm.add_rms_norm(x, residual, weight, eps)
+
+
+def vold_qkv(
+    mixed_TW: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    cos_sin_2TH: Tensor,
+    heads: Heads,
+    shared: SharedKeys | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.qkv_norm_rope(mixed_TW, norms, cos_sin_2TH, heads, shared)
 
 
 def liger_swiglu(gate_up_T2F: Tensor) -> Tensor:
@@ -159,20 +209,6 @@ def liger_swiglu(gate_up_T2F: Tensor) -> Tensor:
 
     out_TF = LigerFusedGateUpSiLUMulFunction.apply(gate_up_T2F.view(-1, gate_up_T2F.shape[-1]))
     return out_TF.view(*gate_up_T2F.shape[:-1], -1)
-
-
-def liger_rope(q_T1AH: Tensor, k_T1KH: Tensor, cos_T11H: Tensor, sin_T11H: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger's plain rope: `Rotary` has chosen the axis of every frequency already, so its three-axis kernel, which
-    reads three planes of cosines, is not needed. It takes [1, heads, T, H] strided as [1, T, heads, H]: views of ours.
-
-    It rotates a contiguous input in place, which nothing else reads: q and k are fresh copies out of the projection's
-    buffer (a key that is still a view of it is copied first), or the output of a norm, which does not keep it.
-    """
-    from liger_kernel.ops import LigerRopeFunction
-
-    q_1ATH, k_1KTH = (x.permute(1, 2, 0, 3) for x in (q_T1AH, k_T1KH))
-    turned = LigerRopeFunction.apply(q_1ATH, k_1KTH, cos_T11H[None, :, 0, 0], sin_T11H[None, :, 0, 0])
-    return tuple(x.permute(2, 0, 1, 3) for x in turned)
 
 
 def flash_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Stand-ins for a layer's kernels on the meta device: no numbers, but the same tensors made and kept for backward, so
 that a step run there tells its memory (vold.planning.meta_memory).
 
-On a GPU the layers call liger-kernel and flash-attn (see vold.models.layer_ops), and all four need a stand-in. On a CPU
+On a GPU the layers call our kernels, liger-kernel and flash-attn (see vold.models.layer_ops), and all need a stand-in. On a CPU
 only attention does: torch knows the shapes of its other operators. T packed tokens, A query heads, K key/value heads,
-H head width, F feed-forward width.
+H head width, F feed-forward width, W columns of the joint projection.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vold_kernels.qkv import Heads, SharedKeys
 
-class _RMSNorm(torch.autograd.Function):
+
+class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))  # 1 / rms of each row
-        return torch.empty_like(x)
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor):
+        total = x if residual is None else torch.empty_like(x)
+        ctx.save_for_backward(total, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))  # 1 / rms of each row
+        return torch.empty_like(x) if residual is None else (total, torch.empty_like(x))
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(dy), torch.empty_like(ctx.saved_tensors[1])
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx = torch.empty_like(gradients[-1])
+        return dx, None if len(gradients) == 1 else dx, torch.empty_like(ctx.saved_tensors[1])
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -35,17 +39,21 @@ class _SwiGLU(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-class _Rope(torch.autograd.Function):
-    """Liger's rope works in place, on a copy of an input that is not contiguous."""
+class _Qkv(torch.autograd.Function):
+    """vold_kernels.qkv keeps the joint projection where heads have norms, else only the angles."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return q.contiguous(), k.contiguous()
+    def forward(ctx, mixed_TW, q_weight, k_weight, cos_sin, heads: Heads, shared: SharedKeys | None):
+        keys = len(mixed_TW) if shared is None else len(shared.index_S)
+        ctx.save_for_backward(*(() if q_weight is None else (mixed_TW, q_weight, k_weight)), cos_sin)
+        ctx.columns = mixed_TW.shape[1]
+        k_and_v = (mixed_TW.new_empty(keys, heads.keys, heads.width) for _ in range(2))
+        return mixed_TW.new_empty(len(mixed_TW), heads.queries, heads.width), *k_and_v
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return dq.contiguous(), dk.contiguous(), None, None
+    def backward(ctx, dq: Tensor, _dk: Tensor, _dv: Tensor) -> tuple[Tensor | None, ...]:
+        weights = (torch.empty_like(x) for x in ctx.saved_tensors[1:3]) if len(ctx.saved_tensors) > 1 else (None, None)
+        return dq.new_empty(len(dq), ctx.columns), *weights, None, None, None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -88,15 +96,21 @@ def meta_cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_
 
 
 def meta_rms_norm(x: Tensor, weight: Tensor, _eps: float) -> Tensor:
-    return _RMSNorm.apply(x, weight)
+    return _AddNorm.apply(x, None, weight)
+
+
+def meta_add_norm(x: Tensor, residual: Tensor, weight: Tensor, _eps: float) -> tuple[Tensor, Tensor]:
+    return _AddNorm.apply(x, residual, weight)
+
+
+def meta_qkv(
+    mixed_TW: Tensor, norms: tuple[Tensor, Tensor] | None, cos_sin: Tensor, heads: Heads, shared: SharedKeys | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _Qkv.apply(mixed_TW, *(norms or (None, None)), cos_sin, heads, shared)
 
 
 def meta_swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)
-
-
-def meta_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _Rope.apply(q, k, cos, sin)
 
 
 def meta_flash_attention(q: Tensor, k: Tensor, v: Tensor, _packed: PackedSeqParams, _scale: float) -> Tensor:

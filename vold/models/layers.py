@@ -1,8 +1,10 @@
-"""Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences.
+"""Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences, the layer.
 
-T packed tokens, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the only input format:
-Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses packing. The
-functions behind each module are chosen in `vold.models.layer_ops`.
+T packed tokens, D hidden width, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the
+only input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses
+packing. Its linear layers are kept, with their tensor and sequence parallelism; its layer and its attention, whose
+Python takes longer than the GPU at short micro-batches, are called past. The functions behind each module are chosen in
+`vold.models.layer_ops`.
 """
 
 from __future__ import annotations
@@ -11,23 +13,27 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from vold.models.architecture import Architecture
 from vold.models.layer_ops import layer_ops
+from vold_kernels.qkv import Heads, SharedKeys
 
 
 class RMSNorm(nn.RMSNorm):
@@ -38,6 +44,10 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        norm, normed = getattr(x, "norm_ahead", (None, None))
+        if norm is self and normed.requires_grad == x.requires_grad:
+            del x.norm_ahead
+            return normed
         return layer_ops(x.device.type, x.dtype).rms_norm(x, self.weight, self.eps)
 
 
@@ -73,82 +83,91 @@ class Rotary(nn.Module):
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self attention with queries and keys rotated together, where they are made.
+    """Megatron's self attention, whose queries, keys and values leave the joint projection normed, rotated and where the
+    attention reads them. Megatron computes cosine and sine again in every layer, for queries and for keys, and needs the
+    packing on the host."""
 
-    Megatron rotates them one after the other, computes cosine and sine again for each and in every layer, and needs the
-    packing on the host. Rotating outside the core attention also keeps an in-place kernel out of the part that
-    selective recomputation runs twice.
-    """
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        queries, keys = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+        eps = config.layernorm_epsilon if config.qk_layernorm else None
+        self._heads = Heads(queries, keys, self.hidden_size_per_attention_head, eps)
 
-    def forward(self, hidden_states: Tensor, *args, rotary_pos_emb: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
-        self._cos_sin = rotary_pos_emb
-        try:
-            return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
-        finally:
-            self._cos_sin = None
-
-    def get_query_key_value_tensors(self, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-        q_T1AH, k_T1KH, v_T1KH = super().get_query_key_value_tensors(*args, **kwargs)
-        cos_T11H, sin_T11H = self._cos_sin.to(q_T1AH.dtype)
-        rope = layer_ops(q_T1AH.device.type, q_T1AH.dtype).rope
-        return *rope(q_T1AH, k_T1KH, cos_T11H, sin_T11H), v_T1KH
+    def forward(self, hidden_T1D: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing) -> Tensor:
+        """[T, 1, D] -> the same. rotary_pos_emb: see Rotary."""
+        packed, ops = packed_seq_params, layer_ops(hidden_T1D.device.type, hidden_T1D.dtype)
+        mixed_TW = self.linear_qkv(hidden_T1D)[0].squeeze(1)
+        norms = None if self._heads.eps is None else (self.q_layernorm.weight, self.k_layernorm.weight)
+        q_TAH, k_SKH, v_SKH = ops.qkv(mixed_TW, norms, rotary_pos_emb[:, :, 0, 0], self._heads, packed.shared_keys)
+        out_TAH = ops.attention(q_TAH, k_SKH, v_SKH, packed, self.core_attention.scale)
+        return self.linear_proj(out_TAH.reshape(len(mixed_TW), 1, -1))[0]
 
 
 @dataclass
 class Packing(PackedSeqParams):
     """Megatron's record of a packing, with two additions.
 
-    kv_index      keys that segments share (see PackedTokens)
+    shared_keys   keys that segments share (PackedTokens.kv_index_K)
     image_rows_I  rows of image tokens in this rank's share of T
     deepstack     layer number (Megatron's, from 1) -> features [I, 1, D] that are added to these rows after it
     """
 
-    kv_index: Tensor | None = None
+    shared_keys: SharedKeys | None = None
     image_rows_I: Tensor | None = None
     deepstack: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PackedAttention(nn.Module):
-    """Causal softmax attention inside each packed segment; the core-attention slot of Megatron's SelfAttention."""
+    """The core-attention slot of Megatron's SelfAttention: the scale of its softmax."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_):
         super().__init__()
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
-    def forward(
-        self,
-        q_TAH: Tensor,
-        k_TKH: Tensor,
-        v_TKH: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        packed_seq_params: Packing,
-        **_,
-    ) -> Tensor:
-        """Returns [T, A * H]."""
-        keys_values = (k_TKH, v_TKH)
-        if packed_seq_params.kv_index is not None:
-            keys_values = (_gather(x, packed_seq_params.kv_index) for x in keys_values)
-        attend = layer_ops(q_TAH.device.type, q_TAH.dtype).attention
-        out_TAH = attend(q_TAH, *keys_values, packed_seq_params, self.scale)
-        return out_TAH.reshape(q_TAH.shape[0], -1)
-
-
-def _gather(x_TKH: Tensor, index: Tensor) -> Tensor:
-    """Look up rows of x as an embedding does, whose backward adds a row's gradients up in a fixed order, on CUDA in
-    fp32."""
-    return F.embedding(index, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
-
 
 class Layer(TransformerLayer):
-    """Megatron's layer, followed by DeepStack in the first ones: features of an image are added at its tokens."""
+    """Megatron's layer for this trainer's models: no dropout, no bias behind a linear layer, no inference. Each sum with
+    the residual is one operation with the norm that follows it, also the next layer's; features of an image are added
+    after the first layers (DeepStack)."""
 
-    def forward(self, *args, packed_seq_params: Packing, **kwargs) -> tuple[Tensor, Tensor | None]:
-        hidden_T1D, context = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+    _next_norm: tuple[RMSNorm, ...] = ()
+    """The norm that reads this layer's output, where it may be computed with it; no submodule."""
+
+    def forward(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing, **_
+    ) -> tuple[Tensor, None]:
+        ops, norm = layer_ops(hidden_states.device.type, hidden_states.dtype), self.pre_mlp_layernorm
+        normed_T1D = self.input_layernorm(hidden_states)
+        out_T1D = self.self_attention(normed_T1D, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
+        hidden_T1D, normed_T1D = ops.add_norm(out_T1D, hidden_states, norm.weight, norm.eps)
+        if self.recompute_mlp and self.training:
+            out_T1D = checkpoint(self._feed_forward, False, normed_T1D)
+        else:
+            out_T1D = self._feed_forward(normed_T1D)
         features_I1D = packed_seq_params.deepstack.get(self.layer_number)
         if features_I1D is not None:
-            hidden_T1D = hidden_T1D.index_add(0, packed_seq_params.image_rows_I, features_I1D)
-        return hidden_T1D, context
+            return (hidden_T1D + out_T1D).index_add(0, packed_seq_params.image_rows_I, features_I1D), None
+        if not self._next_norm:
+            return hidden_T1D + out_T1D, None
+        [norm] = self._next_norm
+        hidden_T1D, normed_T1D = ops.add_norm(out_T1D, hidden_T1D, norm.weight, norm.eps)
+        hidden_T1D.norm_ahead = norm, normed_T1D
+        return hidden_T1D, None
+
+    def _feed_forward(self, normed_T1D: Tensor) -> Tensor:
+        gate_up_T12F, _ = self.mlp.linear_fc1(normed_T1D)
+        return self.mlp.linear_fc2(self.mlp.activation_func(gate_up_T12F))[0]
+
+
+def join_norms(block: TransformerBlock) -> None:
+    """Let every layer compute the norm behind it together with its own last sum: RMSNorm.forward finds the result on the
+    tensor. Not where layers are recomputed from their inputs: each is a unit of its own then."""
+    if block.config.recompute_granularity == "full":
+        return
+    norms = [layer.input_layernorm for layer in block.layers][1:]
+    norms += [] if block.final_layernorm is None else [block.final_layernorm]
+    for layer, norm in zip(block.layers, norms, strict=False):
+        layer._next_norm = (norm,)
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

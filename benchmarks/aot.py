@@ -11,9 +11,9 @@ real head (its rows start on 16 bytes), so that this is the binary that runs. A 
 Triton ships cuobjdump, which reads registers and spills from the cubin, and nvdisasm, which shows the loop over blocks
 of real columns: instructions per logit, bits of one load, barriers per block. Instructions per logit decide whether
 memory or the processor is the limit: an H200 reads 1.1e12 fp32 logits a second at 4.3 TB/s and issues 2.9e13
-instructions, 26 per logit (13 in bf16). A layer's kernels (qkv, add_norm) are compiled for Qwen3-1.7B's heads and width, and
-counted a column of a token's row: for all of the kernel, or its loop over tokens. They move 4 to 8 bytes a column, while an
-H200 issues 26 to 52 instructions.
+instructions, 26 per logit (13 in bf16). A layer's kernels (qkv, add_norm) are compiled for Qwen3-1.7B's heads and
+width, and counted a column of a token's row: for all of the kernel, or its loop over tokens. They move 4 to 8 bytes a
+column, while an H200 issues 26 to 52 instructions.
 """
 
 from __future__ import annotations
@@ -240,11 +240,10 @@ def _main_loop(sass: str, variant: Variant) -> dict[str, float]:
     loops = [loop for loop in _loops(sass) if any(name.startswith("LDG") for name in loop)]
     loop = {"shortest": min, "longest": max}[variant.loop](loops, key=len) if variant.loop else _opcodes(sass)
     widths = [_bits(name) for name in loop if name.startswith("LDG")]
+    of_most_bytes = max(set(widths), key=lambda bits: bits * widths.count(bits))
     return {
         "instructions_per_logit": round(len(loop) * variant.warps * 32 / variant.columns, 2),
-        "load_bits": min(widths)
-        if variant.loop == "shortest"
-        else max(set(widths), key=lambda bits: bits * widths.count(bits)),
+        "load_bits": min(widths) if variant.loop == "shortest" else of_most_bytes,
         "barriers_per_block": sum(name.startswith("BAR") for name in loop),
     }
 

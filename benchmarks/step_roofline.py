@@ -38,8 +38,8 @@ ASSUMPTIONS = f"""\
 - flash-attn 2 reaches {" and ".join(f"{x / 1e12:.0f}" for x in step_costs.ATTENTION[80])} TFLOP/s (forward, backward)
   on an A100, {" and ".join(f"{x / 1e12:.0f}" for x in step_costs.ATTENTION[90])} on Hopper, and its backward pass has
   scratch of its own: fp32 dQ, and dK and dV of every query head.
-- Other operations pass each tensor once at the memory's rate; so do our kernels of a layer, which need fewer instructions
-  than an H200 issues meanwhile (AOT.md). A scatter that sorts is 8 to 14 kernels.
+- Other operations pass each tensor once at the memory's rate; so do our kernels of a layer, which need fewer
+  instructions than an H200 issues meanwhile (AOT.md). A scatter that sorts is 8 to 14 kernels.
 - Between two kernels the device idles {step_costs.GAP * 1e6:.0f} µs.
 - The host needs {HOST_LAYER["forward"] * 1e3:.2f} ms a layer forward and {HOST_LAYER["backward"] * 1e3:.2f} ms
   backward, {HOST_LAUNCH * 1e6:.0f} µs for every other launch; a phase takes as long as the slower of host and device.

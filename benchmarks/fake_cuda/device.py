@@ -190,9 +190,7 @@ def _launcher(kernel, grid) -> Callable:
         arguments = inspect.signature(function).bind(*args, **options).arguments
         if _trace is not None:
             tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-            distinct = {
-                id(tensor): name for name, tensor in reversed(tensors.items())
-            }  # an unused pointer is another's
+            distinct = {id(tensor): name for name, tensor in reversed(tensors.items())}  # unused pointers repeat
             _trace.launch(function.__name__, {name: tensors[name] for name in reversed(distinct.values())})
 
     return launch

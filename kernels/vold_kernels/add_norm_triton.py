@@ -3,8 +3,8 @@
 Shape letters: T rows, D their width, which is one block. The backward kernel's programs take ROWS rows each, keep their
 part of the weight's gradient in registers and load the next row while they work on this one; several programs share an
 SM, so that its memory is never idle. (One program an SM that loads nothing ahead, as in liger-kernel, is bound by the
-memory's latency.) Loads are cast to the compute type at once and rounded where separate operations round: after the sum,
-after the norm, after its weight.
+memory's latency.) Loads are cast to the compute type at once and rounded where separate operations round: after the
+sum, after the norm, after its weight.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""Queries, keys and values of a layer out of its joint projection, in one Triton kernel forward and one backward: split,
-norms of the heads, rotary embedding, and keys and values laid where attention reads them (`qkv.py` has the formulas).
+"""Queries, keys and values of a layer out of its joint projection, in one Triton kernel forward and one backward: norms
+of the heads, rotary embedding, and keys and values laid where attention reads them (`qkv.py` has the formulas).
 
 Shape letters: T tokens, S keys that attention reads, A query heads, K key/value heads, H head width, W = (A + 2K) H
 columns of the projection: for each key head its A/K query heads, its key, its value. A program has all heads of a token

@@ -184,7 +184,7 @@ def _rotated_by_90_degrees(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) in fp32 at least, rounded to x's dtype, then times the weight, as transformers has it."""
+    """x / sqrt(mean(x²) + eps) in fp32 at least, rounded to x's dtype, then times the weight, as in transformers."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def cases():
                 "qkv",
                 (draw(7, (queries + 2 * keys) * 32),),
                 others,
-                id=f"qkv-{queries}-{keys}{'-shared' * bool(shared)}",
+                id=f"qkv-{queries}-{bool(shared)}",
             )
 
 
@@ -102,20 +103,45 @@ def test_one_choice_for_a_device_and_a_dtype(monkeypatch):
     installed = set()
     monkeypatch.setattr(layer_ops, "_installed", lambda package: package in installed)
     choose = layer_ops.layer_ops.__wrapped__  # without its cache
-    assert (
-        str(choose("cpu", torch.bfloat16)) == "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
-    )
-    assert (
-        str(choose("cuda", torch.bfloat16)) == "rms_norm vold, add_norm vold, qkv vold, swiglu torch, attention varlen"
-    )
+    cpu = "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
+    cuda = "rms_norm vold, add_norm vold, qkv vold, swiglu {}, attention {}"
+    assert str(choose("cpu", torch.bfloat16)) == cpu
+    assert str(choose("cuda", torch.bfloat16)) == cuda.format("torch", "varlen")
     installed |= {"liger_kernel", "flash_attn"}
-    assert (
-        str(choose("cpu", torch.bfloat16)) == "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
-    )
-    assert (
-        str(choose("cuda", torch.bfloat16)) == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash"
-    )
-    assert str(choose("cuda", torch.float32)) == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention sdpa"
+    assert str(choose("cpu", torch.bfloat16)) == cpu
+    assert str(choose("cuda", torch.bfloat16)) == cuda.format("liger", "flash")
+    assert str(choose("cuda", torch.float32)) == cuda.format("liger", "sdpa")
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    """The signature of hopper/flash_attn_interface.py (flash-attention, commit 01afd16d); its numbers by sdpa."""
+    assert causal and seqused_q is None and not return_attn_probs and deterministic in (False, True)
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_k}
+    packed = layers.Packing(**bounds, max_seqlen_q=max_seqlen_q, max_seqlen_kv=max_seqlen_k)
+    return sdpa_attention(q, k, v, packed, softmax_scale)
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10])
+@pytest.mark.parametrize("returns_totals", [False, True])
+def test_flash_attention_3_is_taken_on_hopper_where_installed(capability, returns_totals, monkeypatch):
+    package = types.ModuleType("flash_attn_interface")
+    attend = flash_attn_varlen_func
+    package.flash_attn_varlen_func = (lambda *a, **o: (attend(*a, **o), None)) if returns_totals else attend
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    monkeypatch.setattr(layer_ops, "_installed", lambda name: name in ("flash_attn", "flash_attn_interface"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    chosen = layer_ops.layer_ops.__wrapped__("cuda", torch.bfloat16).attention
+    assert chosen is (layer_ops.flash3_attention if capability == 9 else layer_ops.flash_attention)
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    packed = layers.Packing(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=3, max_seqlen_kv=3)
+    qkv = [torch.randn(5, 2, 8) for _ in range(3)]
+    expected = sdpa_attention(*qkv, packed, 0.3)
+    assert torch.equal(layer_ops.flash3_attention(*qkv, packed, 0.3), expected)
 
 
 def test_norm_weights_keep_their_names_and_their_sequence_parallel_mark(tmp_path, layout):

@@ -38,8 +38,8 @@ class LayerOps:
 
     rms_norm(x [..., D], weight [D], eps) -> [..., D]
     add_norm(x, residual, weight [D], eps) -> their sum, its norm; all [..., D]
-    qkv(mixed [T, W], norms' weights or None, cos_sin [2, T, H], heads, shared or None) -> q [T, A, H], k and v [S, K, H]
-        split, normed and rotated; see vold_kernels.qkv
+    qkv(mixed [T, W], norms' weights or None, cos_sin [2, T, H], heads, shared or None)
+        -> q [T, A, H], k and v [S, K, H], normed and rotated; see vold_kernels.qkv
     swiglu(gate_up [..., 2F]) -> [..., F]
     attention(q [T, A, H], k [S, K, H], v [S, K, H], packed, scale) -> [T, A, H], causal from the end of each segment
     """
@@ -64,9 +64,16 @@ def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
         return TORCH_OPS
     attention = sdpa_attention  # the varlen kernels know half precision only
     if dtype in (torch.bfloat16, torch.float16):
-        attention = flash_attention if _installed("flash_attn") else varlen_attention
+        attention = _flash_attention() or varlen_attention
     swiglu = liger_swiglu if _installed("liger_kernel") else torch_swiglu
     return LayerOps(vold_rms_norm, vold_add_norm, vold_qkv, swiglu, attention)
+
+
+def _flash_attention() -> Callable[..., Tensor] | None:
+    """FlashAttention 3 on Hopper, the only GPU it knows, else flash-attn 2; None where neither is installed."""
+    if _installed("flash_attn_interface") and torch.cuda.get_device_capability()[0] == 9:
+        return flash3_attention
+    return flash_attention if _installed("flash_attn") else None
 
 
 _simulated_device = "cuda"
@@ -154,8 +161,8 @@ def sdpa_attention(
     q_parts = q_TAH.split([queries * count for queries, _, count in runs])
     k_parts, v_parts = (x.split([keys * count for _, keys, count in runs]) for x in (k_SKH, v_SKH))
     outs = []
-    for (queries, keys, count), *qkv in zip(runs, q_parts, k_parts, v_parts, strict=True):
-        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)
+    for (queries, keys, count), *parts in zip(runs, q_parts, k_parts, v_parts, strict=True):
+        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
         mask = None  # is_causal counts from the first key, and flash-attn and torch's varlen kernel from the last
         if queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
@@ -218,3 +225,13 @@ def flash_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedS
 
     order = {"deterministic": torch.are_deterministic_algorithms_enabled()}
     return flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True, **order)
+
+
+def flash3_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: PackedSeqParams, scale: float) -> Tensor:
+    """FlashAttention 3, built from flash-attn's folder `hopper`; causal and order as in `flash_attention`. Its first
+    releases return the softmax's totals too."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    order = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    out = flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True, **order)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,9 +1,9 @@
 """Stand-ins for a layer's kernels on the meta device: no numbers, but the same tensors made and kept for backward, so
 that a step run there tells its memory (vold.planning.meta_memory).
 
-On a GPU the layers call our kernels, liger-kernel and flash-attn (see vold.models.layer_ops), and all need a stand-in. On a CPU
-only attention does: torch knows the shapes of its other operators. T packed tokens, A query heads, K key/value heads,
-H head width, F feed-forward width, W columns of the joint projection.
+On a GPU the layers call our kernels, liger-kernel and flash-attn (see vold.models.layer_ops); all need a stand-in.
+On a CPU only attention does: torch knows the shapes of its other operators. T packed tokens, A query heads,
+K key/value heads, H head width, F feed-forward width, W columns of the joint projection.
 """
 
 from __future__ import annotations

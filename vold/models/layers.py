@@ -1,10 +1,10 @@
 """Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences, the layer.
 
 T packed tokens, D hidden width, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the
-only input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention refuses
-packing. Its linear layers are kept, with their tensor and sequence parallelism; its layer and its attention, whose
-Python takes longer than the GPU at short micro-batches, are called past. The functions behind each module are chosen in
-`vold.models.layer_ops`.
+only input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention
+refuses packing. Its linear layers are kept, with their tensor and sequence parallelism; the forward passes of its layer
+and attention are not: their Python takes longer than the GPU does at short micro-batches. The functions behind each
+module are chosen in `vold.models.layer_ops`.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class Rotary(nn.Module):
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self attention, whose queries, keys and values leave the joint projection normed, rotated and where the
-    attention reads them. Megatron computes cosine and sine again in every layer, for queries and for keys, and needs the
-    packing on the host."""
+    """Megatron's self attention, whose queries, keys and values leave the joint projection normed, rotated and where
+    attention reads them. Megatron computes cosine and sine again in every layer, for queries and for keys, and needs
+    the packing on the host."""
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -126,9 +126,9 @@ class PackedAttention(nn.Module):
 
 
 class Layer(TransformerLayer):
-    """Megatron's layer for this trainer's models: no dropout, no bias behind a linear layer, no inference. Each sum with
-    the residual is one operation with the norm that follows it, also the next layer's; features of an image are added
-    after the first layers (DeepStack)."""
+    """Megatron's layer for this trainer's models: no dropout, no bias behind a linear layer, no inference. Each sum
+    with the residual is one operation with the norm that follows it, also the next layer's; features of an image are
+    added after the first layers (DeepStack)."""
 
     _next_norm: tuple[RMSNorm, ...] = ()
     """The norm that reads this layer's output, where it may be computed with it; no submodule."""
@@ -160,8 +160,8 @@ class Layer(TransformerLayer):
 
 
 def join_norms(block: TransformerBlock) -> None:
-    """Let every layer compute the norm behind it together with its own last sum: RMSNorm.forward finds the result on the
-    tensor. Not where layers are recomputed from their inputs: each is a unit of its own then."""
+    """Let every layer compute the norm behind it together with its own last sum: RMSNorm.forward finds the result on
+    the tensor. Not where layers are recomputed from their inputs: each is a unit of its own then."""
     if block.config.recompute_granularity == "full":
         return
     norms = [layer.input_layernorm for layer in block.layers][1:]

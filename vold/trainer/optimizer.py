@@ -83,6 +83,10 @@ def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:
             options["fused"] = True
 
 
+def _is_fused(adamw: torch.optim.Optimizer | None) -> bool:
+    return isinstance(adamw, torch.optim.Adam) and bool(adamw.defaults.get("fused"))
+
+
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
     """Linear warm-up then cosine or constant. Advanced *before* each update: update 1 has lr/warmup_steps, and the
     decay would reach its minimum one update after the last, so that no update has rate 0."""
@@ -123,10 +127,15 @@ def gradient_norm_squared(optimizer: MegatronOptimizer) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Scale the gradient, of this norm, to the optimizer's `clip_grad` where it is longer; as Megatron does."""
+    """Scale the gradient, of this norm, to the optimizer's `clip_grad` where it is longer; as Megatron does. A fused
+    AdamW divides by the factor's inverse as it reads the gradient in the next update."""
     coefficient = optimizer.config.clip_grad / (norm + 1.0e-6)
+    adamw = _inner(optimizer).optimizer
     gradients = [p.grad for p in _inner(optimizer).get_parameters() if p.grad is not None]
-    if coefficient < 1.0 and gradients:
+    if _is_fused(adamw):
+        is_longer = coefficient < 1.0 and bool(gradients)
+        adamw.grad_scale = gradients[0].new_full((), 1 / coefficient) if is_longer else None
+    elif coefficient < 1.0 and gradients:
         torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 
 

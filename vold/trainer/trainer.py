@@ -34,6 +34,7 @@ from vold.trainer.metrics import MicroBatchStats, by_sample, mean_kl, micro_batc
 from vold.trainer.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm_squared
 from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
+from vold.trainer.weight_gradients import add_to_main_grad
 from vold.types import Batch, MicroBatch, StepReport
 from vold_kernels import KLLoss, linear_kl, linear_logprob, linear_policy_loss
 
@@ -318,6 +319,8 @@ def _wrap(chunks: Sequence[LanguageModel]) -> list[DistributedDataParallel]:
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     for chunk in wrapped:
+        if unwrap(chunk).layout.device.type == "cuda":
+            add_to_main_grad(chunk)
         chunk.config.finalize_model_grads_func = _finalize_gradients
         chunk.train()
     return wrapped

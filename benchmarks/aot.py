@@ -188,12 +188,13 @@ def modules() -> list[str]:
 
 
 def kernels() -> Iterator[tuple[str, str]]:
-    """(module, kernel) of every jitted function that stores, and is therefore launched."""
+    """(module, kernel) of every jitted function that stores and is public, and is therefore launched."""
     from triton.runtime.jit import JITFunction
 
     for module in modules():
         for name, value in vars(importlib.import_module(f"vold_kernels.{module}")).items():
-            if isinstance(value, JITFunction) and value.__module__.endswith(module) and "tl.store(" in value.src:
+            is_kernel = isinstance(value, JITFunction) and not name.startswith("_") and "tl.store(" in value.src
+            if is_kernel and value.__module__.endswith(module):
                 yield module, name
 
 

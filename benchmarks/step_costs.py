@@ -112,7 +112,8 @@ def _matmul(op: Operation, gpu: Gpu, moved: float) -> float:
     result = (*op.outputs, *op.written)[0]
     if result.itemsize == 2:
         return max(arithmetic, moved)
-    accumulates = rows > max(columns, depth)  # dW of a chunk; its rows are the vocabulary
+    is_head_dw = rows > max(columns, depth)  # of a chunk: its rows are the vocabulary
+    accumulates = is_head_dw or op.site.startswith("vold/trainer/weight_gradients.py")
     return arithmetic + (1 - HIDDEN_SHARE) * result.bytes * (2 if accumulates else 1) / gpu.bandwidth
 
 

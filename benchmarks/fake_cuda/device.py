@@ -190,8 +190,10 @@ def _launcher(kernel, grid) -> Callable:
         arguments = inspect.signature(function).bind(*args, **options).arguments
         if _trace is not None:
             tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-            distinct = {id(tensor): name for name, tensor in reversed(tensors.items())}  # unused pointers repeat
-            _trace.launch(function.__name__, {name: tensors[name] for name in reversed(distinct.values())})
+            distinct: dict[int, str] = {}
+            for name, tensor in tensors.items():
+                distinct.setdefault(id(tensor), name)  # an unused pointer is another's
+            _trace.launch(function.__name__, {name: tensors[name] for name in distinct.values()})
 
     return launch
 

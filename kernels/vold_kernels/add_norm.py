@@ -46,7 +46,7 @@ class _AddNorm(torch.autograd.Function):
         total, scale, weight_D = ctx.saved_tensors
         d_y, d_x = d_y.contiguous(), torch.empty_like(total)
         others = (d_y if d_total is None else d_total.contiguous(), total, scale, weight_D)
-        d_weight_D = scale.new_empty(-(-scale.numel() // add_norm_triton.ROWS), len(weight_D))
+        d_weight_D = scale.new_empty(-(-scale.numel() // add_norm_triton.ROWS), weight_D.shape[0])
         add_norm_triton.backward_((d_x, d_weight_D), (d_y, *others), HAS_D_TOTAL=d_total is not None)
         d_weight_D = d_weight_D.sum(0).to(weight_D.dtype)
         return d_x, d_x if ctx.has_residual else None, d_weight_D, None

@@ -7,6 +7,8 @@ memory's latency.) Loads are cast to the compute type at once and rounded where 
 sum, after the norm, after its weight.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -101,6 +103,7 @@ def add_norm_backward_kernel(
     tl.store(D_WEIGHT + program * D + column, d_weight, mask=mask)
 
 
+@cache
 def block(width: int) -> tuple[int, int]:
     """(columns of a block, warps) for rows of this width."""
     columns = triton.next_power_of_2(width)
@@ -110,18 +113,18 @@ def block(width: int) -> tuple[int, int]:
 def forward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options) -> None:
     """outputs: total, y, scale; inputs: x, residual, weight. Rows are all dimensions but the last."""
     weight_D = inputs[-1]
-    columns, warps = block(len(weight_D))
+    columns, warps = block(weight_D.shape[0])
     with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):  # -1: does nothing
         add_norm_forward_kernel[(outputs[2].numel(),)](
-            *outputs, *inputs, **options, D=len(weight_D), BLOCK=columns, num_warps=warps
+            *outputs, *inputs, **options, D=weight_D.shape[0], BLOCK=columns, num_warps=warps
         )
 
 
 def backward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options) -> None:
     """outputs: d_x, parts of d_weight; inputs: d_y, d_total, total, scale, weight."""
     scale, weight_D = inputs[-2:]
-    columns, warps = block(len(weight_D))
+    columns, warps = block(weight_D.shape[0])
     with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):
-        add_norm_backward_kernel[(len(outputs[1]),)](
-            *outputs, *inputs, scale.numel(), **options, D=len(weight_D), BLOCK=columns, ROWS=ROWS, num_warps=warps
+        add_norm_backward_kernel[(outputs[1].shape[0],)](
+            *outputs, *inputs, scale.numel(), **options, D=weight_D.shape[0], BLOCK=columns, ROWS=ROWS, num_warps=warps
         )

@@ -74,8 +74,9 @@ class _QkvNormRope(torch.autograd.Function):
         from . import qkv_triton  # on first use: a CPU needs no triton
 
         assert mixed_TW.stride(1) == 1 and cos_sin_2TH.is_contiguous()
-        keys = len(mixed_TW) if shared is None else len(shared.index_S)
-        q_TAH = mixed_TW.new_empty(len(mixed_TW), heads.queries, heads.width)
+        tokens = mixed_TW.shape[0]
+        keys = tokens if shared is None else shared.index_S.shape[0]
+        q_TAH = mixed_TW.new_empty(tokens, heads.queries, heads.width)
         k_SKH, v_SKH = (mixed_TW.new_empty(keys, heads.keys, heads.width) for _ in range(2))
         others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, shared)
         options = {"EPS": heads.eps, "SHARED": shared is not None}
@@ -89,7 +90,7 @@ class _QkvNormRope(torch.autograd.Function):
         from . import qkv_triton
 
         heads, (*normed, cos_sin_2TH) = ctx.heads, ctx.saved_tensors
-        tokens, columns = len(d_q_TAH), (heads.queries + 2 * heads.keys) * heads.width
+        tokens, columns = d_q_TAH.shape[0], (heads.queries + 2 * heads.keys) * heads.width
         d_mixed_TW = d_q_TAH.new_empty(tokens, columns)
         mixed_TW, q_weight_H, k_weight_H = normed or (d_mixed_TW, None, None)
         programs = -(-tokens // qkv_triton.ROWS)

@@ -11,6 +11,8 @@ pass over the memory; here one read and one write. Loads are cast to the compute
 separate operations round (after the norm, after its weight, and the angles), see `rows_triton.py` on the interpreter.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -235,6 +237,7 @@ def qkv_backward_kernel(
         _store_halves(D_WEIGHTS + H, columns, tl.sum(dwk_first, 0), tl.sum(dwk_second, 0), mask, H // 2)
 
 
+@cache
 def tiles(heads: int, groups: int, width: int) -> tuple[dict[str, int], int]:
     """(the kernels' constants for these head counts, warps)."""
     head_tile, half_tile = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
@@ -249,7 +252,7 @@ def forward_(
     """Writes q, k and v. others: both weights, cosines, sines, first places, places. shape: (A, K, H)."""
     constants, warps = tiles(*shape)
     with torch.cuda.device(mixed_TW.device if mixed_TW.is_cuda else -1):  # -1: does nothing
-        qkv_forward_kernel[(len(mixed_TW),)](
+        qkv_forward_kernel[(mixed_TW.shape[0],)](
             *outputs, mixed_TW, *others, mixed_TW.stride(0), **constants, **options, num_warps=warps
         )
 
@@ -258,6 +261,6 @@ def backward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], shape: tu
     """Writes d_mixed and the parts of the weights' gradients. inputs: d_q, d_k, d_v, then those of `forward_`."""
     (constants, warps), mixed_TW = tiles(*shape), inputs[3]
     with torch.cuda.device(mixed_TW.device if mixed_TW.is_cuda else -1):
-        qkv_backward_kernel[(len(outputs[1]),)](
-            *outputs, *inputs, mixed_TW.stride(0), len(mixed_TW), **constants, **options, ROWS=ROWS, num_warps=warps
+        qkv_backward_kernel[(outputs[1].shape[0],)](
+            *outputs, *inputs, mixed_TW.stride(0), mixed_TW.shape[0], **constants, **options, ROWS=ROWS, num_warps=warps
         )

@@ -82,7 +82,7 @@ def transformers_tensors(case: Case) -> dict[str, list[int]]:
 def tower(trace: Trace) -> dict:
     """The tower's products, in the order of the widths, and where its output goes."""
     products: Counter[str] = Counter()
-    for op, count in trace.select("aten", site="vision.py:features").items():
+    for op, count in trace.select("aten", site="vision.py:encode").items():
         if op.flops:
             a, b = op.inputs[-2:]
             products[f"{op.name} {list(a.size)} {list(b.size)} -> {op.outputs[0].dtype} {op.outputs[0].device}"] += (

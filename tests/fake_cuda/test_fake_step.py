@@ -62,6 +62,7 @@ def test_a_device_would_take_every_operation_as_it_is(text):
 def test_matmuls_multiply_bf16_and_the_head_keeps_fp32(text):
     assert text["gemms"] == [
         "student_backward: bfloat16 -> bfloat16",
+        "student_backward: bfloat16 -> float32",  # dW, into main_grad
         "student_forward: bfloat16 -> bfloat16",
         "student_forward: bfloat16 -> float32",
         "teacher: bfloat16 -> bfloat16",
@@ -78,7 +79,7 @@ def test_kernels_get_the_dtypes_they_were_compiled_for(text):
     assert text["launches"]["qkv_forward_kernel"] == [" ".join((*[bf16] * 6, *table))]
     assert text["launches"]["qkv_backward_kernel"] == [" ".join((bf16, acc, *[bf16] * 6, *table))]
     assert sorted(text["launches"]["add_norm_forward_kernel"]) == [
-        " ".join((bf16, bf16, acc, bf16)),  # the first layer's norm; the last's is of the final hidden states
+        " ".join((bf16, bf16, acc, bf16)),  # the first layer's norm, without a sum
         " ".join((bf16, bf16, acc, bf16, bf16, bf16)),
     ]
     assert sorted(text["launches"]["add_norm_backward_kernel"]) == [
@@ -208,10 +209,10 @@ def test_the_head_multiplies_once_behind_images_too(images):
 TOWER = "vold/models/vision.py:"
 TOWER_WAITS = {  # of one pass, which both images share
     f"copy to the device, {TOWER}_tower": 13 * BLOCKS,  # its weights, before the first picture
-    f"tolist, {TOWER}features": 3 * BLOCKS + 3,  # each block reads the windows' lengths, for q, k and v
-    f"copy to the device, {TOWER}features": 4,
-    f"repeat_interleave, {TOWER}features": 1,
-    f"unique_consecutive, {TOWER}features": 1,
+    f"tolist, {TOWER}encode": 3 * BLOCKS + 3,  # each block reads the windows' lengths, for q, k and v
+    f"copy to the device, {TOWER}encode": 4,
+    f"repeat_interleave, {TOWER}encode": 1,
+    f"unique_consecutive, {TOWER}encode": 1,
 }
 
 

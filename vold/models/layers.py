@@ -100,7 +100,7 @@ class PackedSelfAttention(SelfAttention):
         norms = None if self._heads.eps is None else (self.q_layernorm.weight, self.k_layernorm.weight)
         q_TAH, k_SKH, v_SKH = ops.qkv(mixed_TW, norms, rotary_pos_emb[:, :, 0, 0], self._heads, packed.shared_keys)
         out_TAH = ops.attention(q_TAH, k_SKH, v_SKH, packed, self.core_attention.scale)
-        return self.linear_proj(out_TAH.reshape(len(mixed_TW), 1, -1))[0]
+        return self.linear_proj(out_TAH.reshape(mixed_TW.shape[0], 1, -1))[0]
 
 
 @dataclass
@@ -132,6 +132,14 @@ class Layer(TransformerLayer):
 
     _next_norm: tuple[RMSNorm, ...] = ()
     """The norm that reads this layer's output, where it may be computed with it; no submodule."""
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.tensor_model_parallel_size == 1:  # spare an autograd function around each linear that does nothing
+            for linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
+                linear.disable_grad_reduce = True
+            for linear in (self.self_attention.linear_proj, self.mlp.linear_fc2):
+                linear.explicit_expert_comm = True  # "others communicate"
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing, **_

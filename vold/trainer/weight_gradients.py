@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from torch import Tensor, nn
 
-from vold_kernels.matmuls import uses_tensor_cores, weight_gradient_
+from vold_kernels.matmuls import uses_tensor_cores
 
 
 def add_to_main_grad(chunk: nn.Module) -> None:
@@ -29,6 +29,8 @@ def add_to_main_grad(chunk: nn.Module) -> None:
 
 
 def _add(input_TD: Tensor, d_output_TU: Tensor, main_grad_UD: Tensor) -> None:
-    if not uses_tensor_cores(input_TD):
-        d_output_TU = d_output_TU.to(main_grad_UD.dtype)
-    weight_gradient_(main_grad_UD, d_output_TU, input_TD, accumulate=True)
+    factors = (d_output_TU.t(), input_TD)
+    if uses_tensor_cores(input_TD):
+        torch.addmm(main_grad_UD, *factors, out_dtype=torch.float32, out=main_grad_UD)
+    else:
+        torch.addmm(main_grad_UD, *(x.to(main_grad_UD.dtype) for x in factors), out=main_grad_UD)

@@ -3,8 +3,9 @@
     python -m benchmarks.host_time [--before CHECKOUT]
 
 The functions are those of a GPU (`layer_ops`), whose Triton launches do nothing here, and attention returns an empty
-tensor; Megatron's data-parallel wrapper and its hooks are real. With --before another checkout is timed in turn, round by
-round, and the ratio is printed: `step_roofline` scales its assumed host time by it. A launch's own time is in neither.
+tensor; Megatron's data-parallel wrapper and its hooks are real. With --before another checkout is timed in turn, round
+by round, and the ratio is printed: `step_roofline` scales its assumed host time by it. A launch's own time is in
+neither.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS, TOKENS, ROUNDS, PASSES = 8, 8, 7, 30
+LAYERS, TOKENS, ROUNDS, PASSES = 8, 8, 5, 30
 CONFIG = {
     **dict(model_type="qwen3", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS),
     **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64),

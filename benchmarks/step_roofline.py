@@ -28,7 +28,11 @@ MICROBATCH_TOKENS = (16384, 4096)
 """Limits of a micro-batch: of the 16 sequences of `fake_cuda.step.Case` they make two of 12,061 tokens at most, and
 eight of 3,310."""
 STUDENT = ("forward", "head", "backward", "optimizer")
-HOST_LAYER = {"forward": 0.95e-3, "backward": 1.05e-3, "teacher": 0.95e-3}
+HOST_RATIO = {"forward": 0.587, "backward": 0.839}
+"""Host time of a layer now over that at commit 9429b30: one run of `benchmarks.host_time --before`, 2026-11-30."""
+HOST_LAYER = {"forward": 0.95e-3 * HOST_RATIO["forward"], "backward": 1.05e-3 * HOST_RATIO["backward"]}
+HOST_LAYER |= {"teacher": HOST_LAYER["forward"]}
+"""Seconds: 0.95 and 1.05 ms were assumed for that commit."""
 HOST_LAUNCH = 8e-6
 LOSERS = 10
 ASSUMPTIONS = f"""\
@@ -42,7 +46,9 @@ ASSUMPTIONS = f"""\
   instructions than an H200 issues meanwhile (AOT.md). A scatter that sorts is 8 to 14 kernels.
 - Between two kernels the device idles {step_costs.GAP * 1e6:.0f} µs.
 - The host needs {HOST_LAYER["forward"] * 1e3:.2f} ms a layer forward and {HOST_LAYER["backward"] * 1e3:.2f} ms
-  backward, {HOST_LAUNCH * 1e6:.0f} µs for every other launch; a phase takes as long as the slower of host and device.
+  backward (0.95 and 1.05 ms, assumed before, times {HOST_RATIO["forward"]} and {HOST_RATIO["backward"]}, which
+  `benchmarks.host_time` measured on a CPU), {HOST_LAUNCH * 1e6:.0f} µs for every other launch; a phase takes as long
+  as the slower of host and device.
 - Adam has its moments, every step is clipped, one GPU: no collective takes time. Rollouts, weight export, and a
   teacher's copy from the host are left out. No recomputation.
 - Loss: predicted time beyond the FLOPs at the matmul rate."""

@@ -12,7 +12,7 @@ from .schedule import ROOT
 
 FILE = "checks.csv"
 RESULT = re.compile(r"^(?P<test>tests/\S+::\S.*?) (?P<word>PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b(?P<rest>.*)$")
-KERNELS = ("test_linear_logprob.py", "test_linear_policy_loss.py", "test_linear_kl.py")
+KERNELS = ("test_linear_logprob.py", "test_layer_kernels.py", "test_linear_policy_loss.py", "test_linear_kl.py")
 SECONDS_EACH = 40
 
 

@@ -213,6 +213,7 @@ def serve(
     socket: Annotated[
         Path | None, typer.Option(help="listen on this unix socket instead, named unix:/PATH in the config's urls")
     ] = None,
+    teacher: Annotated[str, typer.Option(help="of an rl config with several teachers: the name of one")] = "",
 ) -> None:
     """Start one vLLM engine as a server, for a config that names it in vllm.urls.
 
@@ -221,7 +222,7 @@ def serve(
     config_type = {"eval": schema.EvalConfig, "traces": schema.TracesConfig}.get(stage, schema.RlConfig)
     where = {"host": host, "port": port} if socket is None else {"uds": str(socket.absolute())}
     serve_config = load_config(config_type, config, overrides or ())
-    _module("commands.serve").serve_engine(serve_config, where=where, teacher=stage == "teacher")
+    _module("commands.serve").serve_engine(serve_config, where=where, teacher=stage == "teacher" and (teacher or True))
 
 
 @app.command(rich_help_panel=INSPECT)

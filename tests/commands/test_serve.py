@@ -72,3 +72,21 @@ def test_no_teacher_to_serve_is_one_line(load, tmp_path):
     config = load("rl", tmp_path / "run", "teacher=null", "objective.preset=grpo")
     with pytest.raises(ValueError, match="this config has no teacher; set teacher: PATH"):
         serve.serve_engine(config, where={"host": "127.0.0.1", "port": 8001}, teacher=True)
+
+
+def test_one_of_several_teachers_is_served_by_name(load, tmp_path, world, monkeypatch):
+    calls, where = [], {"host": "127.0.0.1", "port": 8001}
+    monkeypatch.setattr(serve.os, "execvpe", lambda *call: calls.append(call))
+    several = (
+        f"teachers={{a: {{path: {world.teacher}, vllm: {{tensor_parallel_size: 2}}}}, b: {{path: {world.student}}}}}"
+    )
+    config = load("rl", tmp_path / "run", "teacher=null", several)
+    for name, path, size in (("a", world.teacher, "2"), ("b", world.student, "1")):
+        serve.serve_engine(config, where=where, teacher=name)
+        options = dict(pairwise(calls[-1][1]))
+        assert options["--model"] == str(path) and options["--tensor-parallel-size"] == size
+    for name in (True, "c"):
+        with pytest.raises(ValueError, match="name one of a, b with --teacher"):
+            serve.serve_engine(config, where=where, teacher=name)
+    with pytest.raises(ValueError, match="this config has one teacher; leave the name out"):
+        serve.serve_engine(load("rl", tmp_path / "one"), where=where, teacher="a")

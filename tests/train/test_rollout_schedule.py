@@ -303,6 +303,9 @@ class TeacherBeside:
         self._model = TransformersSampler(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
         self._fails, self.asked, self.closed = fails, [], False
 
+    def scores(self, prompt) -> bool:
+        return True
+
     def submit(self, rollouts) -> Future:
         found: Future = Future()
         answers = []
@@ -339,6 +342,43 @@ def test_a_streamed_teacher_trains_like_the_one_in_the_trainer(
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     assert {len(rollout.response_ids) % 2 for rollout in teacher.asked} == {0}, "failed responses alone"
     assert 0 < rows[0]["teacher_saved"] < 1 and teacher.closed
+
+
+def test_two_halves_of_a_teacher_train_like_the_whole(load, tmp_path, layout, world, graded_by_length, monkeypatch):
+    whole = load("rl", tmp_path / "whole", *SHORT, "objective.beta=0.3")
+    train_rl(whole)
+    monkeypatch.setattr(components, "VllmTeacher", lambda path, *_, **__: TeacherBeside(path))
+    half = f"{{path: {world.teacher}, weight: 0.5, vllm: {{urls: [http://teacher:1]}}}}"
+    several = ["teacher=null", f"teachers={{one: {half}, other: {half}}}", "teacher_column=who"]
+    halves = load("rl", tmp_path / "halves", *SHORT, "objective.beta=0.3", *several)
+    assert halves.teachers["one"].vllm.secret_file == halves.run_dir / "engines.secret"
+    train_rl(halves)
+    expected, rows = (read_rows(config.run_dir / "metrics.jsonl") for config in (whole, halves))
+    for row, wanted in zip(timeless(rows), timeless(expected), strict=True):
+        by_teacher = {name: row.pop(name) for name in list(row) if re.match("teacher_(one|other)_", name)}
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert by_teacher["teacher_one_responses"] == by_teacher["teacher_other_responses"] > 0
+        assert by_teacher["teacher_one_kl"] > 0
+    assert "teachers.one/config.json" in (halves.run_dir / "inputs.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["teachers={a: {path: x}}"], "teacher and teachers are both set"),
+        (["teacher_column=who"], "teacher_column = 'who' chooses among teachers"),
+        (["teacher=null", "teachers={a-b: {path: x}}"], "teachers.a-b is no name"),
+    ],
+)
+def test_several_teachers_and_one_are_one_decision(load, tmp_path, overrides, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        load("rl", tmp_path, *overrides)
+
+
+def test_several_teachers_have_no_whole_distributions(load, tmp_path, layout, world):
+    several = ["teacher=null", f"teachers={{a: {{path: {world.teacher}}}}}", "objective.divergence=jsd"]
+    with pytest.raises(ValueError, match=r"set objective\.divergence=k2, or one teacher"):
+        train_rl(load("rl", tmp_path, *several))
 
 
 def test_the_teacher_is_asked_while_others_are_still_drawn(

@@ -25,15 +25,16 @@ ENVIRONMENT = {
 
 
 def serve_engine(
-    config: RlConfig | EvalConfig | TracesConfig, *, where: dict[str, str | int], teacher: bool = False
+    config: RlConfig | EvalConfig | TracesConfig, *, where: dict[str, str | int], teacher: bool | str = False
 ) -> None:
     """Replace this process by vLLM's API server; does not return.
 
-    It serves the model that the config's stage samples, or with `teacher` an rl config's teacher, to those who have the
-    run's secret (vold.rollout.vllm.guard). where: {"host", "port"}, or {"uds": path of a socket}. Raises ValueError
-    where vLLM is not installed, there is no teacher, or others may read the secret.
+    It serves the model that the config's stage samples, or with `teacher` an rl config's teacher (a name: that one of
+    its teachers), to those who have the run's secret (vold.rollout.vllm.guard). where: {"host", "port"}, or {"uds":
+    path of a socket}. Raises ValueError where vLLM is not installed, there is no such teacher, or others may read the
+    secret.
     """
-    checkpoint, settings = _teacher(config) if teacher else _sampled_model(config)
+    checkpoint, settings = _teacher(config, teacher) if teacher else _sampled_model(config)
     command = server_command(checkpoint, settings, dtype=config.dtype, where=where)
     if find_spec("vllm") is None:
         raise ValueError("vold serve becomes vLLM's server, which is not installed here: pip install 'vold[vllm]'")
@@ -74,7 +75,14 @@ def _sampled_model(config: RlConfig | EvalConfig | TracesConfig) -> tuple[Path, 
     return (config.checkpoint if isinstance(config, EvalConfig) else config.teacher), config.vllm
 
 
-def _teacher(config: RlConfig) -> tuple[Path, VllmConfig]:
+def _teacher(config: RlConfig, name: bool | str) -> tuple[Path, VllmConfig]:
+    if config.teachers:
+        if name not in config.teachers:
+            raise ValueError(f"vold serve teacher: name one of {', '.join(config.teachers)} with --teacher")
+        several = config.teachers[str(name)]
+        return several.path, settings_for_scoring(several.path, several.vllm)
     if config.teacher is None:
         raise ValueError("vold serve teacher: this config has no teacher; set teacher: PATH")
+    if isinstance(name, str):
+        raise ValueError(f"vold serve teacher --teacher {name}: this config has one teacher; leave the name out")
     return config.teacher, settings_for_scoring(config.teacher, config.teacher_vllm)

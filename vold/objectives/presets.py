@@ -34,6 +34,7 @@ PRESETS: dict[str, Objective] = {
     "grpo": _GRPO,
     "vold": _VOLD,
     "vold-unmasked": replace(_VOLD, routing=every),
+    "mopd": replace(_VOLD, routing=every),  # several teachers, beside rewards
     "vold-gspo": replace(_VOLD, **_GSPO),
     "opd": Objective(routing=every, beta=1.0),
     "va-opd": Objective(

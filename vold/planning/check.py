@@ -33,6 +33,7 @@ from vold.run import leftovers
 from vold.run.lock import living_holder
 from vold.run.run_dir import check_run_dir
 from vold.run.timers import GIB
+from vold.teacher import TeacherChoice
 from vold.train.components import check_rl_config, check_sft_config
 from vold.train.reward_terms import check_reward_terms
 
@@ -69,6 +70,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "layout": lambda: _check_layout(config.parallel, processes),
         "student": lambda: _check_model("student", config, processes),
         "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
+        "teachers": (lambda: _check_teachers(config)) if getattr(config, "teachers", None) else None,
         "tokenizers": lambda: _check_tokenizers(config),
         "rendering": rendering.check,
         "columns": data.check_columns,
@@ -127,7 +129,8 @@ def _check_method(config: SftConfig | RlConfig) -> str:
         return f"maximum likelihood, {config.steps} steps of {config.batch_size} sequences"
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     check_rl_config(config, objective)
-    teacher = f"teacher {config.teacher}" if objective.needs_teacher else "no teacher"
+    taught_by = f"teacher {config.teacher}" if config.teacher else f"teachers {', '.join(config.teachers)}"
+    teacher = taught_by if objective.needs_teacher else "no teacher"
     return (
         f"{config.objective.preset}, {config.steps} steps of {config.prompts_per_step} prompts × "
         f"{config.rollout.responses_per_prompt} responses, "
@@ -171,6 +174,18 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     return f"{path}: {arch.model_type}, {parameters:,} parameters in {tensors} tensors, shapes as built"
 
 
+def _check_teachers(config: RlConfig) -> str:
+    """Compare each of several teachers with the student."""
+    TeacherChoice.from_config(config.teachers, config.teacher_column)
+    for teacher in config.teachers.values():
+        check_pair(config.student, teacher.path, served=True)
+    described = [
+        f"{name} ({ServedModel.from_pretrained(teacher.path).config.model_type}, {teacher.rows} rows)"
+        for name, teacher in config.teachers.items()
+    ]
+    return f"{', '.join(described)}: the student's tokens, in vLLM"
+
+
 def _check_tokenizers(config: SftConfig | RlConfig) -> str:
     """Compare the student's tokenizer with the teacher's, or with the student's own head where there is no teacher."""
     teacher = config.pair_with if isinstance(config, SftConfig) else config.teacher
@@ -205,6 +220,7 @@ def _check_run_dir(config: SftConfig | RlConfig) -> str:
 def _check_leftovers(config: SftConfig | RlConfig) -> str:
     """What killed runs left in shared memory and in the run directory."""
     engines = [config.rollout.vllm, config.teacher_vllm] if isinstance(config, RlConfig) else []
+    engines += [teacher.vllm for teacher in getattr(config, "teachers", {}).values()]
     folders = sorted({engine.weights_dir for engine in engines})
     dead = [path for folder in folders for path in leftovers.dead_weights(folder)] + leftovers.unfinished(
         config.run_dir

@@ -180,6 +180,13 @@ class NoTeacher:
         return batch
 
 
+class TextTeacherBeside(NoTeacher):
+    """A text-only teacher whose scores come with the rollouts."""
+
+    def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
+        return without_images(samples)
+
+
 def _host_copies(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
     """Move every parameter to CPU memory, pinned where there is a GPU, and return it with its copy there."""
     copies = []

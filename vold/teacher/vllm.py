@@ -41,6 +41,10 @@ class VllmTeacher:
         if settings.urls:
             self._pool = ThreadPoolExecutor(max_workers=MAX_CONCURRENT_CALLS, thread_name_prefix="teacher")
 
+    def scores(self, prompt: Prompt) -> bool:
+        """Whether it scores responses to this prompt: a teacher without eyes scores none to an image."""
+        return not prompt.images or self._images is not None
+
     def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
         """For each rollout the log-probability (nats) of each of its response ids, or None where scoring failed more
         often than `retries`: such a sample is to be masked, never filled in. The future raises ValueError when no

@@ -33,10 +33,14 @@ from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
 from vold.teacher import (
     BaseTeacher,
+    ChosenTeachers,
     NoTeacher,
     SelfTeacher,
+    SeveralTeachers,
     Teacher,
+    TeacherChoice,
     TeacherPromptEncoder,
+    TextTeacherBeside,
     VisualAdvantageTeacher,
     VllmDistributions,
     VllmTeacher,
@@ -58,7 +62,7 @@ from vold.train.training_run import TrainingRun, evaluates_after
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, Prompt, Sample
 
-BatchTeacher = Teacher | SelfTeacher | VllmDistributions | NoTeacher
+BatchTeacher = Teacher | SelfTeacher | VllmDistributions | NoTeacher  # and its kinds: the scores come with rollouts
 Packer = Callable[[Sequence[Sample]], Batch]
 """Packs the samples of one update into this rank's micro-batches."""
 
@@ -73,6 +77,7 @@ class RlComponents:
     objective: Objective
     trainer: Trainer
     teacher: BatchTeacher
+    choice: TeacherChoice | None
     rollouts: RolloutSchedule
     image_sensitivity: ImageSensitivity
     training: TrainingRun
@@ -107,6 +112,9 @@ def open_rl(
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_chat_tokenizer(config.student, config.prompt)
     vocab_size = _vocab_size(config.student, config.teacher, served=config.teacher_engine == "vllm")
+    for several in config.teachers.values():
+        _vocab_size(config.student, several.path, served=True)
+    choice = TeacherChoice.from_config(config.teachers, config.teacher_column) if config.teachers else None
     options = problem_options(config, objective)
     if reward_function is not GraderReward:  # of a caller in Python, as the challenger's: it may ask for no answers
         options["needs_gold"] = None
@@ -115,6 +123,8 @@ def open_rl(
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_trained_vision(config, prompts)
     check_judge_template(config.reward, prompts)
+    if choice is not None:
+        choice.check(prompts)
     image_sensitivity = ImageSensitivity(
         prompts,
         encode,
@@ -126,7 +136,8 @@ def open_rl(
     pictures = {image for prompt in chain(prompts, *evaluator.prompts.values()) for image in prompt.images}
     inputs = InputFiles.open(config.run_dir, training_files(config, pictures), resume=resume)
     trainer = _rl_trainer(config, job, objective, vocab_size)
-    teacher = _teacher(config, job, objective, trainer, tokenizer, problems)
+    chosen = choice if objective.needs_teacher else None
+    teacher = ChosenTeachers(chosen) if chosen else _teacher(config, job, objective, trainer, tokenizer, problems)
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     reward_terms = open_reward_terms(config, objective, job.world_size)
@@ -135,7 +146,7 @@ def open_rl(
         if resume:
             training.resume()
         training.sync_weights()
-        remote_teacher = _remote_teacher(config, job, objective)
+        remote_teacher = _several(config, chosen, job) if chosen else _remote_teacher(config, job, objective)
         rewards = reward_function(job, grader)
         worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher, terms)
         plan = StepPlan(
@@ -149,7 +160,17 @@ def open_rl(
         packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
         with RolloutSchedule(job, prompts, worker, plan) as rollouts:
             yield RlComponents(
-                job, tokenizer, encode, objective, trainer, teacher, rollouts, image_sensitivity, training, packer
+                job,
+                tokenizer,
+                encode,
+                objective,
+                trainer,
+                teacher,
+                chosen,
+                rollouts,
+                image_sensitivity,
+                training,
+                packer,
             )
 
 
@@ -206,13 +227,19 @@ def _vocab_size(student: Path, teacher: Path | None, *, served: bool = False) ->
 
 def check_rl_config(config: RlConfig, objective: Objective) -> None:
     """Raise ValueError for mistakes that are visible before any model is loaded."""
-    if objective.needs_teacher and config.teacher is None:
+    if objective.needs_teacher and config.teacher is None and not config.teachers:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
+    if config.teachers and objective.needs_teacher and (objective.divergence or objective.visual_advantage):
+        raise ValueError(
+            "teachers give log-probs of the sampled tokens, of which a mixture is made: set objective.divergence=k2, "
+            "or one teacher"
+        )
     teacher_engine = config.teacher_engine if objective.needs_teacher else ""
     engines = [
         ("rollout.vllm", config.rollout.engine, config.rollout.vllm),
         ("teacher_vllm", teacher_engine, config.teacher_vllm),
     ]
+    engines += [(f"teachers.{name}.vllm", "vllm", several.vllm) for name, several in config.teachers.items()]
     for key, engine, settings in engines:
         if config.rollout.lag and engine == "vllm" and not settings.urls:
             raise ValueError(
@@ -291,6 +318,13 @@ def _teacher(
             **head,
         )
     if not objective.needs_teacher or (config.teacher_engine == "vllm" and objective.divergence is None):
+        if (
+            objective.needs_teacher
+            and config.teacher is not None
+            and not ServedModel.from_pretrained(config.teacher).sees
+        ):
+            _check_text_teacher(config, objective, problems, warn=job.is_writer)
+            return TextTeacherBeside()
         return NoTeacher()
     assert config.teacher is not None, "see check_rl_config"
     if config.teacher_engine == "vllm":
@@ -329,6 +363,12 @@ def _check_text_teacher(config: RlConfig, objective: Objective, problems: Sequen
         raise ValueError(f"{line}; choose a vision-language teacher, or objective.preset=grpo")
     if with_images and warn:
         log.info(f"{line}: their responses get no KL term (metric teacher_skipped_images)")
+
+
+def _several(config: RlConfig, choice: TeacherChoice, job: Job) -> RemoteTeacher:
+    settings: dict[str, Any] = {"temperature": config.rollout.temperature, "dtype": job.dtype}
+    opened = {name: VllmTeacher(several.path, several.vllm, **settings) for name, several in config.teachers.items()}
+    return SeveralTeachers(choice, opened)
 
 
 def _remote_teacher(config: RlConfig, job: Job, objective: Objective) -> RemoteTeacher | None:

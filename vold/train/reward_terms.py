@@ -132,7 +132,8 @@ def problem_options(config: RlConfig, objective: Objective) -> ProblemOptions:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
     by_answer = config.reward.accuracy or objective.routed_by == "accuracy"
-    return {"keep_metadata": config.reward.has_own_terms, "needs_gold": bool(objective.needs_reward and by_answer)}
+    keep = config.reward.has_own_terms or config.teacher_column is not None
+    return {"keep_metadata": keep, "needs_gold": bool(objective.needs_reward and by_answer)}
 
 
 def check_judge_template(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
@@ -166,6 +167,7 @@ def check_reward_terms(config: RlConfig, objective: Objective) -> dict[str, str]
     if not config.reward.functions:
         return {}
     folders = {"run_dir": config.run_dir, "student": config.student, "teacher": config.teacher}
+    folders |= {f"teachers.{name}": teacher.path for name, teacher in config.teachers.items()}
     for spec in config.reward.functions:
         check_function_file(spec, {key: folder for key, folder in folders.items() if folder is not None})
     with _function_pool(config, 1) as pool:

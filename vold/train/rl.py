@@ -17,6 +17,7 @@ from vold.grading import Grader
 from vold.objectives import split_minibatches
 from vold.run.job import Job
 from vold.run.step_profiler import StepProfiler
+from vold.teacher import metrics_by_teacher
 from vold.train.components import open_rl
 from vold.train.reward_function import GraderReward, RewardFunction
 from vold.train.sample_rows import logged_sample_ids, sample_rows
@@ -70,6 +71,8 @@ def train_rl(
                 parity = run.training.sync_weights()
             metrics = sampled.metrics | teacher_metrics(scorable, run.encode.length) | image_metrics(weighted, scorable)
             metrics |= {**run.teacher.metrics, **objective.metrics(), **report.metrics, **parity, **sensitivity}
+            if run.choice is not None:
+                metrics |= metrics_by_teacher(run.choice, samples, report.mean_kl)
             rows = sample_rows(sampled.groups, samples, report, logged, run.tokenizer)
             run.training.finish_step(step, metrics, rows, run.rollouts.state)
     run.training.export()

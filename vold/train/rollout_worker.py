@@ -63,6 +63,10 @@ def sampling_requests(batch: PromptBatch, config: RolloutConfig, ranks: int, *, 
 class RemoteTeacher(Protocol):
     """A teacher outside the trainer, which scores each group as soon as it is graded."""
 
+    def scores(self, prompt: Prompt) -> bool:
+        """Whether it scores responses to this prompt."""
+        ...
+
     def submit(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
         """Start scoring responses, at the rollouts' temperature."""
         ...
@@ -151,7 +155,8 @@ class RolloutWorker:
         """Ask the remote teacher for what it has to score of these groups."""
         if self.teacher is None:
             return {}
-        to_score = {position: self._rollouts_to_score(group) for position, group in groups.items()}
+        scorable = {position: group for position, group in groups.items() if self.teacher.scores(group.prompt)}
+        to_score = {position: self._rollouts_to_score(group) for position, group in scorable.items()}
         return {position: self.teacher.submit(rollouts) for position, rollouts in to_score.items() if rollouts}
 
     def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:

@@ -27,7 +27,7 @@ def teacher_metrics(samples: Sequence[Sample], prompt_length: Callable[[Prompt],
 
 
 def image_metrics(weighted: Sequence[Sample], scorable: Sequence[Sample]) -> dict[str, float]:
-    """`teacher_skipped_images`: responses that lost their KL term (from `weighted` to `scorable`) because the teacher
-    does not take their images."""
-    skipped = sum(a.kl_weight != b.kl_weight for a, b in zip(weighted, scorable, strict=True))
+    """`teacher_skipped_images`: responses that lost their KL term (from `weighted` to `scorable`) because no teacher
+    takes their images."""
+    skipped = sum(a.kl_weight != 0.0 and b.kl_weight == 0.0 for a, b in zip(weighted, scorable, strict=True))
     return {"teacher_skipped_images": float(skipped)}

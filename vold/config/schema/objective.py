@@ -14,7 +14,7 @@ class ObjectiveConfig(Strict):
     (docs/methods.md)."""
 
     preset: str = "vold"
-    """Method: grpo, vold, vold-unmasked, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, cispo, sapo, kdrl,
+    """Method: grpo, vold, vold-unmasked, mopd, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, cispo, sapo, kdrl,
     kdrl-response, kdrl-group, sdpo, srpo or fixed-negative."""
     advantage: str | None = None
     """group-normalised, smoothed, mean-centred, fixed-negative or none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -90,13 +90,17 @@ class RunConfig(Strict):
         return self
 
 
-def _with_secret(section: Strict, path: Path) -> dict[str, Strict]:
+def _with_secret(section: Strict, path: Path) -> dict[str, Any]:
     """Of a section's own sections those that change: vllm.secret_file gets `path` where engines have urls and no file
     is given."""
-    changed: dict[str, Strict] = {}
+    changed: dict[str, Any] = {}
     for name, value in section:
         if isinstance(value, VllmConfig) and value.urls and value.secret_file is None:
             changed[name] = value.model_copy(update={"secret_file": path})
+        elif isinstance(value, dict):
+            sections = {key: _with_secret(part, path) for key, part in value.items() if isinstance(part, Strict)}
+            if any(sections.values()):
+                changed[name] = {key: part.model_copy(update=sections.get(key, {})) for key, part in value.items()}
         elif isinstance(value, Strict) and (inner := _with_secret(value, path)):
             changed[name] = value.model_copy(update=inner)
     return changed

@@ -140,6 +140,19 @@ class SftConfig(TrainConfig):
     """Teacher whose tokenizer the student must share."""
 
 
+class TeacherConfig(Strict):
+    """One of several teachers, in vLLM."""
+
+    path: Path
+    """Checkpoint directory, of any architecture that vLLM serves, with the student's tokenizer."""
+    rows: Literal["all", "images", "text"] = "all"
+    """Rows that it scores where teacher_column says nothing."""
+    weight: PositiveFloat = 1.0
+    """Factor of objective.beta for this teacher; of several that score a row, its share of the mixture too."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of its vLLM engine."""
+
+
 class RlConfig(TrainConfig):
     """`vold rl`, stage 2: GRPO and distillation on the same rollouts."""
 
@@ -152,6 +165,10 @@ class RlConfig(TrainConfig):
     """Settings of the teacher's vLLM engine."""
     teacher_offload: bool = False
     """Keep the trainer's teacher in CPU memory while it does not score."""
+    teachers: dict[str, TeacherConfig] = Field(default={})
+    """Several teachers by name, instead of teacher."""
+    teacher_column: str | None = None
+    """Column of the data with the names of a row's teachers: one, a list, or a mapping of names to weights."""
     prompts_per_step: Positive = 256
     """Prompts per step, over all ranks."""
     self_teacher: SelfTeacherConfig = SelfTeacherConfig()
@@ -180,6 +197,17 @@ class RlConfig(TrainConfig):
         if self.adapter is None or trains_weights or self.teacher is None or self.teacher_engine != "trainer":
             return False
         return self.teacher.resolve() == self.student.resolve() and not self.objective.visual_advantage
+
+    @model_validator(mode="after")
+    def _one_teacher_or_several(self):
+        if self.teachers and self.teacher is not None:
+            raise ValueError("teacher and teachers are both set; name the one among the several, or leave one key out")
+        if self.teacher_column is not None and not self.teachers:
+            raise ValueError(f"teacher_column = {self.teacher_column!r} chooses among teachers; set teachers too")
+        for name in self.teachers:
+            if not name.isidentifier():
+                raise ValueError(f"teachers.{name} is no name of letters, digits and _; choose another")
+        return self
 
     @model_validator(mode="after")
     def _a_prompt_for_each_minibatch(self):

@@ -65,7 +65,9 @@ def worst(actual: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_qkv(family: str, shared: bool, dtype: torch.dtype):
     queries, keys, width, has_norms = FAMILIES[family]
-    tokens, heads = 19, Heads(queries, keys, width, EPS if has_norms else None)
+    if INTERPRETED and dtype != torch.float32 and family not in ("odd", "mha"):
+        pytest.skip("the interpreter is slow: large heads in fp32 alone")
+    tokens, heads = 11, Heads(queries, keys, width, EPS if has_norms else None)
     mixed = draw(tokens, (queries + 2 * keys) * width, seed=0, dtype=dtype)
     weights = [draw(width, seed=1 + i, dtype=dtype) for i in range(2)] if has_norms else []
     sharing = SharedKeys(shared_keys(tokens), tokens) if shared else None

@@ -285,7 +285,7 @@ SECTIONS: dict[str, list[Case]] = {
         model("a damaged config.json", cut("config.json", 50)),
         model(
             "an unsupported architecture",
-            edit("config.json", ('"model_type": "qwen2_5_vl"', '"model_type": "mistral"')),
+            edit("config.json", ('"model_type": "qwen2_5_vl"', '"model_type": "cohere"')),
         ),
         model("a teacher with another tokenizer", edit("tokenizer.json", ('"<w7>"', '"<x7>"')), key="teacher"),
         model("no weights", lambda path: [file.unlink() for file in path.glob("*.safetensors*")]),

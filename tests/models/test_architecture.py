@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import CohereConfig, LlamaConfig, MistralConfig
 
 from support import tiny
 from vold.models.architecture import Architecture, transformer_config
@@ -85,7 +85,10 @@ def test_llama_configs_of_the_hub_are_read(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MistralConfig(), "model_type 'mistral' is not supported: use one of llama, qwen2, qwen3, qwen2_5_vl"),
+        (
+            CohereConfig(),
+            "model_type 'cohere' is not supported: use one of llama, mistral, phi3, qwen2",
+        ),
         (tiny.llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}).config, "'dynamic'"),
         (tiny.llama(rope_parameters={**tiny.ROPE, "partial_rotary_factor": 0.5}).config, "partial_rotary_factor 0.5"),
         (tiny.llama(attention_bias=True).config, "attention_bias"),
@@ -94,6 +97,10 @@ def test_llama_configs_of_the_hub_are_read(name, tmp_path):
         (tiny.llama(attention_dropout=0.1).config, "attention_dropout 0.1"),
         (tiny.llama(sliding_window=64).config, "sliding_window to null"),
         (LlamaConfig(quantization_config={"quant_method": "fp8"}), "quantization_config is not supported"),
+        (MistralConfig(), "sliding_window to null"),  # 7B v0.1 attends to 4096 tokens
+        (tiny.phi3(sliding_window=64).config, "sliding_window to null"),
+        (tiny.phi3(resid_pdrop=0.1).config, "resid_pdrop 0.1"),
+        (tiny.phi3(rope_parameters={**tiny.ROPE, "partial_rotary_factor": 0.5}).config, "partial_rotary_factor 0.5"),
         (tiny.qwen2(hidden_act="relu").config, "hidden_act 'relu'"),
         (tiny.qwen2(use_sliding_window=True, max_window_layers=1).config, "sliding-window"),
         (tiny.qwen3(attention_bias=True).config, "attention_bias"),

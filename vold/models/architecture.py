@@ -1,8 +1,7 @@
 """A model's architecture as its checkpoint's config.json describes it, and the Megatron configuration that builds it.
 
-Supported: Llama (1 to 3, SmolLM2, TinyLlama), Qwen2/Qwen2.5, Qwen3 (dense), and Qwen2.5-VL and Qwen3-VL (dense), whose
-text part is a Qwen2 or a Qwen3 with a three-axis rotary embedding. A field of config.json that would change the numbers
-and that the layers here do not compute is refused by name.
+Supported: the families of vold.models.families. A field of config.json that would change the numbers and that the
+layers here do not compute is refused by name.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vold.models.checkpoint_dir import lacks, reading
+from vold.models.families import FAMILIES, Family
 from vold.parallel.launch import Layout
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
+SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 # Frequencies that do not depend on the length of a sequence; transformers' own functions compute them.
 SCALED_ROPES = ("linear", "llama3", "yarn")
 
@@ -93,7 +93,7 @@ class Architecture:
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             supported = ", ".join(SUPPORTED_MODEL_TYPES)
             raise ValueError(f"{origin}: model_type {config.model_type!r} is not supported: use one of {supported}")
-        text = config.get_text_config()
+        family, text = FAMILIES[config.model_type], config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         _check_computed(config, text, origin)
         rope = _supported_rope(text, origin)
@@ -112,13 +112,17 @@ class Architecture:
             rope_frequencies=tuple(frequencies.tolist()),
             rope_factor=factor,
             mrope_section=tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
-            mrope_interleaved=config.model_type == "qwen3_vl",
+            mrope_interleaved=family.mrope_interleaved,
             tied=bool(config.tie_word_embeddings),
-            qkv_bias=config.model_type in ("qwen2", "qwen2_5_vl"),
-            qk_norm=config.model_type in ("qwen3", "qwen3_vl"),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             max_positions=text.max_position_embeddings,
             vision=_vision_architecture(config),
         )
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def mrope_axes(self) -> list[int]:
@@ -138,6 +142,8 @@ _COMPUTED = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
+    "embd_pdrop": (0.0, None),
+    "resid_pdrop": (0.0, None),
     "quantization_config": (None,),
 }
 
@@ -149,8 +155,9 @@ def _check_computed(config: PretrainedConfig, text: PretrainedConfig, origin: st
         if value not in values:
             shown = "is" if isinstance(value, dict) else f"{value!r} is"
             raise ValueError(f"{origin}: {name} {shown} not supported: use a checkpoint with {name} {values[0]}")
-    window = text.sliding_window if text.model_type == "llama" and hasattr(text, "sliding_window") else None
-    if window is not None or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+    by_layer = getattr(text, "layer_types", None)  # Qwen's; where there is none, a window is every layer's
+    window = getattr(text, "sliding_window", None) if by_layer is None else None
+    if window is not None or "sliding_attention" in (by_layer or ()):
         fix = "set use_sliding_window to false" if window is None else "set sliding_window to null"
         raise ValueError(f"{origin}: sliding-window attention is not supported: {fix}")
 
@@ -180,6 +187,12 @@ def _rope_frequencies(text: PretrainedConfig, rope: dict, head_dim: int, origin:
             return ROPE_INIT_FUNCTIONS[rope_type](text, device=torch.device("cpu"))
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     return 1.0 / (float(rope["rope_theta"]) ** exponent), 1.0
+
+
+def check_adapters(arch: Architecture) -> None:
+    """Raises ValueError for an architecture whose files join projections: peft's adapter has one A for all of them."""
+    if not arch.family.adapters:
+        raise ValueError(f"adapter is not supported for {arch.model_type}: leave it out, or train another student")
 
 
 def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:

@@ -22,10 +22,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vold.io import visible
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import INDEX, check_numbers, new_checkpoint, reading
+from vold.models.families import FAMILIES
 from vold.models.gguf_header import check_gguf
 from vold.models.weights import text_tensors
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = tuple(family.gguf for family in FAMILIES.values() if family.gguf)
 CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from vold.config.schema import AdapterConfig
 from vold.models.adapters import add_adapters, train_embeddings_output
-from vold.models.architecture import Architecture, transformer_config
+from vold.models.architecture import Architecture, check_adapters, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec, join_norms
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.launch import Layout
@@ -136,6 +136,7 @@ def _add_adapters(model: LanguageModel, arch: Architecture, layout: Layout, conf
         """Queries, keys and values -> for each group its queries, key, value, as in linear_qkv."""
         return torch.cat([part.unflatten(dim, (groups, -1)) for part in parts], dim).flatten(dim - 1, dim)
 
+    check_adapters(arch)
     model.requires_grad_(False)
     joins = {
         "qkv": lambda rows: ((queries, keys, keys), by_group),

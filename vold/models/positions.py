@@ -5,18 +5,22 @@ Positions of image tokens come from transformers' own function, called without a
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from vold.models.architecture import Architecture, VisionArchitecture
+from vold.models.families import FAMILIES
 
-MODEL_CLASSES = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+MODEL_CLASSES = {
+    name: pydoc.locate(f"transformers.models.{family.vision.positions}")
+    for name, family in FAMILIES.items()
+    if family.vision
+}
 
 
 def text_positions(length: int) -> Tensor:

@@ -10,6 +10,7 @@ I image tokens of one image (its merged patches), D hidden width of the text mod
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,16 +20,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, tensor_files
+from vold.models.families import FAMILIES
 from vold.parallel.launch import Layout
 from vold.types import Picture
 
 VISION_PREFIXES = ("visual.", "model.visual.")
-TOWERS = {"qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel, "qwen3_vl": Qwen3VLVisionModel}
+TOWERS = {
+    name: pydoc.locate(f"transformers.models.{family.vision.tower}")
+    for name, family in FAMILIES.items()
+    if family.vision
+}
 
 Features = Mapping[str, tuple[Tensor, ...]]
 """Picture key -> features_ID of each level; where mergers are trained, their input, unmerged_I(MC)."""

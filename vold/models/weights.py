@@ -30,6 +30,7 @@ from vold.models.adapters import (
 )
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
+from vold.models.joined import RowsOf, join_stream, joining_architecture, parts_of
 from vold.models.language_model import LanguageModel, build_chunks
 from vold.models.selection import check_patterns, first_match, takes_mergers, takes_tower, trained_patterns
 from vold.models.vision import tower_tensors
@@ -197,6 +198,13 @@ class CheckpointReader:
         self.dir = Path(checkpoint_dir)
         self._file_of = tensor_files(self.dir)
         self._full_name = {short_name(name): name for name in self._file_of}
+        self._rows_of: dict[str, tuple[int, int]] = {}  # of a part of a joined tensor: first row, rows
+        if (arch := joining_architecture(self.dir)) is not None:
+            for name in list(self._full_name):
+                if parts := parts_of(name, arch):
+                    full_name = self._full_name.pop(name)
+                    self._full_name |= {part: full_name for part, _, _ in parts}
+                    self._rows_of |= {part: (first, rows) for part, first, rows in parts}
         self._open_files = ExitStack()
         self._handles: dict[str, Any] = {}
 
@@ -219,7 +227,8 @@ class CheckpointReader:
         if file not in self._handles:
             self._handles[file] = self._open_files.enter_context(open_tensors(self.dir / file))
         with reading(self.dir / file):
-            return self._handles[file].get_slice(full_name)
+            stored = self._handles[file].get_slice(full_name)
+        return RowsOf(stored, *self._rows_of[name]) if name in self._rows_of else stored
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
@@ -448,7 +457,7 @@ def export_weights(
     shape (its gradient, say).
     """
     arch, layout = chunks[0].arch, chunks[0].layout
-    for name, tensor in _from_all_stages(_lazy_tensors(chunks, value, of_adapters=False), layout):
+    for name, tensor in join_stream(_from_all_stages(_lazy_tensors(chunks, value, of_adapters=False), layout), arch):
         yield _long_name(name, arch), tensor
         if arch.tied and name == "embed_tokens.weight":
             yield "lm_head.weight", tensor

@@ -1,7 +1,7 @@
 """Compares every layout with one process and with transformers: weights as loaded and exported again (bit-equal), loss,
 every gradient, parameters after three updates.
 
-    python -m benchmarks.parity                                        the table, in about two minutes on two cores
+    python -m benchmarks.parity                                        the table, in about three minutes on two cores
     python -m benchmarks.parity --layouts tp2+sp pp2-vpp2 --heads tied
 
 Real process groups over gloo, one model copy or two, fp32, the VOLD loss: unequal lengths, a clipped gradient, padded
@@ -35,6 +35,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -55,7 +59,8 @@ from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
-HEADS = ("tied", "untied", "tied-llama", "tied-lora")  # of a Qwen2, with biases; of a Llama; of a Qwen2 with adapters
+# of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4; of a Qwen2 with adapters
+HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-lora")
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -100,9 +105,16 @@ LAYOUTS = {
 # The problem ---------------------------------------------------------------------------------------------------------
 
 
+STUDENTS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+}
+
+
 def student(head: str) -> PreTrainedModel:
-    llama = head.endswith("llama")
-    config = (LlamaConfig if llama else Qwen2Config)(
+    config_class, model_class = STUDENTS.get(head.split("-")[-1], (Qwen2Config, Qwen2ForCausalLM))
+    config = config_class(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
@@ -111,9 +123,11 @@ def student(head: str) -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=head != "untied",
+        tie_word_embeddings=not head.startswith("untied"),
+        pad_token_id=None,
+        sliding_window=None,
     )
-    return _perturbed(LlamaForCausalLM if llama else Qwen2ForCausalLM, config, seed=0)
+    return _perturbed(model_class, config, seed=0)
 
 
 def save_student(head: str, models: Path) -> None:

@@ -23,7 +23,7 @@ import typer
 
 from vold.config import load_config, load_training_config, schema
 from vold.file_errors import file_error_line
-from vold.io import configure_logging, one_line
+from vold.io import configure_logging, one_line, set_console_level
 
 app = typer.Typer(
     add_completion=False,
@@ -58,6 +58,22 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run_
 Processes = Annotated[int, typer.Option(min=1, help="processes that the launch will have: nodes x GPUs per node")]
 
 
+def _console_level(level: int):
+    return lambda chosen: set_console_level(level) if chosen else None
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_console_level(logging.WARNING), help="print warnings and errors alone"),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_console_level(logging.DEBUG), help="also print saves and seconds by phase"
+    ),
+]
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         typer.echo(f"vold {metadata.version('vold')}")
@@ -77,26 +93,50 @@ def vold(
 
 
 @app.command(rich_help_panel=TRAIN)
-def traces(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def traces(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Stage 0: sample the teacher's answers to the prompts and write them as traces for stage 1."""
     traces_config = load_config(schema.TracesConfig, config, overrides or ())
     _module("train.teacher_traces").generate_traces(traces_config, resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN, epilog=KEYS + MAIN_KEYS["sft"])
-def sft(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Stage 1: fine-tune the student on the teacher's traces."""
     _module("train.sft").train_sft(load_config(schema.SftConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN, epilog=KEYS + MAIN_KEYS["rl"])
-def rl(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def rl(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Stage 2: train the student on its own rollouts with GRPO and on-policy distillation."""
     _module("train.rl").train_rl(load_config(schema.RlConfig, config, overrides or ()), resume=resume)
 
 
 @app.command(rich_help_panel=TRAIN)
-def selfplay(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def selfplay(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Train a challenger that poses problems and a solver, in turn (R-Zero, R-Diverse)."""
     selfplay_config = load_config(schema.SelfplayConfig, config, overrides or ())
     _module("selfplay.loop").run_selfplay(selfplay_config, resume=resume)

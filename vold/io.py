@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +34,43 @@ class _ConsoleHandler(logging.Handler):
             print(message, flush=True)
 
 
-def configure_logging(level: int = logging.INFO) -> None:
+class _FileHandler(logging.FileHandler):
+    """Appends to a file, each record with its time; a full disk costs lines, never the run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        return f"{moment} {record.levelname:<7} {visible(record.getMessage(), multiline=True)}"
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: the run's own rows meet the same disk, and say what is wrong."""
+
+
+def configure_logging() -> None:
     """Send vold's log to the console, once per process. A handler that the application has added stays alone."""
     if not log.handlers:
-        log.addHandler(_ConsoleHandler())
-        log.setLevel(level)
+        console = _ConsoleHandler(logging.INFO)
+        log.addHandler(console)
+        log.setLevel(logging.DEBUG)
+
+
+def set_console_level(level: int) -> None:
+    """What the console shows from here on: logging.WARNING (--quiet), INFO, DEBUG (--verbose)."""
+    configure_logging()
+    for handler in log.handlers:
+        if isinstance(handler, _ConsoleHandler):
+            handler.setLevel(level)
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Also append the log to a file. Raises OSError where it cannot be opened."""
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

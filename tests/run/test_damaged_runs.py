@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vold.config import dump_config
 from vold.config.schema import RlConfig
-from vold.run.run_dir import check_run_dir, read_config, read_rows
+from vold.run.resumption import check_run_dir, read_config
+from vold.run.run_dir import read_rows
 from vold.trainer.checkpoint import Checkpoints, shard_files, verify
 
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,7 +19,8 @@ from vold.file_errors import file_error_line
 from vold.parallel.collectives import run_on_all_ranks
 from vold.processes import Process
 from vold.run import leftovers, lock
-from vold.run.run_dir import RunLog, check_run_dir, read_rows
+from vold.run.resumption import check_run_dir
+from vold.run.run_dir import RunLog, read_rows
 
 RELEASED = Path(__file__).with_name("config-0.1.0.yaml")  # as vold 0.1.0 wrote it
 MINIATURE = Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "rl.yaml"
@@ -224,5 +225,5 @@ def test_what_dead_processes_left_is_removed_and_the_living_stay(tmp_path, prese
     log = RunLog(present(run_dir), "rl", writer=True, total=1)
     log.open(resume=False)
     left = {path.name for path in run_dir.rglob("*")}
-    assert left == {f".model.{os.getpid()}.partial", "checkpoints", "config.yaml", "lock.json"}
+    assert left == {f".model.{os.getpid()}.partial", "checkpoints", "config.yaml", "lock.json", "log.txt"}
     log.close()

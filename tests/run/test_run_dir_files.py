@@ -13,7 +13,8 @@ from vold.config import dump_config
 from vold.config.schema import RlConfig
 from vold.run import lock
 from vold.run.lock import RunLock, living_holder
-from vold.run.run_dir import check_run_dir, read_rows
+from vold.run.resumption import check_run_dir
+from vold.run.run_dir import read_rows
 from vold.trainer.checkpoint import Checkpoints, verify
 
 

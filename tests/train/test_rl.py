@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from support.runs import same_tensors, timeless
 from vold.grading import Grader
-from vold.run.run_dir import check_run_dir, read_rows
+from vold.run.resumption import check_run_dir
+from vold.run.run_dir import read_rows
 from vold.train.rl import train_rl
 from vold.types import Verdict
 
@@ -68,6 +69,30 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rl_run, tmp_path):
     assert timeless(read_rows(whole / "metrics.jsonl")) == timeless(read_rows(rl_run.run_dir / "metrics.jsonl"))
     assert read_rows(whole / "samples.jsonl") == read_rows(rl_run.run_dir / "samples.jsonl")
     assert same_tensors(whole / "model" / "model.safetensors", rl_run.run_dir / "model" / "model.safetensors")
+
+
+def test_a_finished_run_is_lengthened_with_smaller_microbatches_and_says_what_it_does(rl_run, tmp_path, capfd):
+    """Off a terminal: what starts, a line a step, what was written; the finished model of fewer steps is kept."""
+    run_dir = tmp_path / "longer"
+    shutil.copytree(rl_run.run_dir, run_dir)
+    half = rl_run.microbatch_tokens // 2
+    config = rl_run.model_copy(update={"run_dir": run_dir, "steps": 5, "microbatch_tokens": half})
+    train_rl(config, resume=True)
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert f"{run_dir}: steps 5 to 5 · student {rl_run.student} · teacher {rl_run.teacher} · rollouts by " in out
+    assert any(line.startswith("rl 5/5 · reward ") and line.endswith(" left") for line in lines)
+    assert any(line.startswith("evaluation after step 5: ") and " ± " in line for line in lines)
+    assert lines[-1] == f"finished: {run_dir / 'model'}; to look at it: vold report {run_dir}"
+    assert "vold: --resume: steps was 4 and is now 5: a schedule" in err
+    assert f"microbatch_tokens was {rl_run.microbatch_tokens} and is now {half}: sums are rounded" in err
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert same_tensors(rl_run.run_dir / "model/model.safetensors", run_dir / "model-step-4/model.safetensors")
+    assert not same_tensors(run_dir / "model/model.safetensors", run_dir / "model-step-4/model.safetensors")
+    logged = (run_dir / "log.txt").read_text()
+    assert all(line in logged for line in lines[-3:]) and "seconds of step 5: " in logged and "saved after" in logged
+    with pytest.raises(ValueError, match=r"--resume: 5 steps are done; steps = 3 is fewer"):
+        train_rl(config.model_copy(update={"steps": 3}), resume=True)
 
 
 def test_a_run_that_lost_its_logs_in_a_crash_continues_exactly_and_elsewhere(rl_run, tmp_path, capfd):

@@ -14,7 +14,7 @@ from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.weights import export_adapters, export_weights, load_chunks
 from vold.parallel.launch import initialise
-from vold.run.run_dir import read_config
+from vold.run.resumption import read_config
 from vold.trainer.checkpoint import Checkpoints
 from vold.untrusted import as_vold_writes
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vold.run.run_dir import RESULTS, progress_note, read_rows
+from vold.run.progress import progress_note
+from vold.run.resumption import RESULTS
+from vold.run.run_dir import read_rows
 
 SECONDS_BETWEEN_LINES = 60.0  # off a terminal
 CONFIGS = Path(__file__).with_name("configs")

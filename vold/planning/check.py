@@ -31,7 +31,7 @@ from vold.planning.stage_memory import StageMemory, stage_memories
 from vold.planning.step_sizes import StepSizes
 from vold.run import leftovers
 from vold.run.lock import living_holder
-from vold.run.run_dir import check_run_dir
+from vold.run.resumption import check_run_dir
 from vold.run.timers import GIB
 from vold.teacher import TeacherChoice
 from vold.train.components import check_rl_config, check_sft_config

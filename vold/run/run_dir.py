@@ -10,62 +10,36 @@ reward.json      SHA-256 of the files of reward functions of one's own
 reward.log       what they print, and why a response has no reward
 judge/           requests to a judge, and its answers
 timeline.jsonl   the phases of the last few steps
+log.txt          what the run said, with times, and the seconds of each phase
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 
 from vold.config import dump_config
-from vold.config.load import in_present_terms
 from vold.config.schema import RunConfig
 from vold.file_errors import file_error_line
-from vold.io import append_jsonl, flush_to_disk, log, one_line_errors, to_json, write_atomically
+from vold.io import append_jsonl, flush_to_disk, log, logged_to, to_json, write_atomically
 from vold.jsonl import read_jsonl
 from vold.run.leftovers import remove, unfinished
 from vold.run.lock import RunLock
 from vold.run.log_digests import LogDigests, in_words, is_as_described
 from vold.run.loggers import Loggers
-from vold.run.progress import progress_line, progress_note
+from vold.run.progress import accuracy_line, progress_line, progress_note, step_line
+from vold.run.resumption import check_run_dir, restated
 from vold.run.timers import PhaseTimers
-from vold.untrusted import read_yaml
 
-# any of these shows that a run got past its start
-RESULTS = ("metrics.jsonl", "checkpoints", "evaluation.json", "traces", "iteration-0001")
-# keys that may differ between a run and its resumption
-FREE_KEYS = (
-    "run_dir",  # moved or mounted elsewhere
-    "parallel",
-    "timeout_seconds",
-    "stop_grace_seconds",
-    "save_every",
-    "save_async",
-    "keep_checkpoints",
-    "samples_per_step",
-    "image_sensitivity_every",
-    "evaluation.best",
-    "grader_workers",
-    "rollout.vllm",
-    "vllm",
-    "teacher_vllm",
-    "loggers",
-    "tracking",
-    "reward.memory_gib",
-    "reward.judge.url",
-    "reward.judge.concurrency",
-    "reward.judge.seconds",
-    "reward.judge.retries",
-    "reward.judge.budget",
-    "reward.judge.cache",
-    "reward.judge.api_key_env",
-)
+TEXT_LOG = "log.txt"
+SECONDS_BETWEEN_LINES = 30.0  # off a terminal, where there are no steps
 LOGS = ("metrics.jsonl", "samples.jsonl", "prompts.jsonl", "timeline.jsonl")
 CHECKED_LOGS = LOGS[:3]  # timeline.jsonl is written anew at each step
 TIMELINE_STEPS = 8  # a step may hold thousands of intervals, and the last few steps represent the run
@@ -90,6 +64,9 @@ class RunLog:
         self._timeline: deque[dict] = deque(maxlen=TIMELINE_STEPS)
         self._lock: RunLock | None = None
         self._digests = LogDigests()
+        self._text_log = ExitStack()
+        self._steps_since: tuple[int, float] | None = None
+        self._next_line = 0.0
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run, and lock it. Raises ValueError where it cannot be
@@ -101,10 +78,14 @@ class RunLog:
                 self._lock = RunLock(self.path, self._verb)
                 remove(unfinished(self.path))
                 check_run_dir(self._config, self._verb, resume)  # of two that started together, the second
+                changes = restated(self._config, self._verb)
                 write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
+                self._text_log.enter_context(logged_to(self.path / TEXT_LOG))
             except OSError as error:
                 reason = file_error_line(error) or f"{error.strerror}; choose another path"
                 raise ValueError(f"run_dir = {self.path} cannot be written: {reason}") from None
+            for change in changes:
+                self.say(f"--resume: {change}", logging.WARNING)
         self._progress.start()
 
     def set_total(self, total: int) -> None:
@@ -112,8 +93,17 @@ class RunLog:
         self._progress.update(self._task, total=total)
 
     def advance(self) -> None:
-        """Move the progress bar by one, where there are no steps to log."""
+        """Move the progress bar by one, where there are no steps to log; off a terminal a line now and then."""
         self._progress.advance(self._task)
+        if self._progress.disable and time.perf_counter() > self._next_line:
+            task = self._progress.tasks[self._task]
+            self.say(f"{self._verb} {task.completed:.0f}" + (f"/{task.total:.0f}" if task.total else ""))
+            self._next_line = time.perf_counter() + SECONDS_BETWEEN_LINES
+
+    def say(self, line: str, level: int = logging.INFO) -> None:
+        """A line on the console and in log.txt, on rank 0."""
+        if self._writer:
+            log.log(level, line)
 
     def show_status(self, status: str) -> None:
         """Show what happens inside the step, behind the last step's numbers. Any thread may call."""
@@ -195,7 +185,22 @@ class RunLog:
             self._timeline.append({"step": step, "seconds": seconds, "intervals": self.phase.intervals})
             write_atomically(self.path / "timeline.jsonl", "".join(to_json(row) + "\n" for row in self._timeline))
             self._progress.update(self._task, completed=step, note=progress_note(row))
+            self._say_step(step, row)
         return row
+
+    def _say_step(self, step: int, row: dict[str, float]) -> None:
+        """A line a step: off a terminal on the console, where the live line is not; everywhere in log.txt."""
+        now = time.perf_counter()
+        first, began = self._steps_since = self._steps_since or (step - 1, now - row["seconds"])
+        total = int(self._progress.tasks[self._task].total or step)
+        left = (now - began) / (step - first) * (total - step)
+        self.say(
+            step_line(self._verb, step, total, row, left), logging.INFO if self._progress.disable else logging.DEBUG
+        )
+        if accuracies := accuracy_line(row):
+            self.say(f"evaluation after step {step}: {accuracies}")
+        seconds = [f"{name.removeprefix('seconds_')} {row[name]:.2f}" for name in row if name.startswith("seconds_")]
+        self.say(f"seconds of step {step}: {', '.join(seconds)}", logging.DEBUG)
 
     def log_prompts(self, step: int, prompts: Iterable[dict]) -> None:
         """Append the prompts that a step (1-based) sampled to prompts.jsonl."""
@@ -228,79 +233,9 @@ class RunLog:
         """Stop the progress line and the loggers, and give the run directory free."""
         self._progress.stop()
         self._loggers.close()
+        self._text_log.close()
         if self._lock:
             self._lock.release()
-
-
-@one_line_errors()
-def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
-    """Refuse to mix runs. Raises ValueError when the directory holds another run, or none to resume."""
-    saved = config.run_dir / "config.yaml"
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ValueError(f"run_dir {config.run_dir} is a file; choose another")
-    if os.path.lexists(saved) and not saved.is_file():
-        raise ValueError(f"{saved} is no ordinary file; write the run's own config back, or start another run_dir")
-    results = [name for name in RESULTS if (config.run_dir / name).exists()]
-    if not saved.is_file():
-        if any(name in results for name in ("metrics.jsonl", "evaluation.json")):  # others may be of other stages
-            raise ValueError(f"{saved} is missing beside {results[0]}; write it back, or start another run_dir")
-        if resume:
-            raise ValueError(f"--resume: {config.run_dir} holds no run; leave --resume out to start one")
-        return
-    if not resume and not results:
-        return  # an attempt that stopped before its first step
-    if not resume:
-        raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
-    tree = read_config(saved)
-    before = _bound_keys(in_present_terms(tree, type(config)))
-    now = _bound_keys(yaml.safe_load(dump_config(config, verb)))
-    moved = _Move(str(tree.get("run_dir")), str(config.run_dir))
-    for key in sorted(before.keys() | now.keys()):
-        if now.get(key) not in (before.get(key), moved.apply(before.get(key))):
-            raise ValueError(
-                f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume with the run's own "
-                f"{saved}, or start another run_dir"
-            )
-
-
-class _Move:
-    """A run directory, or a folder above it, that was moved: paths below the old place are now below the new one."""
-
-    def __init__(self, before: str, now: str):
-        old, new = list(Path(before).parts), list(Path(now).parts)
-        while old and new and old[-1] == new[-1]:
-            old.pop(), new.pop()
-        self._old, self._new = tuple(old), tuple(new)
-
-    def apply(self, value: object) -> object:
-        """A path, or a list of values, at its new place; other values as they are."""
-        if isinstance(value, list):
-            return [self.apply(item) if isinstance(item, str) else item for item in value]
-        if not isinstance(value, str) or (parts := Path(value).parts)[: len(self._old)] != self._old:
-            return value
-        return str(Path(*self._new, *parts[len(self._old) :]))
-
-
-def _bound_keys(tree: dict, section: str = "") -> dict:
-    """section.key -> value of every key that a resumed run must keep."""
-    bound = {}
-    for name, value in tree.items():
-        if (key := f"{section}{name}") in FREE_KEYS:
-            continue
-        bound |= _bound_keys(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
-    return bound
-
-
-@one_line_errors()
-def read_config(saved: Path) -> dict:
-    """A run directory's config.yaml, unvalidated. Raises ValueError for a file that holds no config."""
-    try:
-        tree = read_yaml(saved)
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{saved} is damaged; write the run's own config back, or start another run_dir")
-    return tree
 
 
 def read_rows(path: Path) -> list[dict]:

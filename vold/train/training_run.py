@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,29 @@ class TrainingRun:
         self.last_metrics = self.restored.get("last_metrics", logged)
         self._check_steered_from()
         self._find_best()
+        if self.completed_steps > self.config.steps:
+            raise ValueError(f"--resume: {self.completed_steps} steps are done; steps = {self.config.steps} is fewer")
+        if self.completed_steps:
+            self.job.log.say(f"resumed after step {self.completed_steps}")
+        run_on_all_ranks(self._keep_earlier_model)
+
+    def _keep_earlier_model(self) -> None:
+        """A run that is lengthened has a finished model already, of fewer steps: it keeps it under another name."""
+        model = self.config.run_dir / "model"
+        if self.job.is_writer and self.completed_steps < self.config.steps and model.exists():
+            earlier = model.with_name(f"model-step-{self.completed_steps}")
+            model.rename(earlier)
+            self.job.log.say(f"the finished model of step {self.completed_steps} is now {earlier}")
+
+    def _say_start(self) -> None:
+        """What is trained, with what, how far."""
+        config, layout = self.config, self.job.layout
+        teacher = getattr(config, "teacher", None)
+        sampled_by = f"rollouts by {config.rollout.engine}" if hasattr(config, "rollout") else ""
+        sizes = " × ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "dp"))
+        first = self.completed_steps + 1
+        facts = [f"steps {first} to {config.steps}", f"student {config.student}", teacher and f"teacher {teacher}"]
+        self.job.log.say(f"{config.run_dir}: " + " · ".join(filter(None, [*facts, sampled_by, sizes, config.dtype])))
 
     def _check_steered_from(self) -> None:
         """Raise ValueError where beta is steered by a step whose metrics are lost."""
@@ -106,6 +130,7 @@ class TrainingRun:
 
     def steps(self) -> Iterator[int]:
         """0-based steps still to do. A signal that asks to stop lets the step under way finish (see finish_step)."""
+        self._say_start()
         with self._stop:
             yield from range(self.completed_steps, self.config.steps)
 
@@ -137,11 +162,13 @@ class TrainingRun:
             self.profiler.step(row, self.job.log.phase.intervals)
         elif done == total or stop or best or (self.config.save_every and done % self.config.save_every == 0):
             self.checkpoints.save(self.trainer, done, best=best, steering=self._steering(prompts or {}))
+            self.job.log.say(f"saved after step {done}" + (" (the best so far)" if best else ""), logging.DEBUG)
         else:
             self.checkpoints.poll()
         if done == total or stop:
             self.checkpoints.wait()
         if stop:
+            self.job.log.say(f"stopped and saved after step {done} of {total}; the same command with --resume goes on")
             self.job.log.close()
             raise SystemExit(128 + stop)
 
@@ -175,6 +202,7 @@ class TrainingRun:
             else:
                 for _ in weights:  # a collective: this rank sends its shards
                     pass
+        self.job.log.say(f"finished: {target}; to look at it: vold report {self.config.run_dir}")
         self.job.log.close()
 
 

@@ -237,8 +237,8 @@ class Checkpoints:
                 load_average(trainer.average, reader)
             if state["layout"] == _layout_sizes(self._layout):
                 load_random_state(reader)
-        trainer.schedule.num_steps = 0  # Megatron's load adds to it
-        trainer.schedule.load_state_dict(state["schedule"])
+        trainer.schedule.num_steps = 0  # only the count is restored: the rest is the config's, whose `steps` may grow
+        trainer.schedule.step(state["schedule"]["num_steps"])
 
 
 class _ShardWriter(threading.Thread):

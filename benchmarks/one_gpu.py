@@ -3,12 +3,15 @@ results/one_gpu.csv and one_gpu.md. Nothing is loaded; the architectures are tho
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from vold.config import load_config
+from vold.config.schema import RlConfig
 from vold.planning.gpu_specs import GPU_SPECS
 from vold.planning.machine import hide_gpus
 from vold.planning.memory_table import fullest
@@ -113,6 +116,7 @@ def _size(card: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     hide_gpus()
     found = []
     for row in rows():

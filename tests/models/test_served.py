@@ -62,7 +62,7 @@ def test_images_go_at_their_own_size_where_the_processor_is_unknown(copy, tiny_s
 
 OURS_OR_UNSAFE = [
     "model",
-    "trust_" + "remote_code",
+    "trust_remote_code",
     "worker_extension_cls",
     "worker_cls",
     "tensor_parallel_size",

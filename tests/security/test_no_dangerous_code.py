@@ -21,8 +21,12 @@ PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "mar
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 UNSAFE_YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.full_load_all"}
-# The evaluated text is the test's own: a README's example, a sum of the miniature.
-ALLOWED = {("tests/kernels/test_linear_policy_loss.py", "exec"), ("tests/miniature/test_miniature_world.py", "eval")}
+# The evaluated text is the test's own: a README's example, a sum of the miniature; the option is one that is refused.
+ALLOWED = {
+    ("tests/kernels/test_linear_policy_loss.py", "exec"),
+    ("tests/miniature/test_miniature_world.py", "eval"),
+    ("tests/models/test_served.py", "trust_remote_code"),
+}
 
 
 def violations(tree: ast.AST) -> set[str]:

@@ -33,6 +33,7 @@ CASES = {
     1: {
         "fp32": {},
         "bf16": {"dtype": "bfloat16"},
+        "swiglu": {"parallel": {"recompute": "swiglu"}},
         "selective": {"parallel": {"recompute": "selective"}},
         "full": {"parallel": {"recompute": "full"}},
         "adapter": {"dtype": "bfloat16", "adapter": {"rank": 8}},

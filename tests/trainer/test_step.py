@@ -268,7 +268,7 @@ def _teacher_by_sample(batch: Batch) -> dict[int, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["swiglu", "selective", "full"])
 def test_recomputed_activations_give_the_same_gradient(trainer, tiny_student_dir, layout, recompute):
     batch = batch_of(assign_token_weights("grpo", make_groups(MIXED)), max_tokens=60)
     again = make_trainer(tiny_student_dir, replace(layout, recompute=recompute))

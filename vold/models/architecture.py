@@ -255,6 +255,7 @@ _PLAIN_TORCH_FLAGS = {
 
 _RECOMPUTE_FLAGS = {
     "none": {},
+    "swiglu": {},  # layers.recompute_swiglu
     # The MLPs, whose activations are the largest. (Flash attention recomputes its scores anyway, and Megatron's
     # recomputation of norms needs TransformerEngine.)
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},

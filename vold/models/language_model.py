@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from vold.config.schema import AdapterConfig
 from vold.models.adapters import add_adapters, train_embeddings_output
 from vold.models.architecture import Architecture, check_adapters, transformer_config
-from vold.models.layers import Packing, Rotary, block_spec, join_norms
+from vold.models.layers import Packing, Rotary, block_spec, join_norms, recompute_swiglu
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
@@ -107,7 +107,11 @@ def build_language_model(
         vp_stage=vp_stage,
     )
     model.rotary_pos_emb = Rotary(arch, layout.device)
+    if pre_process:
+        model.embedding.register_forward_hook(_with_plain_strides)
     join_norms(model.decoder)
+    if layout.recompute == "swiglu":
+        recompute_swiglu(model.decoder)
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)
@@ -125,6 +129,12 @@ def build_language_model(
     elif train_merger and model.vision_levels:
         model.visual = Mergers(arch, model.vision_levels, dtype, layout)
     return model
+
+
+def _with_plain_strides(_module: nn.Module, _inputs: object, hidden_T1D: Tensor) -> Tensor:
+    """The embedding's output, whose transposed strides layers hand on, as rows. torch multiplies rows by a weight in
+    one way; transposed ones it multiplies in another where the weight is frozen, with other rounding."""
+    return hidden_T1D.squeeze(1).unsqueeze(1)
 
 
 def _add_adapters(model: LanguageModel, arch: Architecture, layout: Layout, config: AdapterConfig) -> None:

@@ -44,7 +44,7 @@ class Layout:
     """The division of the world: tensor (tp), pipeline (pp) and data (dp) parallel sizes, this rank's numbers, groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
-    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, selective or full
+    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, swiglu, selective or full
     deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
     """
 

@@ -54,7 +54,7 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     forward = _forward_flops(sizes, student) / model_ranks
     weights = _weight_traffic(sizes, student) / model_ranks
     phases["student_forward"] = PhaseWork(forward, weights, tokens)
-    recomputed = {"none": 0.0, "selective": mlp_flops_share(student), "full": 1.0}[config.parallel.recompute]
+    recomputed = {"selective": mlp_flops_share(student), "full": 1.0}.get(config.parallel.recompute, 0.0)
     # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch: frozen ones (adapters
     # are left out) it reads once and computes no gradient of theirs.
     trained = {"train": config.train, "train_merger": config.vision.train_merger, "adapter": config.adapter}

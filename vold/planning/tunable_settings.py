@@ -14,7 +14,7 @@ from vold.planning.stage_memory import TraceCache, stage_memories
 from vold.planning.step_sizes import StepSizes
 
 MAX_TRIES = 400
-RECOMPUTE_MODES = ("none", "selective", "full")
+RECOMPUTE_MODES = ("none", "swiglu", "selective", "full")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class RunLog:
                 self._lock = RunLock(self.path, self._verb)
                 remove(unfinished(self.path))
                 check_run_dir(self._config, self._verb, resume)  # of two that started together, the second
-                changes = restated(self._config, self._verb)
+                changes = restated(self._config, self._verb) if resume else []
                 write_atomically(self.path / "config.yaml", dump_config(self._config, self._verb))
                 self._text_log.enter_context(logged_to(self.path / TEXT_LOG))
             except OSError as error:

@@ -38,14 +38,23 @@ class ParallelConfig(Strict):
     """Sequence parallel: norms and residuals divided over the tp ranks too."""
     distributed_optimizer: bool = False
     """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass recomputes: none, those of the MLPs, or those of whole layers."""
+    recompute: Literal["none", "swiglu", "selective", "full"] = "none"
+    """Activations that the backward pass recomputes: none, products of the gates (SwiGLU), whole MLPs, whole layers."""
     offload_activations: bool = False
     """What the backward pass needs waits in CPU memory, tensors from 1 MiB on, also with recompute, whose inputs of
     layers it then moves. Same results; the transfers cost time."""
     deterministic: bool = False
     """On GPUs, sums in a fixed order, so that two runs are bit-equal as they are on a CPU: attention's backward pass is
     then slower and takes more memory. Without it runs on CUDA differ in the last bits."""
+
+    @model_validator(mode="after")
+    def _one_way_to_save(self) -> ParallelConfig:
+        if self.recompute == "swiglu" and self.offload_activations:
+            raise ValueError(
+                "parallel.recompute = swiglu and offload_activations = true: what a recomputation reads would stay on "
+                "the GPU; use recompute = none or selective with it"
+            )
+        return self
 
 
 class TrackingConfig(Strict):

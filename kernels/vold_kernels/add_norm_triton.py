@@ -106,7 +106,7 @@ def add_norm_backward_kernel(
 @cache
 def block(width: int) -> tuple[int, int]:
     """(columns of a block, warps) for rows of this width."""
-    columns = triton.next_power_of_2(width)
+    columns = int(triton.next_power_of_2(width))
     return columns, min(max(columns // (32 * ELEMENTS), 1), 16)
 
 
@@ -116,7 +116,12 @@ def forward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options)
     columns, warps = block(weight_D.shape[0])
     with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):  # -1: does nothing
         add_norm_forward_kernel[(outputs[2].numel(),)](
-            *outputs, *inputs, **options, D=weight_D.shape[0], BLOCK=columns, num_warps=warps
+            *outputs,
+            *inputs,
+            **options,
+            D=weight_D.shape[0],
+            BLOCK=columns,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -126,5 +131,12 @@ def backward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], **options
     columns, warps = block(weight_D.shape[0])
     with torch.cuda.device(weight_D.device if weight_D.is_cuda else -1):
         add_norm_backward_kernel[(outputs[1].shape[0],)](
-            *outputs, *inputs, scale.numel(), **options, D=weight_D.shape[0], BLOCK=columns, ROWS=ROWS, num_warps=warps
+            *outputs,
+            *inputs,
+            scale.numel(),  # pyright: ignore[reportCallIssue]
+            **options,
+            D=weight_D.shape[0],
+            BLOCK=columns,
+            ROWS=ROWS,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )

@@ -12,6 +12,7 @@ bit, and nothing is sorted but the places, once a micro-batch. `reference.qkv_no
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,8 +99,9 @@ class _QkvNormRope(torch.autograd.Function):
         gradients = [x.contiguous() for x in (d_q_TAH, d_k_SKH, d_v_SKH)]
         others = _others(mixed_TW, q_weight_H, k_weight_H, cos_sin_2TH, ctx.shared)
         options = {"EPS": heads.eps, "SHARED": ctx.shared is not None}
-        qkv_triton.backward_((d_mixed_TW, d_weights_2H), (*gradients, mixed_TW, *others), heads.sizes, **options)
-        if not normed:
+        inputs: Any = (*gradients, mixed_TW, *others)
+        qkv_triton.backward_((d_mixed_TW, d_weights_2H), inputs, heads.sizes, **options)
+        if q_weight_H is None:
             return d_mixed_TW, None, None, None, None, None
         return d_mixed_TW, *d_weights_2H.sum(0).to(q_weight_H.dtype), None, None, None
 

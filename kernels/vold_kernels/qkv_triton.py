@@ -57,7 +57,7 @@ def _normed(first, second, WEIGHT, h, mask_h, EPS: tl.constexpr, H: tl.constexpr
 def _turned(POINTER, offsets, mask, WEIGHT, h, mask_h, cos, sin, EPS: tl.constexpr, H: tl.constexpr):
     """Halves of heads after their norm (EPS None: they have none) and the rotary embedding."""
     Acc: tl.constexpr = cos.dtype
-    first, second = _halves(POINTER, offsets, mask, H // 2, Acc)
+    first, second = _halves(POINTER, offsets, mask, H // 2, Acc)  # pyright: ignore[reportGeneralTypeIssues]
     if EPS is not None:
         first, second, _, _, _, _, _ = _normed(first, second, WEIGHT, h, mask_h, EPS, H, POINTER.dtype.element_ty)
     return first * cos - second * sin, second * cos + first * sin
@@ -104,7 +104,7 @@ def qkv_forward_kernel(
     mask_h = h < H // 2
     mask_q = (a < HEADS) & mask_h
     mask_k = (g < GROUPS) & mask_h
-    cos, sin = _angles(COS, SIN, row, h, mask_h, H, Type)
+    cos, sin = _angles(COS, SIN, row, h, mask_h, H, Type)  # pyright: ignore[reportGeneralTypeIssues]
     q_columns = (a // PER * (PER + 2) + a % PER) * H + h
     q_first, q_second = _turned(MIXED, q_columns, mask_q, Q_WEIGHT, h, mask_h, cos, sin, EPS, H)
     k_columns = (g * (PER + 2) + PER) * H + h
@@ -130,7 +130,7 @@ def _d_normed(
 ):
     """(halves of the gradient of x, halves of what this token adds to the weight's) from those of the norm's output."""
     Acc: tl.constexpr = first.dtype
-    _, _, scale, unit_first, unit_second, weight_first, weight_second = _normed(
+    _, _, scale, unit_first, unit_second, weight_first, weight_second = _normed(  # pyright: ignore[reportGeneralTypeIssues]
         first, second, WEIGHT, h, mask_h, EPS, H, Type
     )
     m_first = d_first * weight_first
@@ -146,7 +146,7 @@ def _d_normed(
 def _places_sum(POINTER, PLACES, begin, end, columns, mask, GROUPS: tl.constexpr, H: tl.constexpr, Acc: tl.constexpr):
     """Halves of the sum of POINTER's rows at a token's places, in their order."""
     place = tl.load(PLACES + begin, mask=begin < end, other=0).to(tl.int64) * GROUPS * H
-    first, second = _halves(POINTER + place, columns, mask & (begin < end), H // 2, Acc)
+    first, second = _halves(POINTER + place, columns, mask & (begin < end), H // 2, Acc)  # pyright: ignore[reportGeneralTypeIssues]
     for number in range(begin + 1, end):
         place = tl.load(PLACES + number).to(tl.int64) * GROUPS * H
         more_first, more_second = _halves(POINTER + place, columns, mask, H // 2, Acc)
@@ -240,9 +240,9 @@ def qkv_backward_kernel(
 @cache
 def tiles(heads: int, groups: int, width: int) -> tuple[dict[str, int], int]:
     """(the kernels' constants for these head counts, warps)."""
-    head_tile, half_tile = triton.next_power_of_2(heads), triton.next_power_of_2(width // 2)
+    head_tile, half_tile = (int(triton.next_power_of_2(size)) for size in (heads, width // 2))
     constants = {"HEADS": heads, "GROUPS": groups, "H": width, "HEAD_TILE": head_tile, "HALF_TILE": half_tile}
-    constants["GROUP_TILE"] = triton.next_power_of_2(groups)
+    constants["GROUP_TILE"] = int(triton.next_power_of_2(groups))
     return constants, min(max(head_tile * half_tile // (32 * ELEMENTS), 1), 16)
 
 
@@ -253,7 +253,13 @@ def forward_(
     constants, warps = tiles(*shape)
     with torch.cuda.device(mixed_TW.device if mixed_TW.is_cuda else -1):  # -1: does nothing
         qkv_forward_kernel[(mixed_TW.shape[0],)](
-            *outputs, mixed_TW, *others, mixed_TW.stride(0), **constants, **options, num_warps=warps
+            *outputs,
+            mixed_TW,  # pyright: ignore[reportCallIssue]
+            *others,
+            mixed_TW.stride(0),  # pyright: ignore[reportCallIssue]
+            **constants,
+            **options,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -262,5 +268,12 @@ def backward_(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], shape: tu
     (constants, warps), mixed_TW = tiles(*shape), inputs[3]
     with torch.cuda.device(mixed_TW.device if mixed_TW.is_cuda else -1):
         qkv_backward_kernel[(outputs[1].shape[0],)](
-            *outputs, *inputs, mixed_TW.stride(0), mixed_TW.shape[0], **constants, **options, ROWS=ROWS, num_warps=warps
+            *outputs,
+            *inputs,
+            mixed_TW.stride(0),  # pyright: ignore[reportCallIssue]
+            mixed_TW.shape[0],  # pyright: ignore[reportCallIssue]
+            **constants,
+            **options,
+            ROWS=ROWS,
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
         )

@@ -171,7 +171,7 @@ def qkv_norm_rope(
     """`qkv.qkv_norm_rope`."""
     mixed = mixed_TW.view(len(mixed_TW), heads.keys, -1, heads.width)
     q_TAH, k_TKH, v_TKH = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
-    if weights is not None:
+    if weights is not None and heads.eps is not None:
         q_TAH, k_TKH = (rms_norm(x, w, heads.eps) for x, w in zip((q_TAH, k_TKH), weights, strict=True))
     cos_T1H, sin_T1H = cos_sin_2TH.to(mixed_TW.dtype)[:, :, None]
     q_TAH, k_TKH = (x * cos_T1H + _rotated_by_90_degrees(x) * sin_T1H for x in (q_TAH, k_TKH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from vold.models.checkpoint_dir import lacks, reading
@@ -36,6 +37,12 @@ class ServedModel:
         names = ("image_token_id", "image_token_index") if hasattr(config, "vision_config") else ()
         image = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
         return cls(text.vocab_size, text.hidden_size, image, config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its weights are stored; float32 where config.json does not say."""
+        stored = self.config.dtype
+        return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
 
     @property
     def sees(self) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +149,10 @@ class BaseTeacher(Teacher):
     trainer: nothing but adapters is trained in it. Other arguments as Teacher's.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: Path, layout: Layout, **settings):
+    def __init__(self, trainer: Trainer, checkpoint: Path, layout: Layout, **settings: Any):
         self._students = trainer.chunks
-        super().__init__(checkpoint, layout, **settings | {"offload": False})
+        settings["offload"] = False
+        super().__init__(checkpoint, layout, **settings)
         self._vision = trainer.vision if self._vision is not None else None
 
     def _open_chunks(self, checkpoint: Path, dtype: torch.dtype) -> list[LanguageModel]:

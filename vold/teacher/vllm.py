@@ -82,7 +82,8 @@ def open_scoring_engines(
     """A teacher's engines: those of `settings.urls`, for every rank at the same time, or one inside this process."""
     if settings.urls:
         return RemoteEngines(checkpoint, settings, temperature=temperature)
-    dtype = dtype or ServedModel.from_pretrained(checkpoint).config.dtype
+    if dtype is None:
+        dtype = ServedModel.from_pretrained(checkpoint).dtype
     settings = settings_for_scoring(checkpoint, settings)
     return ColocatedEngine(checkpoint, settings, dtype=dtype, temperature=temperature)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -152,7 +153,7 @@ class VllmDistributions:
     def _compare(self, head_UE: Tensor) -> None:
         """Raise ValueError where the log-probs of hidden states and head are not those that the engine gives."""
         ids = load_tokenizer(self._checkpoint).encode(PROBE_TEXT, add_special_tokens=False)
-        prompt, response = Prompt("probe", ids[:1], ""), ids[1:]
+        prompt, response = Prompt("probe", np.asarray(ids[:1], np.int32), ""), ids[1:]
         box: list = [None]
         if self._layout.tp_rank == 0:
             requests = [Request.scoring(prompt, response, None), Request.reading(prompt, response, None)]
@@ -171,7 +172,7 @@ class VllmDistributions:
                 f"{head_UE.shape[1]}: the engine serves another checkpoint"
             )
         rows_nE, target_n = rows_nE.to(head_UE), torch.tensor(response, device=head_UE.device)
-        ours = linear_logprob(rows_nE, head_UE, target_n, **self._head_options)
+        ours = cast(Tensor, linear_logprob(rows_nE, head_UE, target_n, **self._head_options))
         gap = float((ours.cpu().float() - torch.tensor(scored)).abs().mean())
         if not gap <= PROBE_LIMITS[self._dtype]:
             raise ValueError(

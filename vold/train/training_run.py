@@ -90,7 +90,8 @@ class TrainingRun:
         """What is trained, with what, how far."""
         config, layout = self.config, self.job.layout
         teacher = getattr(config, "teacher", None)
-        sampled_by = f"rollouts by {config.rollout.engine}" if hasattr(config, "rollout") else ""
+        rollout = getattr(config, "rollout", None)
+        sampled_by = rollout and f"rollouts by {rollout.engine}"
         sizes = " × ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "dp"))
         first = self.completed_steps + 1
         facts = [f"steps {first} to {config.steps}", f"student {config.student}", teacher and f"teacher {teacher}"]

@@ -86,7 +86,7 @@ def offload_optimizer(inner: MegatronOptimizer) -> None:
         copy()
         offloaded.hide_masters(device)
 
-    inner._copy_main_params_to_model_params = copy_from_host
+    inner._copy_main_params_to_model_params = copy_from_host  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ActivationOffload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,8 @@ def _rate_groups(
         takes = ParamWithNamePredicate(
             f"rate {rate}", lambda parameter, _name, members=members: id(parameter) in members
         )
-        groups[ParamKey(with_name_predicate=takes)] = ParamGroupOverride(max_lr=rate, min_lr=rate * config.min_lr_ratio)
+        override: Any = {"max_lr": rate, "min_lr": rate * config.min_lr_ratio}
+        groups[ParamKey(with_name_predicate=takes)] = ParamGroupOverride(**override)
     return groups
 
 
@@ -134,7 +136,8 @@ def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
     gradients = [p.grad for p in _inner(optimizer).get_parameters() if p.grad is not None]
     if _is_fused(adamw):
         is_longer = coefficient < 1.0 and bool(gradients)
-        adamw.grad_scale = gradients[0].new_full((), 1 / coefficient) if is_longer else None
+        scale = gradients[0].new_full((), 1 / coefficient) if is_longer else None
+        adamw.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
     elif coefficient < 1.0 and gradients:
         torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 

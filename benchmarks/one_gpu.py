@@ -126,7 +126,7 @@ def main() -> None:
         writer = csv.DictWriter(file, found[0])
         writer.writeheader()
         writer.writerows(found)
-    (RESULTS / "one_gpu.md").write_text(table(found) + "\n")
+    (RESULTS / "one_gpu.md").write_text(f"# What fits on one GPU, GiB\n\n{table(found)}\n")
 
 
 if __name__ == "__main__":

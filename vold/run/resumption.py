@@ -75,7 +75,7 @@ def check_run_dir(config: RunConfig, verb: str, resume: bool) -> None:
     if not resume:
         raise ValueError(f"run_dir {config.run_dir} holds a run already; --resume continues it, or choose another")
     for key, before, now in _changes(config, verb):
-        if not key.startswith(tuple(RESTATED_KEYS)):
+        if _meaning(key) is None:
             raise ValueError(
                 f"--resume: {key} was {before!r} and is now {now!r}; resume with the run's own {saved}, or start "
                 "another run_dir"
@@ -88,9 +88,14 @@ def restated(config: RunConfig, verb: str) -> list[str]:
         return []
     lines = []
     for key, before, now in _changes(config, verb):
-        meaning = next((meaning for name, meaning in RESTATED_KEYS.items() if key.startswith(name)), "")
+        meaning = _meaning(key)
         lines.append(f"{key} was {before!r} and is now {now!r}" + (f": {meaning}" if meaning else ""))
     return lines
+
+
+def _meaning(key: str) -> str | None:
+    """What a change of this key does; None for a key, or section, that is not in RESTATED_KEYS."""
+    return next((text for name, text in RESTATED_KEYS.items() if key == name or key.startswith(f"{name}.")), None)
 
 
 def _changes(config: RunConfig, verb: str) -> list[tuple[str, object, object]]:

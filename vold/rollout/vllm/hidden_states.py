@@ -50,9 +50,7 @@ class Tap:
         if not asked or request.prompt_token_ids is None:
             return
         name, count = asked
-        first = (
-            len(request.prompt_token_ids) - 1 - count
-        )  # the position that predicts the first of the last `count` ids
+        first = len(request.prompt_token_ids) - 1 - count  # predicts the first of the last `count` ids
         start = request.num_computed_tokens
         low, high = max(start, first), min(start + tokens, first + count)
         if low >= high:

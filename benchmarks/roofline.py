@@ -56,6 +56,8 @@ class Gpu:
     """Instructions of one thread a second: SMs · 128 · clock."""
     capability: int
     """Of the row in aot.csv."""
+    flash_attention: int = 2
+    """Version that is installed; 3 knows Hopper alone."""
 
 
 def _gpu(name: str, spec: str, reached: tuple[float, float], sms: int, clock: float, capability: int) -> Gpu:

@@ -17,6 +17,8 @@ GAP = 2e-6
 """Seconds between two kernels of a stream, charged for every kernel."""
 ATTENTION = {80: (185e12, 150e12), 90: (330e12, 270e12)}
 """Compute capability -> FLOP/s of flash-attn 2 forward and backward, causal, heads of 128."""
+FLASH3 = 1.5
+"""FlashAttention 3 over 2 on Hopper: the lower ends of its paper's 1.5 to 2.0 and 1.5 to 1.75 (arXiv 2407.08608, 1)."""
 SORTED_KERNELS = {"embedding_dense_backward": 14, "index_put": 8}
 """Scatters that sort their indices first -> kernels of torch."""
 KERNELS = {"flash_attn backward": 6, "nonzero": 3, "linalg_vector_norm": 2, "cumsum": 2}
@@ -88,7 +90,7 @@ def seconds(op: Operation, gpu: Gpu, under_matmul: bool) -> float:
 def _busy(op: Operation, gpu: Gpu, under_matmul: bool) -> float:
     moved = traffic(op) / gpu.bandwidth
     if op.kind == "attention":
-        rate = ATTENTION[gpu.capability]["backward" in op.name]
+        rate = ATTENTION[gpu.capability]["backward" in op.name] * (FLASH3 if gpu.flash_attention == 3 else 1.0)
         if "backward" not in op.name:
             return max(op.flops / rate, moved)
         return max(op.flops / rate, moved) + _attention_scratch(op) / gpu.bandwidth

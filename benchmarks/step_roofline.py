@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vold.models.architecture import Architecture
@@ -258,6 +258,16 @@ def compared(before: Sequence[Mapping[str, str]], table: Sequence[Mapping[str, s
     return lines
 
 
+def with_flash3(operations: Mapping[Operation, int], setup: Setup, gpu: Gpu) -> str:
+    """A table's line: the student's step on a Hopper GPU with flash-attn 2 → with FlashAttention 3."""
+    found = []
+    for version in (2, 3):
+        this = replace(gpu, flash_attention=version)
+        phases = predict(operations, setup, this)
+        found.append((f"{student_seconds(phases) * 1e3:.1f}", f"{mfu(phases, setup, this):.3f}"))
+    return table_line((gpu.name, f"{setup.largest:,}", *(f"{old} → {new}" for old, new in zip(*found, strict=True))))
+
+
 def main(names: Sequence[str], out: Path | None = None) -> None:
     """Trace a step of each size in this process, which then believes in a GPU; print, and write below `out`."""
     from .fake_cuda.device import install
@@ -265,15 +275,18 @@ def main(names: Sequence[str], out: Path | None = None) -> None:
 
     install()
     text = ["# Roofline of the whole step: Qwen3-1.7B student, Qwen3-8B teacher", INTRO, ASSUMPTIONS]
-    table = []
+    table, flash3 = [], [table_line(("GPU", "micro-batch", "ms", "mfu")), table_line(["---"] * 4)]
     for tokens in MICROBATCH_TOKENS:
         step = run_step(Case(microbatch_tokens=tokens))
         setup = setup_of(step.batch.micro_batches, step.arch, step.teacher_arch)
         for name in names:
             text.append(report(step.trace.operations, setup, GPUS[name]))
             table += rows(step.trace.operations, setup, GPUS[name])
+            if GPUS[name].capability == 90:
+                flash3.append(with_flash3(step.trace.operations, setup, GPUS[name]))
     before = read_rows(RESULTS / "step-before.csv")
     text.insert(3, "\n".join(["## Before and after", "", BEFORE, "", *compared(before, table)]))
+    text.insert(4, "\n".join(["## With FlashAttention 3", "", FLASH3, "", *flash3]))
     print("\n\n".join(text))
     if out is not None:
         (out / "STEP.md").write_text("\n\n".join(text) + "\n")
@@ -288,3 +301,6 @@ INTRO = """\
 tensors, 16 responses of about 1,500 tokens to two prompts: no GPU has measured anything here."""
 BEFORE = """\
 The student's step at commit 9429b30 (step-before.csv: liger-kernel's norms and rope, Megatron's layer) → now."""
+FLASH3 = f"""\
+Where `flash_attn_interface` is installed, at {step_costs.FLASH3:g} times the rates of flash-attn 2 both ways: the lower
+ends of its paper's 1.5 to 2.0 (forward) and 1.5 to 1.75 (backward); its scratch as that of flash-attn 2."""

@@ -32,7 +32,8 @@ def check_versions(config: SftConfig | RlConfig) -> str:
     conflicts = [*_unmet_requirements(), *_known_conflicts(config)]
     if conflicts:
         raise ValueError("; ".join(conflicts))
-    packages = ("torch", "triton", "megatron-core", "transformers", "flash-attn", "liger-kernel", "vllm")
+    layers = ("flash-attn", "flash-attn-3", "liger-kernel")
+    packages = ("torch", "triton", "megatron-core", "transformers", *layers, "vllm")
     versions = ((name, _installed(name)) for name in packages)
     return ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in versions)
 

@@ -55,8 +55,8 @@ def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[s
         yield "Peak by stage: " + ", ".join(f"{stage.name} {stage.peak / GIB:.1f}" for stage in stages)
     yield (
         f"Micro-batches of {sizes.micro_batch_tokens} tokens, {sizes.micro_batches} a step. A tenth of the GPU is left "
-        "to CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel and flash-attn; not "
-        "counted are vLLM's own activations and CUDA graphs."
+        "to CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel and flash-attn (2 or 3); "
+        "not counted are vLLM's own activations and CUDA graphs."
     )
     host = max(stage.host for stage in stages)
     if host:

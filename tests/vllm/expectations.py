@@ -18,10 +18,10 @@ from vold.config.schema import AdapterConfig, PromptConfig, SamplingConfig
 from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.miniature import models, world
-from vold.models.adapters import write_adapter
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.language_model import build_language_model
+from vold.models.peft_directory import write_adapter
 from vold.models.tokenizer import load_tokenizer
 from vold.models.weights import export_adapters, export_weights, load_chunks, load_pretrained, trained_rules
 from vold.parallel.launch import Layout, initialise, shutdown

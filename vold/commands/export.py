@@ -9,9 +9,9 @@ import torch
 
 from vold.config.schema import AdapterConfig, ExportConfig, PromptConfig
 from vold.io import log
-from vold.models.adapters import write_adapter
 from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
+from vold.models.peft_directory import write_adapter
 from vold.models.weights import export_adapters, export_weights, load_chunks
 from vold.parallel.launch import initialise
 from vold.run.resumption import read_config

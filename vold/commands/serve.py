@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vold.config.schema import EvalConfig, RlConfig, TracesConfig, VllmConfig
 from vold.config.schema.run import SECRET
+from vold.rollout.vllm.adapters import EngineAdapter
 from vold.rollout.vllm.engines import engine_options, settings_for_scoring
 from vold.rollout.vllm.guard import SETTINGS, Guard, Settings, read_secret
 from vold.rollout.vllm.remote import is_local
@@ -35,28 +36,40 @@ def serve_engine(
     secret.
     """
     checkpoint, settings = _teacher(config, teacher) if teacher else _sampled_model(config)
-    command = server_command(checkpoint, settings, dtype=config.dtype, where=where)
+    synced = config.synced_adapter if isinstance(config, RlConfig) and not teacher else None
+    adapter = EngineAdapter(synced, checkpoint) if synced else None
+    command = server_command(checkpoint, settings, dtype=config.dtype, where=where, adapter=adapter)
     if find_spec("vllm") is None:
         raise ValueError("vold serve becomes vLLM's server, which is not installed here: pip install 'vold[vllm]'")
     secret_file = settings.secret_file or config.run_dir / SECRET
     read_secret(secret_file)
     os.umask(0o077)  # a socket of ours alone
-    os.execvpe(command[0], command, {**os.environ, **server_environment(checkpoint, settings, secret_file, where)})
+    environment = server_environment(checkpoint, settings, secret_file, where, adapters=adapter is not None)
+    os.execvpe(command[0], command, {**os.environ, **environment})
 
 
 def server_environment(
-    checkpoint: Path, settings: VllmConfig, secret_file: Path, where: dict[str, str | int]
+    checkpoint: Path, settings: VllmConfig, secret_file: Path, where: dict[str, str | int], *, adapters: bool = False
 ) -> dict[str, str]:
-    """Environment variables of the server, with what its guard has to know."""
+    """Environment variables of the server, with what its guard has to know. adapters: its policy comes as adapters."""
     paths = (str(path.resolve()) for path in (secret_file, checkpoint, settings.weights_dir))
     reachable = "host" in where and not is_local(f"http://{where['host']}")
     streams = settings.transport == "nccl" or (settings.transport == "auto" and reachable)
-    return {**ENVIRONMENT, SETTINGS: json.dumps(asdict(Settings(*paths, streams=streams)))}
+    guard = Settings(*paths, streams=streams, adapters=adapters)
+    updating = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapters else {}
+    return {**ENVIRONMENT, **updating, SETTINGS: json.dumps(asdict(guard))}
 
 
-def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, where: dict[str, str | int]) -> list[str]:
+def server_command(
+    checkpoint: Path,
+    settings: VllmConfig,
+    *,
+    dtype: str,
+    where: dict[str, str | int],
+    adapter: EngineAdapter | None = None,
+) -> list[str]:
     """Arguments that start vLLM's server by its module: builds of vLLM under another name have no `vllm` program."""
-    options = {**engine_options(checkpoint, settings, dtype), **where, "enable_scale_out": True}
+    options = {**engine_options(checkpoint, settings, dtype, adapter), **where, "enable_scale_out": True}
     options |= {"middleware": f"{Guard.__module__}.{Guard.__name__}", "allowed_media_domains": NO_DOMAIN}
     options["disable_fastapi_docs"] = True
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-log-stats"]
@@ -64,6 +77,8 @@ def server_command(checkpoint: Path, settings: VllmConfig, *, dtype: str, where:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            command += [f"--{flag}", *value]
         elif value is not None:
             command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return command

@@ -14,11 +14,11 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -26,14 +26,14 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vold.config.schema import AdapterConfig
-from vold.io import to_json
-from vold.models.checkpoint_dir import new_checkpoint
-from vold.untrusted import check_tensor_header, read_json
+from vold.models.adapter_dropout import Dropout, Share
+from vold.models.architecture import Architecture, check_adapters
+from vold.models.quantised import whole
+from vold.models.vision import is_merger
+from vold.parallel.launch import Layout
 
 LINEARS = {
     "qkv": "self_attention.linear_qkv",
@@ -44,60 +44,85 @@ LINEARS = {
 """Target -> the layer's linear."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter joins the model.
+
+    name     of its linear, the same on every layout
+    parts    rows of the layer's local weight for each projection that it joins (q, k, v), each with an A and a B of its
+             own
+    join     their outputs, or weights, by projection -> in the order of the layer's rows, along a dimension that is
+             counted from the end
+    layout   this rank's
+    dropout  the chunk's
+    """
+
+    name: str
+    parts: Sequence[int]
+    join: Callable[[list[Tensor], int], Tensor]
+    layout: Layout
+    dropout: Dropout
+
+
 class Adapter(nn.Module):
     """The update of one linear layer; it joins the layer as `linear.adapter` and adds to its output.
 
-    parts: rows of the layer's local weight for each projection that it joins (q, k, v), each with an A and a B of its
-    own. join: their outputs, or weights, by projection -> in the order of the layer's rows, along a dimension that
-    is counted from the end.
+    A plain linear layer (the vision tower's) is whole on every rank, and so are its A and B.
     """
 
-    def __init__(
-        self,
-        linear: nn.Module,
-        config: AdapterConfig,
-        parts: Sequence[int],
-        join: Callable[[list[Tensor], int], Tensor],
-    ):
+    def __init__(self, linear: nn.Module, config: AdapterConfig, place: Place):
         super().__init__()
         self.scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
-        self._join, self._sp = join, linear.sequence_parallel
+        self._place, self._sp = place, place.layout.sp
         self._is_column = isinstance(linear, ColumnParallelLinear)
+        self._is_row = isinstance(linear, RowParallelLinear)
         inputs, like = linear.weight.shape[1], {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.lora_A = nn.ParameterList(nn.Parameter(torch.empty(config.rank, inputs, **like)) for _ in parts)
-        self.lora_B = nn.ParameterList(nn.Parameter(torch.empty(rows, config.rank, **like)) for rows in parts)
-        whole, divided = (self.lora_A, self.lora_B) if self._is_column else (self.lora_B, self.lora_A)
-        for parameter in whole:
-            parameter.sequence_parallel = self._sp
-        for parameter in divided:
-            set_tensor_model_parallel_attributes(parameter, True, 0 if self._is_column else 1, 1)
+        self.lora_A = nn.ParameterList(nn.Parameter(torch.empty(config.rank, inputs, **like)) for _ in place.parts)
+        self.lora_B = nn.ParameterList(nn.Parameter(torch.empty(rows, config.rank, **like)) for rows in place.parts)
+        divided = [*self.lora_B] * self._is_column + [*self.lora_A] * self._is_row
+        for parameter in [*self.lora_A, *self.lora_B]:
+            if any(parameter is other for other in divided):
+                set_tensor_model_parallel_attributes(parameter, True, 0 if self._is_column else 1, 1)
+            else:
+                parameter.sequence_parallel = self._sp
         self.is_on = True
         linear.register_forward_hook(self._add_to_output)
         linear.weight.adapter = self
 
-    def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]):
-        return (output[0] + self(inputs[0]), *output[1:]) if self.is_on else output
+    def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple):
+        if not self.is_on:
+            return output
+        update = self(inputs[0])
+        return output + update if isinstance(output, Tensor) else (output[0] + update, *output[1:])
 
     def forward(self, x_T1D: Tensor) -> Tensor:
         """What is added to the layer's output."""
-        low_T1R = [F.linear(x_T1D, A) for A in self.lora_A]
+        place, share = self._place, Share(self._place.layout.tp, self._place.layout.tp_rank)
+        rows = share if self._is_column and self._sp else Share()
+        columns = share if self._is_row else Share()
+        low_T1R = [
+            place.dropout.linear(x_T1D, A, f"{place.name} {number}", rows, columns)
+            for number, A in enumerate(self.lora_A)
+        ]
         low_T1R = self._across_ranks(torch.cat(low_T1R, dim=-1)).chunk(len(low_T1R), dim=-1)
         parts = [F.linear(low, B) for low, B in zip(low_T1R, self.lora_B, strict=True)]
-        return self.scale * self._join(parts, -1)
+        return self.scale * place.join(parts, -1)
 
     def _across_ranks(self, low: Tensor) -> Tensor:
         if self._is_column:
             across = gather_from_sequence_parallel_region if self._sp else copy_to_tensor_model_parallel_region
-        else:
+        elif self._is_row:
             across = (
                 reduce_scatter_to_sequence_parallel_region if self._sp else reduce_from_tensor_model_parallel_region
             )
+        else:
+            return low
         return across(low)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's weight with the update added, summed in fp32 and rounded once."""
         pairs = zip(self.lora_A, self.lora_B, strict=True)
-        update = self._join([B.detach().float() @ A.detach().float() for A, B in pairs], -2)
+        update = self._place.join([B.detach().float() @ A.detach().float() for A, B in pairs], -2)
         return (weight.detach().float() + self.scale * update).to(weight.dtype)
 
 
@@ -123,16 +148,7 @@ def switched_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
 def merged(parameter: nn.Parameter) -> Tensor:
     """A parameter as inference uses it: with its layer's update, where it has one."""
     adapter = getattr(parameter, "adapter", None)
-    return parameter.detach() if adapter is None else adapter.merged(parameter)
-
-
-def add_adapters(layers: Sequence[nn.Module], config: AdapterConfig, joins: dict[str, Callable]) -> None:
-    """Give the targets of `config` in every layer an adapter, with uninitialised weights. joins: target -> (local rows
-    of each projection, join), see Adapter."""
-    for layer in layers:
-        for target in config.targets:
-            linear = layer.get_submodule(LINEARS[target])
-            linear.adapter = Adapter(linear, config, *joins[target](linear.weight.shape[0]))
+    return whole(parameter) if adapter is None else adapter.merged(whole(parameter))
 
 
 PROJECTIONS = {
@@ -144,63 +160,50 @@ PROJECTIONS = {
 """Target -> the modules of transformers that it joins."""
 
 
-def write_adapter(out: Path, base: Path, config: AdapterConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a directory as peft does. base: the checkpoint that the adapter belongs to. tensors: by peft's names. A
-    vision tower, whose modules have the same names, is left out of it."""
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.resolve()),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": config.rslora,
-        "target_modules": [name for target in config.targets for name in PROJECTIONS[target]],
-        "exclude_modules": r"(.*\.)?visual\..*",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    if config.alpha.is_integer():
-        settings["lora_alpha"] = int(config.alpha)  # as peft writes it; vLLM's key is an integer
-    with new_checkpoint(out) as partial:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, partial / "adapter_model.safetensors")
-        (partial / "adapter_config.json").write_text(to_json(settings, indent=2))
+VISUAL = ("merger", "tower")
+"""Targets among the vision tower's linear layers: of its mergers, of its blocks."""
 
 
-@contextmanager
-def adapter_tensors(config: AdapterConfig) -> Iterator[safe_open]:
-    """The opened tensors of config.path. Raises ValueError where its adapter is not the one that `config` describes."""
-    assert config.path is not None
-    settings = read_json(config.path / "adapter_config.json")
-    modules = sorted(name for target in config.targets for name in PROJECTIONS[target])
-    stored = {
-        "rank": settings.get("r"),
-        "alpha": settings.get("lora_alpha"),
-        "rslora": bool(settings.get("use_rslora")),
-        "targets": sorted(settings.get("target_modules") or ()),
-    }
-    for key, value in {**config.model_dump(include={"rank", "alpha", "rslora"}), "targets": modules}.items():
-        if stored[key] != value:
-            raise ValueError(f"adapter.{key} is {value}, but {config.path} has {stored[key]}; make them equal")
-    if unknown := [
-        key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if settings.get(key)
-    ]:
-        raise ValueError(f"adapter.path = {config.path} has {unknown[0]}, which is not supported; merge it with peft")
-    file = config.path / "adapter_model.safetensors"
-    check_tensor_header(file)
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        yield tensors
+def check_targets(arch: Architecture, config: AdapterConfig) -> None:
+    """Raises ValueError for an architecture that takes no adapters, or not those of config.targets."""
+    check_adapters(arch)
+    visual = [target for target in config.targets if target in VISUAL]
+    if visual and arch.vision is None:
+        raise ValueError(f"adapter.targets has {visual[0]}, but the student ({arch.model_type}) reads text only")
 
 
-def check_matrix(stored: safe_open, name: str, shape: tuple[int, ...], config: AdapterConfig) -> Tensor:
-    """A tensor of an adapter's file. Raises ValueError where it is missing or has another shape."""
-    if name not in stored.keys():  # noqa: SIM118 - not a dict
-        raise ValueError(f"adapter.path = {config.path} has no {name}: it is of another model")
-    if tuple(stored.get_slice(name).get_shape()) != shape:
-        found = tuple(stored.get_slice(name).get_shape())
-        raise ValueError(f"adapter.path = {config.path}: {name} has shape {found}, the model's is {shape}")
-    return stored.get_tensor(name)
+def add_adapters(
+    layers: Sequence[nn.Module], config: AdapterConfig, joins: dict[str, Callable], layout: Layout, dropout: Dropout
+) -> None:
+    """Give the targets of `config` in every layer an adapter, with uninitialised weights. joins: target -> (local rows
+    of each projection, join), see Place."""
+    for layer in layers:
+        for target in config.targets:
+            if target in LINEARS:
+                linear = layer.get_submodule(LINEARS[target])
+                parts, join = joins[target](linear.weight.shape[0])
+                place = Place(f"{layer.layer_number} {target}", parts, join, layout, dropout)
+                linear.adapter = Adapter(linear, config, place)
+
+
+def add_visual_adapters(visual: nn.Module, config: AdapterConfig, layout: Layout, dropout: Dropout) -> None:
+    """Give the targets of `config` among the linear layers of a tower, or of its mergers, an adapter. Where ranks merge
+    different tokens each draws masks of its own."""
+    is_tower = any(name.startswith("blocks.") for name, _ in visual.named_modules())
+    rank = f" of rank {layout.tp_rank}" if layout.sp and not is_tower else ""
+    for name, linear in [*visual.named_modules()]:
+        if isinstance(linear, nn.Linear) and visual_target(name) in config.targets:
+            place = Place(f"{name}{rank}", (linear.out_features,), _only, layout, dropout)
+            linear.adapter = Adapter(linear, config, place)
+
+
+def visual_target(name: str) -> str:
+    """The target with a linear layer of the tower. name: without `visual.`"""
+    return "merger" if is_merger(f"visual.{name}.") else "tower"
+
+
+def _only(parts: list[Tensor], _dim: int) -> Tensor:
+    return parts[0]
 
 
 @torch.no_grad()

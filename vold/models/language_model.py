@@ -6,6 +6,7 @@ T packed tokens, D hidden width, U head rows of this tensor-parallel rank, I ima
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vold.config.schema import AdapterConfig
-from vold.models.adapters import add_adapters, train_embeddings_output
-from vold.models.architecture import Architecture, check_adapters, transformer_config
+from vold.models.adapter_dropout import Dropout
+from vold.models.adapters import add_adapters, add_visual_adapters, check_targets, train_embeddings_output
+from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec, join_norms, recompute_swiglu
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.launch import Layout
@@ -33,6 +35,7 @@ class LanguageModel(GPTModel):
     vision_levels  levels of the vision tower's features that this chunk adds (see vold.models.vision)
     visual         the patch mergers of these levels, or the whole tower, where they are trained
     adapter        LoRA's settings; the other weights of the text model are frozen then
+    dropout        of what the adapters read
     trained        names of the parameters that are trained, see vold.models.weights.build_student
     """
 
@@ -41,6 +44,7 @@ class LanguageModel(GPTModel):
     vision_levels: tuple[int, ...]
     visual: Mergers | PreTrainedModel | None
     adapter: AdapterConfig | None
+    dropout: Dropout | None
     trained: frozenset[str]
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
@@ -115,10 +119,7 @@ def build_language_model(
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)
-    model.adapter = adapter
-    if adapter is not None:
-        _add_adapters(model, arch, layout, adapter)
-    model.visual = None
+    model.adapter, model.dropout, model.visual = adapter, None, None
     if train_tower and model.vision_levels:
         if not pre_process:
             raise ValueError(
@@ -128,6 +129,8 @@ def build_language_model(
         model.visual = trained_tower(arch, dtype, layout)
     elif train_merger and model.vision_levels:
         model.visual = Mergers(arch, model.vision_levels, dtype, layout)
+    if adapter is not None:
+        _add_adapters(model, arch, layout, adapter)
     return model
 
 
@@ -146,15 +149,18 @@ def _add_adapters(model: LanguageModel, arch: Architecture, layout: Layout, conf
         """Queries, keys and values -> for each group its queries, key, value, as in linear_qkv."""
         return torch.cat([part.unflatten(dim, (groups, -1)) for part in parts], dim).flatten(dim - 1, dim)
 
-    check_adapters(arch)
+    check_targets(arch, config)
     model.requires_grad_(False)
+    model.dropout = Dropout(config.dropout, config.seed)
     joins = {
         "qkv": lambda rows: ((queries, keys, keys), by_group),
         "proj": lambda rows: ((rows,), lambda parts, dim: parts[0]),
         "fc1": lambda rows: ((rows // 2, rows // 2), lambda parts, dim: torch.cat(parts, dim)),
         "fc2": lambda rows: ((rows,), lambda parts, dim: parts[0]),
     }
-    add_adapters(model.decoder.layers, config, joins)
+    add_adapters(model.decoder.layers, config, joins, layout, model.dropout)
+    if model.visual is not None:
+        add_visual_adapters(model.visual, config, layout, model.dropout)
     if model.pre_process:
         train_embeddings_output(model.embedding)
 
@@ -208,6 +214,12 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | N
     must be complete on every tp rank (the loss all-reduces it over the tp group).
     """
     chunk = unwrap(model)
+    dropping = chunk.dropout.forward_pass(training=chunk.training) if chunk.dropout else nullcontext()
+    with dropping:
+        return _hidden_states(model, chunk, tokens, features)
+
+
+def _hidden_states(model: nn.Module, chunk: LanguageModel, tokens: PackedTokens, features: Features | None) -> Tensor:
     length = tokens.input_ids_T.numel()
     tokens = _padded_for_sequence_parallel(tokens, chunk.layout)
     packed, embedded = packing(tokens), None

@@ -156,6 +156,15 @@ def tower_tensors(arch: Architecture) -> tuple[str, ...]:
     return tuple(f"visual.{name}" for name, _ in tower.named_parameters())
 
 
+def tower_linears(arch: Architecture) -> tuple[str, ...]:
+    """Names of the tower's linear layers, without `visual.`"""
+    if arch.vision is None:
+        return ()
+    with torch.device("meta"), no_init_weights():
+        tower = TOWERS[arch.model_type]._from_config(arch.vision.tower_config)
+    return tuple(name for name, module in tower.named_modules() if isinstance(module, nn.Linear))
+
+
 def is_merger(name: str) -> bool:
     return name.startswith(("visual.merger.", "visual.deepstack_merger_list."))
 

@@ -20,23 +20,19 @@ from torch import Tensor, nn
 
 from vold.config.schema import AdapterConfig
 from vold.models import flops
-from vold.models.adapters import (
-    LINEARS,
-    adapter_tensors,
-    check_matrix,
-    initialise_matrix,
-    merged,
-    train_embeddings_output,
-)
+from vold.models.adapters import LINEARS, initialise_matrix, merged, train_embeddings_output, visual_target
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
 from vold.models.joined import RowsOf, join_stream, joining_architecture, parts_of
 from vold.models.language_model import LanguageModel, build_chunks
+from vold.models.peft_directory import adapter_tensors, check_matrix
+from vold.models.quantised import open_bitsandbytes, quantise
 from vold.models.selection import check_patterns, first_match, takes_mergers, takes_tower, trained_patterns
-from vold.models.vision import tower_tensors
+from vold.models.vision import tower_linears, tower_tensors
 from vold.parallel.launch import Layout
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+VISUAL_ADAPTER = re.compile(r"\.adapter\.lora_([AB])\.0$")
 STORED_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; anything else needs scales that are not read
 NOT_WEIGHTS = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; transformers leaves it out too
 
@@ -105,11 +101,15 @@ def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]
     for name, parameter in model.named_parameters():
         match = LAYER.fullmatch(name)
         if match is None:  # mergers have their checkpoint names
-            yield name, parameter, Rule((name,)) if name.startswith("visual.") else MODEL_RULES[name]
+            yield name, parameter, _visual_rule(name) if name.startswith("visual.") else MODEL_RULES[name]
             continue
         layer = model.decoder.layers[int(match[1])].layer_number - 1
         rule = LAYER_RULES.get(match[2]) or ADAPTER_RULES[match[2]]
         yield name, parameter, Rule(tuple(f"layers.{layer}.{n}" for n in rule.names), rule.join, rule.split)
+
+
+def _visual_rule(name: str) -> Rule:
+    return Rule((VISUAL_ADAPTER.sub(r".lora_\1.weight", name),))
 
 
 def trained_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]]:
@@ -301,12 +301,13 @@ def build_student(
     patterns = trained_patterns(train, train_merger=train_merger, has_adapter=adapter is not None)
     if train is not None:
         check_patterns("train", patterns, weight_groups(arch))
+    targets = adapter.targets if adapter else ()
     chunks = build_chunks(
         arch,
         layout,
         dtype,
-        train_merger=takes_mergers(patterns, arch),
-        train_tower=takes_tower(patterns, arch),
+        train_merger=takes_mergers(patterns, arch) or "merger" in targets,
+        train_tower=takes_tower(patterns, arch) or "tower" in targets,
         adapter=adapter,
     )
     for chunk in chunks:
@@ -336,6 +337,10 @@ def check_rates(
     patterns = trained_patterns(train, train_merger=train_merger, has_adapter=adapter is not None)
     names = [name for group in weight_groups(arch) for name in group if first_match(patterns, name)]
     for target in adapter.targets if adapter else ():
+        if target not in LINEARS:
+            modules = [name for name in tower_linears(arch) if visual_target(name) == target]
+            names += [f"visual.{name}.lora_{letter}.weight" for name in modules for letter in "AB"]
+            continue
         pieces = [rule for key, rule in ADAPTER_RULES.items() if key.startswith(f"{LINEARS[target]}.")]
         names += [f"layers.{layer}.{rule.names[0]}" for rule in pieces for layer in range(arch.layers)]
     for pattern in rates:
@@ -380,9 +385,13 @@ def load_chunks(
     adapters where `adapter` asks for them."""
     arch = Architecture.from_pretrained(checkpoint)
     check_sizes(checkpoint)
+    if adapter is not None and adapter.base_bits is not None:
+        open_bitsandbytes()
     chunks = build_student(arch, layout, dtype, train=train, train_merger=train_merger, adapter=adapter)
     for chunk in chunks:
         load_pretrained(chunk, checkpoint)
+        if adapter is not None and adapter.base_bits is not None:
+            quantise(chunk, adapter.base_bits)
     return chunks
 
 

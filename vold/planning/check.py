@@ -14,9 +14,10 @@ from rich.text import Text
 from vold.config.schema import ParallelConfig, RlConfig, SftConfig
 from vold.data.responses import turn_end
 from vold.io import visible
-from vold.models.adapters import adapter_tensors
-from vold.models.architecture import Architecture, check_adapters
+from vold.models.adapters import check_targets
+from vold.models.architecture import Architecture
 from vold.models.flops import language_model_parameters
+from vold.models.peft_directory import adapter_tensors
 from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.models.weights import check_rates
@@ -168,7 +169,7 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     if role == "student":
         check_rates(arch, config.optimizer.lr_groups, config.train, config.adapter, config.vision.train_merger)
     if role == "student" and config.adapter:
-        check_adapters(arch)
+        check_targets(arch, config.adapter)
     if role == "student" and config.adapter and config.adapter.path:
         with adapter_tensors(config.adapter):
             pass

@@ -9,6 +9,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from vold.config.schema import DataConfig, RlConfig, SftConfig
+from vold.models.adapters import VISUAL
 from vold.models.architecture import Architecture
 from vold.models.flops import adapter_parameters, language_model_parameters
 from vold.models.served import ServedModel
@@ -61,7 +62,8 @@ class StepSizes:
         """Parameters with gradient and optimizer state. Leaves this process without process groups where `train` or
         vision.train_merger chooses them."""
         adapter, train, train_merger = self.config.adapter, self.config.train, self.config.vision.train_merger
-        if train is not None or train_merger:
+        is_visual = adapter is not None and not set(VISUAL).isdisjoint(adapter.targets)
+        if train is not None or train_merger or is_visual:
             layout = fake_layout(0, 1)
             with torch.device("meta"):
                 chunks = build_student(

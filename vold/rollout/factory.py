@@ -6,18 +6,28 @@ from pathlib import Path
 
 import torch
 
-from vold.config.schema import EngineConfig
+from vold.config.schema import AdapterConfig, EngineConfig
 from vold.rollout.sampler import Sampler
 from vold.rollout.transformers.sampler import TransformersSampler
+from vold.rollout.vllm.adapters import EngineAdapter
 from vold.rollout.vllm.engines import ColocatedEngine
 from vold.rollout.vllm.remote import RemoteEngines
 from vold.rollout.vllm.sampler import VllmSampler
 
 
-def open_sampler(config: EngineConfig, checkpoint: Path, *, dtype: torch.dtype, device: torch.device) -> Sampler:
-    """Open a sampler with the checkpoint's weights. vLLM is imported only where the config names it."""
+def open_sampler(
+    config: EngineConfig,
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: AdapterConfig | None = None,
+) -> Sampler:
+    """Open a sampler with the checkpoint's weights. vLLM is imported only where the config names it. adapter: of a
+    policy that comes as adapters (vLLM alone)."""
     if config.engine == "transformers":
         return TransformersSampler(checkpoint, dtype=dtype, device=device)
+    policy = EngineAdapter(adapter, checkpoint) if adapter else None
     if config.vllm.urls:
-        return VllmSampler(checkpoint, RemoteEngines(checkpoint, config.vllm))
-    return VllmSampler(checkpoint, ColocatedEngine(checkpoint, config.vllm, dtype=dtype))
+        return VllmSampler(checkpoint, RemoteEngines(checkpoint, config.vllm, adapter=policy))
+    return VllmSampler(checkpoint, ColocatedEngine(checkpoint, config.vllm, dtype=dtype, adapter=policy))

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vold.config.schema import RlConfig, SftConfig, TrainConfig
+from vold.config.schema import AdapterConfig, RlConfig, SftConfig, TrainConfig
 from vold.data.packing import PromptEncoder, pack
 from vold.data.problems import Problem, load_problems
 from vold.data.prompts import build_prompts, show_hint
@@ -20,6 +20,7 @@ from vold.data.traces import load_samples
 from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
 from vold.io import log
+from vold.models.adapters import VISUAL
 from vold.models.architecture import Architecture
 from vold.models.chat_template import load_chat_tokenizer, pair_prompt
 from vold.models.checkpoint_dir import short_name
@@ -29,6 +30,7 @@ from vold.models.tokenizer import check_checkpoint, check_pair, stop_ids
 from vold.objectives import Objective, build_objective
 from vold.objectives.visual_advantage import degrade
 from vold.rollout import TransformersSampler, open_sampler
+from vold.rollout.vllm.adapters import RANKS
 from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
 from vold.teacher import (
@@ -138,7 +140,8 @@ def open_rl(
     trainer = _rl_trainer(config, job, objective, vocab_size)
     chosen = choice if objective.needs_teacher else None
     teacher = ChosenTeachers(chosen) if chosen else _teacher(config, job, objective, trainer, tokenizer, problems)
-    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=job.layout.device)
+    device, adapter = job.layout.device, config.synced_adapter
+    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=device, adapter=adapter)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     reward_terms = open_reward_terms(config, objective, job.world_size)
     with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader, reward_terms as terms:
@@ -251,6 +254,8 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
             "objective.visual_advantage reads each response twice, with degraded images, and teacher_engine = 'vllm' "
             "does not; set teacher_engine=trainer"
         )
+    if config.synced_adapter is not None:
+        _check_synced_adapter(config, config.synced_adapter)
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(
@@ -259,8 +264,26 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
         )
 
 
+def _check_synced_adapter(config: RlConfig, adapter: AdapterConfig) -> None:
+    reason = ""
+    if config.rollout.engine != "vllm":
+        reason = f"needs rollout.engine=vllm, not {config.rollout.engine}"
+    elif adapter.rank > RANKS[-1]:
+        reason = f"and adapter.rank = {adapter.rank}: vLLM takes at most {RANKS[-1]}"
+    elif visual := [target for target in adapter.targets if target in VISUAL]:
+        reason = f"and adapter.targets has {visual[0]}, which vLLM leaves out"
+    elif config.train or config.vision.train_merger:
+        reason = "leaves out the weights that train or vision.train_merger names"
+    elif adapter.base_bits is not None:
+        reason = f"and adapter.base_bits = {adapter.base_bits}: the engine's base would have other weights"
+    if reason:
+        raise ValueError(f"adapter.sync = adapter {reason}; set adapter.sync=merged")
+
+
 def check_sft_config(config: SftConfig) -> None:
     """Raise ValueError for mistakes that are visible before any model is loaded."""
+    if config.adapter is not None and config.adapter.sync != "merged":
+        raise ValueError("adapter.sync = adapter is for vLLM in stage 2; sft evaluates merged weights: leave it out")
     if config.max_tokens > config.microbatch_tokens:
         raise ValueError(
             f"microbatch_tokens = {config.microbatch_tokens} cannot hold max_tokens = {config.max_tokens}; raise it"
@@ -270,8 +293,11 @@ def check_sft_config(config: SftConfig) -> None:
 def check_trained_vision(config: TrainConfig, prompts: Iterable[Prompt]) -> None:
     """Raise ValueError for a vision tower that no image would train: weight decay alone would change it."""
     named = [p for p in config.train or () if short_name(p).startswith("visual") or short_name(p) == "*"]
-    if not (config.vision.train_merger or named) or any(prompt.images for prompt in prompts):
+    adapted = [target for target in config.adapter.targets if target in VISUAL] if config.adapter else []
+    if not (config.vision.train_merger or named or adapted) or any(prompt.images for prompt in prompts):
         return
+    if adapted:
+        raise ValueError(f"adapter.targets has {adapted[0]}, but no training prompt has an image; leave it out")
     if config.vision.train_merger:
         raise ValueError("vision.train_merger = true, but no training prompt has an image; set it to false")
     raise ValueError(f"train takes {named[0]!r}, but no training prompt has an image; leave it out")

@@ -142,7 +142,8 @@ class TrainingRun:
     def sync_weights(self) -> dict[str, float]:
         """Send the trained weights to the sampler, and check that they arrived (see ParityProbe)."""
         assert self.sampler is not None and self.probe is not None
-        self.sampler.load_weights(self.trainer.weights())
+        adapter = getattr(self.config, "synced_adapter", None)
+        self.sampler.load_weights(self.trainer.adapters() if adapter else self.trainer.weights())
         return self.probe.check(self.sampler, self.trainer.logprobs)
 
     def finish_step(self, step: int, metrics: dict, rows: list[dict], prompts: dict | None = None) -> None:

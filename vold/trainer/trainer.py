@@ -25,7 +25,7 @@ from vold.data.packing import Replicas
 from vold.models.architecture import Architecture
 from vold.models.flops import segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
-from vold.models.weights import backward_of, check_rates, export_weights, load_chunks
+from vold.models.weights import backward_of, check_rates, export_adapters, export_weights, load_chunks
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
@@ -107,7 +107,8 @@ class Trainer:
         self.schedule.step(1)
         stats: list[MicroBatchStats] = []
         updates: list[_Update] = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self._begin_update(number)
             batch_stats = self.accumulate_gradients(batch)
             with self.phases("optimizer"):
                 updates.append(self._update(batch, batch_stats))
@@ -116,6 +117,12 @@ class Trainer:
             self.average.update(self.chunks)
         report = self._report(batches, stats, updates, logged_sample_ids) if self._layout.is_last_stage else None
         return self._layout.from_last_stage(report)
+
+    def _begin_update(self, number: int) -> None:
+        """Adapters draw this update's dropout: of the step's minibatch `number`, on this replica."""
+        for chunk in self.chunks:
+            if chunk.dropout is not None:
+                chunk.dropout.begin_update(int(self.schedule.num_steps), number, self._layout.dp_rank)
 
     def accumulate_gradients(self, batch: Batch) -> list[MicroBatchStats]:
         """Forward and backward of all micro-batches, reduced over all groups into each parameter's `main_grad`.
@@ -291,6 +298,10 @@ class Trainer:
         """The weights by transformers' names, streamed, with adapters merged; a frozen vision tower's are not among
         them."""
         return export_weights(self.chunks)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters alone, by peft's names, streamed."""
+        return export_adapters(self.chunks)
 
     # -- for checkpoints -------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class WeightAverage:
                 self.fp32[average] = average.data.float()
             else:
                 average.data = current.data
+                if hasattr(current, "quantised"):
+                    average.quantised = current.quantised  # pyright: ignore[reportAttributeAccessIssue]
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
 

@@ -56,24 +56,31 @@ class VisionConfig(Strict):
 
 
 class AdapterConfig(Strict):
-    """LoRA: the language model is frozen, and a low-rank update of its linear layers is trained."""
+    """LoRA: the model is frozen, and a low-rank update of its linear layers is trained."""
 
     rank: Positive = 16
     """Rank of the update."""
     alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank."""
-    targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = (
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the update's inputs that a training pass drops, the same ones on every layout. Log-probs, teachers and
+    samplers read the model without; a training pass's own log-probs, and mismatch, have it."""
+    targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2", "merger", "tower"], ...], Field(min_length=1)] = (
         "qkv",
         "proj",
         "fc1",
         "fc2",
     )
     """Linear layers with an update: qkv (q_proj, k_proj, v_proj), proj (o_proj), fc1 (gate_proj, up_proj),
-    fc2 (down_proj)."""
+    fc2 (down_proj), merger (the vision tower's patch mergers), tower (its blocks)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    base_bits: Literal[8, 4] | None = None
+    """Hold the frozen linear layers of the language model in 8 or 4 bits (NF4), by bitsandbytes; null: as they are."""
     seed: NonNegative = 0
-    """Seed of the update's initial values."""
+    """Seed of the update's initial values, and of dropout."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What samplers get in stage 2: the weights with the update merged, or the update alone, as files (vLLM only)."""
     path: Path | None = None
     """Directory of an adapter, as peft or `vold export` with adapter=true writes it, to continue from."""
 
@@ -189,6 +196,11 @@ class RlConfig(TrainConfig):
     """Processes per rank that grade answers."""
     grader_echo: bool = True
     """An answer that is copied from the prompt, and not spelled as the gold answer, is wrong (rule `echo`)."""
+
+    @property
+    def synced_adapter(self) -> AdapterConfig | None:
+        """The adapter, where the sampler gets it alone."""
+        return self.adapter if self.adapter is not None and self.adapter.sync == "adapter" else None
 
     @property
     def teacher_is_base(self) -> bool:

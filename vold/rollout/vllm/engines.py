@@ -26,6 +26,7 @@ from vold.models.served import ServedModel
 from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
 from vold.rollout.vllm import hidden_states, weight_files
+from vold.rollout.vllm.adapters import EngineAdapter
 from vold.run import leftovers
 from vold.types import Prompt, TokenIds
 
@@ -136,9 +137,12 @@ class Engines(Protocol):
         ...
 
 
-def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[str, Any]:
-    """vLLM's engine arguments, the same for the policy and a teacher, inside this process and behind `vold serve`.
-    Raises ValueError where the GPU has not the memory for the engine now."""
+def engine_options(
+    checkpoint: Path, settings: VllmConfig, dtype: str, adapter: EngineAdapter | None = None
+) -> dict[str, Any]:
+    """vLLM's engine arguments, the same for the policy and a teacher, inside this process and behind `vold serve`;
+    with `adapter`, of an engine that gets its policy as adapters. Raises ValueError where the GPU has not the memory
+    for the engine now."""
     return {
         **_memory_options(checkpoint, settings),
         "model": str(checkpoint),
@@ -153,6 +157,7 @@ def engine_options(checkpoint: Path, settings: VllmConfig, dtype: str) -> dict[s
         "worker_extension_cls": WORKER,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
+        **(adapter.options if adapter else {}),
         **checked_options(settings.engine_options),
     }
 
@@ -206,13 +211,22 @@ def settings_for_scoring(checkpoint: Path, settings: VllmConfig) -> VllmConfig:
 
 
 class ColocatedEngine:
-    """vLLM in this process, on the device the rank trains on. Weights are synced as live tensors.
+    """vLLM in this process, on the device the rank trains on. Weights are synced as live tensors, or with `adapter` as
+    adapters in files.
 
     With `settings.sleep` it frees its GPU memory after each call, moving weights to host memory, and takes it again
     when needed. Not vLLM's level 2, which discards the weights: a frozen vision tower is never sent again.
     """
 
-    def __init__(self, checkpoint: Path, settings: VllmConfig, *, dtype: torch.dtype, temperature: float = 1.0):
+    def __init__(
+        self,
+        checkpoint: Path,
+        settings: VllmConfig,
+        *,
+        dtype: torch.dtype,
+        temperature: float = 1.0,
+        adapter: EngineAdapter | None = None,
+    ):
         if settings.sleep and not torch.cuda.is_available():
             raise ValueError("vllm.sleep = true needs a GPU: vLLM cannot sleep on a CPU; leave it out")
         if settings.gpus > 1 and _world_size() > 1:
@@ -220,7 +234,9 @@ class ColocatedEngine:
                 f"vllm.tensor_parallel_size × pipeline_parallel_size = {settings.gpus} inside each of {_world_size()} "
                 "processes; start such engines with `vold serve` and name them in vllm.urls"
             )
-        self._settings = settings
+        self._settings, self._adapter = settings, adapter
+        self._files: tempfile.TemporaryDirectory | None = None  # of the adapter in use
+        self._version: Any = None  # vLLM's LoRARequest of it
         _set_environment()
         with cpu.paused(), torch.random.fork_rng():  # vLLM seeds torch
             try:
@@ -228,7 +244,7 @@ class ColocatedEngine:
             except ImportError as error:
                 raise ValueError(f"engine = 'vllm' needs vLLM here: pip install 'vold[vllm]' ({error})") from None
             self._llm = LLM(
-                **engine_options(checkpoint, settings, str(dtype).removeprefix("torch.")),
+                **engine_options(checkpoint, settings, str(dtype).removeprefix("torch."), adapter),
                 # Several ranks: each has its own engine in the trainer's process group.
                 distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
                 disable_log_stats=True,
@@ -248,7 +264,8 @@ class ColocatedEngine:
         self._wake("weights", "kv_cache")
         with cpu.paused():
             params = [SamplingParams(**request.params, detokenize=False) for request in requests]
-            names = self._llm.enqueue([vllm_prompt(request) for request in requests], params, use_tqdm=False)
+            prompts = [vllm_prompt(request) for request in requests]
+            names = self._llm.enqueue(prompts, params, lora_request=self._version, use_tqdm=False)
         engine, waiting = self._llm.llm_engine, {_output_name(name): index for index, name in enumerate(names)}
         try:
             while waiting:
@@ -265,12 +282,12 @@ class ColocatedEngine:
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See Engines. The KV cache stays off the GPU until something is sampled with the new weights."""
         self._wake("weights")
-        if self._settings.gpus == 1:
+        if self._adapter is not None:
+            self._replace_adapter(self._adapter, named_weights, version)
+        elif self._settings.gpus == 1:
             self._llm.collective_rpc("load_policy", args=(named_weights,))
         else:  # its workers are processes
-            with tempfile.TemporaryDirectory(
-                dir=self._settings.weights_dir, prefix=leftovers.weights_prefix()
-            ) as folder:
+            with self._new_folder() as folder:
                 leftovers.sign(Path(folder))
                 weight_files.write_parts(named_weights, Path(folder))
                 self._llm.collective_rpc("load_policy", args=(folder,))
@@ -278,6 +295,27 @@ class ColocatedEngine:
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache over a weight update: requests are still running")
+
+    def _new_folder(self) -> tempfile.TemporaryDirectory:
+        return tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix=leftovers.weights_prefix())
+
+    def _replace_adapter(
+        self, adapter: EngineAdapter, named_weights: Iterable[tuple[str, Tensor]], version: int
+    ) -> None:
+        """Requests from now on are computed with this version, which the engine has read; the one before is gone."""
+        from vllm.lora.request import LoRARequest
+
+        files, previous, previous_files = self._new_folder(), self._version, self._files
+        leftovers.sign(Path(files.name))
+        path = adapter.write(named_weights, Path(files.name))
+        self._version, self._files = LoRARequest(f"policy-{version}", version, str(path)), files
+        with cpu.paused():
+            if not self._llm.llm_engine.add_lora(self._version):
+                raise RuntimeError(f"vLLM took no adapter of version {version}: it has one of that number")
+            if previous is not None:
+                self._llm.llm_engine.remove_lora(previous.lora_int_id)
+        if previous_files:
+            previous_files.cleanup()
 
     def _output(self, output, request: Request) -> EngineOutput | None:
         found = _engine_output(output, request)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ADAPTER_FOLDER = "adapter"
+"""The folder with an adapter's files, in a version's folder (vold.rollout.vllm.adapters)."""
 HEADER = "x-vold-secret"
 SETTINGS = "VOLD_SERVE_GUARD"
 """Environment variable of the server with its Settings as JSON; the secret itself stays in its file."""
@@ -32,6 +34,9 @@ ALLOWED = {
     ("POST", "/update_weight_version"),
 }
 """What RemoteEngines calls. vLLM's other endpoints fetch URLs and call any method of the engine."""
+ADAPTER_CALLS = {("POST", "/v1/load_lora_adapter"): {"lora_name", "lora_path"}}
+ADAPTER_CALLS[("POST", "/v1/unload_lora_adapter")] = {"lora_name"}
+"""What it calls beside of an engine that gets adapters -> the body's keys."""
 CALL_BYTES = 1 << 16  # body of a collective_rpc
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -68,12 +73,13 @@ def read_secret(path: Path) -> str:
 @dataclass(frozen=True)
 class Settings:
     """secret_file; checkpoint: directory that is served; weights_dir: whose folders hold new weights; streams: weights
-    may come from another address."""
+    may come from another address; adapters: the engine gets adapters, and its weights stay."""
 
     secret_file: str
     checkpoint: str
     weights_dir: str
     streams: bool
+    adapters: bool = False
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -88,6 +94,10 @@ class Settings:
             return "" if all(isinstance(a, int | float) for a in arguments) else "its arguments are numbers"
         if method == "send_hidden_states":
             return "" if len(arguments) == 1 and isinstance(arguments[0], str) else "its argument is a request's name"
+        if method == "keep_newest_adapter":
+            return "" if self.adapters and not arguments else "this engine gets whole weights"
+        if method in ("load_policy", "receive_policy") and self.adapters:
+            return "this engine gets adapters (adapter.sync); give trainer and engine the same config"
         if method == "load_policy":
             ours = len(arguments) == 1 and isinstance(arguments[0], str) and self._is_ours(arguments[0])
             return "" if ours else "weights are read from the checkpoint and the run's folders in weights_dir"
@@ -97,6 +107,16 @@ class Settings:
             near = len(arguments) == 4 and (arguments[0] == client or _is_here(arguments[0]))
             return "" if near else "weights are received from who asks for it alone"
         return f"{method!r} is not a call of vold's"
+
+    def adapter_refusal(self, body: Any, keys: set[str]) -> str:
+        """Why a call with an adapter's name, and its path, is refused; "" where it is not."""
+        if not isinstance(body, Mapping) or body.keys() != keys or not all(isinstance(v, str) for v in body.values()):
+            return f"an adapter's call has {' and '.join(sorted(keys))}"
+        if not re.fullmatch(r"[\w-]{1,80}", body["lora_name"]):
+            return "an adapter's name has letters and digits"
+        path = Path(body.get("lora_path", ""))
+        is_ours = path.name == ADAPTER_FOLDER and self._is_ours(str(path.parent)) and not path.is_symlink()
+        return "" if is_ours or "lora_path" not in keys else "adapters are read from the run's folders in weights_dir"
 
     def _is_ours(self, name: str) -> bool:
         """The checkpoint, or a folder of ours directly below weights_dir that nobody else can write to."""
@@ -142,15 +162,20 @@ class Guard:
         given = [value for name, value in scope["headers"] if name.lower() == HEADER.encode()]
         if not hmac.compare_digest(given[0] if len(given) == 1 else b"", self._secret):
             return await _reply(send, 401, "this engine belongs to a run, whose secret the request does not carry")
-        if where not in ALLOWED:
+        keys = ADAPTER_CALLS.get(where) if self._settings.adapters else None
+        if where not in ALLOWED and keys is None:
             return await _reply(send, 404, "an engine of `vold serve` answers vold's own requests alone")
-        if where[1] == "/collective_rpc":
+        if where[1] == "/collective_rpc" or keys is not None:
             body = await _body(receive)
-            client = (scope.get("client") or ("",))[0]
-            if reason := "too long" if body is None else self._settings.refusal(_parse(body), client):
+            if reason := "too long" if body is None else self._refusal(_parse(body), keys, scope):
                 return await _reply(send, 403, reason)
             receive = _replay(body)
         await self._app(scope, receive, send)
+
+    def _refusal(self, body: Any, keys: set[str] | None, scope: dict[str, Any]) -> str:
+        if keys is not None:
+            return self._settings.adapter_refusal(body, keys)
+        return self._settings.refusal(body, (scope.get("client") or ("",))[0])
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -31,10 +31,12 @@ ANSWER_BYTES = 1 << 30  # 64 responses of 32768 tokens have some 150 MB
 
 @dataclass(frozen=True)
 class Address:
-    """Where an engine is, http://host:port or unix:/path of its socket, and the secret that its run shares with it."""
+    """Where an engine is, http://host:port or unix:/path of its socket, and the secret that its run shares with it.
+    adapter: the name of what its answers are computed with; "": the model that it serves."""
 
     url: str
     secret: str = field(default="", repr=False)
+    adapter: str = ""
 
 
 @cache
@@ -75,6 +77,8 @@ def generate(
     """The engine's output for one request. Raises EngineFailed for anything but a complete answer by the weights whose
     version is called `label`."""
     body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
+    if engine.adapter:
+        body["model"] = engine.adapter
     if request.images:
         body["content_parts"] = [{"type": "image_url", "url": _data_url(image)} for image in request.images]
     answer = post(engine, "/inference/v1/generate", body, timeout, cancellation)

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +32,7 @@ from vold.io import log
 from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel.collectives import run_on_all_ranks
 from vold.rollout.vllm import weight_files, weight_stream
+from vold.rollout.vllm.adapters import EngineAdapter
 from vold.rollout.vllm.engine_pool import EnginePool
 from vold.rollout.vllm.engines import EngineOutput, Request
 from vold.rollout.vllm.guard import read_secret
@@ -48,13 +50,27 @@ RESET_ATTEMPTS, RESET_PAUSE = 20, 0.25
 
 
 class RemoteEngines:
-    """Every rank has one of these and uses the same engines; rank 0 syncs their weights (see Engines)."""
+    """Every rank has one of these and uses the same engines; rank 0 syncs their weights (see Engines), or with
+    `adapter` adapters."""
 
-    def __init__(self, checkpoint: Path, settings: VllmConfig, *, temperature: float = 1.0):
+    def __init__(
+        self,
+        checkpoint: Path,
+        settings: VllmConfig,
+        *,
+        temperature: float = 1.0,
+        adapter: EngineAdapter | None = None,
+    ):
+        if adapter and syncs_by_stream(settings):
+            raise ValueError(
+                "adapter.sync = adapter travels in files: set vllm.transport=files, with a vllm.weights_dir that the "
+                "engines can read, or adapter.sync=merged"
+            )
         if not settings.weights_dir.is_dir():
             raise ValueError(f"vllm.weights_dir = {settings.weights_dir} is no directory; choose another")
-        self._settings = settings
+        self._settings, self._adapter = settings, adapter
         self._prepare_arguments = [id_bound(load_tokenizer(checkpoint)), temperature]  # of PolicyWorker.prepare_policy
+        self._adapters: dict[str, str] = {}  # of each engine: the name of its last one
         self._workers: dict[str, int] = {}  # of each engine that was prepared: one for each of its GPUs
         self._is_leader = not dist.is_initialized() or dist.get_rank() == 0
         self._can_provide = True  # this rank may load weights into a restarted engine: every rank the checkpoint's
@@ -123,7 +139,8 @@ class RemoteEngines:
         return output
 
     def _at(self, url: str) -> Address:
-        return Address(url, self._secret)
+        has_adapter = self._adapter is not None and self._label != f"{self._run}-0"
+        return Address(url, self._secret, adapter=self._label if has_adapter else "")
 
     def _is_ready(self, url: str) -> bool:
         """The engine answers, with this version's weights. Only rank 0 can provide trained weights; other ranks wait
@@ -150,7 +167,10 @@ class RemoteEngines:
         self._files = tempfile.TemporaryDirectory(dir=self._settings.weights_dir, prefix=leftovers.weights_prefix())
         self._directory = Path(self._files.name).resolve()
         leftovers.sign(self._directory)
-        weight_files.write_parts(weights, self._directory)
+        if self._adapter is not None:
+            self._directory = self._adapter.write(weights, self._directory)
+        else:
+            weight_files.write_parts(weights, self._directory)
         return self._provide_all()
 
     def _provide_all(self) -> list[str]:
@@ -202,8 +222,27 @@ class RemoteEngines:
         if self._directory is None:
             raise EngineFailed("it gets weights with the next update")
         self._prepare(url)
-        call_workers(self._at(url), "load_policy", [str(self._directory)], self._settings.timeout)
+        if self._adapter is None:
+            call_workers(self._at(url), "load_policy", [str(self._directory)], self._settings.timeout)
+        elif self._at(url).adapter:
+            self._load_adapter(self._at(url))
         self._commit(url)
+
+    def _load_adapter(self, engine: Address) -> None:
+        """Give an engine this version's adapter, and take the one before. Either may be done already: an engine that
+        was started again has none, one that failed in between has the new one."""
+        timeout, previous = self._settings.timeout, self._adapters.get(engine.url)
+        body = {"lora_name": engine.adapter, "lora_path": str(self._directory)}
+        try:
+            post(engine, "/v1/load_lora_adapter", body, timeout)
+        except ValueError as error:
+            if "has already been loaded" not in str(error):
+                raise
+        self._adapters[engine.url] = engine.adapter
+        call_workers(engine, "keep_newest_adapter", [], timeout)
+        if previous:
+            with suppress(ValueError):
+                post(engine, "/v1/unload_lora_adapter", {"lora_name": previous}, timeout)
 
     def _prepare(self, url: str) -> None:
         workers = call_workers(self._at(url), "prepare_policy", self._prepare_arguments, self._settings.timeout)

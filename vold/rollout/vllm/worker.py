@@ -76,6 +76,12 @@ class PolicyWorker:
         number of the engine's first worker; the others follow."""
         self.load_policy(weight_stream.receive(address, port, rank + self.rank, world, torch.device(self.device)))
 
+    def keep_newest_adapter(self) -> None:
+        """Drop the adapters of earlier versions: vLLM's server takes their names away and keeps their matrices."""
+        numbers = self.list_loras()
+        for number in sorted(numbers)[:-1]:
+            self.remove_lora(number)
+
     def _pack_experts(self) -> None:
         """Bring mixture-of-experts weights into the layout that vLLM computes with: on a CPU it does so once, when a
         model is loaded, and computes with the old ones after an update."""

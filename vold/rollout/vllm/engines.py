@@ -265,7 +265,8 @@ class ColocatedEngine:
         with cpu.paused():
             params = [SamplingParams(**request.params, detokenize=False) for request in requests]
             prompts = [vllm_prompt(request) for request in requests]
-            names = self._llm.enqueue(prompts, params, lora_request=self._version, use_tqdm=False)
+            computed_with = {"lora_request": self._version} if self._version else {}
+            names = self._llm.enqueue(prompts, params, use_tqdm=False, **computed_with)
         engine, waiting = self._llm.llm_engine, {_output_name(name): index for index, name in enumerate(names)}
         try:
             while waiting:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-RecordT = TypeVar("RecordT", bound="PackedTokens | MicroBatch")
+RecordT = TypeVar("RecordT", bound="PackedTokens | MicroBatch | DistributionTerm")
 
 TokenIds = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
@@ -151,7 +151,8 @@ class Hint:
 @dataclass(frozen=True, eq=False)
 class Sample(_ArrayRecord, _ScoredByTeacher):
     """One sequence to learn from. Both weights apply to each of its response tokens and already contain the
-    normaliser, beta and every mask: loss = sum over tokens of pg_weight * L_pg + kl_weight * L_kl."""
+    normaliser, beta and every mask: loss = sum over tokens of pg_weight * L_pg + kl_weight * L_kl, and where there is a
+    frozen reference + reference_weight * L_ref."""
 
     prompt: Prompt
     response_ids: TokenIds
@@ -162,14 +163,16 @@ class Sample(_ArrayRecord, _ScoredByTeacher):
     logp_teacher: Logprobs | None = None  # see Rollout
     minibatch: int = 0  # which update of the step learns from it
     hint: Hint | None = None
+    reference_weight: float = 0.0
+    success: float = 0.0  # what routing reads: 1 for a right response
 
     def without_kl(self) -> Sample:
-        """The same sample with no KL term."""
+        """The same sample with no KL term to a teacher."""
         return replace(self, kl_weight=0.0)
 
     def without_weights(self) -> Sample:
         """The same sample with no term in the loss. It keeps its position among the step's samples."""
-        return replace(self, pg_weight=0.0, kl_weight=0.0)
+        return replace(self, pg_weight=0.0, kl_weight=0.0, reference_weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,38 @@ class PackedTokens:
 
 
 @dataclass(frozen=True)
+class DistributionTerm:
+    """A KL term of a micro-batch that compares whole distributions with a further model, beside the objective's own.
+
+    name        of the model; its metrics begin with it
+    weight_N    float32, the weight of the term at each token
+    rows        of the n tokens whose weight is not 0: the model's hidden states [n, E] that predict them and this
+    rank's
+                rows of its head [U, E]; or, with `is_top`, its most probable ids [n, k] and their log-probs [n, k]
+    options     keywords of `linear_kl` (`linear_topk_kl`) that say which divergence it is
+    ratio_cap   see VocabularyDivergence
+    """
+
+    name: str
+    weight_N: Tensor
+    rows: tuple[Tensor, Tensor]
+    options: Mapping[str, Any]
+    ratio_cap: float
+    is_top: bool = False
+
+    def without(self, lost_N: Tensor) -> DistributionTerm:
+        """The term without weight at these tokens."""
+        kept_n = ~lost_N[self.weight_N != 0]
+        first, second = self.rows
+        rows = (first[kept_n], second[kept_n] if self.is_top else second)
+        return replace(self, weight_N=self.weight_N.masked_fill(lost_N, 0.0), rows=rows)
+
+    def to(self, device: torch.device) -> DistributionTerm:
+        """The same record with its tensors on `device`."""
+        return _to_device(self, device)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Packed tokens and, for the N positions that predict a response token, the inputs of the loss.
 
@@ -235,7 +270,13 @@ class MicroBatch:
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
     hidden_teacher_nE, head_teacher_UE   the teacher's hidden states that predict the n tokens whose kl_weight_N is not
                 0, and this rank's rows of its head, where the objective compares whole distributions; else None
+    top_teacher      int64 ids [n, k] and float32 log-probs [n, k] of the teacher's most probable ids in the place of
+    the n
+                     tokens, where the objective compares those
     logp_old_N       float32, log-prob before the step's first update, or None: its only update, the ratio is 1
+    reference_weight_N   float32, see Sample; None: no token has a weight
+    logp_reference_N     float32, log-probs of a frozen reference, where its term is k3
+    further_terms        KL terms to further models
     """
 
     tokens: PackedTokens
@@ -252,10 +293,17 @@ class MicroBatch:
     logp_old_N: Tensor | None = None
     hidden_teacher_nE: Tensor | None = None
     head_teacher_UE: Tensor | None = None
+    reference_weight_N: Tensor | None = None
+    logp_reference_N: Tensor | None = None
+    further_terms: tuple[DistributionTerm, ...] = ()
+    top_teacher: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same record with its tensors, and those of its tokens, on `device`."""
         return _to_device(self, device)
+
+
+_TUPLES = ("further_terms", "rows", "top_teacher")  # of what moves too
 
 
 def _to_device(record: RecordT, device: torch.device) -> RecordT:
@@ -263,6 +311,11 @@ def _to_device(record: RecordT, device: torch.device) -> RecordT:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     moved |= {name: value.to(device) for name, value in values.items() if isinstance(value, PackedTokens)}
+    moved |= {
+        name: tuple(item.to(device) for item in value)
+        for name, value in values.items()
+        if name in _TUPLES and value is not None
+    }
     return replace(record, **moved)
 
 

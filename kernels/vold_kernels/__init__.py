@@ -5,6 +5,16 @@ from .chunks import ChunkBudget
 from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
 from .linear_policy_loss import linear_policy_loss
+from .linear_topk_kl import linear_topk_kl
 from .types import KLLoss, PolicyLoss, PolicyTerms
 
-__all__ = ["ChunkBudget", "KLLoss", "PolicyLoss", "PolicyTerms", "linear_kl", "linear_logprob", "linear_policy_loss"]
+__all__ = [
+    "ChunkBudget",
+    "KLLoss",
+    "PolicyLoss",
+    "PolicyTerms",
+    "linear_kl",
+    "linear_logprob",
+    "linear_policy_loss",
+    "linear_topk_kl",
+]

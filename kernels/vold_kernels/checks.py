@@ -94,6 +94,8 @@ def check_policy_terms(terms: PolicyTerms, numbers: LossNumbers, tokens: int) ->
         raise ValueError("surrogate='constant-ratio' weighs tokens one by one; leave out terms.sequence_N")
     if (terms.ratio_low_N is None) != (terms.ratio_high_N is None):
         raise ValueError("terms has one of ratio_low_N and ratio_high_N; give both or neither")
+    if (terms.logp_reference_N is None) != (terms.reference_weight_N is None):
+        raise ValueError("terms has one of logp_reference_N and reference_weight_N; give both or neither")
     if terms.sequence_N is not None and terms.sequence_N.dtype.is_floating_point:
         raise ValueError(f"terms.sequence_N is {terms.sequence_N.dtype}; it must be integer")
 

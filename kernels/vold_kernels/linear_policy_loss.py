@@ -5,9 +5,10 @@ before, the normaliser is a factor of the weights). So logits -> statistics -> c
 while one chunk is resident: 6NDV, no recomputation, no [N, V] tensor. The gain is memory, fp32 precision and dropped
 rows; the head is a small share of a training step.
 
-    L = Σ w_pg · pg_weight · L_pg + w_kl · kl_weight · ½ (logp − logp_teacher)²
+    L = Σ w_pg · pg_weight · L_pg + w_kl · kl_weight · ½ (logp − logp_teacher)² + w_kl · reference_weight · L_ref
     L_pg = −min(ρ A, clip(ρ, 1 − clip_eps_low, 1 + clip_eps_high) A),   ρ = exp(logp − logp_old)
     dL_pg/dlogp = −ρ A where the unclipped branch is the minimum, else 0;   dL_kl/dlogp = logp − logp_teacher
+    L_ref = exp(x) − 1 − x,   x = logp_reference − logp   (k3);   dL_ref/dlogp = 1 − exp(x)
     w_pg = min(exp(logp_old − logp_rollout), importance_cap), w_kl with logp in place of logp_old: importance weights,
     constants to the gradient; 1 without logp_rollout
 
@@ -58,7 +59,7 @@ from .token_loss import LossNumbers, TokenLosses, empty_token_losses, select_ter
 from .types import PolicyLoss, PolicyTerms
 from .vocab import VocabShard, group_from_name, group_name, vocab_shard
 
-_Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The fields of `PolicyLoss`."""
 
 
@@ -78,7 +79,10 @@ def _one_pass(
     head = Head(weight_UD, options.shard, options.temperature, options.budget)
     # n is a shape, so the host waits here, once a step; `widest_shard` (tp > 1) then waits for nothing more.
     # Chunks are those of the widest shard, so that all ranks step through the same ones.
-    rows_n = ((terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)).nonzero()[:, 0]
+    kept_N = (terms.pg_weight_N != 0) | (terms.kl_weight_N != 0)
+    if terms.reference_weight_N is not None:
+        kept_N = kept_N | (terms.reference_weight_N != 0)
+    rows_n = kept_N.nonzero()[:, 0]
     tokens = head.resident_tokens(head.shard.widest_shard(), len(rows_n))
     weighted_terms = select_terms(terms, rows_n, head.dtype)
     gradients = HeadGradients(head, len(rows_n), options.request)
@@ -100,9 +104,11 @@ def _one_pass(
 
 def _results(rows_n: Tensor, per_token: TokenLosses, gradients: HeadGradients, tokens: int) -> _Fields:
     """The fields of `PolicyLoss`. `gradients.finish` comes first."""
-    pg_loss, kl_loss = per_token.pg_loss.sum(), per_token.kl_loss.sum()
+    pg_loss, kl_loss, reference_loss = (
+        x.sum() for x in (per_token.pg_loss, per_token.kl_loss, per_token.reference_loss)
+    )
     return (
-        pg_loss + kl_loss - per_token.bonus.sum(),
+        pg_loss + kl_loss - per_token.bonus.sum() + reference_loss,
         per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.logp),
         per_token.logp.new_zeros(tokens).index_copy_(0, rows_n, per_token.entropy),
         pg_loss,
@@ -111,6 +117,7 @@ def _results(rows_n: Tensor, per_token: TokenLosses, gradients: HeadGradients, t
         per_token.clipped_high.sum(),
         per_token.kl_old.sum(),
         gradients.dropped_mass,
+        reference_loss,
     )
 
 
@@ -150,13 +157,15 @@ def _policy_loss_op(
     sequence_N: Tensor | None,
     ratio_low_N: Tensor | None,
     ratio_high_N: Tensor | None,
+    logp_reference_N: Tensor | None,
+    reference_weight_N: Tensor | None,
     needs_grad: list[bool],
     vocab_size: int | None,
     group: str | None,
     budget: list[int],
     surrogate: str,
     numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyLoss`, then `gradient_outputs`."""
     terms = PolicyTerms(
         logp_old_N=logp_old_N,
@@ -168,6 +177,8 @@ def _policy_loss_op(
         sequence_N=sequence_N,
         ratio_low_N=ratio_low_N,
         ratio_high_N=ratio_high_N,
+        logp_reference_N=logp_reference_N,
+        reference_weight_N=reference_weight_N,
     )
     temperature, filter_eps, *loss_numbers = numbers
     loss = LossNumbers(*loss_numbers, surrogate=surrogate)
@@ -180,11 +191,10 @@ def _policy_loss_op(
 
 
 @_policy_loss_op.register_fake
-def _(
-    hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, _rollout, _seq, _low, _high, needs_grad, *_
-):
+def _(hidden_ND, weight_UD, target_N, _old, _teacher, _advantage, _pg, _kl, _rollout, _seq, _low, _high, *others):
+    _reference, _reference_weight, needs_grad, *_ = others
     scalar, per_token = (), target_N.shape
-    shapes = scalar, per_token, per_token, scalar, scalar, scalar, scalar
+    shapes = scalar, per_token, per_token, scalar, scalar, scalar, scalar, scalar
     loss, logp_N, entropy_N, pg_loss, kl_loss, *others = fake_outputs(
         hidden_ND, *shapes, *gradient_shapes(hidden_ND, weight_UD, needs_grad)
     )
@@ -219,7 +229,7 @@ def linear_policy_loss(
     file.
 
     hidden_ND [N, D], weight_VD [V, D], target_N [N], temperature, tp_group, vocab_size: as for `linear_logprob`.
-    terms: see `PolicyTerms`. Rows whose two weights are both 0 are dropped before the first matmul: whatever they hold,
+    terms: see `PolicyTerms`. Rows whose weights are all 0 are dropped before the first matmul: whatever they hold,
         NaN included, changes nothing, their gradient is exactly zero and they cost nothing.
     clip_eps_low, clip_eps_high: the ratio is clipped to [1 − clip_eps_low, 1 + clip_eps_high], unless `terms` holds
         bounds per token.

@@ -49,7 +49,8 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Clipped policy loss plus k2 distillation."""
     has_pg_N, has_kl_N = terms.pg_weight_N != 0, terms.kl_weight_N != 0
-    kept_N = has_pg_N | has_kl_N
+    has_reference_N = torch.zeros_like(has_pg_N) if terms.reference_weight_N is None else terms.reference_weight_N != 0
+    kept_N = has_pg_N | has_kl_N | has_reference_N
     logp_n, entropy_n = linear_logprob(
         hidden_ND[kept_N],
         weight_VD,
@@ -97,8 +98,14 @@ def linear_policy_loss(
         beyond = (gap.abs() - kl_clamp).clamp(min=0)  # Huber: ½ gap² up to the clamp, a line of slope kl_clamp after it
         kl_weight = importance(logp_N[has_kl_N], has_kl_N) * terms.kl_weight_N[has_kl_N].to(dtype)
         kl_loss = (kl_weight * (gap.square() - beyond.square()) / 2).sum()
+    reference_loss = torch.zeros_like(pg_loss)
+    if terms.logp_reference_N is not None and terms.reference_weight_N is not None:
+        logp = logp_N[has_reference_N]
+        x = terms.logp_reference_N[has_reference_N].to(dtype) - logp
+        weight = importance(logp, has_reference_N) * terms.reference_weight_N[has_reference_N].to(dtype)
+        reference_loss = (weight * (x.exp() - 1 - x)).sum()
     return PolicyLoss(
-        loss=pg_loss + kl_loss - bonus,
+        loss=pg_loss + kl_loss - bonus + reference_loss,
         logp_N=logp_N.detach(),
         entropy_N=entropy_N.detach(),
         pg_loss=pg_loss.detach(),
@@ -107,6 +114,7 @@ def linear_policy_loss(
         clip_count_high=is_high.sum(),
         kl_old=(logp_old - logp_pg.detach()).sum(),
         dropped_mass=torch.zeros_like(pg_loss),
+        reference_loss=reference_loss.detach(),
     )
 
 
@@ -130,16 +138,46 @@ def linear_kl(
     if top_k is not None and top_k < logp_student.shape[1]:
         top_nk = logp_student.topk(top_k).indices
         logp_student, logp_teacher = (_top_and_tail(logp, top_nk) for logp in (logp_student, logp_teacher))
-    if divergence == "reverse_kl":
-        kl_n = _kl(logp_student, logp_teacher)
-    elif divergence == "forward_kl":
-        kl_n = _kl(logp_teacher, logp_student)
-    else:
-        mixture = torch.logaddexp(logp_teacher + math.log(alpha), logp_student + math.log(1 - alpha))
-        kl_n = alpha * _kl(logp_teacher, mixture) + (1 - alpha) * _kl(logp_student, mixture)
+    kl_n = _divergence(logp_student, logp_teacher, divergence, alpha)
+    return _kl_loss(kl_n, weight_N)
+
+
+def linear_topk_kl(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    id_Nk: Tensor,
+    logp_teacher_Nk: Tensor,
+    *,
+    weight_N: Tensor,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> KLLoss:
+    """Σ weight · divergence between the student and a teacher's top k with one bucket for the rest; every id is one."""
+    kept_N = weight_N != 0
+    logp_student = _log_softmax(hidden_ND[kept_N], weight_VD[:vocab_size], temperature)
+    logp_student = _top_and_tail(logp_student, id_Nk[kept_N].long())
+    top = logp_teacher_Nk[kept_N].to(logp_student.dtype)
+    logp_teacher = torch.cat((top, torch.log1p(-top.exp().sum(dim=1, keepdim=True))), dim=1)
+    return _kl_loss(_divergence(logp_student, logp_teacher, divergence, alpha), weight_N)
+
+
+def _kl_loss(kl_n: Tensor, weight_N: Tensor) -> KLLoss:
+    kept_N = weight_N != 0
     kl_N = kl_n.new_zeros(len(weight_N)).masked_scatter(kept_N, kl_n)
     loss = (weight_N[kept_N].to(kl_n.dtype) * kl_n).sum()
     return KLLoss(loss=loss, kl_N=kl_N.detach(), dropped_mass=torch.zeros_like(loss))
+
+
+def _divergence(logp_student: Tensor, logp_teacher: Tensor, divergence: str, alpha: float) -> Tensor:
+    """[n] over columns or buckets."""
+    if divergence == "reverse_kl":
+        return _kl(logp_student, logp_teacher)
+    if divergence == "forward_kl":
+        return _kl(logp_teacher, logp_student)
+    mixture = torch.logaddexp(logp_teacher + math.log(alpha), logp_student + math.log(1 - alpha))
+    return alpha * _kl(logp_teacher, mixture) + (1 - alpha) * _kl(logp_student, mixture)
 
 
 def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:

@@ -40,6 +40,8 @@ class KeptTerms:
     sequence_C: Tensor | None
     ratio_low_C: Tensor | None
     ratio_high_C: Tensor | None
+    logp_reference_C: Tensor | None
+    reference_weight_C: Tensor | None
 
     def select(self, chunk: slice) -> "KeptTerms":
         """The terms of some tokens."""
@@ -64,17 +66,20 @@ class TokenLosses:
     """bool, counted in `PolicyLoss.clip_count_high`."""
     kl_old: Tensor
     """logp_old − logp where pg_weight ≠ 0, else 0."""
+    reference_loss: Tensor
 
 
 def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossNumbers) -> TokenLosses:
     """Loss of each token and its derivative by its log-prob. `terms` with sequence_C must hold all kept tokens."""
     logp_C = statistics.logp_C
-    pg_weight_C, kl_weight_C = terms.pg_weight_C, terms.kl_weight_C
+    pg_weight_C, kl_weight_C, reference_weight_C = terms.pg_weight_C, terms.kl_weight_C, terms.reference_weight_C
     has_pg_C = pg_weight_C != 0
     if terms.logp_rollout_C is not None:
         logp_old_C = logp_C if terms.logp_old_C is None else terms.logp_old_C
         pg_weight_C = pg_weight_C * _importance_weight(logp_old_C, terms.logp_rollout_C, numbers)
-        kl_weight_C = kl_weight_C * _importance_weight(logp_C, terms.logp_rollout_C, numbers)
+        importance_C = _importance_weight(logp_C, terms.logp_rollout_C, numbers)
+        kl_weight_C = kl_weight_C * importance_C
+        reference_weight_C = None if reference_weight_C is None else reference_weight_C * importance_C
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_C is None else logp_C - terms.logp_old_C
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
     sequences = None if terms.sequence_C is None else _Sequences.of(terms.sequence_C, has_pg_C.to(logp_C))
@@ -86,16 +91,23 @@ def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossN
         d_pg_C = torch.where(has_pg_C, sequences.mean(d_pg_C), 0.0)
     gap_C = torch.where(terms.kl_weight_C != 0, logp_C - terms.logp_teacher_C, 0.0)
     clamped_gap_C = gap_C.clamp(-numbers.kl_clamp, numbers.kl_clamp)
+    d_logp_C = kl_weight_C * clamped_gap_C + d_pg_C
+    reference_loss_C = torch.zeros_like(logp_C)
+    if reference_weight_C is not None and terms.logp_reference_C is not None:
+        gain_C = torch.where(terms.reference_weight_C != 0, terms.logp_reference_C - logp_C, 0.0)
+        reference_loss_C = reference_weight_C * (gain_C.expm1() - gain_C)
+        d_logp_C = d_logp_C - reference_weight_C * gain_C.expm1()
     return TokenLosses(
         logp=logp_C,
         entropy=statistics.entropy_C,
         pg_loss=-pg_weight_C * surrogate.value,
         kl_loss=kl_weight_C * clamped_gap_C * (gap_C - clamped_gap_C / 2),
         bonus=numbers.entropy_bonus * terms.pg_weight_C * statistics.entropy_C,
-        d_logp=kl_weight_C * clamped_gap_C + d_pg_C,
+        d_logp=d_logp_C,
         clipped_low=surrogate.clipped_low & has_pg_C,
         clipped_high=surrogate.clipped_high & has_pg_C,
         kl_old=torch.where(has_pg_C, -log_ratio_C, 0.0),
+        reference_loss=reference_loss_C,
     )
 
 
@@ -206,6 +218,8 @@ def select_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> Kept
         sequence_C=None if terms.sequence_N is None else terms.sequence_N[rows_n],
         ratio_low_C=None if terms.ratio_low_N is None else where_pg(terms.ratio_low_N, 1.0),
         ratio_high_C=None if terms.ratio_high_N is None else where_pg(terms.ratio_high_N, 1.0),
+        logp_reference_C=None if terms.logp_reference_N is None else terms.logp_reference_N[rows_n].to(dtype),
+        reference_weight_C=None if terms.reference_weight_N is None else terms.reference_weight_N[rows_n].to(dtype),
     )
 
 

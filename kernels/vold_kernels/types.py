@@ -9,7 +9,7 @@ from torch import Tensor
 class PolicyTerms:
     """Per-token inputs of the policy loss. Masks, β and the normaliser 1/Z are factors of the two weights.
 
-    A token is dropped before the first matmul when both its weights are 0; a field is never used where the weight of
+    A token is dropped before the first matmul when all its weights are 0; a field is never used where the weight of
     its term is 0, so it may hold NaN there. Under tensor parallelism every rank passes the same values.
     """
 
@@ -26,7 +26,7 @@ class PolicyTerms:
     logp_rollout_N: Tensor | None = None
     """[N] log-prob under the engine that sampled the token (nats), for truncated importance sampling: both weights are
     multiplied by min(exp(x − logp_rollout), importance_cap), a constant to the gradient. x is logp_old in the policy's
-    term (logp where there is none) and logp in the teacher's. None: no factor."""
+    term (logp where there is none) and logp in those of teacher and reference. None: no factor."""
     sequence_N: Tensor | None = None
     """[N] integer, equal for the tokens of a sequence, which are adjacent: one ratio per sequence (GSPO). None: one
     ratio per token."""
@@ -34,6 +34,10 @@ class PolicyTerms:
     """[N] lower bound of each token's ratio (DCPO), instead of 1 − clip_eps_low. Needs ratio_high_N."""
     ratio_high_N: Tensor | None = None
     """[N] upper bound of each token's ratio (DCPO), instead of 1 + clip_eps_high. Needs ratio_low_N."""
+    logp_reference_N: Tensor | None = None
+    """[N] log-prob under a frozen reference (nats). Needs reference_weight_N."""
+    reference_weight_N: Tensor | None = None
+    """[N] weight of exp(x) − 1 − x with x = logp_reference − logp (k3). Needs logp_reference_N."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class PolicyLoss:
     """Result of `linear_policy_loss`: fp32 (fp64 for fp64 inputs), the counts int64. Only `loss` carries a gradient."""
 
     loss: Tensor
-    """[] pg_loss + kl_loss − entropy bonus, differentiable with respect to hidden and weight."""
+    """[] pg_loss + kl_loss + reference_loss − entropy bonus, differentiable with respect to hidden and weight."""
     logp_N: Tensor
-    """[N] log-prob of the target (nats), ≤ 0. Exactly 0 where both weights are 0: those rows are never computed."""
+    """[N] log-prob of the target (nats), ≤ 0. Exactly 0 where all weights are 0: those rows are never computed."""
     entropy_N: Tensor
-    """[N] entropy of the softmax at this temperature (nats). Exactly 0 where both weights are 0."""
+    """[N] entropy of the softmax at this temperature (nats). Exactly 0 where all weights are 0."""
     pg_loss: Tensor
     """[] Σ pg_weight · L_pg."""
     kl_loss: Tensor
@@ -58,6 +62,8 @@ class PolicyLoss:
     """[] Σ (logp_old − logp) over tokens with pg_weight ≠ 0 (nats): k1 estimate of KL(old‖new), a sum, not a mean."""
     dropped_mass: Tensor
     """[] Σ|dL/dlogit| that `filter_eps` left out of the gradients, over all tokens and ranks. 0 with filter_eps = 0."""
+    reference_loss: Tensor
+    """[] Σ reference_weight · k3."""
 
 
 @dataclass(frozen=True)

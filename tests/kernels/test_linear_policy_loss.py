@@ -48,6 +48,30 @@ def test_float64_equals_the_specification(tokens, vocab, temperature):
         assert_near(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("vocab", [77, 1000])
+def test_a_reference_adds_k3(vocab):
+    """Beside both other terms and importance weights, with tokens that have that term alone, and NaN where none is."""
+    case = problem(2 * CHUNK + 3, vocab)
+    terms = policy_terms(case)
+    has_N = torch.arange(len(terms.advantage_N), device=DEVICE) % 3 != 0
+    logp_N = reference.linear_logprob(*case.to(torch.float64)).detach()
+    shift_N = torch.linspace(-1, 1, len(logp_N), dtype=torch.float64, device=DEVICE)
+    terms = replace(
+        terms,
+        logp_rollout_N=logp_N + 0.2 * shift_N,
+        logp_reference_N=(logp_N + shift_N).where(has_N, torch.nan),
+        reference_weight_N=(0.3 + shift_N.abs()).where(has_N, 0.0),
+    )
+    actual = linear_policy_loss(*case, terms, **CLIP, budget=small_chunks(vocab))
+    expected = reference.linear_policy_loss(*case, terms, **CLIP)
+    assert expected.reference_loss > 0.1
+    assert_same_record(actual, expected, 1e-12)
+    for a, b in zip(*(gradients(record.loss, case) for record in (actual, expected)), strict=True):
+        assert relative(a, b) < 1e-12
+    with pytest.raises(ValueError, match="give both or neither"):
+        linear_policy_loss(*case, replace(terms, reference_weight_N=None), **CLIP)
+
+
 def test_both_bounds_are_met_in_the_cases_above():
     case = problem(2 * CHUNK + 3, 77)
     record = linear_policy_loss(*case, policy_terms(case), **CLIP)

@@ -83,6 +83,8 @@ def ours(case: Problem, **keys) -> tuple[Tensor, Tensor]:
         pg_weight_N=per_token("pg_weight"),
         kl_weight_N=per_token("kl_weight"),
         sequence_N=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
+        logp_reference_N=case.teacher_BT[MASK_BT] if objective.reference_beta else None,
+        reference_weight_N=per_token("reference_weight"),
     )
     terms = objective.policy_terms(batch)
     hidden_ND, ids_N = case.hidden_BTD[MASK_BT], case.ids_BT[MASK_BT]
@@ -200,6 +202,18 @@ def test_verl_with_its_k2_penalty(verl, name):
     expected = expected + 0.5 * algorithms.agg_loss(penalty_BT, MASK_BT.double(), "token-mean")
     actual, _ = ours(case, preset=name, beta=0.5)
     assert_same(case, actual, expected)
+
+
+def test_verl_with_its_k3_penalty_to_a_reference(verl):
+    """low_var_kl, each response averaged first, as GRPO is published."""
+    case = problem()
+    algorithms, _ = verl
+    penalty_BT = algorithms.kl_penalty(case.logp_BT(), case.teacher_BT, "low_var_kl")
+    mode = "seq-mean-token-mean"
+    expected = verl_loss(verl, case, "vanilla", mode, 0.2, 0.2)
+    expected = expected + 0.04 * algorithms.agg_loss(penalty_BT, MASK_BT.double(), mode)
+    actual, _ = ours(case, preset="grpo-reference")
+    assert_same(case, actual, expected, VERL_TOLERANCE[mode])
 
 
 def test_verl_entropy_bonus(verl):

@@ -30,6 +30,7 @@ def make_trainer(
     importance_cap: float | None = None,
     adapter: AdapterConfig | None = None,
     train=None,
+    terms=(),
     **numbers,
 ) -> Trainer:
     return Trainer(
@@ -43,6 +44,7 @@ def make_trainer(
         importance_cap=importance_cap,
         adapter=adapter,
         train=train,
+        terms=terms,
     )
 
 

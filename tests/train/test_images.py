@@ -22,7 +22,7 @@ from vold.objectives.visual_advantage import degrade, token_advantage, weigh_sib
 from vold.run.job import Job
 from vold.run.run_dir import read_rows
 from vold.run.timers import PhaseTimers
-from vold.teacher import Teacher, TeacherPromptEncoder, VisualAdvantageTeacher
+from vold.teacher import Teacher, TeacherPromptEncoder, TeacherView, VisualAdvantageTeacher
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.rl import train_rl
 from vold.train.sft import train_sft
@@ -174,7 +174,7 @@ def samples(mixed, world):
 def test_scores_are_those_of_the_teachers_own_prompts(samples, world, tiny_qwen3_vl_dir, layout, offload):
     """Against transformers, prompt by prompt, with the processor's own count of image tokens."""
     problems, samples = samples
-    encode = TeacherPromptEncoder(tiny_qwen3_vl_dir, problems, PROMPT)
+    encode = TeacherPromptEncoder(tiny_qwen3_vl_dir, TeacherView(tiny_qwen3_vl_dir, problems, PROMPT))
     numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode, patches_per_pass=24, offload=offload)
     teacher = Teacher(tiny_qwen3_vl_dir, layout, **numbers)
     batch = pack(teacher.drop_unscorable(samples), max_tokens=60, encode=load_prompt_encoder(world.student))
@@ -189,7 +189,8 @@ def test_scores_are_those_of_the_teachers_own_prompts(samples, world, tiny_qwen3
 def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_dir, layout):
     """From two readings by transformers; prompts of text keep theirs. And they change what is learnt."""
     problems, samples = samples
-    encode, degraded = (TeacherPromptEncoder(tiny_qwen3_vl_dir, problems, PROMPT, change) for change in (None, degrade))
+    view = TeacherView(tiny_qwen3_vl_dir, problems, PROMPT)
+    encode, degraded = (TeacherPromptEncoder(tiny_qwen3_vl_dir, view, change) for change in (None, degrade))
     numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode)
     batch = pack(samples, max_tokens=60, encode=load_prompt_encoder(world.student))
     plain = Teacher(tiny_qwen3_vl_dir, layout, **numbers).score(batch)

@@ -47,7 +47,7 @@ def test_a_reward_of_ones_own_teaches_a_student_that_teaches_itself(preset, on_p
     """It says which sibling is right, and, where none is, in words what was wrong."""
     hints = []
     spy = lambda prompt, hint, **more: hints.append(hint) or show_hint(prompt, hint, **more)  # noqa: E731
-    monkeypatch.setattr("vold.train.components.show_hint", spy)
+    monkeypatch.setattr("vold.train.teachers.show_hint", spy)
     (tmp_path / "mine.py").write_text(SCORED)
     reward = [f"reward={{function: {tmp_path}/mine.py:even}}", "objective.routing_term=even", "objective.feedback=true"]
     config = on_prompts(f"objective.preset={preset}", "teacher=null", *reward)

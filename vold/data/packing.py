@@ -76,7 +76,7 @@ def pack(
     """This replica's share of a step's samples in micro-batches of at most `max_tokens`, equally many on every replica.
 
     Every replica passes the same samples and plans the whole division, so that none has to ask another. A sample whose
-    two weights are zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
+    weights are all zero has no gradient: it is left out, exactly (its tokens are in the normaliser already). A replica
     with too few sequences gets micro-batches of one token and no target.
     """
     groups = _siblings(samples, encode)
@@ -128,7 +128,7 @@ def _siblings(samples: Sequence[Sample], encode: PromptEncoder) -> list[_Unit]:
     """The samples that have a gradient, by prompt."""
     units: dict[Prompt, _Unit] = {}
     for index, sample in enumerate(samples):
-        if sample.pg_weight or sample.kl_weight:
+        if sample.pg_weight or sample.kl_weight or sample.reference_weight:
             unit = units.setdefault(sample.prompt, [])
             tokens = unit[0].prompt_tokens if unit else encode.length(sample.prompt)
             unit.append(_Member(index, sample, tokens))
@@ -244,6 +244,7 @@ def _micro_batch(units: Sequence[_Unit], encode: Callable[[Prompt], EncodedPromp
         for key_L, s in zip(keys, sequences, strict=True)
     ]
     rollout_logps = [s.logp_rollout for s in samples if s.logp_rollout is not None]
+    references = [s.reference_weight for s in samples]
     teacher_logps = [s.logp_teacher if _is_scored(s) else np.zeros(len(s.response_ids)) for s in samples]
     return MicroBatch(
         tokens=_tokens(sequences, keys),
@@ -257,6 +258,7 @@ def _micro_batch(units: Sequence[_Unit], encode: Callable[[Prompt], EncodedPromp
         kl_weight_N=_per_token([s.kl_weight for s in samples], counts),
         logp_rollout_N=_flat(rollout_logps, torch.float32) if samples and len(rollout_logps) == len(samples) else None,
         logp_teacher_N=_flat(teacher_logps, torch.float32) if any(map(_is_scored, samples)) else None,
+        reference_weight_N=_per_token(references, counts) if any(references) else None,
     )
 
 

@@ -9,6 +9,9 @@ gradient, and on-policy E[grad k1] = 0, E[grad k2] = grad KL(S || T), E[grad k3]
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from vold.types import DistributionTerm, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,22 @@ class VocabularyDivergence:
     top_k: int | None = None
     ratio_cap: float = 2.0
 
+    def options(self) -> dict[str, Any]:
+        """The keywords of `linear_kl`."""
+        return {"divergence": self.name, "alpha": self.alpha, "top_k": self.top_k}
+
+    def term(self, name: str, micro: MicroBatch) -> DistributionTerm | None:
+        """The term of a micro-batch whose teacher has scored it, by whole distributions or its own most probable ids;
+        None where it has nothing to score."""
+        options = self.options()
+        if micro.hidden_teacher_nE is not None and micro.head_teacher_UE is not None:
+            rows = (micro.hidden_teacher_nE, micro.head_teacher_UE)
+            return DistributionTerm(name, micro.kl_weight_N, rows, options, self.ratio_cap)
+        if micro.top_teacher is not None:
+            del options["top_k"]
+            return DistributionTerm(name, micro.kl_weight_N, micro.top_teacher, options, self.ratio_cap, is_top=True)
+        return None
+
 
 DIVERGENCES: dict[str, VocabularyDivergence | None] = {
     "k2": None,
@@ -35,6 +54,12 @@ DIVERGENCES: dict[str, VocabularyDivergence | None] = {
     "jsd": VocabularyDivergence("jsd"),
 }
 """None: k2 of the sampled tokens, which needs the teacher's log-probs of those tokens alone."""
+
+REFERENCE_DIVERGENCES: dict[str, VocabularyDivergence | None] = {
+    "k3": None,
+    **{name: divergence for name, divergence in DIVERGENCES.items() if divergence},
+}
+"""Of the term towards a frozen reference. None: k3 of the sampled tokens, GRPO's (arXiv 2402.03300, Eq. 4)."""
 
 REFUSED = {
     "k1": "as a direct loss its expected gradient is 0, whatever the teacher says; k2 has the gradient of "

@@ -5,11 +5,14 @@ Per token of response i (VOLD Eq. 6; m: response mask, Z: the normaliser, over t
     L = sum m / Z * ( L_pg - entropy_bonus * entropy + beta * routing(r) * L_kl )
     L_pg = -min(rho A, clip(rho, 1 - clip_eps_low, 1 + clip_eps_high) A),   L_kl = 1/2 (logp - logp_teacher)^2   (k2)
 
+A frozen reference adds reference_beta * L_ref for every response, L_ref = exp(x) - 1 - x with x = logp_reference - logp
+(k3), or a divergence of whole distributions.
+
 k2 as a *loss* has the gradient of KL(student || teacher) on the student's own samples; the paper prints
 KL(teacher || student) and calls it reverse KL: we follow the estimator, not the print.
-`Objective.assign_token_weights` folds Z, beta and routing into two numbers per response, `pg_weight` and `kl_weight`:
-the trainer and the kernel read those and never the method's name. G: responses per prompt, B: responses of one update.
-"""
+`Objective.assign_token_weights` folds Z, beta and routing into numbers per response, `pg_weight`, `kl_weight` and
+`reference_weight`: the trainer and the kernel read those and never the method's name. G: responses per prompt, B:
+responses of one update."""
 
 from __future__ import annotations
 
@@ -38,6 +41,10 @@ class Objective:
     visual_advantage      scale each KL weight by how much the image's detail changes the teacher's log-prob (VA-OPD)
     exclusive_terms       a response with a KL term has no policy gradient (SRPO)
     beta                  weight of the KL term; at the first step, where `schedule` changes it
+    reference_beta        weight of the KL term to a frozen reference, of every response; 0: there is none
+    reference_divergence  between the whole distributions of student and reference; None: k3 of the sampled tokens
+    teacher_share         of the teacher in a mixture with the policy that sampled, which is k2's target (TOP-D)
+    margin                nats by which log p_T - log p_S of right responses should exceed that of wrong ones (Uni-OPD)
     clip_eps_low, clip_eps_high   the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]
     kl_clamp              nats of |logp - logp_teacher| beyond which the gradient of the KL term no longer grows
     entropy_bonus         weight of the policy's entropy, subtracted from the loss
@@ -61,6 +68,10 @@ class Objective:
     kl_clamp: float = math.inf
     entropy_bonus: float = 0.0
     max_response_tokens: int = 0
+    reference_beta: float = 0.0
+    reference_divergence: VocabularyDivergence | None = None
+    teacher_share: float = 1.0
+    margin: float | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,13 +88,19 @@ class Objective:
         """The reward's term that decides where the KL term applies, and which sibling is right; None where all
         responses are alike."""
         by_success = self.routing in (failed, failed_groups) or self.self_distillation is not None
+        by_success = by_success or self.margin is not None
         return self.routing_term if self._has_kl_term and by_success else None
 
     @property
     def needs_reward(self) -> bool:
         """The weights depend on rewards or right answers: not so where every response is distilled and no more."""
-        routed_by_right = self._has_kl_term and self.routing is not every
+        routed_by_right = self._has_kl_term and (self.routing is not every or self.margin is not None)
         return self.advantage not in advantages.WITHOUT_REWARD or routed_by_right or self.uses_self_teacher
+
+    @property
+    def calibrates(self) -> bool:
+        """The teacher's log-probs are changed before they are a loss (see vold.objectives.calibration)."""
+        return self.needs_teacher and (self.teacher_share < 1.0 or self.margin is not None)
 
     @property
     def _has_kl_term(self) -> bool:
@@ -120,7 +137,8 @@ class Objective:
         return [reward is not None and next(samples).kl_weight != 0.0 for reward in group.rewards]
 
     def has_gradient(self, group: Group) -> bool:
-        """True if a response of the group gets a weight. (Under VOLD one without a right answer does: its KL term.)"""
+        """True if a response of the group gets a weight. (Under VOLD one without a right answer does: its KL term.)
+        That of a reference, which every response gets, does not count."""
         return any(sample.pg_weight or sample.kl_weight for sample in self.assign_token_weights([group]))
 
     def _group_samples(self, group: Group) -> list[Sample]:
@@ -135,7 +153,7 @@ class Objective:
         if self.self_distillation:
             hints_G = self.self_distillation.hints([rollout for rollout, *_ in graded], right_G, self._feedback(group))
             factors_G = [factor * (hint is not None) for factor, hint in zip(factors_G, hints_G, strict=True)]
-        parts = zip(graded, advantages_G, factors_G, hints_G, strict=True)
+        parts = zip(graded, advantages_G, factors_G, hints_G, right_G, strict=True)
         return [
             Sample(
                 prompt=group.prompt,
@@ -143,11 +161,13 @@ class Objective:
                 advantage=advantage,
                 pg_weight=self._pg_weight(advantage, factor),
                 kl_weight=self.beta * factor,
+                reference_weight=self.reference_beta,
+                success=success,
                 logp_rollout=rollout.logp_rollout,
                 logp_teacher=rollout.logp_teacher,
                 hint=hint,
             )
-            for (rollout, *_), advantage, factor, hint in parts
+            for (rollout, *_), advantage, factor, hint, success in parts
         ]
 
     def _successes(self, group: Group) -> list[float]:
@@ -195,6 +215,8 @@ class Objective:
             sequence_N=batch.sequence_N if self.ratio.couples_tokens else None,
             ratio_low_N=low_N,
             ratio_high_N=high_N,
+            logp_reference_N=batch.logp_reference_N,
+            reference_weight_N=None if batch.logp_reference_N is None else batch.reference_weight_N,
         )
 
     def loss_options(self) -> dict:
@@ -210,11 +232,12 @@ class Objective:
     def divergence_options(self) -> dict:
         """The keywords of `linear_kl`, where `divergence` is set."""
         assert self.divergence is not None
-        return {"divergence": self.divergence.name, "alpha": self.divergence.alpha, "top_k": self.divergence.top_k}
+        return self.divergence.options()
 
 
 def _scaled(sample: Sample, scale: float, minibatch: int) -> Sample:
-    return replace(sample, pg_weight=sample.pg_weight * scale, kl_weight=sample.kl_weight * scale, minibatch=minibatch)
+    weights = {name: getattr(sample, name) * scale for name in ("pg_weight", "kl_weight", "reference_weight")}
+    return replace(sample, minibatch=minibatch, **weights)
 
 
 def split_minibatches(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vold.config.schema import ObjectiveConfig
 from vold.objectives.advantages import ADVANTAGES, fixed_negative, group_normalised, mean_centred, smoothed
-from vold.objectives.divergences import VocabularyDivergence, build_divergence
+from vold.objectives.divergences import REFERENCE_DIVERGENCES, VocabularyDivergence, build_divergence
 from vold.objectives.normalisers import NORMALISERS, constant, sequences
 from vold.objectives.objective import Objective
 from vold.objectives.ratios import ADAPTIVE, CONSTANT, GATED, RATIOS, SEQUENCE
@@ -37,6 +37,8 @@ PRESETS: dict[str, Objective] = {
     "mopd": replace(_VOLD, routing=every),  # several teachers, beside rewards
     "vold-gspo": replace(_VOLD, **_GSPO),
     "opd": Objective(routing=every, beta=1.0),
+    "top-d": Objective(routing=every, beta=1.0, teacher_share=0.5),
+    "uni-opd": Objective(routing=every, beta=1.0, margin=0.4),  # group, mean, both: the authors' scripts
     "va-opd": Objective(
         routing=every,
         divergence=VocabularyDivergence("reverse_kl"),
@@ -44,6 +46,7 @@ PRESETS: dict[str, Objective] = {
         visual_advantage=True,
         beta=1.0,
     ),
+    "grpo-reference": replace(_GRPO, normaliser=sequences, clip_eps_high=0.2, reference_beta=0.04),  # as published
     "dr-grpo": replace(_GRPO, advantage=mean_centred, normaliser=constant, clip_eps_high=0.2),
     "dapo": replace(_GRPO, clip_eps_high=0.28, overlong=OverlongPenalty()),
     "gspo": replace(_GRPO, **_GSPO),
@@ -74,7 +77,17 @@ def build_objective(config: ObjectiveConfig, max_response_tokens: int) -> Object
     """
     objective = _choose("preset", config.preset, PRESETS)
     changes = config.model_dump(
-        include={"beta", "clip_eps_low", "clip_eps_high", "kl_clamp", "entropy_bonus", "visual_advantage"},
+        include={
+            "beta",
+            "clip_eps_low",
+            "clip_eps_high",
+            "kl_clamp",
+            "entropy_bonus",
+            "visual_advantage",
+            "reference_beta",
+            "teacher_share",
+            "margin",
+        },
         exclude_none=True,
     )
     for part, choices in _PARTS.items():
@@ -83,10 +96,13 @@ def build_objective(config: ObjectiveConfig, max_response_tokens: int) -> Object
     if config.overlong_share is not None:
         penalty = OverlongPenalty(config.overlong_share, config.overlong_penalty)
         changes["overlong"] = penalty if config.overlong_share else None
+    if config.reference_divergence is not None:
+        changes["reference_divergence"] = REFERENCE_DIVERGENCES[config.reference_divergence]
     changes |= {"routing_term": config.routing_term, "max_response_tokens": max_response_tokens}
     objective = replace(objective, **changes)
     objective = replace(objective, divergence=_divergence(config, objective))
     objective = replace(objective, self_distillation=_self_distillation(config, objective))
+    _check_calibration(objective)
     return replace(objective, schedule=_schedule(config, objective))
 
 
@@ -107,6 +123,17 @@ def _divergence(config: ObjectiveConfig, objective: Objective) -> VocabularyDive
             "objective.top_k is of a whole distribution; set objective.divergence: reverse_kl, forward_kl or jsd"
         )
     return replace(divergence, top_k=config.top_k)
+
+
+def _check_calibration(objective: Objective) -> None:
+    key = "margin" if objective.margin is not None else "teacher_share"
+    if objective.margin is None and objective.teacher_share == 1.0:
+        return
+    if not objective.needs_teacher or objective.divergence is not None:
+        raise ValueError(
+            f"objective.{key} is about a teacher's log-probs of sampled tokens; set objective.divergence=k2 and a "
+            "beta, or leave it out"
+        )
 
 
 def _self_distillation(config: ObjectiveConfig, objective: Objective) -> SelfDistillation | None:

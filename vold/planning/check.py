@@ -160,7 +160,7 @@ def _check_layout(parallel: ParallelConfig, processes: int) -> str:
 def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str:
     """Compare the tensors that the ranks would build with those in the checkpoint of the `student` or `teacher`."""
     path: Path = getattr(config, role)
-    if role == "teacher" and config.teacher_engine == "vllm":
+    if role == "teacher" and config.teacher_engine != "trainer":
         model = ServedModel.from_pretrained(path)
         return f"{path}: {model.config.model_type}, a head of {model.vocab} × {model.hidden}, in vLLM"
     arch = Architecture.from_pretrained(path)
@@ -181,7 +181,7 @@ def _check_teachers(config: RlConfig) -> str:
     """Compare each of several teachers with the student."""
     TeacherChoice.from_config(config.teachers, config.teacher_column)
     for teacher in config.teachers.values():
-        check_pair(config.student, teacher.path, served=True)
+        check_pair(config.student, teacher.path, served=teacher.engine != "trainer")
     described = [
         f"{name} ({ServedModel.from_pretrained(teacher.path).config.model_type}, {teacher.rows} rows)"
         for name, teacher in config.teachers.items()
@@ -193,7 +193,7 @@ def _check_tokenizers(config: SftConfig | RlConfig) -> str:
     """Compare the student's tokenizer with the teacher's, or with the student's own head where there is no teacher."""
     teacher = config.pair_with if isinstance(config, SftConfig) else config.teacher
     if teacher is not None:
-        served = isinstance(config, RlConfig) and config.teacher_engine == "vllm"
+        served = isinstance(config, RlConfig) and config.teacher_engine != "trainer"
         pair = check_pair(config.student, teacher, served=served)
         heads = f"heads of {pair.student_head_rows} and {pair.teacher_head_rows} rows"
         return f"{pair.shared_vocab_size} ids mean the same to student and teacher; {heads}" + _ends(config.student)

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "rollout.vllm",
     "vllm",
     "teacher_vllm",
+    "teacher_openai",
     "loggers",
     "tracking",
     "reward.memory_gib",

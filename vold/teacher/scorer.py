@@ -10,7 +10,7 @@ U head rows of a tensor-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -27,7 +27,7 @@ from vold.models.weights import load_chunks
 from vold.parallel.launch import Layout
 from vold.trainer.pipeline import Head, HeadOutput, head_output, run_pipeline
 from vold.trainer.trainer import Trainer
-from vold.types import Batch, MicroBatch, PackedTokens, Sample
+from vold.types import Batch, MicroBatch, PackedTokens, Prompt, Sample
 from vold_kernels import linear_logprob
 
 
@@ -37,7 +37,8 @@ class Teacher:
     vocab_size: ids that both models really have. encode: how a vision-language teacher reads a prompt; None: the
     teacher reads text only, the student's tokens. patches_per_pass: see FrozenVisionTower. offload: its weights stay in
     CPU memory between calls. full_distributions: `score` fills in hidden states and head, from which the loss computes
-    a full-vocabulary divergence, instead of log-probabilities. metrics: of the last batch, on every rank.
+    a full-vocabulary divergence, instead of log-probabilities. reads: whether it can read a prompt; when None, text
+    alone without `encode`, and all with it. metrics: of the last batch, on every rank.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Teacher:
         patches_per_pass: int | None = None,
         offload: bool = False,
         full_distributions: bool = False,
+        reads: Callable[[Prompt], bool] | None = None,
     ):
         self._layout, self._vocab_size, self._temperature = layout, vocab_size, temperature
+        self._reads = reads or (lambda prompt: encode is not None or not prompt.images)
         self._encode, self._full_distributions = encode, full_distributions
         self.metrics: dict[str, float] = {}
         self._chunks = self._open_chunks(checkpoint, dtype)
@@ -67,8 +70,8 @@ class Teacher:
         return chunks
 
     def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples, without the KL term where their prompt has an image and the teacher reads text only."""
-        return list(samples) if self._encode is not None else without_images(samples)
+        """The samples, without the KL term where the teacher cannot read their prompt: an image, and it reads text."""
+        return only_read(samples, self._reads)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Batch:
@@ -78,10 +81,20 @@ class Teacher:
         with self._weights_on_device():
             return self._score(batch)
 
+    @torch.no_grad()
+    def read(self, batch: Batch, rows: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor | None]:
+        """(log-probs, nats, or hidden states for `rows` of each micro-batch's targets, None without rows; [U, E] this
+        rank's rows of the head). ([], None) off the last stage. Ranks call as for `score`."""
+        with self._weights_on_device():
+            outputs = self._read(batch, rows, self._encode, self._head())
+            return outputs, self._chunks[-1].head_weight().data if self._layout.is_last_stage else None
+
+    def _head(self) -> Head[Tensor]:
+        return _hidden_states_head if self._full_distributions else self._logprob_head
+
     def _score(self, batch: Batch) -> Batch:
         rows = [(micro.kl_weight_N != 0).nonzero()[:, 0] for micro in batch.micro_batches]
-        head = _hidden_states_head if self._full_distributions else self._logprob_head
-        outputs = self._read(batch, rows, self._encode, head)
+        outputs = self._read(batch, rows, self._encode, self._head())
         batch = batch.to(self._layout.device)
         if not self._layout.is_last_stage:
             return batch
@@ -164,9 +177,14 @@ class BaseTeacher(Teacher):
             yield
 
 
+def only_read(samples: Sequence[Sample], reads: Callable[[Prompt], bool]) -> list[Sample]:
+    """The samples, with no KL term where the teacher cannot read the prompt."""
+    return [sample if reads(sample.prompt) else sample.without_kl() for sample in samples]
+
+
 def without_images(samples: Sequence[Sample]) -> list[Sample]:
     """The samples, with no KL term where they have images: for a teacher that reads text only."""
-    return [sample.without_kl() if sample.prompt.images else sample for sample in samples]
+    return only_read(samples, lambda prompt: not prompt.images)
 
 
 class NoTeacher:
@@ -182,10 +200,13 @@ class NoTeacher:
 
 
 class TextTeacherBeside(NoTeacher):
-    """A text-only teacher whose scores come with the rollouts."""
+    """A text-only teacher whose scores come with the rollouts. reads: see Teacher."""
+
+    def __init__(self, reads: Callable[[Prompt], bool]):
+        self._reads = reads
 
     def drop_unscorable(self, samples: Sequence[Sample]) -> list[Sample]:
-        return without_images(samples)
+        return only_read(samples, self._reads)
 
 
 def _host_copies(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

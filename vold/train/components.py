@@ -14,18 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from vold.config.schema import AdapterConfig, RlConfig, SftConfig, TrainConfig
 from vold.data.packing import PromptEncoder, pack
-from vold.data.problems import Problem, load_problems
-from vold.data.prompts import build_prompts, show_hint
+from vold.data.problems import load_problems
+from vold.data.prompts import build_prompts
 from vold.data.traces import load_samples
 from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
-from vold.io import log
 from vold.models.adapters import VISUAL
 from vold.models.architecture import Architecture
-from vold.models.chat_template import load_chat_tokenizer, pair_prompt
+from vold.models.chat_template import load_chat_tokenizer
 from vold.models.checkpoint_dir import short_name
 from vold.models.images import load_prompt_encoder
-from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, stop_ids
 from vold.objectives import Objective, build_objective
 from vold.objectives.visual_advantage import degrade
@@ -33,20 +31,7 @@ from vold.rollout import TransformersSampler, open_sampler
 from vold.rollout.vllm.adapters import RANKS
 from vold.run.job import Job, open_job
 from vold.run.step_profiler import StepProfiler
-from vold.teacher import (
-    BaseTeacher,
-    ChosenTeachers,
-    NoTeacher,
-    SelfTeacher,
-    SeveralTeachers,
-    Teacher,
-    TeacherChoice,
-    TeacherPromptEncoder,
-    TextTeacherBeside,
-    VisualAdvantageTeacher,
-    VllmDistributions,
-    VllmTeacher,
-)
+from vold.teacher import NoReference, TeacherChoice
 from vold.train.image_sensitivity import ImageSensitivity
 from vold.train.input_files import InputFiles, training_files
 from vold.train.probe import build_probe
@@ -59,12 +44,12 @@ from vold.train.reward_terms import (
     record_reward_files,
 )
 from vold.train.rollout_schedule import RolloutSchedule, StepPlan
-from vold.train.rollout_worker import RemoteTeacher, RolloutWorker
+from vold.train.rollout_worker import RolloutWorker
+from vold.train.teachers import BatchTeacher, TeacherSources, open_reference
 from vold.train.training_run import TrainingRun, evaluates_after
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, Prompt, Sample
 
-BatchTeacher = Teacher | SelfTeacher | VllmDistributions | NoTeacher  # and its kinds: the scores come with rollouts
 Packer = Callable[[Sequence[Sample]], Batch]
 """Packs the samples of one update into this rank's micro-batches."""
 
@@ -79,6 +64,7 @@ class RlComponents:
     objective: Objective
     trainer: Trainer
     teacher: BatchTeacher
+    reference: NoReference
     choice: TeacherChoice | None
     rollouts: RolloutSchedule
     image_sensitivity: ImageSensitivity
@@ -113,10 +99,9 @@ def open_rl(
     job = open_job(config, "rl", total=config.steps, resume=resume)
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
     tokenizer = load_chat_tokenizer(config.student, config.prompt)
-    vocab_size = _vocab_size(config.student, config.teacher, served=config.teacher_engine == "vllm")
+    vocab_size = _vocab_size(config.student, config.teacher, served=config.teacher_engine != "trainer")
     for several in config.teachers.values():
-        _vocab_size(config.student, several.path, served=True)
-    choice = TeacherChoice.from_config(config.teachers, config.teacher_column) if config.teachers else None
+        _vocab_size(config.student, several.path, served=several.engine != "trainer")
     options = problem_options(config, objective)
     if reward_function is not GraderReward:  # of a caller in Python, as the challenger's: it may ask for no answers
         options["needs_gold"] = None
@@ -125,8 +110,8 @@ def open_rl(
     prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
     check_trained_vision(config, prompts)
     check_judge_template(config.reward, prompts)
-    if choice is not None:
-        choice.check(prompts)
+    sources = TeacherSources.from_config(config, objective, problems)
+    teacher_pictures = sources.check(prompts, warn=job.is_writer)
     image_sensitivity = ImageSensitivity(
         prompts,
         encode,
@@ -136,10 +121,10 @@ def open_rl(
     )
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     pictures = {image for prompt in chain(prompts, *evaluator.prompts.values()) for image in prompt.images}
-    inputs = InputFiles.open(config.run_dir, training_files(config, pictures), resume=resume)
-    trainer = _rl_trainer(config, job, objective, vocab_size)
-    chosen = choice if objective.needs_teacher else None
-    teacher = ChosenTeachers(chosen) if chosen else _teacher(config, job, objective, trainer, tokenizer, problems)
+    inputs = InputFiles.open(config.run_dir, training_files(config, pictures | teacher_pictures), resume=resume)
+    trainer = _rl_trainer(config, job, sources.trained_objective(objective), vocab_size, sources.terms)
+    teacher = sources.open_batch_teacher(job, trainer, tokenizer)
+    reference = open_reference(config, job, objective, trainer)
     device, adapter = job.layout.device, config.synced_adapter
     sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=device, adapter=adapter)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
@@ -149,7 +134,7 @@ def open_rl(
         if resume:
             training.resume()
         training.sync_weights()
-        remote_teacher = _several(config, chosen, job) if chosen else _remote_teacher(config, job, objective)
+        remote_teacher = sources.open_remote_teacher(job)
         rewards = reward_function(job, grader)
         worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher, terms)
         plan = StepPlan(
@@ -169,7 +154,8 @@ def open_rl(
                 objective,
                 trainer,
                 teacher,
-                chosen,
+                reference,
+                sources.choice,
                 rollouts,
                 image_sensitivity,
                 training,
@@ -232,27 +218,31 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
     """Raise ValueError for mistakes that are visible before any model is loaded."""
     if objective.needs_teacher and config.teacher is None and not config.teachers:
         raise ValueError(f"objective.preset = {config.objective.preset!r} needs a teacher; set teacher: PATH")
-    if config.teachers and objective.needs_teacher and (objective.divergence or objective.visual_advantage):
+    _check_reference(config, objective)
+    if config.teachers and objective.needs_teacher and objective.visual_advantage:
+        raise ValueError("objective.visual_advantage is of one teacher; set teacher: PATH instead of teachers")
+    views = [config.teacher_view, *(several.view for several in config.teachers.values())]
+    if any(view.degraded_column for view in views) and not objective.visual_advantage:
         raise ValueError(
-            "teachers give log-probs of the sampled tokens, of which a mixture is made: set objective.divergence=k2, "
-            "or one teacher"
+            "a teacher view's degraded_column is the second reading of objective.visual_advantage; leave it out, or "
+            "set that"
         )
     teacher_engine = config.teacher_engine if objective.needs_teacher else ""
     engines = [
         ("rollout.vllm", config.rollout.engine, config.rollout.vllm),
         ("teacher_vllm", teacher_engine, config.teacher_vllm),
     ]
-    engines += [(f"teachers.{name}.vllm", "vllm", several.vllm) for name, several in config.teachers.items()]
+    engines += [(f"teachers.{name}.vllm", several.engine, several.vllm) for name, several in config.teachers.items()]
     for key, engine, settings in engines:
         if config.rollout.lag and engine == "vllm" and not settings.urls:
             raise ValueError(
                 f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
                 f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
             )
-    if objective.visual_advantage and teacher_engine == "vllm":
+    if objective.visual_advantage and teacher_engine in ("vllm", "openai"):
         raise ValueError(
-            "objective.visual_advantage reads each response twice, with degraded images, and teacher_engine = 'vllm' "
-            "does not; set teacher_engine=trainer"
+            "objective.visual_advantage reads each response twice, with degraded images, and teacher_engine = "
+            f"{teacher_engine!r} does not; set teacher_engine=trainer"
         )
     if config.synced_adapter is not None:
         _check_synced_adapter(config, config.synced_adapter)
@@ -278,6 +268,22 @@ def _check_synced_adapter(config: RlConfig, adapter: AdapterConfig) -> None:
         reason = f"and adapter.base_bits = {adapter.base_bits}: the engine's base would have other weights"
     if reason:
         raise ValueError(f"adapter.sync = adapter {reason}; set adapter.sync=merged")
+
+
+def _check_reference(config: RlConfig, objective: Objective) -> None:
+    if config.reference is None:
+        return
+    if not objective.reference_beta:
+        raise ValueError(
+            f"reference = {config.reference} is not read with objective.reference_beta = 0; set that, or leave it out"
+        )
+    _vocab_size(config.student, config.reference)
+    sees, reads = (bool(Architecture.from_pretrained(path).vision) for path in (config.reference, config.student))
+    if reads and not sees:
+        raise ValueError(
+            f"reference = {config.reference} reads text only and the student images too; choose a model that the "
+            "student started from"
+        )
 
 
 def check_sft_config(config: SftConfig) -> None:
@@ -306,7 +312,7 @@ def check_trained_vision(config: TrainConfig, prompts: Iterable[Prompt]) -> None
 # -- models of stage 2 ---------------------------------------------------------------------------------------------
 
 
-def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int) -> Trainer:
+def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: int, terms: Sequence[str]) -> Trainer:
     return Trainer(
         config.student,
         job.layout,
@@ -320,86 +326,5 @@ def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: in
         vision=config.vision,
         adapter=config.adapter,
         train=config.train,
+        terms=terms,
     )
-
-
-def _teacher(
-    config: RlConfig,
-    job: Job,
-    objective: Objective,
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-) -> BatchTeacher:
-    """The teacher that scores a step's batches, as the objective needs it."""
-    head: dict[str, Any] = {"temperature": config.rollout.temperature, "vocab_size": trainer.vocab_size}
-    if objective.uses_self_teacher:
-        assert trainer.average is not None and objective.self_distillation is not None
-        return SelfTeacher(
-            trainer.average,
-            job.layout,
-            partial(show_hint, tokenizer=tokenizer, config=config.prompt, form=config.self_teacher),
-            max_tokens=config.microbatch_tokens,
-            confident=objective.self_distillation.confident,
-            **head,
-        )
-    if not objective.needs_teacher or (config.teacher_engine == "vllm" and objective.divergence is None):
-        if (
-            objective.needs_teacher
-            and config.teacher is not None
-            and not ServedModel.from_pretrained(config.teacher).sees
-        ):
-            _check_text_teacher(config, objective, problems, warn=job.is_writer)
-            return TextTeacherBeside()
-        return NoTeacher()
-    assert config.teacher is not None, "see check_rl_config"
-    if config.teacher_engine == "vllm":
-        if not ServedModel.from_pretrained(config.teacher).sees:
-            _check_text_teacher(config, objective, problems, warn=job.is_writer)
-        rows = Architecture.from_pretrained(config.student).vocab
-        return VllmDistributions(
-            config.teacher, config.teacher_vllm, job.layout, dtype=job.dtype, student_rows=rows, **head
-        )
-    settings = head | {
-        "dtype": job.dtype,
-        "patches_per_pass": config.vision.patches_per_pass,
-        "offload": config.teacher_offload,
-        "full_distributions": objective.divergence is not None,
-    }
-    open_teacher = partial(BaseTeacher, trainer) if config.teacher_is_base else Teacher
-    if not Architecture.from_pretrained(config.teacher).vision:
-        _check_text_teacher(config, objective, problems, warn=job.is_writer)
-        return open_teacher(config.teacher, job.layout, **settings)
-    prompt = pair_prompt(config.prompt, config.student)
-    settings["encode"] = TeacherPromptEncoder(config.teacher, problems, prompt)
-    if not objective.visual_advantage:
-        return open_teacher(config.teacher, job.layout, **settings)
-    degraded = TeacherPromptEncoder(config.teacher, problems, prompt, degrade)
-    return VisualAdvantageTeacher(config.teacher, job.layout, degraded=degraded, **settings)
-
-
-def _check_text_teacher(config: RlConfig, objective: Objective, problems: Sequence[Problem], *, warn: bool) -> None:
-    """Raise ValueError where a text-only teacher could score no response; log where it can score only some."""
-    line = f"teacher = {config.teacher} reads text only"
-    if objective.visual_advantage:
-        raise ValueError(f"{line}; objective.visual_advantage needs a vision-language teacher")
-    with_images = sum(bool(problem.images) for problem in problems)
-    line = f"{line} and {with_images} of {len(problems)} problems have images"
-    if with_images == len(problems):
-        raise ValueError(f"{line}; choose a vision-language teacher, or objective.preset=grpo")
-    if with_images and warn:
-        log.info(f"{line}: their responses get no KL term (metric teacher_skipped_images)")
-
-
-def _several(config: RlConfig, choice: TeacherChoice, job: Job) -> RemoteTeacher:
-    settings: dict[str, Any] = {"temperature": config.rollout.temperature, "dtype": job.dtype}
-    opened = {name: VllmTeacher(several.path, several.vllm, **settings) for name, several in config.teachers.items()}
-    return SeveralTeachers(choice, opened)
-
-
-def _remote_teacher(config: RlConfig, job: Job, objective: Objective) -> RemoteTeacher | None:
-    """The teacher in vLLM, which scores each group as soon as it is graded; None where the trainer has the teacher."""
-    if not objective.needs_teacher or config.teacher_engine == "trainer" or objective.divergence is not None:
-        return None
-    assert config.teacher is not None, "see check_rl_config"
-    return VllmTeacher(config.teacher, config.teacher_vllm, temperature=config.rollout.temperature, dtype=job.dtype)

@@ -127,6 +127,8 @@ def training_files(config: SftConfig | RlConfig, pictures: Iterable[Path]) -> di
     files = {f"student/{name}": config.student / name for name in _checkpoint_files(config.student)}
     if teacher[1] is not None:
         files |= {f"{teacher[0]}/{name}": teacher[1] / name for name in _checkpoint_files(teacher[1])}
+    if isinstance(config, RlConfig) and config.reference is not None:
+        files |= {f"reference/{name}": config.reference / name for name in _checkpoint_files(config.reference)}
     for name, several in config.teachers.items() if isinstance(config, RlConfig) else ():
         files |= {f"teachers.{name}/{file}": several.path / file for file in _checkpoint_files(several.path)}
     if config.adapter is not None and (adapter := config.adapter.path) is not None:

@@ -132,7 +132,7 @@ def problem_options(config: RlConfig, objective: Objective) -> ProblemOptions:
     """How `load_problems` reads the data: with the columns that the user's own terms may want, and without a gold
     answer where nothing asks for one."""
     by_answer = config.reward.accuracy or objective.routed_by == "accuracy"
-    keep = config.reward.has_own_terms or config.teacher_column is not None
+    keep = config.reward.has_own_terms or bool(config.teacher_columns)
     return {"keep_metadata": keep, "needs_gold": bool(objective.needs_reward and by_answer)}
 
 

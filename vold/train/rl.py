@@ -59,7 +59,7 @@ def train_rl(
             samples = mask_unscored(scorable)
             batches = [run.pack(minibatch) for minibatch in split_minibatches(samples)]
             with phase("teacher"):
-                batches = [run.teacher.score(batch) for batch in batches]
+                batches = [run.teacher.score(run.reference.score(batch)) for batch in batches]
             sensitivity = run.image_sensitivity.measure(step, weighted, run.trainer, run.job)
             logged = logged_sample_ids(sampled.groups, config.samples_per_step)
             with phase("train"):

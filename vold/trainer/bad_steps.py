@@ -71,6 +71,8 @@ def _first_nonfinite(micro_batches: Sequence[MicroBatch], stats: Sequence[MicroB
     """The first response of this rank with a likelihood or KL term that is not finite."""
     for micro, s in zip(micro_batches, stats, strict=False):
         weighted_N = (micro.pg_weight_N != 0) | (micro.kl_weight_N != 0)
+        if micro.reference_weight_N is not None:
+            weighted_N = weighted_N | (micro.reference_weight_N != 0)
         bad_N = weighted_N & ~s.logp_N.isfinite()
         sequences = micro.sequence_N[bad_N].tolist() + (~s.kl_B.isfinite()).nonzero()[:, 0].tolist()
         if sequences:

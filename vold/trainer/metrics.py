@@ -6,8 +6,8 @@ They stay on the device until the step is over. N targets of a micro-batch, B of
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -49,6 +49,7 @@ class MicroBatchStats:
     kl_B          float64, each sequence's KL term summed over its tokens: nats^2 of k2, else nats
     kl_tokens_B   float64, how many tokens of each sequence have a KL term
     logp_N        log-probability of each target under the current weights, nats
+    terms_3       float64, of each further KL term by name: its sum over tokens (nats), their number, and its loss
     """
 
     sums_M: Tensor
@@ -56,6 +57,7 @@ class MicroBatchStats:
     kl_B: Tensor
     kl_tokens_B: Tensor
     logp_N: Tensor
+    terms_3: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -64,10 +66,11 @@ def micro_batch_stats(
     micro: MicroBatch,
     *,
     divergence: KLLoss | None = None,
+    further: Sequence[KLLoss] = (),
     kl_clamp: float = math.inf,
     importance_cap: float | None = None,
 ) -> MicroBatchStats:
-    """Sums of one micro-batch, from what the loss functions returned.
+    """Sums of one micro-batch, from what the loss functions returned; further: of each of micro.further_terms.
 
     divergence: the full-vocabulary divergence, where that is the distillation term; log-probabilities are then known
     only where there is a policy gradient. kl_clamp, importance_cap: as the loss had them.
@@ -86,7 +89,7 @@ def micro_batch_stats(
     sums = {
         "gradient_tokens": gradient_N.sum(),
         "policy_tokens": policy_N.sum(),
-        "loss": policy.loss if divergence is None else policy.loss + divergence.loss,
+        "loss": sum((x.loss for x in further), policy.loss if divergence is None else policy.loss + divergence.loss),
         "pg_loss": policy.pg_loss,
         "kl_loss": policy.kl_loss if divergence is None else divergence.loss,
         "nll": -(logp_N * policy_N).sum(),
@@ -105,7 +108,22 @@ def micro_batch_stats(
         kl_B=zeros_B.index_add(0, micro.sequence_N, kl_N),
         kl_tokens_B=zeros_B.index_add(0, micro.sequence_N, scored_N),
         logp_N=policy.logp_N,
+        terms_3=_further_sums(policy, micro, further),
     )
+
+
+def _further_sums(policy: PolicyLoss, micro: MicroBatch, further: Sequence[KLLoss]) -> dict[str, Tensor]:
+    """See MicroBatchStats.terms_3."""
+    found = {
+        term.name: torch.stack([x.kl_N.double().sum(), (term.weight_N != 0).sum().double(), x.loss.double()])
+        for term, x in zip(micro.further_terms, further, strict=True)
+    }
+    if micro.logp_reference_N is not None and micro.reference_weight_N is not None:
+        has_N = micro.reference_weight_N != 0
+        gain_N = torch.where(has_N, micro.logp_reference_N - policy.logp_N, 0.0).double()
+        k3 = (gain_N.expm1() - gain_N).sum()
+        found["reference"] = torch.stack([k3, has_N.sum().double(), policy.reference_loss.double()])
+    return found
 
 
 def _mismatch_sums(
@@ -134,20 +152,38 @@ def _mismatch_sums(
 
 
 def reduce_stats(
-    stats: Sequence[MicroBatchStats], group: dist.ProcessGroup | None, *, train_tflop: float
+    stats: Sequence[MicroBatchStats],
+    group: dist.ProcessGroup | None,
+    *,
+    train_tflop: float,
+    terms: Sequence[str] = (),
 ) -> tuple[dict[str, float], list[tuple[list[float], list[float]]]]:
     """Metrics of the updates behind `stats`, over all ranks of `group`: means per token (nats); counts, losses and
-    `train_tflop` (this rank's useful work) are sums. And kl_B and kl_tokens_B of each micro-batch of this rank. All
-    is read at once: the host waits for the device once a step."""
+    `train_tflop` (this rank's useful work) are sums. terms: names of further KL terms, those of all ranks. And kl_B and
+    kl_tokens_B of each micro-batch of this rank. All is read at once: the host waits for the device once a step."""
     sums = torch.stack([s.sums_M for s in stats]).sum(0)
-    sums = torch.cat([sums, sums.new_full((1,), train_tflop)])
+    further = [s.terms_3.get(name, sums.new_zeros(3)) for name in terms for s in stats]
+    further = [torch.stack(further[i : i + len(stats)]).sum(0) for i in range(0, len(further), len(stats))]
+    sums = torch.cat([sums, sums.new_full((1,), train_tflop), *further])
     mismatch_max = torch.stack([s.mismatch_max for s in stats]).amax(0)
     dist.all_reduce(sums, group=group)
     dist.all_reduce(mismatch_max, op=dist.ReduceOp.MAX, group=group)
     parts = [sums, mismatch_max[None], *(x for s in stats for x in (s.kl_B, s.kl_tokens_B))]
     values = iter(torch.cat([part.double() for part in parts]).tolist())
     numbers, [mismatch_max], *kl = ([next(values) for _ in range(len(part))] for part in parts)
-    return _means(numbers, mismatch_max), list(zip(kl[::2], kl[1::2], strict=True))
+    own = len(SUM_NAMES) + 1
+    metrics = _means(numbers[:own], mismatch_max) | _further_means(numbers[own:], terms)
+    return metrics, list(zip(kl[::2], kl[1::2], strict=True))
+
+
+def _further_means(numbers: Sequence[float], terms: Sequence[str]) -> dict[str, float]:
+    """NAME_kl, nats a token, and NAME_loss of each further term that a token had."""
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(terms):
+        total, tokens, loss = numbers[3 * index : 3 * index + 3]
+        if tokens:
+            metrics |= {f"{name}_kl": total / tokens, f"{name}_loss": loss}
+    return metrics
 
 
 def _means(numbers: Sequence[float], mismatch_max: float) -> dict[str, float]:

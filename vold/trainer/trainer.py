@@ -35,8 +35,8 @@ from vold.trainer.optimizer import build_optimizer, build_schedule, clip_gradien
 from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.trainer.weight_gradients import add_to_main_grad
-from vold.types import Batch, MicroBatch, StepReport
-from vold_kernels import KLLoss, linear_kl, linear_logprob, linear_policy_loss
+from vold.types import Batch, DistributionTerm, MicroBatch, StepReport
+from vold_kernels import KLLoss, linear_kl, linear_logprob, linear_policy_loss, linear_topk_kl
 
 
 class _Update(NamedTuple):
@@ -52,8 +52,9 @@ class Trainer:
     vocab_size: ids that both models really have; logits of head rows beyond are -inf. objective: its ratio, bounds and
     divergence are read by the loss; advantages and normalisers are in the batches' weights already. importance_cap:
     rollouts may come from older weights, and each token's terms get truncated importance weights (see
-    linear_policy_loss); None: they come from the current weights. average: the student's moving average, where the
-    objective distils from it.
+    linear_policy_loss); None: they come from the current weights. terms: names of the micro-batches' further KL terms,
+    for their metrics (`reference` is k3's too). average: the student's moving average, where the objective distils from
+    it.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Trainer:
         vision: VisionConfig = VisionConfig(),
         adapter: AdapterConfig | None = None,
         train: Sequence[str] | None = None,
+        terms: Sequence[str] = (),
     ):
-        self.vocab_size = vocab_size
+        self.vocab_size, self._terms = vocab_size, tuple(terms)
         self._layout, self._objective = layout, objective
         self._temperature, self._importance_cap = temperature, importance_cap
         trained = {"train": train, "train_merger": vision.train_merger, "adapter": adapter}
@@ -151,32 +153,40 @@ class Trainer:
                 terms = replace(terms, logp_rollout_N=micro.logp_rollout_N)
                 options["importance_cap"] = self._importance_cap
             policy = linear_policy_loss(hidden_ND, student.head_weight(), micro.target_N, terms, **options)
-            divergence = None if micro.hidden_teacher_nE is None else self._divergence(micro, hidden_ND)
+            own = self._own_term(micro)
+            divergence = None if own is None else self._divergence(own, micro, hidden_ND)
+            further = [self._divergence(term, micro, hidden_ND) for term in micro.further_terms]
             loss = policy.loss if divergence is None else policy.loss + divergence.loss
+            loss = sum((term.loss for term in further), loss)
             clamps = {"kl_clamp": self._objective.kl_clamp, "importance_cap": self._importance_cap}
-            return head_output(loss, micro_batch_stats(policy, micro, divergence=divergence, **clamps))
+            stats = micro_batch_stats(policy, micro, divergence=divergence, further=further, **clamps)
+            return head_output(loss, stats)
 
-    def _divergence(self, micro: MicroBatch, hidden_ND: Tensor) -> KLLoss:
-        assert micro.hidden_teacher_nE is not None and micro.head_teacher_UE is not None
-        scored_n = (micro.kl_weight_N != 0).nonzero()[:, 0]
-        return linear_kl(
+    def _own_term(self, micro: MicroBatch) -> DistributionTerm | None:
+        """The objective's KL term, where it is one of whole distributions."""
+        divergence = self._objective.divergence
+        return None if divergence is None else divergence.term("teacher", micro)
+
+    def _divergence(self, term: DistributionTerm, micro: MicroBatch, hidden_ND: Tensor) -> KLLoss:
+        """Of the n tokens with a weight in the term."""
+        scored_n = (term.weight_N != 0).nonzero()[:, 0]
+        ratio_N = self._truncated_ratio(micro, hidden_ND.detach(), term.ratio_cap)
+        return (linear_topk_kl if term.is_top else linear_kl)(
             hidden_ND[scored_n],
             self.chunks[-1].head_weight(),
-            micro.hidden_teacher_nE,
-            micro.head_teacher_UE,
-            weight_N=(micro.kl_weight_N * self._truncated_ratio(micro, hidden_ND.detach()))[scored_n],
-            **self._objective.divergence_options(),
+            *term.rows,
+            weight_N=(term.weight_N * ratio_N)[scored_n],
+            **term.options,
             **self._loss_options(),
         )
 
     @torch.no_grad()
-    def _truncated_ratio(self, micro: MicroBatch, hidden_ND: Tensor) -> Tensor:
+    def _truncated_ratio(self, micro: MicroBatch, hidden_ND: Tensor, cap: float) -> Tensor:
         """[N] min(pi / pi_rollout, cap), without gradient; 1 where these weights sampled the token."""
         if self._importance_cap is not None:
             logp_sampled_N, cap = micro.logp_rollout_N, self._importance_cap
         else:
-            assert self._objective.divergence is not None
-            logp_sampled_N, cap = micro.logp_old_N, self._objective.divergence.ratio_cap
+            logp_sampled_N = micro.logp_old_N
         if logp_sampled_N is None:
             return torch.ones_like(micro.kl_weight_N)
         return (self._logp(micro, hidden_ND) - logp_sampled_N).exp().clamp(max=cap)
@@ -234,8 +244,9 @@ class Trainer:
         and norms are means over the updates, the other metrics over all their tokens."""
         group = self._layout.dp_group
         flops = sum(self._useful_flops(batch) for batch in batches)
-        metrics, kl_BB = reduce_stats(stats, group, train_tflop=flops / 1e12)
-        metrics |= {name: metrics[name] / len(updates) for name in ("loss", "pg_loss", "kl_loss")}
+        metrics, kl_BB = reduce_stats(stats, group, train_tflop=flops / 1e12, terms=self._terms)
+        losses = ["loss", "pg_loss", "kl_loss", *(f"{term}_loss" for term in self._terms)]
+        metrics |= {name: metrics[name] / len(updates) for name in losses if name in metrics}
         metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
         metrics |= {"lr": self._lr(), "skipped": float(sum(not update.made for update in updates))}
         micro_batches = [micro for batch in batches for micro in batch.micro_batches]

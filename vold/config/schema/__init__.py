@@ -7,7 +7,7 @@ Functions receive the section that they use, never the root.
 from vold.config.schema.base import Strict
 from vold.config.schema.data import DataConfig, PromptConfig
 from vold.config.schema.evaluation import EvalConfig, EvaluationConfig, ExportConfig, VlmevalkitConfig
-from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig
+from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig, TeacherViewConfig
 from vold.config.schema.reward import JudgeConfig, RewardConfig
 from vold.config.schema.rollout import (
     CurriculumConfig,
@@ -28,6 +28,7 @@ from vold.config.schema.selfplay import (
 )
 from vold.config.schema.training import (
     AdapterConfig,
+    OpenaiConfig,
     OptimizerConfig,
     RlConfig,
     SftConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "JudgeConfig",
     "MemoryConfig",
     "ObjectiveConfig",
+    "OpenaiConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PoseConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "SftConfig",
     "Strict",
     "TeacherConfig",
+    "TeacherViewConfig",
     "TracesConfig",
     "TrackingConfig",
     "TrainConfig",

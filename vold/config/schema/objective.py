@@ -14,8 +14,8 @@ class ObjectiveConfig(Strict):
     (docs/methods.md)."""
 
     preset: str = "vold"
-    """Method: grpo, vold, vold-unmasked, mopd, vold-gspo, opd, va-opd, dr-grpo, dapo, gspo, dcpo, cispo, sapo, kdrl,
-    kdrl-response, kdrl-group, sdpo, srpo or fixed-negative."""
+    """Method: grpo, grpo-reference, top-d, uni-opd, vold, vold-unmasked, mopd, vold-gspo, opd, va-opd, dr-grpo, dapo,
+    gspo, dcpo, cispo, sapo, kdrl, kdrl-response, kdrl-group, sdpo, srpo or fixed-negative."""
     advantage: str | None = None
     """group-normalised, smoothed, mean-centred, fixed-negative or none."""
     ratio: str | None = None
@@ -40,6 +40,16 @@ class ObjectiveConfig(Strict):
     """Linear schedule: change of beta per step."""
     target_kl: PositiveFloat | None = None
     """Automatic schedule: the metric kl_teacher, in nats per token, is held at this value."""
+    reference_beta: NonNegativeFloat | None = None
+    """Weight of the KL to a frozen reference (reference), on every response; 0: no reference."""
+    reference_divergence: Literal["k3", "reverse_kl", "forward_kl", "jsd"] | None = None
+    """Of the reference: k3 of the sampled tokens, or a divergence over the whole vocabulary; k3 when null."""
+    teacher_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Of the teacher in its mixture with the policy that sampled, the target of k2 (TOP-D): no token is more than
+    -log(1 - teacher_share) nats from it. 1: the teacher alone."""
+    margin: NonNegativeFloat | None = None
+    """Nats a token by which the teacher should prefer a prompt's right responses to its wrong ones, compared with the
+    student (Uni-OPD); what is missing becomes an advantage."""
     clip_eps_low: Share | None = None
     """The ratio is clipped to at least 1 - clip_eps_low."""
     clip_eps_high: NonNegativeFloat | None = None
@@ -67,6 +77,26 @@ class ObjectiveConfig(Strict):
         if self.target_kl is not None and self.beta_end is not None:
             raise ValueError("objective.target_kl and objective.beta_end both steer beta; leave one out")
         return self
+
+
+class TeacherViewConfig(Strict):
+    """What a teacher reads in the place of the student's prompt. A row in which a column is empty is read as it is."""
+
+    own_template: bool = False
+    """Ask in the teacher's own chat template, not in the student's (or prompt.chat_template)."""
+    prompt_column: str | None = None
+    """Column of the data with the text that the teacher reads instead of the problem: a hint, a solution, what is to be
+    seen in the image."""
+    images_column: str | None = None
+    """Column with the teacher's images: a crop, a higher resolution, a marked copy."""
+    degraded_column: str | None = None
+    """With objective.visual_advantage: column with the images of the second reading; copies without detail when
+    null."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return tuple(c for c in (self.prompt_column, self.images_column, self.degraded_column) if c is not None)
 
 
 class SelfTeacherConfig(Strict):

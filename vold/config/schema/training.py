@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from vold.config.schema.base import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share, Strict
 from vold.config.schema.data import DataConfig
 from vold.config.schema.evaluation import EvaluationConfig
-from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig
+from vold.config.schema.objective import ObjectiveConfig, SelfTeacherConfig, TeacherViewConfig
 from vold.config.schema.reward import RewardConfig
 from vold.config.schema.rollout import EngineConfig, RolloutConfig, SamplingConfig, VllmConfig
 from vold.config.schema.run import RunConfig, listed
@@ -147,17 +147,58 @@ class SftConfig(TrainConfig):
     """Teacher whose tokenizer the student must share."""
 
 
+class OpenaiConfig(Strict):
+    """A server with OpenAI's completions endpoint that returns log-probs of a prompt by token id, as `vllm serve` does.
+    It gets the student's texts as token ids, and no image."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$")]
+    """Address that /completions is added to: http://localhost:8000/v1."""
+    model: str
+    """Name of the model in each request."""
+    concurrency: Positive = 32
+    """Requests under way at once, for each rank."""
+    seconds: PositiveFloat = 600.0
+    """Time limit of one request."""
+    retries: NonNegative = 3
+    """Further attempts after a time-out, a broken connection or status 408, 409, 429 or 5xx."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; no key is sent when null."""
+
+
 class TeacherConfig(Strict):
-    """One of several teachers, in vLLM."""
+    """One of several teachers."""
 
     path: Path
-    """Checkpoint directory, of any architecture that vLLM serves, with the student's tokenizer."""
+    """Checkpoint directory with the student's tokenizer; with engine vllm of any architecture that vLLM serves, with
+    openai no more than config.json and the tokenizer."""
+    engine: Literal["vllm", "trainer", "openai"] = "vllm"
+    """vllm: an engine of its own; trainer: in the trainer, on Megatron; openai: a server (text only)."""
     rows: Literal["all", "images", "text"] = "all"
     """Rows that it scores where teacher_column says nothing."""
     weight: PositiveFloat = 1.0
     """Factor of objective.beta for this teacher; of several that score a row, its share of the mixture too."""
+    divergence: Literal["k2", "reverse_kl", "forward_kl", "jsd"] | None = None
+    """Of this teacher; objective.divergence when null."""
+    top_k: Positive | None = None
+    """For a divergence of whole distributions, as objective.top_k; with engine openai, of the teacher's own ids."""
     vllm: VllmConfig = VllmConfig()
     """Settings of its vLLM engine."""
+    openai: OpenaiConfig | None = None
+    """The server of engine openai."""
+    offload: bool = False
+    """engine trainer: keep it in CPU memory while it does not score."""
+    view: TeacherViewConfig = TeacherViewConfig()
+    """What it reads."""
+
+    @model_validator(mode="after")
+    def _keys_of_its_engine(self):
+        given = {"trainer": self.offload, "vllm": self.vllm != VllmConfig(), "openai": self.openai is not None}
+        for engine, name in (("trainer", "offload"), ("vllm", "vllm"), ("openai", "openai")):
+            if given[engine] and engine != self.engine:
+                raise ValueError(f"{name} is not read by a teacher with engine = {self.engine!r}; leave it out")
+        if self.engine == "openai" and self.openai is None:
+            raise ValueError("engine = 'openai' needs the server; set openai: {url: …, model: …}")
+        return self
 
 
 class RlConfig(TrainConfig):
@@ -166,12 +207,20 @@ class RlConfig(TrainConfig):
     teacher: Path | None = None
     """Checkpoint directory of the teacher; required when the objective needs one. Behind adapters the student's own
     directory is the base for nothing: the trainer's weights with the adapter switched off (a reference KL)."""
-    teacher_engine: Literal["trainer", "vllm"] = "trainer"
-    """trainer: scores the step's batch on Megatron; vllm: scores each group as soon as it is graded."""
+    teacher_engine: Literal["trainer", "vllm", "openai"] = "trainer"
+    """trainer: scores the step's batch on Megatron; vllm: scores each group as soon as it is graded; openai: so does a
+    server of teacher_openai."""
+    teacher_openai: OpenaiConfig | None = None
+    """The server of teacher_engine openai."""
     teacher_vllm: VllmConfig = VllmConfig()
     """Settings of the teacher's vLLM engine."""
     teacher_offload: bool = False
-    """Keep the trainer's teacher in CPU memory while it does not score."""
+    """Keep the trainer's teacher, and a reference, in CPU memory while they do not score."""
+    reference: Path | None = None
+    """Checkpoint directory of the frozen reference, with objective.reference_beta > 0; the student's own when null,
+    which behind adapters is the base and has no second copy."""
+    teacher_view: TeacherViewConfig = TeacherViewConfig()
+    """What the teacher reads."""
     teachers: dict[str, TeacherConfig] = Field(default={})
     """Several teachers by name, instead of teacher."""
     teacher_column: str | None = None
@@ -205,10 +254,38 @@ class RlConfig(TrainConfig):
     @property
     def teacher_is_base(self) -> bool:
         """The trainer's teacher is the student without its adapter, which has no second copy of the weights then."""
+        return self.teacher_engine == "trainer" and not self.objective.visual_advantage and self.is_base(self.teacher)
+
+    @property
+    def reference_is_base(self) -> bool:
+        """As teacher_is_base, of the reference."""
+        return self.is_base(self.reference or self.student)
+
+    def is_base(self, checkpoint: Path | None) -> bool:
+        """The checkpoint's weights are the trainer's with the adapter switched off, all through the run."""
         trains_weights = bool(self.train) or self.vision.train_merger
-        if self.adapter is None or trains_weights or self.teacher is None or self.teacher_engine != "trainer":
+        if self.adapter is None or trains_weights or checkpoint is None:
             return False
-        return self.teacher.resolve() == self.student.resolve() and not self.objective.visual_advantage
+        return checkpoint.resolve() == self.student.resolve()
+
+    @property
+    def teacher_columns(self) -> tuple[str, ...]:
+        """Columns of the data that the choice and the views of teachers read."""
+        views = [self.teacher_view, *(teacher.view for teacher in self.teachers.values())]
+        chosen = () if self.teacher_column is None else (self.teacher_column,)
+        return (*chosen, *(column for view in views for column in view.columns))
+
+    @model_validator(mode="after")
+    def _a_view_of_its_teacher(self):
+        if self.teachers and self.teacher_view != TeacherViewConfig():
+            raise ValueError("teacher_view is of one teacher; set teachers.NAME.view")
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_for_its_engine(self):
+        if (self.teacher_engine == "openai") != (self.teacher_openai is not None):
+            raise ValueError("teacher_engine = 'openai' and teacher_openai belong together; give both or neither")
+        return self
 
     @model_validator(mode="after")
     def _one_teacher_or_several(self):

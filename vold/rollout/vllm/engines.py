@@ -117,11 +117,13 @@ class EngineOutput:
 
     scored     log-probabilities (nats) of its last ids, at the engine's temperature
     hidden_nE  the hidden states that predict its last ids, on the CPU, where it asked for them
+    top        ids and log-probs [n, k] of the most probable ids in the place of each, where the engine gives them
     """
 
     responses: list[Response]
     scored: list[float]
     hidden_nE: Tensor | None = None
+    top: tuple[Tensor, Tensor] | None = None
 
 
 class Engines(Protocol):

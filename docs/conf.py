@@ -29,6 +29,10 @@ python_use_unqualified_type_names = True
 suppress_warnings = ["misc.highlighting_failure"]  # excerpts of output between fences
 
 TOCTREE = "\n\n```{{toctree}}\n:hidden:\n:caption: {caption}\n{pages}\n```\n"
+PICTURE = re.compile(
+    r'<picture>\s*<source media="[^"]*dark[^"]*" srcset="([^"]*)">\s*<img src="([^"]*)" alt="([^"]*)">\s*</picture>'
+)
+IMAGE = "```{{image}} {source}\n:alt: {alt}\n:class: {shown}\n```\n"
 PARAMETER = re.compile(r"^(\*{0,2}\w+(?:, \w+)*)(?:: |  +)(?=\S)")
 
 
@@ -44,6 +48,18 @@ def add_toctree(app, docname: str, source: list[str]) -> None:
         pages = "\n" + "\n".join(f"/{page}" for page in pages_in_order(source[0]))
         source[0] += TOCTREE.format(caption="Pages", pages=pages)
         source[0] += TOCTREE.format(caption="Measured", pages=":glob:\n\n/benchmarks/results/*")
+
+
+def pictures_by_scheme(app, docname: str, source: list[str]) -> None:
+    """A `<picture>` with a dark version, which GitHub shows, as the theme's pair of images, copied to the site."""
+    source[0] = PICTURE.sub(
+        lambda found: (
+            IMAGE.format(source=found[1], alt=found[3], shown="only-dark")
+            + "\n"
+            + IMAGE.format(source=found[2], alt=found[3], shown="only-light")
+        ),
+        source[0],
+    )
 
 
 def docstring_as_fields(app, what, name, obj, options, lines: list[str]) -> None:
@@ -63,4 +79,5 @@ def docstring_as_fields(app, what, name, obj, options, lines: list[str]) -> None
 
 def setup(app) -> None:
     app.connect("source-read", add_toctree)
+    app.connect("source-read", pictures_by_scheme)
     app.connect("autodoc-process-docstring", docstring_as_fields)

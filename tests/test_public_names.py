@@ -136,7 +136,7 @@ def test_the_pages_train_from_python(page, tmp_path, monkeypatch):
     assert trained == [run_block(block, tmp_path).config] and type(trained[0]) is schema.RlConfig
 
 
-def test_the_readmes_loss(tmp_path):
+def test_the_loss_of_a_trainer_of_ones_own(tmp_path):
     """The block with the fused loss, on [N] terms: at ratio 1 the gradient is that of advantage and k2 pull."""
     hidden = torch.randn(6, 8, requires_grad=True)
     model = SimpleNamespace(lm_head=torch.nn.Linear(8, 11, bias=False))
@@ -146,7 +146,7 @@ def test_the_readmes_loss(tmp_path):
     expected = torch.autograd.grad((weight * (-advantage * logp + 0.5 * (logp - logp_teacher) ** 2)).sum(), hidden)[0]
     names = {"hidden": hidden, "model": model, "target": target, "advantage": advantage, "logp_old": logp.detach()}
     names |= {"logp_teacher": logp_teacher, "pg_weight": weight, "kl_weight": weight}
-    run_block(next(block for block in python_blocks("README.md") if "PolicyTerms" in block), tmp_path, **names)
+    run_block(next(block for block in python_blocks("docs/api.md") if "PolicyTerms" in block), tmp_path, **names)
     assert torch.allclose(hidden.grad, expected, rtol=1e-4, atol=1e-6)
 
 

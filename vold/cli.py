@@ -149,6 +149,8 @@ def evaluate(
     vlmevalkit: Annotated[
         bool, typer.Option("--vlmevalkit", help="run the paper's ten benchmarks in VLMEvalKit")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure the accuracy of a checkpoint directory on text and image problems."""
     eval_config = load_config(schema.EvalConfig, config, overrides or ())

@@ -105,3 +105,11 @@ def test_table_by_hand():
     assert rows["step"].mfu == 3.0 / (4.0 * 2.0) and rows["step"].memory_gib == 2.0
     assert rows["student_backward"].share == 1.25 / 4 and rows["student_backward"].tokens_per_second == 40
     assert phase_table.phase_rows([[ROW]], peak_flops=None)[-1].mfu is None
+
+
+def test_a_fused_head_works_in_the_forward_phase():
+    """A head of two thirds of the work: were it shared out as the layers' is, the backward phase would be too fast."""
+    rows = {row.phase: row for row in phase_table.phase_rows([[ROW]], peak_flops=2.0, head_flops=2.0 / 50)}
+    assert rows["student_forward"].mfu == pytest.approx((2.0 + 1.0 / 3) / (1.0 * 2.0))
+    assert rows["student_backward"].mfu == pytest.approx((2.0 / 3) / (1.25 * 2.0))
+    assert rows["step"].mfu == pytest.approx(3.0 / (4.0 * 2.0))

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 # Reading order: a page may use what an earlier one makes.
 ORDER = ("README", "install", "quickstart", "recipe", "your-own-data", "scale-out", "speed")
 PROGRAMS = ("vold", "python", "torchrun", "make", "pip")
+BLOCK = "python block"  # in place of a verb of `vold`: the next word is Python
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
@@ -80,6 +81,16 @@ def commands() -> list[Command]:
             command = Command(f"{page.relative_to(ROOT)}:{line}", text, _words(text))
             distinct.setdefault(command.words, command)
     return list(distinct.values())
+
+
+def python_blocks() -> dict[str, str]:
+    """Where -> code of the pages' Python that uses `vold` as a user's script does: it begins with `import vold`."""
+    return {
+        f"{page.relative_to(ROOT)}:{page.read_text().count(chr(10), 0, block.start()) + 2}": block[2]
+        for page in pages()
+        for block in _FENCE.finditer(page.read_text())
+        if block[1] == "python" and block[2].startswith("import vold\n")
+    }
 
 
 def untagged(page: Path) -> list[str]:

@@ -18,6 +18,7 @@ def reader_dir(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_
 
     directory = tmp_path_factory.mktemp("reader")
     (directory / "configs").symlink_to(ROOT / "configs")
+    (directory / "examples").symlink_to(ROOT / "examples")
     (directory / "vold" / "miniature").mkdir(parents=True)
     (directory / "vold" / "miniature" / "configs").symlink_to(ROOT / "vold" / "miniature" / "configs")
     miniature = directory / "runs" / "miniature" / "seed0"

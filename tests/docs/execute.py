@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
+from commands import BLOCK
+
+import vold
 from vold import cli
 
 RUN = ["dtype=float32"]
@@ -50,7 +55,10 @@ EXPORTED = {"step=50": "step=1", "step=best": "run=runs/qwen2.5-vl-3b/geometry3k
 def main(file: str) -> None:
     import_module = cli._module
     cli._module = lambda name: FreshOutputs(name, import_module(name))
-    outcomes = [run([*arguments, *_sizes(arguments)]) for arguments in json.loads(Path(file).read_text())]
+    outcomes = [
+        run_block(arguments[1]) if arguments[0] == BLOCK else run([*arguments, *_sizes(arguments)])
+        for arguments in json.loads(Path(file).read_text())
+    ]
     json.dump(outcomes, sys.stdout)
 
 
@@ -64,11 +72,31 @@ def _sizes(arguments: list[str]) -> list[str]:
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
     """`vold ARGUMENTS`: exit code, standard output, standard error."""
-    out, error = io.StringIO(), io.StringIO()
     sys.argv = ["vold", *arguments]
+    return outcome_of(cli.main)
+
+
+def run_block(code: str) -> tuple[int, str, str]:
+    """A page's Python, with the sizes of SIZES: exit code, standard output, standard error."""
+    load = vold.load_config
+
+    def small(path, *overrides, **options):
+        stage = type(load(path, *overrides, **options)).__name__.removesuffix("Config").lower()
+        return load(path, *overrides, *SIZES[stage], **options)
+
+    vold.load_config = small
+    try:
+        Path("block.py").write_text(code)
+        return outcome_of(lambda: runpy.run_path("block.py"))
+    finally:
+        vold.load_config = load
+
+
+def outcome_of(program: Callable[[], object]) -> tuple[int, str, str]:
+    out, error = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(error):
         try:
-            cli.main()
+            program()
         except SystemExit as end:
             return end.code or 0, out.getvalue(), error.getvalue()
         except BaseException:  # what the interpreter would print

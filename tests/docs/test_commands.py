@@ -15,7 +15,7 @@ import tomllib
 from unittest.mock import Mock
 
 import pytest
-from commands import ROOT, Command, commands, pages, program, untagged
+from commands import BLOCK, ROOT, Command, commands, pages, program, python_blocks, untagged
 from torch.distributed.run import get_args_parser
 
 from vold import cli
@@ -50,15 +50,16 @@ def name(command: Command) -> str:
 
 
 RUN = [command for command in COMMANDS if not only_read(command)]
+BLOCKS = python_blocks()
 
 
 @pytest.fixture(scope="session")
-def outcome(reader_dir) -> dict[Command, list]:
-    """Exit code, output and errors of each command that is run, in the order of the pages."""
+def outcome(reader_dir) -> dict[Command | str, list]:
+    """Exit code, output and errors of each command that is run, in the order of the pages, then of their Python."""
     file = reader_dir / "arguments.json"
-    file.write_text(json.dumps([arguments(command) for command in RUN]))
+    file.write_text(json.dumps([*map(arguments, RUN), *([BLOCK, code] for code in BLOCKS.values())]))
     outcomes = json.loads(program("execute.py", reader_dir, file).splitlines()[-1])
-    return dict(zip(RUN, outcomes, strict=True))
+    return dict(zip([*RUN, *BLOCKS], outcomes, strict=True))
 
 
 @pytest.mark.parametrize("command", RUN, ids=name)
@@ -66,6 +67,11 @@ def test_runs(outcome, command):
     code, output, error = outcome[command]
     if code:
         pytest.fail(f"exit code {code}: {output}{error}", pytrace=False)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_runs(outcome, block):
+    test_runs(outcome, block)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=name)
@@ -103,7 +109,7 @@ def accept_pip(words: tuple[str, ...]) -> None:
         if option == "-c":
             assert (ROOT / word).is_file()
         elif option == "-e":
-            assert set(re.findall(r"\[(.*)\]", word)) <= extras.keys()
+            assert {extra for group in re.findall(r"\[(.*)\]", word) for extra in group.split(",")} <= extras.keys()
         else:
             assert word.startswith("-") or word in pinned
 

@@ -73,3 +73,9 @@ def test_unusable_gold(gold):
     with pytest.raises(ValueError) as error:
         validate_gold(gold)
     assert "\n" not in str(error.value)
+
+
+def test_equal_is_its_truth_value_in_an_if():
+    assert equal("1/2", "0.5") and not equal("1", "2")
+    is_equal, rule = equal("1", "2")
+    assert is_equal is False and isinstance(rule, str)

@@ -112,7 +112,9 @@ def test_versions_out_of_range_are_named_with_the_command_that_installs_others(m
         machine.check_versions(config)
     message = str(error.value)
     assert "transformers 4.40.0 is not" in message and "pip install 'transformers" in message
-    assert "rollout.engine = 'vllm' and vLLM is not installed: pip install 'vold[vllm]'" in message
+    assert (
+        "rollout.engine = 'vllm' and vLLM is not installed: pip install -c constraints-vllm.txt -e '.[vllm]'" in message
+    )
     faked["transformers"] = None
     with pytest.raises(ValueError, match="transformers is not installed"):
         machine.check_versions(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_the_papers_stage_2_fits_four_a100s_of_80_gb(checkpoints):
     assert run.stderr == "" and "✗" not in run.stdout
     assert "5.75" in run.stdout and "15.26" in run.stdout, "2 bytes of 3,085,938,688 and of 8,190,735,360 parameters"
     assert "not measured" in run.stdout and "a bound, not a forecast" in run.stdout
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith("✓ fits: ") and re.search(r"60 steps: [\d.]+ hours at least$", last)
 
 
 def test_the_recipe_for_one_gpu_fits_80_gb_and_with_a_smaller_teacher_24(checkpoints, tmp_path):

@@ -103,6 +103,30 @@ def test_text_is_legible_in_light_and_in_dark(page, scheme):
         assert page.js(CONTRAST % f"{text}, {paper}") >= least, selector
 
 
+def test_a_table_that_goes_on_has_a_shadow_and_keeps_its_names(page):
+    """On a phone: some table scrolls, its first column stays, and a shadow lies at the side where it goes on."""
+    page.resize(390, 800)
+    box = "[...document.querySelectorAll('.scroll')].find(e => e.scrollWidth > e.clientWidth + 8)"
+    assert page.js(f"!!{box}"), "no table of the made-up demo is wide enough to tell"
+    page.js(f"({box}).scrollLeft = 60")
+    style = f"getComputedStyle({box})"
+    assert page.js(f"{style}.overflowX") == "auto" and page.js(f"{style}.backgroundImage").count("gradient") == 4
+    first = f"({box}).querySelector('tbody th')"
+    assert page.js(f"{first} ? {first}.getBoundingClientRect().left - ({box}).getBoundingClientRect().left : 0") == 0
+
+
+@pytest.mark.parametrize("width", [390, 1120])
+def test_every_label_of_a_figure_is_inside_it(page, width):
+    page.resize(width, 800)
+    page.js("document.querySelectorAll('details').forEach(e => { e.open = true })")
+    outside = "a.left < b.left - 2 || a.right > b.right + 2 || a.top < b.top - 2 || a.bottom > b.bottom + 2"
+    boxes = "const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect()"
+    drawn = "[...document.querySelectorAll('figure svg text')].filter(t => t.textContent.trim())"
+    assert page.js(f"{drawn}.length") > 50
+    clipped = f"{drawn}.filter(t => {{ {boxes}; return a.width && ({outside}) }}).map(t => t.textContent.trim())"
+    assert page.js(clipped) == []
+
+
 @pytest.mark.parametrize("width", [390, 1120])
 def test_nothing_is_wider_than_the_window(page, width):
     page.resize(width, 800)

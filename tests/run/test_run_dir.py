@@ -17,6 +17,7 @@ from vold.config.load import RENAMED_KEYS
 from vold.config.schema import RlConfig
 from vold.file_errors import file_error_line
 from vold.parallel.collectives import run_on_all_ranks
+from vold.planning.check import _check_run_dir
 from vold.processes import Process
 from vold.run import leftovers, lock
 from vold.run.resumption import check_run_dir
@@ -55,6 +56,67 @@ def run_of(run_dir: Path, text: str) -> Path:
     (run_dir / "config.yaml").write_text(text)
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     return run_dir
+
+
+# -- which run a directory holds -----------------------------------------------------------------------------------
+
+
+def _nothing(run_dir: Path, config: RlConfig) -> None:
+    """No directory at all."""
+
+
+def _attempt(run_dir: Path, config: RlConfig) -> None:
+    """Stopped before its first step, with another learning rate."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_config(config, "rl").replace("lr: 0.0003", "lr: 0.01"))
+
+
+def _same_run(run_dir: Path, config: RlConfig) -> None:
+    run_of(run_dir, dump_config(config, "rl"))
+
+
+def _other_run(run_dir: Path, config: RlConfig) -> None:
+    run_of(run_dir, dump_config(config, "rl").replace("lr: 0.0003", "lr: 0.01"))
+
+
+def _other_stage(run_dir: Path, config: RlConfig) -> None:
+    run_of(run_dir, dump_config(config, "sft"))
+
+
+def _rows_alone(run_dir: Path, config: RlConfig) -> None:
+    """metrics.jsonl without config.yaml."""
+    run_of(run_dir, "")
+    (run_dir / "config.yaml").unlink()
+
+
+def _file(run_dir: Path, config: RlConfig) -> None:
+    run_dir.write_text("")
+
+
+def _config_is_a_folder(run_dir: Path, config: RlConfig) -> None:
+    (run_dir / "config.yaml").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "make", [_nothing, _attempt, _same_run, _other_run, _other_stage, _rows_alone, _file, _config_is_a_folder]
+)
+def test_check_and_the_run_agree_on_every_run_dir(present, tmp_path, make):
+    """`vold check` says ✓ exactly where the run starts, or goes on with --resume."""
+    config = present(tmp_path / "run", "optimizer.lr=3e-4")
+    make(config.run_dir, config)
+
+    def accepts(check, *arguments) -> bool:
+        try:
+            check(config, *arguments)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            return False
+        return True
+
+    starts, resumes = (accepts(check_run_dir, "rl", resume) for resume in (False, True))
+    assert accepts(_check_run_dir) is (starts or resumes)
+    if starts or resumes:
+        assert ("--resume" in _check_run_dir(config)) is not starts
 
 
 # -- older configs -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,12 @@ def test_a_stray_image_token_is_a_mistake(world, tiny_student_dir):
     assert encode.length(Prompt("fine", (1, 2), "")) == 2
     with pytest.raises(ValueError, match="row 3: 0 images but 1 image-pad tokens in its text"):
         encode.length(Prompt("row 3", (1, TOKEN_ID[IMAGE]), ""))
+
+
+def test_a_template_that_leaves_images_out_is_named(tiny_student_dir):
+    encode = load_prompt_encoder(tiny_student_dir)
+    with pytest.raises(ValueError, match=r"row 4: 1 images, and its prompt has room for 0: .*prompt\.chat_template"):
+        encode.length(Prompt("row 4", (1, 2), "", images=(Path("a.png"),)))
 
 
 def test_a_checkpoint_without_an_image_processor_is_a_mistake(tiny_student_dir, tmp_path):

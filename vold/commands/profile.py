@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from vold.config.schema import EvaluationConfig, RlConfig, SftConfig
 from vold.io import log, write_atomically
+from vold.models.architecture import Architecture
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.report import phase_table, timeline
@@ -51,7 +52,7 @@ def profile_steps(config: RlConfig | SftConfig, *, steps: int, beside: Sequence[
     ranks: list = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, timed)
     if dist.get_rank() == 0:
-        _write_phases(folder, ranks, *_conditions(config))
+        _write_phases(folder, ranks, _head_flops(config), *_conditions(config))
         timed_steps = profiler.intervals[UNTIMED_AT_START:][:steps]
         intervals = [Interval(*interval) for step in timed_steps for interval in step]
         _write_timeline(folder, timelines | {str(config.run_dir): intervals})
@@ -95,6 +96,12 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) 
     return 2 * size**3 / min(seconds)
 
 
+def _head_flops(config: RlConfig | SftConfig) -> float:
+    """FLOPs of the head for a token with a target: three products with its weight, two where that is not trained."""
+    arch = Architecture.from_pretrained(config.student)
+    return 2.0 * (3 if config.adapter is None else 2) * arch.vocab * arch.hidden
+
+
 def _read_timeline(run_dir: Path) -> list[Interval]:
     path = run_dir / "profile" / "timeline.csv"
     if not path.exists():
@@ -114,8 +121,14 @@ def _write_timeline(folder: Path, runs: dict[str, list[Interval]]) -> None:
         log.info(f"idle in {name}: {idle}")
 
 
-def _write_phases(folder: Path, ranks: Sequence[Sequence[dict]], notes: list[str], peak: float) -> None:
-    rows = phase_table.phase_rows(ranks, peak)
+def _write_phases(
+    folder: Path, ranks: Sequence[Sequence[dict]], head_flops: float, notes: list[str], peak: float
+) -> None:
+    rows = phase_table.phase_rows(ranks, peak, head_flops)
+    fastest = max((row.mfu for row in rows if row.mfu), default=0.0)
+    if fastest > 1.0 and not torch.cuda.is_available():  # a matmul of one size is not the most that a CPU can do
+        rows = phase_table.phase_rows(ranks, fastest * peak, head_flops)
+        notes = [*notes, f"A phase was {fastest:.2f} times as fast as that matmul: MFU refers to it instead."]
     write_atomically(folder / "phases.md", phase_table.to_markdown(rows, notes))
     write_atomically(folder / "phases.csv", phase_table.to_csv(rows))
     for fmt in ("png", "svg"):

@@ -40,7 +40,10 @@ def serve_engine(
     adapter = EngineAdapter(synced, checkpoint) if synced else None
     command = server_command(checkpoint, settings, dtype=config.dtype, where=where, adapter=adapter)
     if find_spec("vllm") is None:
-        raise ValueError("vold serve becomes vLLM's server, which is not installed here: pip install 'vold[vllm]'")
+        raise ValueError(
+            "vold serve becomes vLLM's server, which is not installed here: "
+            "pip install -c constraints-vllm.txt -e '.[vllm]'"
+        )
     secret_file = settings.secret_file or config.run_dir / SECRET
     read_secret(secret_file)
     os.umask(0o077)  # a socket of ours alone

@@ -117,11 +117,14 @@ def evaluate(config: EvalConfig) -> None:
     tokenizer, encode = load_chat_tokenizer(config.checkpoint, config.prompt), load_prompt_encoder(config.checkpoint)
     evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
     job.log.set_total(sum(len(job.shard(prompts)) for prompts in evaluator.prompts.values()))
+    sets = ", ".join(f"{name} {len(prompts)}" for name, prompts in evaluator.prompts.items())
+    job.log.say(f"{config.run_dir}: checkpoint {config.checkpoint} · {sets} problems · answers by {config.engine}")
     sampler = open_sampler(config, config.checkpoint, dtype=job.dtype, device=job.layout.device)
     with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader:
         rows = evaluator.run(sampler, grader, job, config.seed, job.log.advance)
     if job.is_writer:
         write_evaluation(config.run_dir, config.checkpoint, rows)
+    job.log.say(f"finished: {config.run_dir / 'evaluation.json'}; to look at it: vold report {config.run_dir}")
     job.log.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vold.grading.compare import compare, is_region
 from vold.grading.echo import is_echo
@@ -28,8 +29,18 @@ class Undecided:
     gold: str
 
 
-def equal(answer: str, gold: str, problem: str = "") -> Decision:
-    """(True where `answer` equals `gold`, the name of the rule that decided). problem: see `decide`.
+class Equality(NamedTuple):
+    """(True where the answer equals the gold, the name of the rule that decided). In an `if` it is that truth value."""
+
+    equal: bool
+    rule: str
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+
+def equal(answer: str, gold: str, problem: str = "") -> Equality:
+    """Whether `answer` equals `gold`, and by which rule. problem: see `decide`.
 
     Runs in this process and may run for ever on a hostile answer; `Grader` adds the time and memory limits.
     Raises ValueError for a gold answer that `validate_gold` refuses.
@@ -37,10 +48,10 @@ def equal(answer: str, gold: str, problem: str = "") -> Decision:
     validate_gold(gold)
     outcome = decide(answer, gold, problem)
     if not isinstance(outcome, Undecided):
-        return outcome
+        return Equality(*outcome)
     from vold.grading.symbolic import symbolically_equal  # sympy: half a second, and nothing for the trainer
 
-    return symbolically_equal(outcome.answer, outcome.gold)
+    return Equality(*symbolically_equal(outcome.answer, outcome.gold))
 
 
 def decide(answer: str, gold: str, problem: str = "") -> Decision | Undecided:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vold.io import log, write_atomically
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
-from vold.report import accuracy_table, write_report
+from vold.report import accuracies, accuracy_table, read_runs, write_report
 
 MODELS = ("base", "sft", "grpo", "vold")
 SFT_STEPS, RL_STEPS = 100, 60  # as in vold/miniature/configs
@@ -28,7 +28,8 @@ def run(root: Path = Path("runs"), *, parallel: int = 2) -> None:
     for group in phases(out, world):
         seconds |= run_phases(group, parallel=parallel)
     report = demo_report(out, seconds, time.perf_counter() - started)
-    log.info("\n" + accuracy_table(report["accuracy"], report["stderr"]))
+    evaluations = read_runs([out / f"eval_{name}" for name in MODELS])
+    log.info("\n" + accuracy_table(accuracies(evaluations, report)))  # bold as on the page
     log.info(f"\n{out / 'report.json'}\n{out / 'report.html'}")
 
 

@@ -67,11 +67,12 @@ def adapter_parameters(arch: Architecture, rank: int, targets: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class Backward:
-    """What a backward pass computes: gradients of `weights` (elements that multiply tokens), and gradients through all
-    layers but the lowest `untouched`."""
+    """What a backward pass computes: gradients of `weights` (elements that multiply tokens; the head's among them where
+    `head`), and gradients through all layers but the lowest `untouched`."""
 
     weights: int
     untouched: int = 0
+    head: bool = True
 
 
 def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_embedding: bool) -> Backward:
@@ -93,7 +94,7 @@ def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_e
         if trained or any(is_trained(f"layers.{layer}.{name}.weight") for name in norms):
             lowest = layer
     through_embedding = through_embedding or is_trained("embed_tokens.weight")
-    return Backward(weights, 0 if through_embedding else lowest)
+    return Backward(weights, 0 if through_embedding else lowest, is_trained(head))
 
 
 # Work ----------------------------------------------------------------------------------------------------------------
@@ -110,6 +111,12 @@ def training_flops(arch: Architecture, tokens: PackedTokens, backward: Backward 
     attention = sum(attention_flops(arch, queries, keys) for queries, keys in tokens.segments)
     weights = matmul_parameters(arch) - backward.weights + backward.untouched * layer_matmul_parameters(arch)
     return total - 2 * weights * sum(queries for queries, _ in tokens.segments) - below * attention * 2 / 3
+
+
+def idle_head_flops(arch: Architecture, tokens: int, backward: Backward | None = None) -> float:
+    """What `training_flops` counts for the head on `tokens` tokens without a target, on which it does not run."""
+    products = 3 if backward is None or backward.head else 2
+    return 2.0 * products * arch.vocab * arch.hidden * tokens
 
 
 def attention_flops(arch: Architecture, queries: int, keys: int) -> float:

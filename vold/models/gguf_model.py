@@ -77,7 +77,7 @@ def open_gguf(path: Path) -> GgufFile:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path} needs the gguf package: pip install 'vold[gguf]'") from None
+        raise ValueError(f"{path} needs the gguf package: pip install gguf") from None
     if not path.is_file():
         raise ValueError(f"{path} is no file: give a .gguf file")
     with reading(path):

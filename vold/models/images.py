@@ -103,8 +103,13 @@ class ImagePromptEncoder(TextPromptEncoder):
 
     def length(self, prompt: Prompt) -> int:
         pads = int((prompt.token_ids == self._processor.token_id).sum())
-        if pads != len(prompt.images):
+        if pads > len(prompt.images):
             raise ValueError(f"{prompt.id}: {len(prompt.images)} images but {pads} image-pad tokens in its text")
+        if pads < len(prompt.images):
+            raise ValueError(
+                f"{prompt.id}: {len(prompt.images)} images, and its prompt has room for {pads}: the chat template "
+                "leaves images out; give prompt.chat_template a directory or .jinja file whose template shows them"
+            )
         return len(prompt.token_ids) + sum(self._processor.token_count(path) - 1 for path in prompt.images)
 
 

@@ -214,10 +214,16 @@ def _check_run_dir(config: SftConfig | RlConfig) -> str:
     verb = "rl" if isinstance(config, RlConfig) else "sft"
     if holder := living_holder(config.run_dir):
         raise ValueError(f"run_dir = {config.run_dir} is in use by {holder}; wait for it, or choose another run_dir")
-    if not (config.run_dir / "config.yaml").is_file():
-        return f"{config.run_dir} is free"
-    check_run_dir(config, verb, resume=True)
-    return f"{config.run_dir} holds this run; it goes on with --resume"
+    try:
+        check_run_dir(config, verb, resume=False)
+    except ValueError:
+        if not (config.run_dir / "config.yaml").is_file():  # --resume would not help
+            raise
+        check_run_dir(config, verb, resume=True)
+        return f"{config.run_dir} holds this run; it goes on with --resume"
+    if (config.run_dir / "config.yaml").is_file():
+        return f"{config.run_dir} holds an attempt that never finished a step; a run starts there anew"
+    return f"{config.run_dir} is free"
 
 
 def _check_leftovers(config: SftConfig | RlConfig) -> str:

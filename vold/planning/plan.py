@@ -15,7 +15,7 @@ from vold.planning.machine import hide_gpus
 from vold.planning.memory_table import fullest, phase_table
 from vold.planning.stage_memory import StageMemory, TraceCache, stage_memories
 from vold.planning.step_sizes import StepSizes
-from vold.planning.step_time import read_measured_rates, time_note, time_table
+from vold.planning.step_time import phase_bounds, read_measured_rates, time_note, time_table
 from vold.planning.tunable_settings import propose_settings
 from vold.run.timers import GIB
 
@@ -48,6 +48,12 @@ def print_plan(
     console.print(time_note(timed, gpu, spec), highlight=False)
     if fullest(stages).peak > spec.usable_memory:
         raise ValueError(_refusal(stages, sizes, gpu, cache))
+    hours = config.steps * sum(phase_bounds(timed, spec).values()) / 3600
+    console.print(
+        f"✓ fits: {fullest(stages).peak / GIB:.1f} of {spec.usable_memory / GIB:.1f} GiB in its fullest phase. "
+        f"{config.steps} steps: {hours:.3g} hours at least",
+        highlight=False,
+    )
 
 
 def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[str]:

@@ -124,6 +124,15 @@ def time_note(sizes: StepSizes, gpu: str, spec: GpuSpec) -> str:
     )
 
 
+def phase_bounds(sizes: StepSizes, spec: GpuSpec) -> dict[str, float]:
+    """The least seconds of each phase of a step, pipeline stages' waiting for each other included."""
+    slower = 1 + _pipeline_bubble(sizes)
+    return {
+        phase: work.bound(spec) * (slower if phase.startswith("student") else 1)
+        for phase, work in phase_work(sizes).items()
+    }
+
+
 def time_table(sizes: StepSizes, spec: GpuSpec, rates: Mapping[str, float]) -> Table:
     """Work, lower bound and, of phases in `rates` (tokens per second of a process), estimated seconds of each phase."""
     table = Table(
@@ -134,11 +143,9 @@ def time_table(sizes: StepSizes, spec: GpuSpec, rates: Mapping[str, float]) -> T
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    bounds, estimates = [], []
+    bounds, estimates = phase_bounds(sizes, spec), []
     for phase, work in phase_work(sizes).items():
-        slowdown = 1 + _pipeline_bubble(sizes) if phase.startswith("student") else 1
-        bounds.append(work.bound(spec) * slowdown)
-        row = (f"{work.flop / 1e12:,.0f}", f"{work.moved / 1e9:,.0f}", _seconds(bounds[-1]))
+        row = (f"{work.flop / 1e12:,.0f}", f"{work.moved / 1e9:,.0f}", _seconds(bounds[phase]))
         rate, estimate = rates.get(phase), ""
         if rate and work.tokens:
             estimates.append(work.tokens / (rate * sizes.processes))
@@ -147,7 +154,7 @@ def time_table(sizes: StepSizes, spec: GpuSpec, rates: Mapping[str, float]) -> T
         table.add_row(phase, *row, measured, estimate)
     total = _seconds(sum(estimates)) if estimates else "not measured"
     table.add_section()
-    table.add_row("step", "", "", _seconds(sum(bounds)), "", total, style="bold")
+    table.add_row("step", "", "", _seconds(sum(bounds.values())), "", total, style="bold")
     return table
 
 

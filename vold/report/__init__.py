@@ -1,6 +1,6 @@
 """Plots, tables, and one HTML page per run or comparison; reads run directories alone, not the training code."""
 
-from .page import write_report
+from .page import accuracies, write_report
 from .plots import accuracy_bars, curve, curves, seeds_errorbars
 from .read import RunRecord, find_runs, read_run, read_runs
 from .tables import AccuracyTable, accuracy_table, as_table, seeds_table, table_of_runs
@@ -8,6 +8,7 @@ from .tables import AccuracyTable, accuracy_table, as_table, seeds_table, table_
 __all__ = [
     "AccuracyTable",
     "RunRecord",
+    "accuracies",
     "accuracy_bars",
     "accuracy_table",
     "as_table",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .read import RunRecord, flatten, group_by
 from .style import CURVES, Metric, metric
-from .tables import AccuracyTable, Mean
+from .tables import AccuracyTable, Difference, Mean
 
 END = 0.1  # share of a run whose steps are averaged
 
@@ -52,6 +52,22 @@ def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys([*keys, *sets]))
 
 
+def end_values(run: RunRecord, key: str) -> list[str]:
+    """A metric at the beginning and at the end of a run, as text: means of its first and last tenth, or its first and
+    last evaluation with their standard errors. One text where there is one value alone; [] where none was logged."""
+    ends = [end for at in (0, -1) if (end := _end(run, key, at))][: len(run.finite(key))]
+    is_evaluation = key.startswith("accuracy_")
+    return [_text(mean, error if is_evaluation else math.nan, metric(key)) for mean, error, _ in ends]
+
+
+def difference_over_run(run: RunRecord, key: str) -> Difference | None:
+    """The end minus the beginning, as in `end_values`; None where there are not two values."""
+    if len(run.finite(key)) < 2:
+        return None
+    (first, first_error, _), (last, last_error, _) = (_end(run, key, at) for at in (0, -1))
+    return Difference(last - first, math.hypot(first_error, last_error))
+
+
 def _side_by_side(runs: Sequence[RunRecord], rows_of: Callable[[Sequence[RunRecord]], list]) -> list[Comparison]:
     groups = {verb: same for verb, same in by_verb(runs).items() if len(same) > 1}
     tables = [Comparison(verb, [run.name for run in same], rows_of(same)) for verb, same in groups.items()]
@@ -84,17 +100,18 @@ def _end_values(runs: Sequence[RunRecord], key: str) -> list[EndValue | None]:
     return [cells.get(run.name) for run in runs]
 
 
-def _end(run: RunRecord, key: str) -> tuple[float, float, str] | None:
+def _end(run: RunRecord, key: str, at: int = -1) -> tuple[float, float, str] | None:
     """Mean, standard error, and their steps: the last tenth, steps taken as independent, or the last evaluation with
-    its own error."""
+    its own error. at: 0: the first tenth, or the first evaluation."""
     logged = run.finite(key)
     if not logged:
         return None
     if key.startswith("accuracy_"):
-        step, value = logged[-1]
+        step, value = logged[at]
         errors = dict(run.finite(f"stderr_{key.removeprefix('accuracy_')}"))
         return value, errors.get(step, math.nan), f"step {step:g}"
-    values = Mean(tuple(value for _, value in logged[-max(2, round(END * len(logged))) :]))
+    n = max(2, round(END * len(logged)))
+    values = Mean(tuple(value for _, value in (logged[-n:] if at else logged[:n])))
     n = len(values.values)
     return values.value, values.stderr, f"last {n} steps" if n > 1 else "1 step"
 

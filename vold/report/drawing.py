@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import Formatter
 
 from .style import GRID, INK, SOFT
 
@@ -64,6 +68,53 @@ def figure_bytes(figure: Figure, fmt: Format) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format=fmt, **_SAVE_OPTIONS[fmt])
     return out.getvalue()
+
+
+def tick_texts(values: Sequence[float], *, share: bool = False) -> list[str]:
+    """Tick labels with equally many digits and nothing that a reader has to add: no offset, no common power of ten.
+    share: in percent."""
+    numbers = [100 * value if share else value for value in values]
+    steps = [abs(b - a) for a, b in pairwise(numbers) if a != b]
+    largest, step = max(map(abs, numbers), default=0.0), min(steps, default=0.0)
+    if largest and not 1e-3 <= largest < 1e6:
+        wanted = [f"{number:.{digits}e}" for digits in range(3) for number in numbers]
+        shortest = [wanted[i : i + len(numbers)] for i in range(0, len(wanted), len(numbers))]
+        texts = next((texts for texts in shortest if len(set(texts)) == len(numbers)), shortest[-1])
+        texts = [re.sub(r"e([+-])0*(\d)", r"e\1\2", text).replace("e+", "e") for text in texts]
+    else:
+        close = 1e-3 * (step or largest)
+        digits = next((d for d in range(8) if all(abs(round(n, d) - n) <= close for n in numbers)), 8)
+        texts = [f"{number:,.{digits}f}" for number in numbers]
+    plain = ["0" if not number else text.replace("-", "−") for text, number in zip(texts, numbers, strict=True)]
+    return [f"{text} %" for text in plain] if share else plain
+
+
+class PlainFormatter(Formatter):
+    """Writes ticks as `tick_texts` does."""
+
+    def __init__(self, *, share: bool = False) -> None:
+        self._share = share
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return tick_texts([value], share=self._share)[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        return tick_texts([round(float(value), 12) for value in values], share=self._share)
+
+
+def drawn_range(low: float, high: float, *, share: bool = False) -> tuple[float, float]:
+    """The y axis for values from `low` to `high`: no narrower than a tenth of the largest, so that rounding does not
+    look like a curve. A share is drawn over ten points or more, and inside [0, 1]."""
+    narrowest = 0.1 if share else 0.1 * max(abs(low), abs(high)) or 1.0
+    missing = max(narrowest - (high - low), 0.0)
+    least, most = (0.0, 1.0) if share else (0.0 if low >= 0 else -math.inf, math.inf)
+    low, high = low - missing / 2, high + missing / 2
+    if low < least:
+        low, high = least, high + least - low
+    if high > most:
+        low, high = max(low - (high - most), least), most
+    edge = 0.04 * (high - low)  # for the width of a line
+    return low - edge, high + edge
 
 
 def set_panel_title(axis: Axes, title: str, unit: str) -> None:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from vold.io import visible, write_atomically
 
-from . import compare, health, plots, samples, style, summary_text, tables, timeline
+from . import compare, health, outcome, plots, samples, style, summary_text, tables, timeline
 from .published import compare_with_published
 from .read import RunRecord, as_number, read_json, read_runs
 from .tokens import SHADES
@@ -49,8 +49,7 @@ def write_report(
     report = accuracy if accuracy is not None else _report_json(runs)
     facts = facts if facts is not None else (report if report and "accuracy" in report else {})
     evaluations = [record for record in records if record.evaluation or record.verb == "eval"]
-    table = tables.as_table(report) if report else tables.table_of_runs(evaluations)
-    table = replace(table, pairs=summary_text.paired_differences(table, evaluations))
+    table = accuracies(evaluations, report)
     order = {model: i for i, model in enumerate(table.models)}
     evaluations.sort(key=lambda record: order.get(style.arm_of(record.name), len(order)))
     cells, trained = tables.seed_cells(seeds), [record for record in records if record.metrics]
@@ -61,6 +60,9 @@ def write_report(
         facts=facts,
         pipeline=health.as_phases(seconds if isinstance(seconds := facts.get("seconds"), Mapping) else {}),
         result=table,
+        outcomes=outcome.outcomes(records, evaluations=len(table.models) < 2),
+        complaints=outcome.unhealthy(records),
+        watched=outcome.has_health(trained),
         seeds=cells,
         seed_rows=seeds,
         seed_sets=tables.as_table(cells).sets,
@@ -84,6 +86,13 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, visible(html, multiline=True))  # also what no filter of the page has seen
     return out
+
+
+def accuracies(evaluations: Sequence[RunRecord], report: Mapping[str, Any] | None = None) -> tables.AccuracyTable:
+    """The accuracies of report.json, or of the runs without one, with paired differences where the runs' samples allow
+    it: what is clearly best is the same wherever the table is shown."""
+    table = tables.as_table(report) if report else tables.table_of_runs(evaluations)
+    return replace(table, pairs=summary_text.paired_differences(table, evaluations))
 
 
 def inline_svg(svg: bytes) -> Markup:

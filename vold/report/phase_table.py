@@ -19,8 +19,9 @@ HEADER = ("phase", "rank", "seconds", "share", "tokens/s", "MFU", "memory GiB")
 # the metric that counts the tokens a phase works on, over all ranks
 TOKENS = {"rollout": "response_tokens", "grade": "response_tokens", "teacher": "kl_tokens", STEP: "response_tokens"}
 TOKENS |= dict.fromkeys(("student_forward", "student_backward"), "gradient_tokens")
-# share of the training step's work (`train_tflop`) that a phase does
-WORK = {"student_forward": 1 / 3, "student_backward": 2 / 3, STEP: 1.0}
+# share of the layers' work in training (`train_tflop` without the head's) that a phase does, and of the head's: the
+# fused heads form their gradients in the forward phase
+WORK = {"student_forward": (1 / 3, 1.0), "student_backward": (2 / 3, 0.0), STEP: (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class PhaseRow:
         return [self.phase, str(self.rank), f"{self.seconds:.4g}", f"{self.share:.1%}", *texts]
 
 
-def phase_rows(ranks: Sequence[Sequence[MetricRow]], peak_flops: float | None) -> list[PhaseRow]:
-    """`ranks[r]`: rank r's rows of metrics, one per step. `peak_flops`: of all ranks together."""
-    return [row for rank, steps in enumerate(ranks) for row in _rank_rows(rank, steps, peak_flops)]
+def phase_rows(
+    ranks: Sequence[Sequence[MetricRow]], peak_flops: float | None, head_flops: float = 0.0
+) -> list[PhaseRow]:
+    """`ranks[r]`: rank r's rows of metrics, one per step. `peak_flops`: of all ranks together. `head_flops`: of the
+    head, for each token with a gradient, both passes."""
+    return [row for rank, steps in enumerate(ranks) for row in _rank_rows(rank, steps, peak_flops, head_flops)]
 
 
 def split_step(row: MetricRow) -> dict[str, float]:
@@ -59,19 +63,29 @@ def split_step(row: MetricRow) -> dict[str, float]:
     return parts | {OTHER: max(row["seconds"] - sum(parts.values()), 0.0)}
 
 
-def _rank_rows(rank: int, steps: Sequence[MetricRow], peak_flops: float | None) -> list[PhaseRow]:
+def _rank_rows(rank: int, steps: Sequence[MetricRow], peak_flops: float | None, head_flops: float) -> list[PhaseRow]:
     splits = [split_step(step) | {STEP: step["seconds"]} for step in steps]
     whole = statistics.median(split[STEP] for split in splits)
     rows = []
     for name in splits[0]:
         seconds = statistics.median(split.get(name, 0.0) for split in splits)
         tokens = _median(steps, TOKENS.get(name, ""))
-        work = _median(steps, "train_tflop") if name in WORK else None
+        work = _work(steps, name, head_flops)
         memory = _median(steps, "peak_memory_gib" if name == STEP else f"memory_gib_{name}")
         rate = tokens / seconds if tokens and seconds else None
-        mfu = WORK[name] * work * 1e12 / (seconds * peak_flops) if work and seconds and peak_flops else None
+        mfu = work / (seconds * peak_flops) if work and seconds and peak_flops else None
         rows.append(PhaseRow(rank, name, seconds, seconds / whole, rate, mfu, memory))
     return rows
+
+
+def _work(steps: Sequence[MetricRow], name: str, head_flops: float) -> float | None:
+    """Useful FLOPs of a phase, over all ranks."""
+    total = _median(steps, "train_tflop")
+    if name not in WORK or total is None:
+        return None
+    head = min(head_flops * (_median(steps, "gradient_tokens") or 0.0), 1e12 * total)
+    of_layers, of_head = WORK[name]
+    return of_layers * (1e12 * total - head) + of_head * head
 
 
 def _median(steps: Sequence[MetricRow], key: str) -> float | None:

@@ -15,9 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import Format, figure_bytes, label_line_ends, new_figure, report_style, set_panel_title
+from .drawing import (
+    Format,
+    PlainFormatter,
+    drawn_range,
+    figure_bytes,
+    label_line_ends,
+    new_figure,
+    report_style,
+    set_panel_title,
+)
 from .read import RunRecord, group_by
-from .style import CURVES, INK, SOFT, arm_of, colours, metric, short_label
+from .style import CURVES, INK, SOFT, arm_of, colours, format_number, metric, short_label
 from .tables import AccuracyTable, Mean, as_table, seed_cells
 
 POINTS = 240  # width of a panel in points, about
@@ -48,15 +57,16 @@ def curve(runs: Sequence[RunRecord], key: str, *, fmt: Format = "svg") -> bytes:
 
 
 @report_style
-def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "svg") -> bytes:
-    """One row of panels, a panel per set, a bar per model; error bars are ± one standard error."""
+def accuracy_bars(table: AccuracyTable | Mapping[str, Any], sets: Sequence[str] = (), *, fmt: Format = "svg") -> bytes:
+    """One row of panels, a panel per set (by default all), a bar per model; error bars are ± one standard error."""
     table = as_table(table)
-    if not table.sets:
+    sets = sets or table.sets
+    if not sets:
         raise ValueError("accuracy_bars: the table has no accuracy; give {model: {set: accuracy}}")
     paint = colours(table.models)
     ends = [table.value(m, s) + np.nan_to_num(table.error(m, s)) for m in table.models for s in table.sets]
-    figure, axes = _set_panels(table.models, table.sets, row_height=0.38)
-    for axis, name in zip(axes, table.sets, strict=True):
+    figure, axes = _set_panels(table.models, sets, row_height=0.38)
+    for axis, name in zip(axes, sets, strict=True):
         values = [100 * table.value(model, name) for model in table.models]
         errors = [100 * table.error(model, name) or math.nan for model in table.models]  # NaN: no whisker
         whiskers = {"color": INK, "ecolor": INK, "elinewidth": 1.2, "capsize": 3}
@@ -65,9 +75,10 @@ def accuracy_bars(table: AccuracyTable | Mapping[str, Any], *, fmt: Format = "sv
         for y, value in enumerate(values):
             if not math.isfinite(value):
                 axis.text(0, y, " not measured", color=SOFT, va="center", fontsize=8.5)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
+        most = 100 * max(filter(math.isfinite, ends), default=1.0) or 1.0
+        axis.set_xticks([tick for tick in MaxNLocator(4).tick_values(0, most) if tick <= 100])
         axis.spines["bottom"].set_visible(False)
-        axis.set_xlim(0, 118 * max(filter(math.isfinite, ends), default=1.0) or 1)
+        axis.set_xlim(0, 1.18 * most)  # with the numbers at the ends of the bars
     return figure_bytes(figure, fmt)
 
 
@@ -83,7 +94,9 @@ def seeds_errorbars(rows: Sequence[Mapping[str, Any]], *, fmt: Format = "svg") -
         for y, (arm, row) in enumerate(cells.items()):
             if name in row:
                 draw_seeds(axis, y, row[name], paint[arm])
-        axis.margins(x=0.12)
+        low, high = (min(max(end / 100, 0.0), 1.0) for end in axis.dataLim.intervalx)
+        axis.set_xlim(*(100 * end for end in drawn_range(low, high, share=True)))
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     return figure_bytes(figure, fmt)
 
 
@@ -182,10 +195,14 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     if described.log and values and min(values) > 0 and max(values) / min(values) > 20:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
     else:
+        low, high = axis.dataLim.intervaly if values else (0.0, 1.0)
+        if described.is_share:  # error bars and bands may reach beyond what a share can be
+            low, high = min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)
+        axis.set_ylim(*drawn_range(low, high, share=described.is_share))
         axis.yaxis.set_major_locator(MaxNLocator(4))
-        axis.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axis.yaxis.set_major_formatter(PlainFormatter(share=described.is_share))
     axis.yaxis.grid(True)
     label_line_ends(axis, ends)
 

@@ -92,7 +92,7 @@ def metric(key: str) -> Metric:
     if key in METRICS:
         return METRICS[key]
     if key.startswith("accuracy_"):
-        return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "held-out problems", better=1)
+        return Metric(f"{key.removeprefix('accuracy_').capitalize()} accuracy", "share of held-out problems", better=1)
     return Metric(key.replace("_", " ").capitalize())
 
 

@@ -85,7 +85,8 @@ class StopRequest:
     def _stop_with(self, number: int, cause: str) -> None:
         self.signal = number
         if os.environ.get("RANK", "0") == "0":
-            log.warning(f"{cause}: the step under way is finished and saved first")
+            again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+            log.warning(f"{cause}: the step under way is finished and saved first{again}")
 
     def _watch(self) -> None:
         while True:

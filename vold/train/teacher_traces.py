@@ -34,6 +34,8 @@ def generate_traces(config: TracesConfig, *, resume: bool = False) -> None:
     prompts = _load_prompts(config.data, config.prompt, config.teacher)
     if job.is_writer and prompts.problems_skipped:
         log.info("\n".join(prompts.problems_skipped))
+    sampled = f"{len(prompts.unique)} prompts · teacher {config.teacher} · sampled by {config.engine}"
+    job.log.say(f"{config.run_dir}: {sampled}, {job.world_size} process{'es' * (job.world_size > 1)} · {config.dtype}")
     directory, size = config.run_dir / "traces", config.prompts_per_shard
     shards = [
         TraceShard(
@@ -59,6 +61,7 @@ def generate_traces(config: TracesConfig, *, resume: bool = False) -> None:
     progress.wait_for_all(config.timeout_seconds)
     if job.is_writer:
         _write_card(directory, _card(config, shards, prompts), tuple(shards[0].counts()))
+    job.log.say(f"finished: {directory}; to train on it: vold sft with data.path={directory} data.layout=traces")
     job.log.close()
 
 

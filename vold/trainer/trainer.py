@@ -23,7 +23,7 @@ from torch import Tensor
 from vold.config.schema import AdapterConfig, OptimizerConfig, VisionConfig
 from vold.data.packing import Replicas
 from vold.models.architecture import Architecture
-from vold.models.flops import segment_flops, training_flops
+from vold.models.flops import idle_head_flops, segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
 from vold.models.weights import backward_of, check_rates, export_adapters, export_weights, load_chunks
 from vold.objectives import Objective
@@ -255,10 +255,10 @@ class Trainer:
 
     def _useful_flops(self, batch: Batch) -> float:
         """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
-        arch = self.chunks[0].arch
-        return sum(
-            training_flops(arch, micro.tokens, self._backward) for micro in batch.micro_batches if micro.sample_B
-        )
+        arch, counted = self.chunks[0].arch, [micro for micro in batch.micro_batches if micro.sample_B]
+        without_target = sum(micro.tokens.input_ids_T.numel() - micro.target_N.numel() for micro in counted)
+        flops = sum(training_flops(arch, micro.tokens, self._backward) for micro in counted)
+        return flops - idle_head_flops(arch, without_target, self._backward)
 
     @property
     def replicas(self) -> Replicas:

@@ -110,7 +110,7 @@ class SelfplayPhaseConfig(Strict):
     """Sampling."""
     objective: ObjectiveConfig = ObjectiveConfig(preset="grpo")
     """Method; preset grpo when left out."""
-    save_every: NonNegative = 0
+    save_every: NonNegative = 10
     """Steps between checkpoints; 0: only the last step."""
 
 

@@ -106,7 +106,7 @@ class TrainConfig(RunConfig):
     """Optimizer steps (rl: steps of rollouts; minibatches updates each)."""
     microbatch_tokens: Positive = 16384
     """Packed tokens of one forward and backward pass on a rank."""
-    save_every: NonNegative = 0
+    save_every: NonNegative = 10
     """Steps between checkpoints; 0: only the last step, which is always saved."""
     save_async: bool = False
     """Continue training while a checkpoint is written; its state is held in host memory meanwhile."""
@@ -141,6 +141,8 @@ class SftConfig(TrainConfig):
 
     batch_size: Positive = 256
     """Sequences per step, over all ranks."""
+    save_every: NonNegative = 100
+    """Steps between checkpoints; 0: only the last step, which is always saved."""
     max_tokens: Positive = 8192
     """Tokens of the longest sequence; longer ones are left out."""
     pair_with: Path | None = None

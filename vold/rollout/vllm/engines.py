@@ -244,7 +244,9 @@ class ColocatedEngine:
             try:
                 from vllm import LLM
             except ImportError as error:
-                raise ValueError(f"engine = 'vllm' needs vLLM here: pip install 'vold[vllm]' ({error})") from None
+                raise ValueError(
+                    f"engine = 'vllm' needs vLLM here: pip install -c constraints-vllm.txt -e '.[vllm]' ({error})"
+                ) from None
             self._llm = LLM(
                 **engine_options(checkpoint, settings, str(dtype).removeprefix("torch."), adapter),
                 # Several ranks: each has its own engine in the trainer's process group.

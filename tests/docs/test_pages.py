@@ -80,3 +80,45 @@ def test_without_a_verb_it_lists_them(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert end.value.code == 2 and "prepare-student" in printed.out
     assert printed.err == "vold: a verb is missing; see vold --help\n"
+
+
+LAUNCHERS = re.compile(r"^(?:docker|sbatch|sky) .*(?:\\\n.*)*", re.MULTILINE)
+TASKS = (
+    *(
+        "install",
+        "quickstart",
+        "recipe",
+        "images",
+        "your-own-data",
+        "rewards",
+        "plan",
+        "one-gpu",
+        "scale-out",
+        "rollouts",
+    ),
+    *("teachers", "methods", "selfplay", "evaluation", "report", "speed", "gpu", "troubleshooting", "results"),
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_page_says_what_you_need_what_you_type_and_what_you_see(name):
+    text = " ".join((ROOT / "docs" / f"{name}.md").read_text().split()).lower()
+    for part in ("you need", "you type", "see"):
+        assert part in text
+    assert text.index("you need") < text.index("you type")
+
+
+def test_launch_commands_of_pages_are_those_of_the_files():
+    """docker, sbatch and sky, which no test can run, stand in the head of the file that they start, word by word."""
+    heads = "\n".join(
+        (ROOT / name).read_text()
+        for name in ("Dockerfile", "configs/launch/slurm.sbatch", "configs/launch/skypilot.yaml")
+    )
+    known = {" ".join(command.replace("\\", " ").split()) for command in LAUNCHERS.findall(heads.replace("#   ", ""))}
+    known = {command.replace("# ", "") for command in known}
+    shown = [
+        " ".join(command.replace("\\", " ").split())
+        for page in PAGES
+        for command in LAUNCHERS.findall(page.read_text())
+    ]
+    assert len(shown) >= 5 and set(shown) <= known

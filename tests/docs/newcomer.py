@@ -102,7 +102,7 @@ ROWS: list[Row] = [
         "GRPO on prompts without answers",
         "blocked",
         "refused before a model is loaded",
-        "has no answer",
+        "no answer to grade by",
         "messages",
         PROMPT,
         overrides=("objective.preset=grpo",),

@@ -91,7 +91,7 @@ def test_compared_runs_end_with_a_standard_error_and_only_a_clear_lead_is_bold()
     assert [cell.text for cell in rows["Reward"]] == ["0.400 ± 0.015", "0.350 ± 0.015"]
     assert [cell.steps for cell in rows["Reward"]] == ["last 2 steps"] * 2
     assert [cell.best for cell in rows["Reward"]] == [True, False]
-    assert [cell.text for cell in rows["Text accuracy"]] == ["0.500 ± 0.040", "0.450 ± 0.040"]
+    assert [cell.text for cell in rows["Text accuracy"]] == ["50.0 ± 4.0 %", "45.0 ± 4.0 %"]
     assert not any(cell.best for cell in rows["Text accuracy"])
     assert rows["Entropy"][1] is None and not rows["Entropy"][0].best
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,17 +56,25 @@ def curve_keys(runs: Sequence[RunRecord]) -> list[str]:
 def end_values(run: RunRecord, key: str) -> list[str]:
     """A metric at the beginning and at the end of a run, as text: means of its first and last tenth, or its first and
     last evaluation with their standard errors. One text where there is one value alone; [] where none was logged."""
-    ends = [end for at in (0, -1) if (end := _end(run, key, at))][: len(run.finite(key))]
+    ends = _ends(run, key)
     is_evaluation = key.startswith("accuracy_")
-    return [_text(mean, error if is_evaluation else math.nan, metric(key)) for mean, error, _ in ends]
+    return [_text(mean, error if is_evaluation else math.nan, metric(key)) for mean, error in ends]
 
 
 def difference_over_run(run: RunRecord, key: str) -> Difference | None:
     """The end minus the beginning, as in `end_values`; None where there are not two values."""
-    if len(run.finite(key)) < 2:
+    ends = _ends(run, key)
+    if len(ends) < 2:
         return None
-    (first, first_error, _), (last, last_error, _) = (_end(run, key, at) for at in (0, -1))
+    (first, first_error), (last, last_error) = ends
     return Difference(last - first, math.hypot(first_error, last_error))
+
+
+def _ends(run: RunRecord, key: str) -> list[tuple[float, float]]:
+    """(mean, standard error) of a metric's first and last tenth, or first and last evaluation; fewer of fewer values."""
+    half = len(run.finite(key)) // 2
+    ends = [end for at in (0, -1) if (end := _end(run, key, at, most=max(half, 1)))]
+    return [(mean, error) for mean, error, _ in ends][: len(run.finite(key))]
 
 
 def _side_by_side(runs: Sequence[RunRecord], rows_of: Callable[[Sequence[RunRecord]], list]) -> list[Comparison]:
@@ -100,9 +109,9 @@ def _end_values(runs: Sequence[RunRecord], key: str) -> list[EndValue | None]:
     return [cells.get(run.name) for run in runs]
 
 
-def _end(run: RunRecord, key: str, at: int = -1) -> tuple[float, float, str] | None:
+def _end(run: RunRecord, key: str, at: int = -1, most: int = sys.maxsize) -> tuple[float, float, str] | None:
     """Mean, standard error, and their steps: the last tenth, steps taken as independent, or the last evaluation with
-    its own error. at: 0: the first tenth, or the first evaluation."""
+    its own error. at: 0: the first tenth, or the first evaluation. most: steps of a tenth, at least 2 else."""
     logged = run.finite(key)
     if not logged:
         return None
@@ -110,7 +119,7 @@ def _end(run: RunRecord, key: str, at: int = -1) -> tuple[float, float, str] | N
         step, value = logged[at]
         errors = dict(run.finite(f"stderr_{key.removeprefix('accuracy_')}"))
         return value, errors.get(step, math.nan), f"step {step:g}"
-    n = max(2, round(END * len(logged)))
+    n = min(max(2, round(END * len(logged))), most)
     values = Mean(tuple(value for _, value in (logged[-n:] if at else logged[:n])))
     n = len(values.values)
     return values.value, values.stderr, f"last {n} steps" if n > 1 else "1 step"

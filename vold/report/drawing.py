@@ -85,7 +85,7 @@ def tick_texts(values: Sequence[float], *, share: bool = False) -> list[str]:
         close = 1e-3 * (step or largest)
         digits = next((d for d in range(8) if all(abs(round(n, d) - n) <= close for n in numbers)), 8)
         texts = [f"{number:,.{digits}f}" for number in numbers]
-    plain = ["0" if not number else text.replace("-", "−") for text, number in zip(texts, numbers, strict=True)]
+    plain = ["0" if not number else re.sub(r"^-", "−", text) for text, number in zip(texts, numbers, strict=True)]
     return [f"{text} %" for text in plain] if share else plain
 
 

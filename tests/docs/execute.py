@@ -101,6 +101,7 @@ def outcome_of(program: Callable[[], object]) -> tuple[int, str, str]:
             return end.code or 0, out.getvalue(), error.getvalue()
         except BaseException:  # what the interpreter would print
             return 1, out.getvalue(), error.getvalue() + traceback.format_exc()
+    return 0, out.getvalue(), error.getvalue()
 
 
 class FreshOutputs:

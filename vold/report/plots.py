@@ -188,7 +188,7 @@ def _draw_panel(axis: Axes, runs: Sequence[RunRecord], key: str) -> None:
     for name, group in group_by(logged, lambda run: arm_of(run.name) if "/" in run.name else run.name).items():
         colour = paint[group[0].name]
         draw = _draw_arm if len(group) > 1 else _draw_run
-        ends.append((*draw(axis, group, key, colour), short_label(name), colour))
+        ends.append((*draw(axis, group, key, colour), short_label(name, 14), colour))
     values = [value for run in logged for _, value in run.finite(key)]
     set_panel_title(axis, described.label, described.unit)
     axis.set_xlabel("step")

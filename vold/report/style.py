@@ -112,9 +112,9 @@ def label(name: str) -> str:
     return name.upper() if name in _ACRONYMS else name
 
 
-def short_label(name: str) -> str:
+def short_label(name: str, most: int = 24) -> str:
     """A label that leaves enough space for a figure."""
-    return label(name) if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"
+    return label(name) if len(name) <= most else f"{name[: most // 2]}…{name[2 - most // 2 :]}"
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -51,9 +51,8 @@ def name(command: Command) -> str:
 
 RUN = [command for command in COMMANDS if not only_read(command)]
 BLOCKS = python_blocks()
-WRITTEN = {
-    command.vold[2] for command in COMMANDS if command.vold and command.vold[0] == "init" and len(command.vold) > 2
-}
+INITS = [command.vold for command in COMMANDS if command.vold and command.vold[0] == "init"]
+WRITTEN = {arguments[2] for arguments in INITS if len(arguments) > 2}
 
 
 @pytest.fixture(scope="session")

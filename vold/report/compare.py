@@ -71,7 +71,7 @@ def difference_over_run(run: RunRecord, key: str) -> Difference | None:
 
 
 def _ends(run: RunRecord, key: str) -> list[tuple[float, float]]:
-    """(mean, standard error) of a metric's first and last tenth, or first and last evaluation; fewer of fewer values."""
+    """(mean, standard error) of a metric's first and last tenth, or first and last evaluation; one of one value."""
     half = len(run.finite(key)) // 2
     ends = [end for at in (0, -1) if (end := _end(run, key, at, most=max(half, 1)))]
     return [(mean, error) for mean, error, _ in ends][: len(run.finite(key))]

@@ -280,6 +280,11 @@ def _parallel_flags(layout: Layout) -> dict:
 
 
 def _check_divides(arch: Architecture, layout: Layout) -> None:
+    if layout.experts.ep * layout.experts.etp > 1:
+        raise ValueError(
+            f"ep={layout.experts.ep} etp={layout.experts.etp} divide a mixture's experts and {arch.model_type} has "
+            "none: leave both out"
+        )
     sizes = {"heads": arch.heads, "kv_heads": arch.kv_heads, "ffn": arch.ffn, "vocab": arch.vocab}
     for name, size in sizes.items():
         if size % layout.tp:

@@ -40,12 +40,29 @@ class LaunchEnvironment:
 
 
 @dataclass(frozen=True)
+class ExpertLayout:
+    """The division of a mixture's experts among the ranks of a pipeline stage: different experts (ep), parts of each
+    expert (etp), copies (dp); a rank's numbers and groups in each. Other weights are divided as Layout says."""
+
+    ep: int
+    etp: int
+    dp: int
+    ep_rank: int
+    etp_rank: int
+    dp_rank: int
+    ep_group: ProcessGroup
+    etp_group: ProcessGroup
+    dp_group: ProcessGroup
+
+
+@dataclass(frozen=True)
 class Layout:
     """The division of the world: tensor (tp), pipeline (pp) and data (dp) parallel sizes, this rank's numbers, groups.
 
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
     distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, swiglu, selective or full
     deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
+    experts  the division of a mixture's experts
     """
 
     tp: int
@@ -57,6 +74,7 @@ class Layout:
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    experts: ExpertLayout
     device: torch.device
     vpp: int | None = None
     sp: bool = False
@@ -91,6 +109,8 @@ def initialise(
     seed: int,
     vpp: int | None = None,
     sp: bool = False,
+    ep: int = 1,
+    etp: int = 1,
     distributed_optimizer: bool = False,
     recompute: str = "none",
     deterministic: bool = False,
@@ -105,13 +125,14 @@ def initialise(
     """
     launch = LaunchEnvironment.from_environment()
     _check_sizes(launch.world, tp, pp, vpp, sp)
+    _check_expert_sizes(launch.world, pp, ep, etp)
     if tp > 1:  # Megatron requires it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if launch.device.type == "cuda":
         _fix_order_of_sums(deterministic)
     cpu.install()
     _start_world(launch, timeout_seconds)
-    _build_groups(tp, pp, vpp, timeout_seconds)
+    _build_groups(tp, pp, vpp, (ep, etp), timeout_seconds)
     _seed(seed)
     choices = {"distributed_optimizer": distributed_optimizer, "recompute": recompute, "deterministic": deterministic}
     choices["offload_activations"] = offload_activations
@@ -119,17 +140,27 @@ def initialise(
 
 
 def fake_layout(
-    rank: int, world: int, *, tp: int, pp: int, vpp: int | None = None, sp: bool = False, **choices
+    rank: int,
+    world: int,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None = None,
+    sp: bool = False,
+    ep: int = 1,
+    etp: int = 1,
+    **choices,
 ) -> Layout:
     """The layout of one rank in a world that does not exist, whose groups send nothing: for shapes on the meta device,
     in a process without a visible GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _check_sizes(world, tp, pp, vpp, sp)
+    _check_expert_sizes(world, pp, ep, etp)
     shutdown()
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    _build_groups(tp, pp, vpp)
+    _build_groups(tp, pp, vpp, (ep, etp))
     _seed_megatron(0)  # its layers look up generators by name
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
@@ -156,6 +187,16 @@ def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> Non
         raise ValueError(f"vpp={vpp} needs pp of at least 2 and at least 2 stages a rank, got pp={pp}: leave vpp unset")
     if sp and tp == 1:
         raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
+
+
+def _check_expert_sizes(world: int, pp: int, ep: int, etp: int) -> None:
+    if ep < 1 or etp < 1:
+        raise ValueError(f"parallel sizes must be at least 1, got ep={ep} etp={etp}: set the wrong one to 1")
+    if world // pp % (ep * etp):
+        raise ValueError(
+            f"ep={ep} x etp={etp} = {ep * etp} does not divide the {world // pp} processes of a pipeline stage: "
+            "lower ep or etp, or start more processes"
+        )
 
 
 def _fix_order_of_sums(deterministic: bool) -> None:
@@ -216,7 +257,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float = 1800.0) -> None:
+def _build_groups(
+    tp: int, pp: int, vpp: int | None, experts: tuple[int, int], timeout_seconds: float = 1800.0
+) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
@@ -224,14 +267,17 @@ def _build_groups(tp: int, pp: int, vpp: int | None, timeout_seconds: float = 18
             mpu.get_tensor_model_parallel_world_size(),
             mpu.get_pipeline_model_parallel_world_size(),
             mpu.get_virtual_pipeline_model_parallel_world_size(),
+            (mpu.get_expert_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()),
         )
-        if sizes == (tp, pp, vpp):
+        if sizes == (tp, pp, vpp, experts):
             return
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=experts[0],
+        expert_tensor_parallel_size=experts[1],
         distributed_timeout_minutes=timeout_seconds / 60,
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
@@ -263,6 +309,23 @@ def _layout(device: torch.device, **choices) -> Layout:
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
+        experts=_expert_layout(),
         device=device,
         **choices,
+    )
+
+
+def _expert_layout() -> ExpertLayout:
+    from megatron.core import parallel_state as mpu
+
+    return ExpertLayout(
+        ep=mpu.get_expert_model_parallel_world_size(),
+        etp=mpu.get_expert_tensor_parallel_world_size(),
+        dp=mpu.get_expert_data_parallel_world_size(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        etp_rank=mpu.get_expert_tensor_parallel_rank(),
+        dp_rank=mpu.get_expert_data_parallel_rank(),
+        ep_group=mpu.get_expert_model_parallel_group(),
+        etp_group=mpu.get_expert_tensor_parallel_group(),
+        dp_group=mpu.get_expert_data_parallel_group(),
     )

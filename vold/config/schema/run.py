@@ -36,6 +36,11 @@ class ParallelConfig(Strict):
     """Interleaved pipeline: stages that each rank holds."""
     sp: bool = False
     """Sequence parallel: norms and residuals divided over the tp ranks too."""
+    ep: Positive = 1
+    """Expert parallel: ranks of a pipeline stage that each hold other experts of a mixture; it may span tp and data
+    parallel ranks."""
+    etp: Positive = 1
+    """Ranks that share each expert, as tp does other layers."""
     distributed_optimizer: bool = False
     """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
     recompute: Literal["none", "swiglu", "selective", "full"] = "none"

@@ -44,6 +44,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from vold.config.schema import AdapterConfig, OptimizerConfig
@@ -59,8 +61,8 @@ from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
-# of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4; of a Qwen2 with adapters
-HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-lora")
+# of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4; of a Qwen2 with adapters; of a mixture of experts
+HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-lora", "untied-qwen3moe")
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -83,6 +85,8 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     sp: bool = False
+    ep: int = 1
+    etp: int = 1
     distributed_optimizer: bool = False
 
 
@@ -100,6 +104,24 @@ LAYOUTS = {
     "dp2+distopt": Layout(2, distributed_optimizer=True),
     "tp2-pp2-dp2+sp+distopt": Layout(8, tp=2, pp=2, sp=True, distributed_optimizer=True),
 }
+# Of a mixture of experts, instead of these; ep and etp divide the ranks of a stage anew. In the second one each tp rank
+# has all experts: their gradients add up over tp.
+EXPERT_LAYOUTS = {
+    "ep2": Layout(2, ep=2),
+    "tp2+sp": Layout(2, tp=2, sp=True),
+    "tp2-etp2+sp": Layout(2, tp=2, sp=True, etp=2),
+    "tp2-ep2+sp": Layout(2, tp=2, sp=True, ep=2),
+    "pp2-ep2": Layout(4, pp=2, ep=2),
+    "pp2-vpp2-ep2": Layout(4, pp=2, vpp=2, ep=2),
+    "dp2-ep2+distopt": Layout(4, ep=2, distributed_optimizer=True),
+    "tp2-dp2-ep2-etp2+sp": Layout(4, tp=2, sp=True, ep=2, etp=2),
+    "tp2-pp2-dp2-ep2+sp+distopt": Layout(8, tp=2, pp=2, sp=True, ep=2, distributed_optimizer=True),
+}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
+
+
+def layouts_of(head: str) -> dict[str, Layout]:
+    return EXPERT_LAYOUTS if head.endswith("moe") else LAYOUTS
 
 
 # The problem ---------------------------------------------------------------------------------------------------------
@@ -109,16 +131,19 @@ STUDENTS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
+    "qwen3moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+MIXTURE |= {"num_hidden_layers": 4}
 
 
 def student(head: str) -> PreTrainedModel:
     config_class, model_class = STUDENTS.get(head.split("-")[-1], (Qwen2Config, Qwen2ForCausalLM))
+    settings = {"num_hidden_layers": 8, **(MIXTURE if head.endswith("moe") else {})}
     config = config_class(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -126,6 +151,7 @@ def student(head: str) -> PreTrainedModel:
         tie_word_embeddings=not head.startswith("untied"),
         pad_token_id=None,
         sliding_window=None,
+        **settings,
     )
     return _perturbed(model_class, config, seed=0)
 
@@ -311,9 +337,10 @@ def measure(names: Sequence[str], heads: Sequence[str], folder: Path) -> Iterato
         run_world(1, train_transformers, models, folder / "transformers")
         run_world(1, train_vold, Layout(), models, folder / "one process")
         yield _row("one process", Layout(), head, folder, ["transformers"])
-        for name in names:
-            run_world(LAYOUTS[name].world, train_vold, LAYOUTS[name], models, folder / name)
-            yield _row(name, LAYOUTS[name], head, folder, REFERENCES)
+        for name, layout in layouts_of(head).items():
+            if name in names:
+                run_world(layout.world, train_vold, layout, models, folder / name)
+                yield _row(name, layout, head, folder, REFERENCES)
 
 
 def _row(name: str, layout: Layout, head: str, folder: Path, references: Sequence[str]) -> dict[str, str]:
@@ -377,7 +404,7 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=ALL_LAYOUTS, default=list(ALL_LAYOUTS))
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -116,7 +116,7 @@ def plan(tokens: int, sequences: int, scale: float, dtype: torch.dtype) -> dict:
         train = training_peak(chunks, packed, losses, micro_batches=1, device="cuda")
     finally:
         shutdown()
-    update = update_bytes(sum(counts), max(counts), layout, "cuda")
+    update = update_bytes(sum(counts), max(counts), "cuda")
     resident = sum(training_state_bytes(sum(counts), layout, dtype).values())
     return {
         "resident": resident,

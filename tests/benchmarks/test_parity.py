@@ -9,9 +9,11 @@ import pytest
 LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
 
 LORA = ("tp2+sp", "pp2-dp2", "dp2+distopt")
+MIXTURE = ("pp2-vpp2-ep2", "tp2-dp2-ep2-etp2+sp")
+CASES = [("tied", LAYOUTS), ("tied-llama", ("tp2-pp2",)), ("tied-lora", LORA), ("untied-qwen3moe", MIXTURE)]
 
 
-@pytest.mark.parametrize(("head", "layouts"), [("tied", LAYOUTS), ("tied-llama", ("tp2-pp2",)), ("tied-lora", LORA)])
+@pytest.mark.parametrize(("head", "layouts"), CASES)
 def test_layouts_equal_one_process_and_transformers(head, layouts, torchrun, tmp_path):
     arguments = ("--layouts", *layouts, "--heads", head, "--out", tmp_path)
     run = torchrun(1, "-m", "benchmarks.parity", *arguments)

@@ -6,6 +6,7 @@ WRITE=1 python -m pytest tests/models/test_families.py      rewrites the table
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,36 @@ from transformers import AutoConfig
 
 from support import tiny
 from vold.config.schema import AdapterConfig
+from vold.models.adapters import PROJECTIONS
 from vold.models.architecture import Architecture
+from vold.models.checkpoint_dir import short_name
 from vold.models.families import FAMILIES, Family
 from vold.models.flops import language_model_parameters
+from vold.models.joined import parts_of
 from vold.models.language_model import build_language_model
 from vold.models.positions import MODEL_CLASSES
-from vold.models.vision import TOWERS
-from vold.models.weights import export_weights, load_pretrained
+from vold.models.vision import TOWERS, tower_tensors
+from vold.models.weights import (
+    LAYER,
+    CheckpointReader,
+    export_weights,
+    is_adapter,
+    layer_rules,
+    load_pretrained,
+    named_rules,
+    text_tensors,
+    weight_groups,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 MARK = "<!-- the table is written by tests/models/test_families.py -->\n"
 FEATURES = {
     "Trained": lambda family: True,
     "Teaches in the trainer": lambda family: True,
+    "Samples in vLLM": lambda family: True,
     "Teaches by server": lambda family: True,
     "LoRA": lambda family: family.adapters,
-    "Expert parallelism": lambda family: False,
+    "Expert parallelism": lambda family: family.experts,
     "Context parallelism": lambda family: False,
     "Images": lambda family: family.vision is not None,
     "Starts from GGUF": lambda family: family.gguf is not None,
@@ -56,6 +71,33 @@ def test_every_family_is_among_those_that_the_tests_compare_with_transformers():
     assert None not in (*TOWERS.values(), *MODEL_CLASSES.values()), "a class that transformers does not have"
     for name in FAMILIES:
         assert AutoConfig.for_model(name).model_type == name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rules_cover_a_familys_layers_and_its_files_exactly(name, tmp_path, layout):
+    """Loading, export, shards, sync and checks go over the rules; a parameter or tensor without one would be lost."""
+    reference = tiny.FAMILIES[name]()
+    arch = Architecture.from_pretrained(tiny.save(reference, tmp_path / "c"))
+    model = build_language_model(arch, layout, torch.float32)
+    assert {match[2] for n, _ in model.named_parameters() if (match := LAYER.fullmatch(n))} == layer_rules(arch).keys()
+    names = {short_name(n) for n in reference.state_dict() if "visual." not in n}
+    parts = {n: [*parts_of(n, arch)] or [n] for n in names}
+    assert {part for n in names for part in parts[n]} | {"lm_head.weight"} == text_tensors(arch)
+    assert len({*chain(*weight_groups(arch))} - set(tower_tensors(arch))) == len(text_tensors(arch)) - arch.tied
+    with CheckpointReader(tmp_path / "c") as reader:
+        reader.check_names(arch)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.adapters])
+def test_adapters_have_the_projections_of_a_family_that_peft_adapts(name, layout):
+    reference = tiny.FAMILIES[name]()
+    arch = Architecture.from_config(reference.config)
+    targets = ("qkv", "proj") if arch.mixture else tuple(PROJECTIONS)
+    model = build_language_model(arch, layout, torch.float32, adapter=AdapterConfig(rank=4, targets=targets))
+    adapted = {rule.names[0].split(".lora_")[0] for _, _, rule in named_rules(model) if is_adapter(rule)}
+    modules = {n for n, m in reference.named_modules() if isinstance(m, torch.nn.Linear) and "visual." not in n}
+    projections = {x for target in targets for x in PROJECTIONS[target]}
+    assert adapted == {short_name(n) for n in modules if n.split(".")[-1] in projections}
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.joined])

@@ -51,6 +51,8 @@ def test_initialising_again_keeps_the_groups_and_reseeds(layout):
         (dict(tp=0, pp=1), "at least 1, got tp=0"),
         (dict(tp=1, pp=1, vpp=2), "vpp=2 needs pp of at least 2"),
         (dict(tp=1, pp=1, sp=True), "needs tp of at least 2"),
+        (dict(ep=2), "ep=2 x etp=1 = 2 does not divide the 1 processes of a pipeline stage"),
+        (dict(ep=0), "at least 1, got ep=0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(sizes, message):

@@ -21,8 +21,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from vold.models.architecture import Architecture
@@ -30,7 +34,8 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.images import image_grids
 from vold.models.joined import parts_of
 from vold.models.positions import expand_image_tokens, mrope_positions, text_positions
-from vold.models.weights import join_pieces, named_rules
+from vold.models.weights import Rule, join_pieces, named_rules, sharing_of
+from vold.parallel.launch import Layout
 from vold.types import PackedTokens, Picture
 
 VOCAB = 128
@@ -138,14 +143,33 @@ def phi3(tied: bool = True, **changes) -> Phi3ForCausalLM:
     return perturbed(Phi3ForCausalLM, config)
 
 
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+def qwen3_moe(tied: bool = False, **changes) -> Qwen3MoeForCausalLM:
+    text = {**TEXT, **MIXTURE, "head_dim": 32, "rope_parameters": ROPE, "tie_word_embeddings": tied}
+    return perturbed(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**text, **changes}))
+
+
+def qwen3_vl_moe(tied: bool = False, **changes) -> Qwen3VLMoeForConditionalGeneration:
+    """Four layers, as qwen3_vl."""
+    rope = {**ROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {**TEXT, **MIXTURE, "num_hidden_layers": 4, "head_dim": 32, "rope_parameters": rope, **changes}
+    vision = dict(VISION_QWEN3)
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **SPECIAL_IDS)
+    return perturbed(Qwen3VLMoeForConditionalGeneration, config)
+
+
 FAMILIES = {
     "llama": llama,
     "mistral": mistral,
     "phi3": phi3,
     "qwen3": qwen3,
     "qwen2": qwen2,
+    "qwen3_moe": qwen3_moe,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
 }
 
 
@@ -199,15 +223,29 @@ def worst_gradient_error(model, reference) -> tuple[float, str]:
     """Largest difference to transformers' gradients, relative to each parameter's largest one, and its name."""
     expected = {short_name(name): p.grad for name, p in reference.named_parameters()}
     for name in list(expected):
-        expected |= {part: expected[name][at : at + rows] for part, at, rows in parts_of(name, model.arch)}
+        expected |= {part: rows_of(_Stored(expected[name]))[:] for part, rows_of in parts_of(name, model.arch).items()}
     worst = (0.0, "")
     for name, parameter, rule in named_rules(model):
-        pieces = [_tp_share(expected[short], rule.split, model.layout) for short in rule.names]
+        pieces = [_share(expected[short], rule, model.layout) for short in rule.names]
         wanted = join_pieces(rule, pieces, model.arch)
         error = (parameter.grad - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)
         worst = max(worst, (error.item(), name))
     return worst
 
 
-def _tp_share(tensor: Tensor, split: int | None, layout) -> Tensor:
-    return tensor if split is None else tensor.chunk(layout.tp, split)[layout.tp_rank]
+def _share(tensor: Tensor, rule: Rule, layout: Layout) -> Tensor:
+    sharing = sharing_of(rule, layout)
+    return tensor if rule.split is None else tensor.chunk(sharing.ranks, rule.split)[sharing.rank]
+
+
+class _Stored:
+    """A tensor as a safetensors slice."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return [*self._tensor.shape]
+
+    def __getitem__(self, index) -> Tensor:
+        return self._tensor[index]

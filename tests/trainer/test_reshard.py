@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import resharding
@@ -21,6 +22,11 @@ CHAIN = [  # world, layout; every change of tp, pp, vpp, dp and of the optimizer
     (4, dict(tp=2, distributed_optimizer=True)),
     (1, dict()),
 ]
+MIXTURE_CHAIN = [
+    (2, dict(ep=2)),
+    (4, dict(tp=2, sp=True, ep=2, etp=2, distributed_optimizer=True)),
+    (2, dict(pp=2)),
+]
 
 
 def whole_tensors(path) -> dict[str, torch.Tensor]:
@@ -36,15 +42,16 @@ def whole_tensors(path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype", "tolerance", "chain", "adapter"),
+    ("model", "dtype", "tolerance", "chain", "adapter"),
     [
-        (True, "float32", 1e-6, CHAIN, None),
-        (False, "bfloat16", 1e-2, CHAIN[2:], None),
-        (True, "bfloat16", 1e-2, CHAIN[::2], AdapterConfig(rank=3)),
+        (tiny.qwen3, "float32", 1e-6, CHAIN, None),
+        (partial(tiny.qwen3, tied=False), "bfloat16", 1e-2, CHAIN[2:], None),
+        (tiny.qwen3, "bfloat16", 1e-2, CHAIN[::2], AdapterConfig(rank=3)),
+        (tiny.qwen3_moe, "float32", 1e-6, MIXTURE_CHAIN, None),
     ],
 )
-def test_a_chain_of_layouts(tied, dtype, tolerance, chain, adapter, tmp_path):
-    student = tiny.save(tiny.qwen3(tied=tied, num_hidden_layers=4), tmp_path / "student")
+def test_a_chain_of_layouts(model, dtype, tolerance, chain, adapter, tmp_path):
+    student = tiny.save(model(num_hidden_layers=4), tmp_path / "student")
     run_dir = tmp_path / "run"
     for step, (world, layout) in enumerate(chain):
         ranks.run(world, resharding.link, student, layout, dtype, run_dir, step, adapter, logs=tmp_path / f"{step}")

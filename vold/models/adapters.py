@@ -166,7 +166,11 @@ VISUAL = ("merger", "tower")
 
 def check_targets(arch: Architecture, config: AdapterConfig) -> None:
     """Raises ValueError for an architecture that takes no adapters, or not those of config.targets."""
-    check_adapters(arch)
+    check_adapters(arch, config.targets)
+    if arch.mixture is not None and config.base_bits is not None:
+        raise ValueError(
+            f"adapter.base_bits = {config.base_bits} would leave the experts of {arch.model_type} as they are; leave it out"
+        )
     visual = [target for target in config.targets if target in VISUAL]
     if visual and arch.vision is None:
         raise ValueError(f"adapter.targets has {visual[0]}, but the student ({arch.model_type}) reads text only")

@@ -6,6 +6,7 @@ layers here do not compute is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,16 +47,33 @@ class VisionArchitecture:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A layer's mixture of experts.
+
+    experts     their number
+    per_token   those that a token goes to
+    ffn         feed-forward width of one
+    normalised  the weights of a token's experts add up to 1
+    """
+
+    experts: int
+    per_token: int
+    ffn: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The shape of one model.
 
-    ffn                feed-forward width
+    ffn                feed-forward width; of one expert in a mixture
     vocab              rows of embedding and head, padding included
     rope_frequencies   radians a position of each of the head_dim / 2 pairs, float32, scaled as rope_type says
     rope_factor        multiplies cosines and sines (YaRN's attention factor)
     mrope_section      numbers of rotary frequencies for (temporal, height, width) positions; all temporal for text
     mrope_interleaved  the axes alternate over the frequencies (t h w t h w ... t t) instead of following each other
     tied               embedding and head share their weights
+    mixture            the experts of each layer, or None for an MLP
     """
 
     model_type: str
@@ -77,6 +95,7 @@ class Architecture:
     qk_norm: bool
     max_positions: int
     vision: VisionArchitecture | None = None
+    mixture: Mixture | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path) -> Architecture:
@@ -96,6 +115,7 @@ class Architecture:
         family, text = FAMILIES[config.model_type], config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         _check_computed(config, text, origin)
+        mixture = _mixture(text, origin) if family.experts else None
         rope = _supported_rope(text, origin)
         frequencies, factor = _rope_frequencies(text, rope, head_dim, origin)
         return cls(
@@ -105,7 +125,7 @@ class Architecture:
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
             head_dim=head_dim,
-            ffn=text.intermediate_size,
+            ffn=text.intermediate_size if mixture is None else mixture.ffn,
             vocab=text.vocab_size,
             rms_eps=text.rms_norm_eps,
             rope_theta=float(rope["rope_theta"]),
@@ -118,6 +138,7 @@ class Architecture:
             qk_norm=family.qk_norm,
             max_positions=text.max_position_embeddings,
             vision=_vision_architecture(config),
+            mixture=mixture,
         )
 
     @property
@@ -162,6 +183,23 @@ def _check_computed(config: PretrainedConfig, text: PretrainedConfig, origin: st
         raise ValueError(f"{origin}: sliding-window attention is not supported: {fix}")
 
 
+def _mixture(text: PretrainedConfig, origin: str) -> Mixture:
+    """ValueError for a model whose layers are not all mixtures, and for numbers that make none."""
+    if text.decoder_sparse_step != 1 or text.mlp_only_layers:
+        name = "mlp_only_layers" if text.mlp_only_layers else "decoder_sparse_step"
+        value = getattr(text, name)
+        raise ValueError(
+            f"{origin}: {name} {value} is not supported: use a checkpoint whose layers are all mixtures of experts"
+        )
+    experts, per_token = text.num_experts, text.num_experts_per_tok
+    if not 1 <= per_token <= experts:
+        raise ValueError(f"{origin}: num_experts_per_tok {per_token} is no number of {experts} experts: correct it")
+    normalised = bool(getattr(text, "norm_topk_prob", True))
+    if "_vl_" in text.model_type and not normalised:  # transformers normalises there whatever the field says
+        raise ValueError(f"{origin}: norm_topk_prob False is not supported for {text.model_type}: set it to true")
+    return Mixture(experts, per_token, text.moe_intermediate_size, normalised)
+
+
 def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
     """Rope parameters; ValueError for what the layers here do not compute."""
     rope = text.rope_parameters
@@ -171,7 +209,7 @@ def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
         raise ValueError(
             f"{origin}: rope_type {rope_type!r} is not supported: use a checkpoint with one of {supported}"
         )
-    if text.model_type.endswith("_vl_text") and not rope.get("mrope_section"):
+    if "_vl_" in text.model_type and not rope.get("mrope_section"):
         raise ValueError(f"{origin}: rope parameters have no mrope_section: add the one of the original checkpoint")
     return rope
 
@@ -189,10 +227,16 @@ def _rope_frequencies(text: PretrainedConfig, rope: dict, head_dim: int, origin:
     return 1.0 / (float(rope["rope_theta"]) ** exponent), 1.0
 
 
-def check_adapters(arch: Architecture) -> None:
-    """Raises ValueError for an architecture whose files join projections: peft's adapter has one A for all of them."""
+def check_adapters(arch: Architecture, targets: Sequence[str] = ()) -> None:
+    """Raises ValueError for an architecture whose files join projections: peft's adapter has one A for all of them; and
+    for targets that would be experts."""
     if not arch.family.adapters:
         raise ValueError(f"adapter is not supported for {arch.model_type}: leave it out, or train another student")
+    experts = [target for target in targets if target in ("fc1", "fc2")]
+    if arch.mixture is not None and experts:
+        raise ValueError(
+            f"adapter.targets has {', '.join(experts)}, which {arch.model_type} has as experts: use qkv and proj"
+        )
 
 
 def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:
@@ -280,12 +324,10 @@ def _parallel_flags(layout: Layout) -> dict:
 
 
 def _check_divides(arch: Architecture, layout: Layout) -> None:
-    if layout.experts.ep * layout.experts.etp > 1:
-        raise ValueError(
-            f"ep={layout.experts.ep} etp={layout.experts.etp} divide a mixture's experts and {arch.model_type} has "
-            "none: leave both out"
-        )
-    sizes = {"heads": arch.heads, "kv_heads": arch.kv_heads, "ffn": arch.ffn, "vocab": arch.vocab}
+    if arch.mixture is not None:
+        _check_mixture_divides(arch.mixture, layout)
+    sizes = {"heads": arch.heads, "kv_heads": arch.kv_heads, "vocab": arch.vocab}
+    sizes |= {"ffn": arch.ffn} if arch.mixture is None else {}
     for name, size in sizes.items():
         if size % layout.tp:
             raise ValueError(f"tp={layout.tp} does not divide {name}={size} of this model: choose a tp that does")
@@ -294,3 +336,23 @@ def _check_divides(arch: Architecture, layout: Layout) -> None:
         raise ValueError(
             f"pp={layout.pp} x vpp={layout.vpp or 1} does not divide layers={arch.layers}: lower pp or vpp"
         )
+
+
+def check_expert_sizes(ep: int, etp: int, *models: Architecture | None) -> None:
+    """Raises ValueError where experts would be divided and none of the models has any."""
+    if ep * etp > 1 and not any(model and model.mixture for model in models):
+        names = " and ".join(model.model_type for model in models if model)
+        raise ValueError(
+            f"parallel.ep = {ep} and etp = {etp} divide a mixture's experts and {names} has none; leave both out"
+        )
+
+
+def _check_mixture_divides(mixture: Mixture, layout: Layout) -> None:
+    if mixture.experts % layout.experts.ep:
+        raise ValueError(f"ep={layout.experts.ep} does not divide experts={mixture.experts}: choose an ep that does")
+    if mixture.ffn % layout.experts.etp:
+        raise ValueError(
+            f"etp={layout.experts.etp} does not divide the experts' ffn={mixture.ffn}: choose an etp that does"
+        )
+    if layout.tp > 1 and not layout.sp:
+        raise ValueError(f"tp={layout.tp} without sp would send each token to its experts {layout.tp} times: set sp")

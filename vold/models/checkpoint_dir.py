@@ -196,14 +196,30 @@ def _overwrite(target: Path, files: dict[str, str], tensors: Iterable[tuple[str,
         key = spelling.get(short_name(name))
         if key is not None:
             _overwrite_tensor(target / files[key], key, tensor.detach(), source / files[key])
+        elif matrices := expert_matrices(name, tensor):  # a file with a tensor for each expert
+            _overwrite(target, files, matrices.items(), source)
         elif short_name(name) != "lm_head.weight":  # a tied head is not stored
             raise ValueError(f"{source} has no tensor {name}: export to a copy of the checkpoint that was trained")
+
+
+def expert_matrices(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The matrices of each expert, by the names that most files have, of a tensor of them all (see joined.py); {} for
+    another tensor."""
+    prefix, _, projection = name.partition(".experts.")
+    parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(projection, ())
+    return {
+        f"{prefix}.experts.{number}.{part}_proj.weight": rows
+        for number, matrix in enumerate(tensor if parts else ())
+        for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True)
+    }
 
 
 def _overwrite_tensor(path: Path, name: str, new: Tensor, origin: Path) -> None:
     with open_tensors(path) as handle:
         stored = handle.get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored[:0].dtype
+    if name.partition(".experts.")[2] in ("gate_up_proj", "down_proj") and new.shape != shape:
+        new = new.transpose(1, 2)  # as the published Qwen3-VL-MoE has them
     if new.shape != shape:
         raise ValueError(f"{origin}: tensor {name} is {shape}, the new one {tuple(new.shape)}")
     content = new.to("cpu", dtype).contiguous().view(torch.uint8).numpy()

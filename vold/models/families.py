@@ -27,6 +27,7 @@ class Family:
     qk_norm            a norm of each query and key head
     mrope_interleaved  see vold.models.architecture.Architecture
     vision             its vision tower, or None for a text model
+    experts            a mixture of experts in the place of each layer's MLP
     joined             tensors that the files hold as one, by their name in a layer: the names of the parts, in the
                        order of the rows, as they stand in a Llama's files
     gguf               the name that llama.cpp gives it, or None: such a file is not read
@@ -38,6 +39,7 @@ class Family:
     qk_norm: bool = False
     mrope_interleaved: bool = False
     vision: VisionFamily | None = None
+    experts: bool = False
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf: str | None = None
 
@@ -52,6 +54,9 @@ QWEN2_5_VISION = VisionFamily(
     "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel",
 )
 QWEN3_VISION = VisionFamily("qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel", "qwen3_vl.modeling_qwen3_vl.Qwen3VLModel")
+QWEN3_MOE_VISION = VisionFamily(
+    "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel", "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeModel"
+)
 PHI_JOINED = {
     "self_attn.qkv_proj.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -65,7 +70,16 @@ FAMILIES = {
         Family("phi3", "Phi-4 (14B)", joined=PHI_JOINED),
         Family("qwen2", "Qwen2, Qwen2.5", qkv_bias=True, gguf="qwen2"),
         Family("qwen3", "Qwen3", qk_norm=True, gguf="qwen3"),
+        Family("qwen3_moe", "Qwen3-MoE (30B-A3B, 235B-A22B)", qk_norm=True, experts=True),
         Family("qwen2_5_vl", "Qwen2.5-VL", qkv_bias=True, vision=QWEN2_5_VISION),
         Family("qwen3_vl", "Qwen3-VL", qk_norm=True, mrope_interleaved=True, vision=QWEN3_VISION),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3-VL-MoE (30B-A3B, 235B-A22B)",
+            qk_norm=True,
+            mrope_interleaved=True,
+            vision=QWEN3_MOE_VISION,
+            experts=True,
+        ),
     )
 }

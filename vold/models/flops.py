@@ -26,8 +26,21 @@ def attention_matmul_parameters(arch: Architecture) -> int:
 
 
 def mlp_matmul_parameters(arch: Architecture) -> int:
-    """Weights of one layer's gate, up and down projections."""
-    return 3 * arch.hidden * arch.ffn
+    """Weights of one layer's gate, up and down projections; of a mixture those that a token meets, and the router."""
+    if arch.mixture is None:
+        return 3 * arch.hidden * arch.ffn
+    return arch.hidden * (3 * arch.ffn * arch.mixture.per_token + arch.mixture.experts)
+
+
+def expert_parameters(arch: Architecture) -> int:
+    """Weights of one layer's experts; 0 without a mixture."""
+    return 3 * arch.hidden * arch.ffn * arch.mixture.experts if arch.mixture else 0
+
+
+def idle_parameters(arch: Architecture) -> int:
+    """Weights of one layer's experts that a token does not go to."""
+    mixture = arch.mixture
+    return 3 * arch.hidden * arch.ffn * (mixture.experts - mixture.per_token) if mixture else 0
 
 
 def layer_matmul_parameters(arch: Architecture) -> int:
@@ -44,13 +57,18 @@ def layer_parameters(arch: Architecture) -> int:
     """All parameters of one layer: projections, their biases, and norms."""
     biases = arch.qkv_bias * (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     norms = 2 * arch.hidden + arch.qk_norm * 2 * arch.head_dim
-    return layer_matmul_parameters(arch) + biases + norms
+    return layer_matmul_parameters(arch) + idle_parameters(arch) + biases + norms
 
 
 def language_model_parameters(arch: Architecture) -> int:
     """All parameters of the language model; a tied head counts once."""
     vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden
     return arch.layers * layer_parameters(arch) + arch.hidden + vocabulary
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Of these the ones that a token meets: without the other experts of a mixture."""
+    return language_model_parameters(arch) - arch.layers * idle_parameters(arch)
 
 
 def adapter_parameters(arch: Architecture, rank: int, targets: Sequence[str]) -> int:
@@ -79,12 +97,13 @@ def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_e
     """is_trained: by short names. through_embedding: a weight before the layers is trained, or an adapter."""
     queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     sizes = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-    sizes |= {
-        "self_attn.o_proj": queries,
-        "mlp.gate_proj": arch.ffn,
-        "mlp.up_proj": arch.ffn,
-        "mlp.down_proj": arch.ffn,
-    }
+    sizes |= {"self_attn.o_proj": queries}
+    if arch.mixture is None:
+        sizes |= {f"mlp.{name}_proj": arch.ffn for name in ("gate", "up", "down")}
+    else:  # a parameter has all experts, so one stands for them
+        per_token = arch.mixture.per_token
+        sizes |= {f"mlp.experts.0.{name}_proj": per_token * arch.ffn for name in ("gate", "up", "down")}
+        sizes |= {"mlp.gate": arch.mixture.experts}
     norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     head = "embed_tokens.weight" if arch.tied else "lm_head.weight"
     weights, lowest = arch.vocab * arch.hidden * is_trained(head), arch.layers

@@ -1,4 +1,5 @@
-"""Tensors that a family's files hold as one and the trainer reads as several: Phi's qkv_proj and gate_up_proj.
+"""Tensors that a family's files hold as one and the trainer reads as several: Phi's qkv_proj and gate_up_proj, the
+experts of a mixture.
 
 Inside, everything (weight rules, shards, selections) knows the parts by a Llama's names; files, exports and samplers
 have the joined tensor.
@@ -6,8 +7,9 @@ have the joined tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,40 @@ from vold.models.architecture import Architecture
 from vold.models.families import FAMILIES
 from vold.untrusted import read_json
 
+EXPERT_TENSORS = {2: "mlp.experts.gate_up_proj", 1: "mlp.experts.down_proj"}
+"""All experts in one tensor, by the number of projections that it joins: gate and up rows, [E, 2F, D], or [E, D, F]."""
 
-def parts_of(name: str, arch: Architecture) -> list[tuple[str, int, int]]:
-    """(name, first row, rows) of each part of a stored tensor; [] where it is no joined one. name: any spelling."""
+
+def parts_of(name: str, arch: Architecture) -> dict[str, Callable[[Any], RowsOf | ExpertOf]]:
+    """The parts of a stored tensor: name -> its slice from the stored one's; {} where it is no joined one. name: any
+    spelling."""
     for joined, parts in arch.family.joined.items():
         if name.endswith(f".{joined}"):
             rows = [_rows(part, arch) for part in parts]
             prefix = name.removesuffix(joined)
-            return [(prefix + part, sum(rows[:i]), rows[i]) for i, part in enumerate(parts)]
-    return []
+            firsts = [sum(rows[:i]) for i in range(len(rows))]
+            return {
+                prefix + part: partial(RowsOf, first=first, rows=count)
+                for part, first, count in zip(parts, firsts, rows, strict=True)
+            }
+    return _experts_of(name, arch)
+
+
+def _experts_of(name: str, arch: Architecture) -> dict[str, Callable[[Any], ExpertOf]]:
+    prefix, _, projection = name.partition(".experts.")
+    if arch.mixture is None or projection not in ("gate_up_proj", "down_proj"):
+        return {}
+    experts, ffn, hidden = arch.mixture.experts, arch.ffn, arch.hidden
+    parts, shape = ("gate", "up"), (experts, 2 * ffn, hidden)
+    if projection == "down_proj":
+        parts, shape = ("down",), (experts, hidden, ffn)
+    return {
+        f"{prefix}.experts.{number}.{part}_proj.weight": partial(
+            ExpertOf, shape=shape, expert=number, part=index, parts=len(parts)
+        )
+        for number in range(experts)
+        for index, part in enumerate(parts)
+    }
 
 
 def _rows(part: str, arch: Architecture) -> int:
@@ -35,11 +62,11 @@ def _rows(part: str, arch: Architecture) -> int:
 
 
 def joining_architecture(checkpoint_dir: Path) -> Architecture | None:
-    """The checkpoint's architecture where its family joins tensors, else None; a model that the trainer does not
+    """The checkpoint's architecture where its files may join tensors, else None; a model that the trainer does not
     compute (a served teacher) counts as one that joins none."""
     path = checkpoint_dir / "config.json"
     family = FAMILIES.get(read_json(path).get("model_type")) if path.is_file() else None
-    return Architecture.from_pretrained(checkpoint_dir) if family and family.joined else None
+    return Architecture.from_pretrained(checkpoint_dir) if family and (family.joined or family.experts) else None
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,45 @@ class RowsOf:
         start, stop, _ = rows.indices(self.rows)
         taken = slice(self.first + start, self.first + stop)
         return self.stored[(taken, *rest) if rest else taken]
+
+
+@dataclass(frozen=True)
+class ExpertOf:
+    """Part number `part` of the rows of one expert's matrix, as such a slice. shape: of all experts' matrices; the
+    published Qwen3-VL-MoE has them transposed, which transformers, too, tells by the stored shape."""
+
+    stored: Any
+    shape: tuple[int, int, int]
+    expert: int
+    part: int
+    parts: int
+
+    def get_shape(self) -> list[int]:
+        stored = tuple(self.stored.get_shape())
+        if stored not in (self.shape, self._transposed):
+            return [*stored]  # another model's, which this is not
+        return [self._rows, self.shape[2]]
+
+    def get_dtype(self) -> str:
+        return self.stored.get_dtype()
+
+    @property
+    def _transposed(self) -> tuple[int, int, int]:
+        return (self.shape[0], self.shape[2], self.shape[1])
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[1] // self.parts
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """index: rows, or rows and columns, as a tensor takes them."""
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        start, stop, _ = rows.indices(self._rows)
+        taken = slice(self.part * self._rows + start, self.part * self._rows + stop)
+        one = slice(self.expert, self.expert + 1)
+        if tuple(self.stored.get_shape()) == self.shape:
+            return self.stored[one, taken, columns][0]
+        return self.stored[one, columns, taken][0].T
 
 
 def join_stream(stream: Iterator[tuple[str, Tensor]], arch: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -100,7 +100,7 @@ def build_language_model(
     config = transformer_config(arch, layout, dtype)
     model = LanguageModel(
         config,
-        block_spec(config, vp_stage),
+        block_spec(config, arch, layout, vp_stage),
         vocab_size=arch.vocab,
         max_sequence_length=arch.max_positions,
         pre_process=pre_process,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from itertools import groupby
@@ -235,3 +235,20 @@ def flash3_attention(q_TAH: Tensor, k_SKH: Tensor, v_SKH: Tensor, packed: Packed
     order = {"deterministic": torch.are_deterministic_algorithms_enabled()}
     out = flash_attn_varlen_func(q_TAH, k_SKH, v_SKH, *_bounds(packed), softmax_scale=scale, causal=True, **order)
     return out[0] if isinstance(out, tuple) else out
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def saved_as(tensor: Tensor, recompute: Callable[[], Tensor]) -> AbstractContextManager:
+    """What is computed inside keeps `recompute` for its backward pass, not `tensor`, whose value that gives again."""
+    storage = tensor.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if saved.untyped_storage()._cdata == storage else saved
+
+    @torch.no_grad()
+    def unpack(saved: Tensor | torch.Size) -> Tensor:
+        return saved if isinstance(saved, Tensor) else recompute().view(saved)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -10,8 +10,7 @@ module are chosen in `vold.models.layer_ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -34,8 +33,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from vold.models.architecture import Architecture
-from vold.models.layer_ops import layer_ops
+from vold.models.architecture import Architecture, Mixture
+from vold.models.experts import MixtureOfExperts
+from vold.models.layer_ops import layer_ops, saved_as
+from vold.parallel.launch import ExpertLayout, Layout
 from vold_kernels.qkv import Heads, SharedKeys
 
 
@@ -137,13 +138,24 @@ class Layer(TransformerLayer):
     """The norm that reads this layer's output, where it may be computed with it; no submodule."""
     _recompute_swiglu = False
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args,
+        mixture: Mixture | None = None,
+        expert_layout: ExpertLayout | None = None,
+        **kwargs,
+    ):
         super().__init__(config, *args, **kwargs)
+        if mixture is not None:
+            assert expert_layout is not None
+            self.mlp = MixtureOfExperts(config, mixture, expert_layout)
         if config.tensor_model_parallel_size == 1:  # spare an autograd function around each linear that does nothing
-            for linear in (self.self_attention.linear_qkv, self.mlp.linear_fc1):
-                linear.disable_grad_reduce = True
-            for linear in (self.self_attention.linear_proj, self.mlp.linear_fc2):
-                linear.explicit_expert_comm = True  # "others communicate"
+            self.self_attention.linear_qkv.disable_grad_reduce = True
+            self.self_attention.linear_proj.explicit_expert_comm = True  # "others communicate"
+            if mixture is None:
+                self.mlp.linear_fc1.disable_grad_reduce = True
+                self.mlp.linear_fc2.explicit_expert_comm = True
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing, **_
@@ -167,6 +179,8 @@ class Layer(TransformerLayer):
         return hidden_T1D, None
 
     def _feed_forward(self, normed_T1D: Tensor) -> Tensor:
+        if isinstance(self.mlp, MixtureOfExperts):
+            return self.mlp(normed_T1D)
         gate_up_T12F, _ = self.mlp.linear_fc1(normed_T1D)
         activated_T1F = self.mlp.activation_func(gate_up_T12F)
         again = partial(self.mlp.activation_func, gate_up_T12F.detach())
@@ -174,24 +188,12 @@ class Layer(TransformerLayer):
             return self.mlp.linear_fc2(activated_T1F)[0]
 
 
-def saved_as(tensor: Tensor, recompute: Callable[[], Tensor]) -> AbstractContextManager:
-    """What is computed inside keeps `recompute` for its backward pass, not `tensor`, whose value that gives again."""
-    storage = tensor.untyped_storage()._cdata
-
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        return saved.shape if saved.untyped_storage()._cdata == storage else saved
-
-    @torch.no_grad()
-    def unpack(saved: Tensor | torch.Size) -> Tensor:
-        return saved if isinstance(saved, Tensor) else recompute().view(saved)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
 def recompute_swiglu(block: TransformerBlock) -> None:
     """Let the backward pass compute the MLPs' activations again from what they read: the cheapest recomputation, a
     third of what an MLP keeps for one elementwise pass."""
     for layer in block.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.experts.recompute_swiglu = True
         layer._recompute_swiglu = True
 
 
@@ -206,14 +208,16 @@ def join_norms(block: TransformerBlock) -> None:
         layer._next_norm = (norm,)
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, arch: Architecture, layout: Layout, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """This stage's layers and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config.qk_layernorm)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, layout)] * layers, layer_norm=RMSNorm)
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
-    head_norm = RMSNorm if qk_norm else IdentityOp
+def layer_spec(arch: Architecture, layout: Layout) -> ModuleSpec:
+    head_norm = RMSNorm if arch.qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=PackedAttention,
@@ -224,12 +228,13 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         Layer,
+        params={"mixture": arch.mixture, "expert_layout": layout.experts},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(MLP, submodules=mlp),
+            mlp=ModuleSpec(MLP, submodules=mlp) if arch.mixture is None else IdentityOp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

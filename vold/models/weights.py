@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vold.models import flops
 from vold.models.adapters import LINEARS, initialise_matrix, merged, train_embeddings_output, visual_target
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
-from vold.models.joined import RowsOf, join_stream, joining_architecture, parts_of
+from vold.models.joined import EXPERT_TENSORS, join_stream, joining_architecture, parts_of
 from vold.models.language_model import LanguageModel, build_chunks
 from vold.models.peft_directory import adapter_tensors, check_matrix
 from vold.models.quantised import open_bitsandbytes, quantise
@@ -41,14 +41,27 @@ NOT_WEIGHTS = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; tra
 class Rule:
     """The assembly of a Megatron parameter from Hugging Face tensors.
 
-    names  relative to the layer or to the model
-    join   "single": the tensor itself; "qkv": for each group its queries, key, value; "gated": gate rows, then up rows
-    split  the dimension divided over the tp group, or None when replicated
+    names    relative to the layer or to the model
+    join     "single": the tensor itself; "qkv": for each group its queries, key, value; "gated": gate rows, then up's
+    split    the dimension divided over the tp group, or None when replicated
+    experts  of a mixture: the parameter has one such matrix for each of so many experts, and the names of all; `split`
+             over the etp group
     """
 
     names: tuple[str, ...]
     join: str = "single"
     split: int | None = None
+    experts: int = 0
+
+    def of_experts(self, numbers: Iterable[int]) -> Rule:
+        """The rule of some experts, from that of one in LAYER_RULES."""
+        names = [name.format(number) for number in numbers for name in self.names]
+        return replace(self, names=tuple(names), experts=len(names) // len(self.names))
+
+    @property
+    def one(self) -> Rule:
+        """Of each expert: the rule of its matrix."""
+        return replace(self, names=self.names[: len(self.names) // max(self.experts, 1)], experts=0)
 
 
 LAYER_RULES = {
@@ -61,6 +74,9 @@ LAYER_RULES = {
     "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), split=1),
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), split=1),
+    "mlp.router.weight": Rule(("mlp.gate.weight",)),
+    "mlp.experts.fc1": Rule(("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"), "gated", 0, 1),
+    "mlp.experts.fc2": Rule(("mlp.experts.{}.down_proj.weight",), split=1, experts=1),
 }
 
 
@@ -86,12 +102,23 @@ MODEL_RULES = {
 }
 
 
-def text_tensors(arch: Architecture) -> set[str]:
-    """Short names of the tensors that a language model of this architecture reads."""
+def layer_rules(arch: Architecture) -> dict[str, Rule]:
+    """The rules of one layer's parameters, undivided."""
     absent = {"self_attention.linear_qkv.bias"} if not arch.qkv_bias else set()
     if not arch.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
-    names = [name for key, rule in LAYER_RULES.items() if key not in absent for name in rule.names]
+    if arch.mixture is None:
+        absent |= {"mlp.router.weight", "mlp.experts.fc1", "mlp.experts.fc2"}
+    else:
+        absent |= {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
+    experts = range(arch.mixture.experts if arch.mixture else 0)
+    rules = {key: rule for key, rule in LAYER_RULES.items() if key not in absent}
+    return {key: rule.of_experts(experts) if rule.experts else rule for key, rule in rules.items()}
+
+
+def text_tensors(arch: Architecture) -> set[str]:
+    """Short names of the tensors that a language model of this architecture reads."""
+    names = [name for rule in layer_rules(arch).values() for name in rule.names]
     of_layers = {f"layers.{layer}.{name}" for layer in range(arch.layers) for name in names}
     return of_layers | {name for rule in MODEL_RULES.values() for name in rule.names}
 
@@ -105,7 +132,10 @@ def named_rules(model: LanguageModel) -> Iterator[tuple[str, nn.Parameter, Rule]
             continue
         layer = model.decoder.layers[int(match[1])].layer_number - 1
         rule = LAYER_RULES.get(match[2]) or ADAPTER_RULES[match[2]]
-        yield name, parameter, Rule(tuple(f"layers.{layer}.{n}" for n in rule.names), rule.join, rule.split)
+        if rule.experts:
+            first = model.layout.experts.ep_rank * len(parameter)
+            rule = rule.of_experts(range(first, first + len(parameter)))
+        yield name, parameter, replace(rule, names=tuple(f"layers.{layer}.{n}" for n in rule.names))
 
 
 def _visual_rule(name: str) -> Rule:
@@ -123,14 +153,39 @@ def is_adapter(rule: Rule) -> bool:
     return ".lora_" in rule.names[0]
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """The ranks that a parameter's matrices are divided over: their number, this rank's, their group."""
+
+    ranks: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+def sharing_of(rule: Rule, layout: Layout) -> Sharing:
+    """Of a parameter that is not divided: this rank alone, in the tp group."""
+    if rule.split is None:
+        return Sharing(1, 0, layout.tp_group)
+    if rule.experts:
+        return Sharing(layout.experts.etp, layout.experts.etp_rank, layout.experts.etp_group)
+    return Sharing(layout.tp, layout.tp_rank, layout.tp_group)
+
+
 # Shapes of the pieces ------------------------------------------------------------------------------------------------
 
 
-def piece_shapes(rule: Rule, shape: torch.Size, arch: Architecture, tp: int) -> list[tuple[int, ...]]:
+def piece_shapes(rule: Rule, shape: Sequence[int], arch: Architecture, layout: Layout) -> list[tuple[int, ...]]:
     """Full (unsharded) shapes of the Hugging Face tensors behind a parameter whose local shape is `shape`."""
+    ranks = sharing_of(rule, layout).ranks
+    if rule.experts:
+        return _full_shapes(rule.one, shape[1:], arch, ranks) * rule.experts
+    return _full_shapes(rule, shape, arch, ranks)
+
+
+def _full_shapes(rule: Rule, shape: Sequence[int], arch: Architecture, ranks: int) -> list[tuple[int, ...]]:
     full = list(shape)
     if rule.split is not None:
-        full[rule.split] *= tp
+        full[rule.split] *= ranks
     if rule.join == "single":
         return [tuple(full)]
     if rule.join == "gated":
@@ -141,6 +196,9 @@ def piece_shapes(rule: Rule, shape: torch.Size, arch: Architecture, tp: int) -> 
 
 def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
     """Hugging Face tensors (a tp share of each) -> the Megatron parameter."""
+    if rule.experts:
+        count = len(rule.names) // rule.experts
+        return torch.stack([join_pieces(rule.one, pieces[i : i + count], arch) for i in range(0, len(pieces), count)])
     if rule.join == "single":
         return pieces[0]
     if rule.join == "gated":
@@ -151,6 +209,8 @@ def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
 
 def split_pieces(rule: Rule, parameter: Tensor, arch: Architecture) -> list[Tensor]:
     """The Megatron parameter -> the same share of each Hugging Face tensor; inverse of `join_pieces`."""
+    if rule.experts:
+        return [piece for matrix in parameter for piece in split_pieces(rule.one, matrix, arch)]
     if rule.join == "single":
         return [parameter]
     if rule.join == "gated":
@@ -169,8 +229,7 @@ def tensor_shapes(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[
     for name, shape, _, _, rule in _tensor_pieces(chunks):
         if is_adapter(rule):
             continue
-        parts = 1 if rule.split is None else chunks[0].layout.tp
-        yield name, shape, math.prod(shape) // parts
+        yield name, shape, math.prod(shape) // sharing_of(rule, chunks[0].layout).ranks
 
 
 def _tensor_pieces(
@@ -182,7 +241,7 @@ def _tensor_pieces(
         for _name, parameter, rule in named_rules(chunk):
             if rule == HEAD_RULE and chunk.arch.tied:  # the last stage's copy of the embedding
                 continue
-            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout)
             for index, (name, shape) in enumerate(zip(rule.names, shapes, strict=True)):
                 yield name, shape, index, parameter, rule
 
@@ -198,13 +257,13 @@ class CheckpointReader:
         self.dir = Path(checkpoint_dir)
         self._file_of = tensor_files(self.dir)
         self._full_name = {short_name(name): name for name in self._file_of}
-        self._rows_of: dict[str, tuple[int, int]] = {}  # of a part of a joined tensor: first row, rows
+        self._part_of: dict[str, Callable[[Any], Any]] = {}  # of a part of a joined tensor: from the tensor's slice
         if (arch := joining_architecture(self.dir)) is not None:
             for name in list(self._full_name):
                 if parts := parts_of(name, arch):
                     full_name = self._full_name.pop(name)
-                    self._full_name |= {part: full_name for part, _, _ in parts}
-                    self._rows_of |= {part: (first, rows) for part, first, rows in parts}
+                    self._full_name |= dict.fromkeys(parts, full_name)
+                    self._part_of |= parts
         self._open_files = ExitStack()
         self._handles: dict[str, Any] = {}
 
@@ -228,7 +287,7 @@ class CheckpointReader:
             self._handles[file] = self._open_files.enter_context(open_tensors(self.dir / file))
         with reading(self.dir / file):
             stored = self._handles[file].get_slice(full_name)
-        return RowsOf(stored, *self._rows_of[name]) if name in self._rows_of else stored
+        return self._part_of[name](stored) if name in self._part_of else stored
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError naming the tensor and its file when it is missing or has another shape."""
@@ -266,15 +325,26 @@ class CheckpointReader:
         return f"{self.dir / self._file_of[full_name]}: tensor {full_name}"
 
 
+def _mlp_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Of a layer's MLP, or of its router and its last expert: short name in the layer -> shape."""
+    prefix, router = "mlp", {}
+    if arch.mixture is not None:
+        prefix = f"mlp.experts.{arch.mixture.experts - 1}"
+        router = {"mlp.gate.weight": (arch.mixture.experts, arch.hidden)}
+    gate, down = (arch.ffn, arch.hidden), (arch.hidden, arch.ffn)
+    return {**router, f"{prefix}.gate_proj.weight": gate, f"{prefix}.down_proj.weight": down}
+
+
 def check_sizes(checkpoint_dir: str | Path) -> None:
     """Raises ValueError where config.json asks for another model than the files hold, before memory is taken for it."""
     arch = Architecture.from_pretrained(checkpoint_dir)
     last, keys = f"layers.{arch.layers - 1}", arch.kv_heads * arch.head_dim
     with CheckpointReader(checkpoint_dir) as reader:
         reader.check_shape("embed_tokens.weight", (arch.vocab, arch.hidden))
-        reader.check_shape("layers.0.mlp.gate_proj.weight", (arch.ffn, arch.hidden))
         reader.check_shape("layers.0.self_attn.k_proj.weight", (keys, arch.hidden))
-        reader.check_shape(f"{last}.mlp.down_proj.weight", (arch.hidden, arch.ffn))
+        for name, shape in _mlp_shapes(arch).items():
+            reader.check_shape(f"layers.0.{name}", shape)
+            reader.check_shape(f"{last}.{name}", shape)
 
 
 def check_names(checkpoint_dir: str | Path) -> None:
@@ -317,7 +387,7 @@ def build_student(
 
 def weight_groups(arch: Architecture) -> list[tuple[str, ...]]:
     """Short names of all weights that can be trained; those that are one parameter here are together."""
-    layer = {name: key for key, rule in LAYER_RULES.items() for name in rule.names}
+    layer = {name: key for key, rule in layer_rules(arch).items() for name in rule.names}
     groups: dict[tuple, list[str]] = {}
     for name in sorted(text_tensors(arch) - ({"lm_head.weight"} if arch.tied else set())):
         _, _, number_and_rest = name.partition("layers.")
@@ -410,9 +480,10 @@ def load_pretrained(chunk: LanguageModel, checkpoint_dir: str | Path) -> None:
                 continue
             if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
                 rule = EMBEDDING_RULE
-            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp)
+            shapes = piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout)
             names = zip(rule.names, shapes, strict=True)
-            pieces = [_read_share(reader, name, shape, rule.split, chunk.layout) for name, shape in names]
+            sharing = sharing_of(rule, chunk.layout)
+            pieces = [_read_share(reader, name, shape, rule.split, sharing) for name, shape in names]
             parameter.copy_(join_pieces(rule, pieces, chunk.arch))
 
 
@@ -432,13 +503,13 @@ def _load_adapters(chunk: LanguageModel, config: AdapterConfig) -> None:
             parameter.copy_(value if split is None else value.chunk(tp[0], split)[tp[1]])
 
 
-def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, layout: Layout):
+def _read_share(reader: CheckpointReader, name: str, shape: tuple[int, ...], split: int | None, sharing: Sharing):
     reader.check_shape(name, shape)
     stored = reader.slice(name)
-    if split is None or layout.tp == 1:
+    if split is None or sharing.ranks == 1:
         return _finite(stored[:], name, reader)
-    rows = shape[split] // layout.tp
-    share = slice(layout.tp_rank * rows, (layout.tp_rank + 1) * rows)
+    rows = shape[split] // sharing.ranks
+    share = slice(sharing.rank * rows, (sharing.rank + 1) * rows)
     return _finite(stored[share] if split == 0 else stored[:, share], name, reader)
 
 
@@ -459,11 +530,12 @@ def export_weights(
     """Stream (Hugging Face name, full tensor) of the language model and trained mergers, with the names transformers
     writes today; adapters are merged into the weights that they change.
 
-    Every rank of a model copy must iterate, one tensor at a time: shares are gathered over the tp group, then sent
-    from the stage that holds them to the others. The stream of a tied model also carries lm_head.weight, because a
-    sampler that is updated in place goes silently wrong without it. At tp = pp = 1 the tensors are views of the live
-    parameters: use or copy them before the next optimiser step. value: the tensor to export for a parameter, of its
-    shape (its gradient, say).
+    Every rank of a model copy (where copies share experts, of all of them) must iterate, one tensor at a time: shares
+    are gathered over the tp group, then sent from the stage that holds them to the others. The experts of a mixture are
+    in one tensor, as transformers has them in memory. The stream of a tied model also carries lm_head.weight, because a
+    sampler that is updated in place goes silently wrong without it. At tp = pp = ep = etp = 1 the tensors are views of
+    the live parameters: use or copy them before the next optimiser step. value: the tensor to export for a parameter,
+    of its shape (its gradient, say).
     """
     arch, layout = chunks[0].arch, chunks[0].layout
     for name, tensor in join_stream(_from_all_stages(_lazy_tensors(chunks, value, of_adapters=False), layout), arch):
@@ -502,11 +574,48 @@ def _lazy_tensors(
     chunks: Sequence[LanguageModel], value: Callable[[nn.Parameter], Tensor], *, of_adapters: bool
 ) -> Iterator[_LazyTensor]:
     for name, shape, index, parameter, rule in _tensor_pieces(chunks):
-        if is_adapter(rule) != of_adapters:
+        if is_adapter(rule) != of_adapters or (rule.experts and index):
+            continue
+        if rule.experts:
+            yield _lazy_experts(parameter, rule, partial(value, parameter), chunks[0])
             continue
         gather = partial(_gather_piece, rule, partial(value, parameter), index, chunks[0])
         dtype = parameter.dtype if value is merged else value(parameter).dtype
         yield _LazyTensor(name, shape, dtype, gather)
+
+
+def _lazy_experts(
+    parameter: nn.Parameter, rule: Rule, value: Callable[[], Tensor], chunk: LanguageModel
+) -> _LazyTensor:
+    """All experts' matrices as the one tensor that transformers has in memory."""
+    prefix = rule.names[0].partition(".mlp.experts.")[0]
+    count, rows, columns = parameter.shape
+    experts = chunk.layout.experts
+    shape = [count * experts.ep, rows, columns]
+    shape[1 + rule.split] *= experts.etp
+    name = f"{prefix}.{EXPERT_TENSORS[len(rule.names) // rule.experts]}"
+    return _LazyTensor(name, tuple(shape), value().dtype, partial(_gather_experts, rule, value, chunk.layout))
+
+
+def _gather_experts(rule: Rule, value: Callable[[], Tensor], layout: Layout) -> Tensor:
+    """[experts of all ep ranks, rows, columns], of each expert the parts of all etp ranks."""
+    local, experts = value(), layout.experts
+    parts = _all_gather(local, experts.etp_group)
+    if rule.join == "gated":
+        halves = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
+        whole = local if len(parts) == 1 else torch.cat([part for half in halves for part in half], dim=1)
+    else:
+        whole = torch.cat(parts, dim=1 + (rule.split or 0)) if len(parts) > 1 else local
+    gathered = _all_gather(whole, experts.ep_group)
+    return torch.cat(gathered) if len(gathered) > 1 else whole
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [tensor]
+    shares = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shares, tensor.contiguous(), group=group)
+    return shares
 
 
 def _gather_piece(rule: Rule, value: Callable[[], Tensor], index: int, chunk: LanguageModel) -> Tensor:
@@ -514,9 +623,7 @@ def _gather_piece(rule: Rule, value: Callable[[], Tensor], index: int, chunk: La
     piece = split_pieces(rule, value(), chunk.arch)[index]
     if rule.split is None or chunk.layout.tp == 1:
         return piece
-    shares = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(chunk.layout.tp)]
-    dist.all_gather(shares, piece.contiguous(), group=chunk.layout.tp_group)
-    return torch.cat(shares, dim=rule.split)
+    return torch.cat(_all_gather(piece, chunk.layout.tp_group), dim=rule.split)
 
 
 def _from_all_stages(local: Iterator[_LazyTensor], layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -257,9 +257,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(
-    tp: int, pp: int, vpp: int | None, experts: tuple[int, int], timeout_seconds: float = 1800.0
-) -> None:
+def _build_groups(tp: int, pp: int, vpp: int | None, experts: tuple[int, int], timeout_seconds: float = 1800.0) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():

@@ -16,7 +16,7 @@ from vold.data.responses import turn_end
 from vold.io import visible
 from vold.models.adapters import check_targets
 from vold.models.architecture import Architecture
-from vold.models.flops import language_model_parameters
+from vold.models.flops import active_parameters, language_model_parameters
 from vold.models.peft_directory import adapter_tensors
 from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
@@ -154,7 +154,10 @@ def _check_reward(config: RlConfig) -> str:
 def _check_layout(parallel: ParallelConfig, processes: int) -> str:
     layout = fake_layout(0, processes, **parallel.model_dump())
     shutdown()
-    return f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
+    experts, line = layout.experts, f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
+    if experts.ep * experts.etp == 1:
+        return line
+    return f"{line}; of experts ep {experts.ep} × etp {experts.etp}, each in {experts.dp} copies"
 
 
 def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str:
@@ -173,8 +176,10 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     if role == "student" and config.adapter and config.adapter.path:
         with adapter_tensors(config.adapter):
             pass
-    parameters = language_model_parameters(arch)
-    return f"{path}: {arch.model_type}, {parameters:,} parameters in {tensors} tensors, shapes as built"
+    parameters = f"{language_model_parameters(arch):,} parameters"
+    if arch.mixture:
+        parameters += f" ({active_parameters(arch):,} active)"
+    return f"{path}: {arch.model_type}, {parameters} in {tensors} tensors, shapes as built"
 
 
 def _check_teachers(config: RlConfig) -> str:

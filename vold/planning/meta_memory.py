@@ -234,31 +234,37 @@ def head_bytes(shape: HeadShape, dtype: torch.dtype, device: str, *, ranks: int 
     return total
 
 
-def training_state_bytes(parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0) -> dict[str, float]:
+def training_state_bytes(
+    parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0, experts: int = 0
+) -> dict[str, float]:
     """Bytes of a rank's weights, and of its trained parameters' fp32 gradients and optimizer: fp32 masters (of a
     bfloat16 model) and Adam's moments, divided over the data-parallel ranks by a distributed optimizer. parameters:
-    the trained ones. frozen: those that have a weight alone."""
+    the trained ones, `experts` of them of a mixture. frozen: those that have a weight alone."""
+    kept = own_state(parameters, experts, layout)
     return {
         "weights": (parameters + frozen) * dtype.itemsize,
         "gradients": parameters * 4,
-        "optimizer": state_masters(parameters, layout, dtype) + parameters * 8 / _optimizer_ranks(layout),
+        "optimizer": state_masters(kept, dtype) + kept * 8,
     }
 
 
-def state_masters(parameters: int, layout: Layout, dtype: torch.dtype) -> float:
-    """Bytes of a rank's fp32 masters of a bfloat16 model."""
-    return (4 if dtype.itemsize < 4 else 0) * parameters / _optimizer_ranks(layout)
+def state_masters(kept: float, dtype: torch.dtype) -> float:
+    """Bytes of a rank's fp32 masters of a bfloat16 model. kept: see own_state."""
+    return (4 if dtype.itemsize < 4 else 0) * kept
 
 
-def update_bytes(parameters: int, largest_parameter: int, layout: Layout, device: str) -> float:
+def update_bytes(kept: float, largest_parameter: int, device: str) -> float:
     """Bytes that AdamW adds while it runs: torch takes the square root of all second moments at once on a GPU, of one
-    parameter after another on a CPU."""
-    return 4 * parameters / _optimizer_ranks(layout) if device == "cuda" else 2 * 4 * largest_parameter
+    parameter after another on a CPU. kept: see own_state."""
+    return 4 * kept if device == "cuda" else 2 * 4 * largest_parameter
 
 
-def _optimizer_ranks(layout: Layout) -> int:
-    """Ranks that one copy of the optimizer's state is divided over."""
-    return layout.dp if layout.distributed_optimizer else 1
+def own_state(parameters: int, experts: int, layout: Layout) -> float:
+    """Trained parameters whose optimizer state is on this rank: all, or its share of what its data-parallel copies (of
+    experts, the copies of these) divide."""
+    if not layout.distributed_optimizer:
+        return parameters
+    return (parameters - experts) / layout.dp + experts / layout.experts.dp
 
 
 def average_bytes(parameters: int, dtype: torch.dtype) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vold.config.schema import RlConfig, SftConfig
+from vold.models.flops import active_parameters, language_model_parameters
 from vold.planning.gpu_specs import GPU_SPECS
 from vold.planning.machine import hide_gpus
 from vold.planning.memory_table import fullest, phase_table
@@ -59,6 +60,13 @@ def print_plan(
 def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[str]:
     if len(stages) > 1:
         yield "Peak by stage: " + ", ".join(f"{stage.name} {stage.peak / GIB:.1f}" for stage in stages)
+    for role, arch in (("student", sizes.student), ("teacher", sizes.teacher)):
+        if arch is not None and arch.mixture is not None:
+            total, active = language_model_parameters(arch) / 1e9, active_parameters(arch) / 1e9
+            yield (
+                f"The {role} has {total:.2f} billion parameters, of which a token meets {active:.2f}; every expert is "
+                "planned to get as many tokens."
+            )
     yield (
         f"Micro-batches of {sizes.micro_batch_tokens} tokens, {sizes.micro_batches} a step. A tenth of the GPU is left "
         "to CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel and flash-attn (2 or 3); "

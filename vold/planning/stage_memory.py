@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vold.config.schema import RlConfig, SamplingConfig
-from vold.models.architecture import Architecture
+from vold.models.architecture import Architecture, check_expert_sizes
 from vold.models.flops import language_model_parameters
 from vold.models.language_model import build_chunks, has_tower
 from vold.models.weights import build_student
@@ -19,6 +19,7 @@ from vold.parallel.launch import Layout, fake_layout, shutdown
 from vold.planning.meta_memory import (
     TrainingPeak,
     average_bytes,
+    own_state,
     packed_on_meta,
     run_micro_batch,
     state_masters,
@@ -65,10 +66,11 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """Measurements of one pipeline stage's run on the meta device, in bytes but for `trained`, `frozen` and
-    `largest_trained` (elements). Independent of sampler, optimizer division and offloading."""
+    """Measurements of one pipeline stage's run on the meta device, in bytes but for `trained` (`experts` of these are a
+    mixture's), `frozen` and `largest_trained` (elements). Independent of sampler, optimizer division and offloading."""
 
     trained: int
+    experts: int
     frozen: int
     largest_trained: int
     takes_images: bool
@@ -87,6 +89,7 @@ def stage_memories(sizes: StepSizes, device: str, cache: TraceCache | None = Non
     groups; no GPU may be visible to it.
     """
     cache = {} if cache is None else cache
+    check_expert_sizes(sizes.config.parallel.ep, sizes.config.parallel.etp, sizes.student, sizes.teacher)
     parallel = sizes.config.parallel
     traced_layout = parallel.model_copy(update={"distributed_optimizer": False})  # a trace does not depend on it
     stages = []
@@ -113,6 +116,7 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     counts = [parameter.numel() for parameter in parameters if parameter.requires_grad]
     frozen = sum(parameter.numel() for parameter in parameters) - sum(counts)
+    experts = sum(p.numel() for p in parameters if p.requires_grad and not getattr(p, "allreduce", True))
     options = {"micro_batches": sizes.micro_batches, "device": device, "two_heads": sizes.has_full_divergence}
     train = training_peak(chunks, tokens, losses, **options)
     takes_images = any(chunk.vision_levels for chunk in chunks) and not any(map(has_tower, chunks))
@@ -121,7 +125,7 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
         patches = prompts * sizes.prompt_tokens * sizes.student.vision.merge_size**2
         kept = tower_kept_bytes(chunks[0].visual, patches, recompute=layout.recompute == "full")
         train = replace(train, activations=train.activations + kept)
-    student = (sum(counts), frozen, max(counts, default=0), takes_images, train)
+    student = (sum(counts), experts, frozen, max(counts, default=0), takes_images, train)
     if sizes.teacher is None:
         return StageTrace(*student)
     with torch.device("meta"):
@@ -136,7 +140,8 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
 
 def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: str) -> StageMemory:
     config = sizes.config
-    state = training_state_bytes(trace.trained, layout, sizes.dtype, trace.frozen)
+    state = training_state_bytes(trace.trained, layout, sizes.dtype, trace.frozen, trace.experts)
+    kept_state = own_state(trace.trained, trace.experts, layout)
     host = float(trace.train.host)
     if config.optimizer.offload:
         host, state["optimizer"] = host + state["optimizer"], 0.0
@@ -155,10 +160,10 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     if layout.is_last_stage and (head := sizes.engine_head_bytes):
         resident["teacher"] = teacher = head
     phases["train"] = {"activations": trace.train.activations, "working": trace.train.working, "batch": batch + kept}
-    phases["update"] = {"working": update_bytes(trace.trained, trace.largest_trained, layout, device)}
+    phases["update"] = {"working": update_bytes(kept_state, trace.largest_trained, device)}
     if config.optimizer.offload:  # a parameter's new values as they arrive; masters are made here before they move
         phases["update"] = {"working": 4.0 * trace.largest_trained}
-        phases["start"] = {"optimizer": state_masters(trace.trained, layout, sizes.dtype)}
+        phases["start"] = {"optimizer": state_masters(kept_state, sizes.dtype)}
     for phase, sampling, responses in _sampled_phases(sizes):
         resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses)
     models = state | {"teacher": teacher, "sampler": _sampler_weights(sizes)}
@@ -207,7 +212,8 @@ def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) 
     drawing = sequences * arch.vocab * (size + SCORE_VECTORS * 4)
     # Prompts are prefilled before their keys and values are repeated for every response.
     prefilled = -(-sequences // responses) * config.prompt.max_tokens
-    prefill = prefilled * ((3 * arch.ffn + 4 * arch.hidden) * size + kv_bytes(arch, size))
+    ffn = arch.ffn * (arch.mixture.per_token if arch.mixture else 1)
+    prefill = prefilled * ((3 * ffn + 4 * arch.hidden) * size + kv_bytes(arch, size))
     return weights + sizes.student_tower_bytes, {"KV cache": cache, "working": max(drawing, prefill - cache)}
 
 

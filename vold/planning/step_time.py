@@ -15,7 +15,14 @@ from rich.table import Table
 
 from vold.config.schema import RlConfig
 from vold.models.architecture import Architecture
-from vold.models.flops import language_model_parameters, matmul_parameters, mlp_flops_share, segment_flops
+from vold.models.flops import (
+    active_parameters,
+    expert_parameters,
+    language_model_parameters,
+    matmul_parameters,
+    mlp_flops_share,
+    segment_flops,
+)
 from vold.models.weights import backward_of
 from vold.planning.gpu_specs import GpuSpec
 from vold.planning.memory_table import TABLE_STYLE
@@ -61,10 +68,18 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     share = backward_of(student, **trained).weights / matmul_parameters(student)
     multiplied, moved = 1 + share, 1 + 5 * share
     phases["student_backward"] = PhaseWork((multiplied + recomputed) * forward, moved * weights, tokens)
-    sharing = sizes.dp if config.parallel.distributed_optimizer else 1
-    updated = sizes.trained_parameters / model_ranks * UPDATE_BYTES / sharing
-    phases["optimizer"] = PhaseWork(0.0, updated)
+    phases["optimizer"] = PhaseWork(0.0, _updated_parameters(sizes) * UPDATE_BYTES)
     return phases
+
+
+def _updated_parameters(sizes: StepSizes) -> float:
+    """Trained parameters that a rank updates; of a mixture's experts those that it holds."""
+    parallel = sizes.config.parallel
+    experts = min(sizes.student.layers * expert_parameters(sizes.student), sizes.trained_parameters)
+    ranks = (parallel.tp * parallel.pp, parallel.ep * parallel.etp * parallel.pp)
+    if parallel.distributed_optimizer:
+        return sizes.trained_parameters / sizes.processes
+    return (sizes.trained_parameters - experts) / ranks[0] + experts / ranks[1]
 
 
 def _weight_traffic(sizes: StepSizes, arch: Architecture) -> float:
@@ -89,7 +104,7 @@ def _rollout_work(sizes: StepSizes) -> PhaseWork:
     responses = prompts * sizes.responses_per_prompt
     calls = -(-responses // config.rollout.sequences_per_call) if config.rollout.engine == "transformers" else 1
     cache = responses * length * (sizes.prompt_tokens + length / 2) * kv_bytes(arch, sizes.dtype.itemsize)
-    weights = calls * length * sizes.dtype.itemsize * language_model_parameters(arch)
+    weights = calls * length * sizes.dtype.itemsize * active_parameters(arch)
     flop = _forward_flops(sizes, arch) * prompts / sizes.prompts_per_replica
     return PhaseWork(flop, weights + cache, float(config.prompts_per_step * sizes.responses_per_prompt * length))
 

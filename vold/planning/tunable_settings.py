@@ -61,6 +61,8 @@ def tunable_settings(sizes: StepSizes) -> list[TunableSetting]:
         _switch("parallel.offload_activations", parallel.offload_activations, 7),
         *_evaluation_settings(config.evaluation),
     ]
+    if any(model and model.mixture for model in (sizes.student, sizes.teacher)):
+        settings.append(TunableSetting("parallel.ep", _doublings(parallel.ep, sizes.processes // parallel.pp), 2))
     if isinstance(config, RlConfig):
         if sizes.teacher is not None:
             settings.append(_switch("teacher_offload", config.teacher_offload, 2))

@@ -20,7 +20,7 @@ from vold.data.traces import load_samples
 from vold.evaluation.evaluator import Evaluator
 from vold.grading import Grader
 from vold.models.adapters import VISUAL
-from vold.models.architecture import Architecture
+from vold.models.architecture import Architecture, check_expert_sizes
 from vold.models.chat_template import load_chat_tokenizer
 from vold.models.checkpoint_dir import short_name
 from vold.models.images import load_prompt_encoder
@@ -95,6 +95,8 @@ def open_rl(
     work, before any model is loaded where that is possible."""
     objective = build_objective(config.objective, config.rollout.max_new_tokens)
     check_rl_config(config, objective)
+    in_trainer = objective.needs_teacher and config.teacher_engine == "trainer"
+    _check_expert_sizes(config, config.teacher if in_trainer else None, config.reference)
     reward_files = check_reward_terms(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
@@ -168,6 +170,7 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
     """The components of a stage-1 run, with the weights to continue from. A sampler is opened only where the run
     evaluates. Raises ValueError as `open_rl` does."""
     check_sft_config(config)
+    _check_expert_sizes(config)
     job = open_job(config, "sft", total=config.steps, resume=resume)
     tokenizer, encode = load_chat_tokenizer(config.student, config.prompt), load_prompt_encoder(config.student)
     vocab_size = _vocab_size(config.student, config.pair_with)
@@ -202,6 +205,12 @@ def open_sft(config: SftConfig, *, resume: bool, profiler: StepProfiler | None) 
             training.resume()
         packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
         yield SftComponents(job, samples, trainer, training, packer)
+
+
+def _check_expert_sizes(config: TrainConfig, *frozen: Path | None) -> None:
+    """frozen: the trainer's other models."""
+    models = (Architecture.from_pretrained(path) for path in (config.student, *frozen) if path is not None)
+    check_expert_sizes(config.parallel.ep, config.parallel.etp, *models)
 
 
 def _vocab_size(student: Path, teacher: Path | None, *, served: bool = False) -> int:

@@ -44,10 +44,11 @@ def build_optimizer(
     )
     groups = {**get_standard_config_overrides(settings), **_rate_groups(chunks, config)}
     optimizer = get_megatron_optimizer(settings, list(chunks), config_overrides=groups)
-    if config.offload:
-        offload_optimizer(_inner(optimizer))
-    else:
-        _update_in_one_pass(optimizer)
+    for inner in _chain(optimizer):
+        if config.offload:
+            offload_optimizer(inner)
+        else:
+            _update_in_one_pass(inner)
     return optimizer
 
 
@@ -76,7 +77,7 @@ def _rate_groups(
 
 def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:
     """On a GPU torch's AdamW reads and writes its tensors once, not once an operation, and keeps no temporary copy."""
-    adamw = _inner(optimizer).optimizer
+    adamw = optimizer.optimizer
     if not isinstance(adamw, torch.optim.Adam):  # Apex's or TransformerEngine's, or a rank without parameters
         return
     parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
@@ -117,14 +118,17 @@ def gradient_norm_squared(optimizer: MegatronOptimizer) -> torch.Tensor:
     """[] float32 on the device: the squared norm of the whole gradient, to the bit as Megatron has it, which reads the
     norm of every parameter on the host where neither apex nor TransformerEngine is installed. Replicas count once and
     shares add up. A collective over the ranks with parts of the gradient; `optimizer.prepare_grads` comes first."""
-    inner = _inner(optimizer)
-    gradients = inner.get_main_grads_for_grad_norm() if inner.get_parameters() else []
-    if gradients:
-        squared = torch.stack(torch._foreach_norm(gradients)).norm() ** 2.0  # pyright: ignore[reportPrivateImportUsage]
-    else:
-        squared = torch.zeros((), device=torch.cuda.current_device())
-    dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())
-    return squared
+    total: torch.Tensor | None = None
+    for inner in _chain(optimizer):
+        gradients = inner.get_main_grads_for_grad_norm() if inner.get_parameters() else []
+        if gradients:
+            squared = torch.stack(torch._foreach_norm(gradients)).norm() ** 2.0  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            squared = torch.zeros((), device=torch.cuda.current_device())
+        dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())
+        total = squared if total is None else total + squared
+    assert total is not None
+    return total
 
 
 @torch.no_grad()
@@ -132,14 +136,15 @@ def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
     """Scale the gradient, of this norm, to the optimizer's `clip_grad` where it is longer; as Megatron does. A fused
     AdamW divides by the factor's inverse as it reads the gradient in the next update."""
     coefficient = optimizer.config.clip_grad / (norm + 1.0e-6)
-    adamw = _inner(optimizer).optimizer
-    gradients = [p.grad for p in _inner(optimizer).get_parameters() if p.grad is not None]
-    if _is_fused(adamw):
-        is_longer = coefficient < 1.0 and bool(gradients)
-        scale = gradients[0].new_full((), 1 / coefficient) if is_longer else None
-        adamw.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
-    elif coefficient < 1.0 and gradients:
-        torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
+    for inner in _chain(optimizer):
+        adamw = inner.optimizer
+        gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
+        if _is_fused(adamw):
+            is_longer = coefficient < 1.0 and bool(gradients)
+            scale = gradients[0].new_full((), 1 / coefficient) if is_longer else None
+            adamw.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+        elif coefficient < 1.0 and gradients:
+            torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 
 
 # Adam's state by model parameter, however Megatron keeps it -----------------------------------------------------------
@@ -147,12 +152,12 @@ def clip_gradient(optimizer: MegatronOptimizer, norm: float) -> None:
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """True where each data-parallel rank keeps only its share of the state."""
-    return isinstance(_inner(optimizer), DistributedOptimizer)
+    return isinstance(_chain(optimizer)[0], DistributedOptimizer)
 
 
 def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice:
     """The elements of the flattened parameter whose state this rank keeps: all, or its data-parallel share."""
-    inner = _inner(optimizer)
+    inner = _inner(optimizer, parameter)
     if not isinstance(inner, DistributedOptimizer):
         return slice(0, parameter.numel())
     if _main(optimizer, parameter) is None:
@@ -171,8 +176,9 @@ def optimizer_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter)
     main = _main(optimizer, parameter)
     if main is None:
         return {field: torch.empty(0, device=parameter.device) for field in state_fields(parameter)}
-    held = _held(optimizer, main)
-    state = {"main": held.detach(), **_inner(optimizer).optimizer.state.get(main, {})}
+    inner = _inner(optimizer, parameter)
+    held = _held(inner, main)
+    state = {"main": held.detach(), **inner.optimizer.state.get(main, {})}
     return {field: state.get(field, torch.zeros_like(held)).flatten() for field in state_fields(parameter)}
 
 
@@ -184,40 +190,45 @@ def load_optimizer_state(
     main = _main(optimizer, parameter)
     if main is None:
         return
-    state, held = _inner(optimizer).optimizer.state[main], _held(optimizer, main)
+    inner = _inner(optimizer, parameter)
+    state, held = inner.optimizer.state[main], _held(inner, main)
     for field, value in values.items():
         target = held if field == "main" else state.setdefault(field, torch.empty_like(held))
         target.copy_(value.view(main.shape))
     if held is not main and "main" not in values:
         held.copy_(main)  # fp32 weights, which are loaded already
-    on_device = any(_inner(optimizer).optimizer.defaults.get(flag) for flag in ("fused", "capturable"))
+    on_device = any(inner.optimizer.defaults.get(flag) for flag in ("fused", "capturable"))
     state["step"] = torch.tensor(float(updates), device=main.device if on_device else "cpu")
 
 
 def updates_made(optimizer: MegatronOptimizer) -> int:
     """Adam's own step count on this rank; skipped updates do not count."""
-    steps = [state["step"] for state in _inner(optimizer).optimizer.state.values() if state]
+    states = [state for inner in _chain(optimizer) if inner.optimizer for state in inner.optimizer.state.values()]
+    steps = [state["step"] for state in states if state]
     return int(torch.stack(steps).max()) if steps else 0
 
 
-def _held(optimizer: MegatronOptimizer, main: torch.Tensor) -> torch.Tensor:
+def _held(inner: MegatronOptimizer, main: torch.Tensor) -> torch.Tensor:
     """The tensor with the values of what Adam updates: its copy in CPU memory where the state is offloaded."""
-    inner = _inner(optimizer).optimizer
-    return inner.hosts[main] if isinstance(inner, OffloadedAdamW) else main
+    return inner.optimizer.hosts[main] if isinstance(inner.optimizer, OffloadedAdamW) else main
 
 
-def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
-    """The only optimizer in Megatron's chain."""
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(inner) != 1:
-        raise ValueError(f"expected one optimizer for a dense model, Megatron built {len(inner)}")
-    return inner[0]
+def _chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron's optimizers: one, and behind it one of a mixture's experts, whose copies are other ranks."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    assert len(chain) in (1, 2), len(chain)
+    return chain
+
+
+def _inner(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> MegatronOptimizer:
+    """The optimizer that has the parameter."""
+    return _chain(optimizer)[0 if getattr(parameter, "allreduce", True) else 1]
 
 
 def _main(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor | None:
     """The tensor that Adam updates: the fp32 master of a bfloat16 parameter, or an fp32 parameter itself; with the
     distributed optimizer this rank's flat share of it, None where it has none."""
-    inner = _inner(optimizer)
+    inner = _inner(optimizer, parameter)
     if not isinstance(inner, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter)
     position = inner.model_param_group_index_map.get(parameter)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -52,17 +53,18 @@ def run_pipeline(
     """Run forward, and backward unless `forward_only`, and return `head`'s result of each micro-batch, in order; an
     empty list off the last stage. Gradients are reduced over all groups when it returns.
 
-    All ranks of one model copy pass the same micro-batches. vision: needed where they hold pictures and a chunk takes
-    in image features; each picture is encoded once, before the first micro-batch. timer: entered around every forward
-    pass up to the head.
+    All ranks of one model copy pass the same micro-batches; copies that share experts all call, each with any number.
+    vision: needed where they hold pictures and a chunk takes in image features; each picture is encoded once, before
+    the first micro-batch. timer: entered around every forward pass up to the head.
     """
-    if not micro_batches:
+    most = _most_micro_batches(len(micro_batches), chunks[0], layout)
+    if not most:
         return []
     features = None
     if vision is not None:
         with timer():
             features = vision.features(picture for micro in micro_batches for picture in micro.tokens.pictures)
-    padded = [*micro_batches, *_fillers(len(micro_batches), layout)]
+    padded = [*micro_batches, *_fillers(len(micro_batches), most, layout)]
     results = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head, features, timer),
         data_iterator=[iter(padded) for _ in chunks],
@@ -94,10 +96,21 @@ def _saved_activations(chunk: nn.Module) -> AbstractContextManager:
     return nullcontext()
 
 
-def _fillers(count: int, layout: Layout) -> list[MicroBatch]:
-    """Micro-batches of one token without a target, which cost next to nothing: the interleaved schedule takes a
-    multiple of pp."""
-    missing = -count % layout.pp if layout.vpp else 0
+def _most_micro_batches(count: int, chunk: nn.Module, layout: Layout) -> int:
+    """The largest number among the ranks that this model's tokens travel to: all of them must run every layer alike."""
+    experts = layout.experts
+    if unwrap(chunk).arch.mixture is None or experts.ep * experts.etp == 1:
+        return count
+    largest = torch.tensor(count, device=layout.device)
+    for group in (experts.ep_group, experts.etp_group):
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
+def _fillers(count: int, most: int, layout: Layout) -> list[MicroBatch]:
+    """Micro-batches of one token without a target, which cost next to nothing: up to `most`, and the interleaved
+    schedule takes a multiple of pp."""
+    missing = most - count + (-most % layout.pp if layout.vpp else 0)
     return [filler().to(layout.device)] * missing
 
 

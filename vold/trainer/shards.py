@@ -35,9 +35,11 @@ from vold.models.weights import (
     Rule,
     join_pieces,
     piece_shapes,
+    sharing_of,
     split_pieces,
     trained_rules,
 )
+from vold.parallel.launch import ExpertLayout, Layout
 from vold.trainer.optimizer import (
     is_distributed,
     load_optimizer_state,
@@ -69,20 +71,25 @@ def snapshot(
 ) -> dict[str, Piece]:
     """The pieces this rank writes, copied to the CPU. All ranks call it: a distributed optimizer's shares of a tensor
     are gathered on one data-parallel rank, each rank in turn, so that replicas share the work of writing."""
-    layout = chunks[0].layout
     pieces: dict[str, Piece] = {}
     averaged = [average.fp32[parameter] for _, parameter, _ in _parameters(average.chunks)] if average else None
     for number, (chunk, parameter, rule) in enumerate(_parameters(chunks)):
-        writer = number % layout.dp
+        copies = _copies(chunk, rule)
+        writer = number % copies.dp
         values = {"model": parameter.detach()} | {
-            field: _gather(optimizer, parameter, share, writer, layout.dp_group)
+            field: _gather(optimizer, parameter, share, writer, copies.dp_group)
             for field, share in optimizer_state(optimizer, parameter).items()
         }
         values |= {"average": averaged[number]} if averaged else {}
-        if layout.dp_rank == writer and _is_first_copy(chunk, rule):
+        if copies.dp_rank == writer and _is_first_copy(chunk, rule):
             for field, value in values.items():
                 pieces |= _pieces(field, value.view(parameter.shape), rule, chunk)
     return pieces
+
+
+def _copies(chunk: LanguageModel, rule: Rule) -> Layout | ExpertLayout:
+    """Whose `dp` ranks hold copies of a parameter."""
+    return chunk.layout.experts if rule.experts else chunk.layout
 
 
 def write_pieces(file: Path, pieces: dict[str, Piece]) -> None:
@@ -113,7 +120,7 @@ def _gather(optimizer: MegatronOptimizer, parameter: nn.Parameter, share: Tensor
 
 def _pieces(field: str, value: Tensor, rule: Rule, chunk: LanguageModel) -> dict[str, Piece]:
     named = zip(rule.names, split_pieces(rule, value, chunk.arch), strict=True)
-    dim, rank = rule.split or 0, 0 if rule.split is None else chunk.layout.tp_rank
+    dim, rank = rule.split or 0, sharing_of(rule, chunk.layout).rank
     return {
         # a copy: training goes on while an asynchronous save writes
         f"{field}/{name}": Piece(piece.to("cpu", copy=True).contiguous(), dim, rank * piece.shape[dim])
@@ -222,15 +229,15 @@ def _read(reader: PieceReader, field: str, parameter: nn.Parameter, rule: Rule, 
     if rule == HEAD_RULE and chunk.arch.tied:  # the last of several pipeline stages keeps its own copy
         rule = EMBEDDING_RULE
     dim, pieces = rule.split or 0, []
-    parts, rank = (1, 0) if rule.split is None else (chunk.layout.tp, chunk.layout.tp_rank)
-    for name, shape in zip(rule.names, piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout.tp), strict=True):
-        key, size = f"{field}/{name}", shape[dim] // parts
+    sharing = sharing_of(rule, chunk.layout)
+    for name, shape in zip(rule.names, piece_shapes(rule, parameter.shape, chunk.arch, chunk.layout), strict=True):
+        key, size = f"{field}/{name}", shape[dim] // sharing.ranks
         if key in reader and reader.size(key, dim) != shape[dim]:
             raise ValueError(
                 f"the checkpoint's {key} is {reader.size(key, dim)} long in dimension {dim}, the model's {shape[dim]}: "
                 "it is of another model; resume with the run's own student"
             )
-        pieces.append(reader.read(key, [*shape[:dim], size, *shape[dim + 1 :]], dim, rank * size))
+        pieces.append(reader.read(key, [*shape[:dim], size, *shape[dim + 1 :]], dim, sharing.rank * size))
     return join_pieces(rule, pieces, chunk.arch)
 
 

@@ -67,9 +67,18 @@ class PolicyWorker:
         if isinstance(named_weights, str):
             tied = self.model_runner.model_config.hf_text_config.tie_word_embeddings
             named_weights = _read_directory(Path(named_weights), tied)
-        self.model_runner.reload_weights(weights_iterator=iter(named_weights))
+        self.model_runner.reload_weights(weights_iterator=self._oriented(named_weights))
         if torch.device(self.device).type == "cpu":
             self._pack_experts()
+
+    def _oriented(self, named_weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The weights with the matrices of a mixture's experts as vLLM expects them in one tensor of all: of
+        Qwen3-VL-MoE transposed, as its published files have them."""
+        modules = self.model_runner.get_model().modules()
+        transposed = any(getattr(module, "is_fused_checkpoint_transposed", False) for module in modules)
+        for name, tensor in named_weights:
+            is_experts = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+            yield name, tensor.transpose(1, 2) if is_experts and transposed else tensor
 
     def receive_policy(self, address: str, port: int, rank: int, world: int) -> None:
         """Load the weights that member 0 of the group broadcasts, see vold.rollout.vllm.weight_stream. rank: the member

@@ -169,7 +169,7 @@ def check_targets(arch: Architecture, config: AdapterConfig) -> None:
     check_adapters(arch, config.targets)
     if arch.mixture is not None and config.base_bits is not None:
         raise ValueError(
-            f"adapter.base_bits = {config.base_bits} would leave the experts of {arch.model_type} as they are; leave it out"
+            f"adapter.base_bits = {config.base_bits} would leave the experts of {arch.model_type} whole; leave it out"
         )
     visual = [target for target in config.targets if target in VISUAL]
     if visual and arch.vision is None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 from commands import ROOT
 
+import vold
 from benchmarks.gpu_day.journal import read_rows
 from vold.report import accuracy_table
 
@@ -75,6 +76,7 @@ CLAIMS = [
         r"([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) % of image problems",
         tuple(demo(model, form) for form in ("text", "image") for model in ("base", "sft", "grpo", "vold")),
     ),
+    Claim("README.md", r"failed\. (\d+) methods", (lambda: float(len(vold.PRESETS)),)),
     Claim(
         "docs/speed.md",
         r"the policy loss takes ([\d.]+) s and ([\d.]+) GiB, the three matmuls alone ([\d.]+) s",

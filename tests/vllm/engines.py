@@ -16,11 +16,11 @@ PATIENCE = 300.0  # seconds an engine may take to start
 class Engine:
     """One engine on a free port of this machine; `start` again after `kill` gives one with the checkpoint's weights."""
 
-    def __init__(self, checkpoint: Path, log: Path, **settings):
+    def __init__(self, checkpoint: Path, log: Path, *, adapter=None, **settings):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self._checkpoint, self._log, self._settings = checkpoint, log, settings
+        self._checkpoint, self._log, self._settings, self._adapter = checkpoint, log, settings, adapter
         self.secret_file = log.parent / "engines.secret"
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
@@ -32,8 +32,8 @@ class Engine:
         settings = {"kv_cache_gib": 0.25, "max_model_len": 256, "enforce_eager": True, "transport": "nccl"}
         settings = VllmConfig(**settings | self._settings)
         where = {"host": "127.0.0.1", "port": self._port}
-        command = server_command(self._checkpoint, settings, dtype="float32", where=where)
-        guard = server_environment(self._checkpoint, settings, self.secret_file, where)
+        command = server_command(self._checkpoint, settings, dtype="float32", where=where, adapter=self._adapter)
+        guard = server_environment(self._checkpoint, settings, self.secret_file, where, adapters=bool(self._adapter))
         environment = {**os.environ, **guard, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         # A session of its own, so that its worker dies with it.
         self._process = subprocess.Popen(

@@ -14,6 +14,8 @@ from vold.config.schema import RlConfig, SamplingConfig
 from vold.models.architecture import Architecture, check_expert_sizes
 from vold.models.flops import language_model_parameters
 from vold.models.language_model import build_chunks, has_tower
+from vold.models.quantised import BYTES as QUANTISED_BYTES
+from vold.models.quantised import decoder_linears
 from vold.models.weights import build_student
 from vold.parallel.launch import Layout, fake_layout, shutdown
 from vold.planning.meta_memory import (
@@ -67,7 +69,8 @@ class StageMemory:
 @dataclass(frozen=True)
 class StageTrace:
     """Measurements of one pipeline stage's run on the meta device, in bytes but for `trained` (`experts` of these are a
-    mixture's), `frozen` and `largest_trained` (elements). Independent of sampler, optimizer division and offloading."""
+    mixture's), `frozen` (`quantised` of these are held in fewer bits) and `largest_trained` (elements). Independent of
+    sampler, optimizer division and offloading."""
 
     trained: int
     experts: int
@@ -75,6 +78,7 @@ class StageTrace:
     largest_trained: int
     takes_images: bool
     train: TrainingPeak
+    quantised: int = 0
     teacher_weights: float = 0.0
     teacher_working: float = 0.0
 
@@ -121,11 +125,17 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     train = training_peak(chunks, tokens, losses, **options)
     takes_images = any(chunk.vision_levels for chunk in chunks) and not any(map(has_tower, chunks))
     if any(map(has_tower, chunks)):  # every micro-batch holds as many image tokens as its prompts may have
-        prompts = -(-sizes.micro_batch_tokens // (sizes.prompt_tokens + sizes.response_tokens))
+        group = sizes.prompt_tokens + sizes.responses_per_prompt * max(sizes.response_tokens - 1, 1)
+        prompts = -(-sizes.micro_batch_tokens // group)
         patches = prompts * sizes.prompt_tokens * sizes.student.vision.merge_size**2
         kept = tower_kept_bytes(chunks[0].visual, patches, recompute=layout.recompute == "full")
         train = replace(train, activations=train.activations + kept)
-    student = (sum(counts), experts, frozen, max(counts, default=0), takes_images, train)
+    linears = [linear.weight.numel() for chunk in chunks for linear in decoder_linears(chunk)]
+    if not (config.adapter and config.adapter.base_bits):
+        linears = []
+    dequantised = dtype.itemsize * max(linears, default=0)  # one weight at a time is whole
+    train = replace(train, working=train.working + dequantised)
+    student = (sum(counts), experts, frozen, max(counts, default=0), takes_images, train, sum(linears))
     if sizes.teacher is None:
         return StageTrace(*student)
     with torch.device("meta"):
@@ -143,8 +153,13 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     state = training_state_bytes(trace.trained, layout, sizes.dtype, trace.frozen, trace.experts)
     kept_state = own_state(trace.trained, trace.experts, layout)
     host = float(trace.train.host)
-    if config.optimizer.offload:
-        host, state["optimizer"] = host + state["optimizer"], 0.0
+    if config.optimizer.offload:  # a copy of fp32 weights is there too
+        copies = state_masters(kept_state, torch.bfloat16) if sizes.dtype == torch.float32 else 0.0
+        host, state["optimizer"] = host + state["optimizer"] + copies, 0.0
+    unpacked = 0.0
+    if config.adapter and config.adapter.base_bits:
+        unpacked = trace.quantised * (sizes.dtype.itemsize - QUANTISED_BYTES[config.adapter.base_bits])
+        state["weights"] -= unpacked
     resident = state | {"vision": sizes.student_tower_bytes if trace.takes_images else 0.0}
     batch = float(BATCH_BYTES * sizes.tokens_per_replica)
     phases, teacher = {}, trace.teacher_weights
@@ -164,6 +179,8 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     if config.optimizer.offload:  # a parameter's new values as they arrive; masters are made here before they move
         phases["update"] = {"working": 4.0 * trace.largest_trained}
         phases["start"] = {"optimizer": state_masters(kept_state, sizes.dtype)}
+    if unpacked:  # weights are loaded whole, then quantised
+        phases["start"] = phases.get("start", {}) | {"weights": unpacked}
     for phase, sampling, responses in _sampled_phases(sizes):
         resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses)
     models = state | {"teacher": teacher, "sampler": _sampler_weights(sizes)}

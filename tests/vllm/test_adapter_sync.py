@@ -1,8 +1,7 @@
-"""The policy as adapters in real vLLM, inside the process and behind `vold serve`: transformers' answers with the merged
+"""The policy as adapters in real vLLM, in the process and behind `vold serve`: transformers' answers with the merged
 weights, before and after each update. And a trained vision tower's weights, which arrive with the others."""
 
 from __future__ import annotations
-
 
 import pytest
 import torch

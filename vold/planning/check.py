@@ -18,6 +18,7 @@ from vold.models.adapters import check_targets
 from vold.models.architecture import Architecture
 from vold.models.flops import active_parameters, language_model_parameters
 from vold.models.peft_directory import adapter_tensors
+from vold.models.quantised import open_bitsandbytes
 from vold.models.served import ServedModel
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
 from vold.models.weights import check_rates
@@ -173,6 +174,8 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
         check_rates(arch, config.optimizer.lr_groups, config.train, config.adapter, config.vision.train_merger)
     if role == "student" and config.adapter:
         check_targets(arch, config.adapter)
+        if config.adapter.base_bits:
+            open_bitsandbytes()
     if role == "student" and config.adapter and config.adapter.path:
         with adapter_tensors(config.adapter):
             pass

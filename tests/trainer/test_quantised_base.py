@@ -129,5 +129,5 @@ def test_bytes_and_rounding_of_bitsandbytes(bits, layout):
 
 def test_without_bitsandbytes_it_is_refused_in_one_line(student, layout, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(ValueError, match="adapter.base_bits needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(ValueError, match=r"adapter.base_bits needs bitsandbytes: pip install bitsandbytes"):
         load_chunks(student, layout, torch.float32, adapter=ADAPTER.model_copy(update={"base_bits": 8}))

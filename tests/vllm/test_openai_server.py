@@ -32,11 +32,11 @@ pytestmark = pytest.mark.vllm
 def server(tiny_teacher_dir, tmp_path_factory):
     """`vllm serve` as anybody starts it, with room for the whole vocabulary of the miniature."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(("63.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("openai") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_teacher_dir)]
-    command += ["--served-model-name", "teacher", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    command += ["--served-model-name", "teacher", "--port", str(port), "--host", "63.0.0.1", "--dtype", "float32"]
     command += ["--max-logprobs", "200", "--enforce-eager", "--max-model-len", "256"]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     process = subprocess.Popen(
@@ -45,13 +45,13 @@ def server(tiny_teacher_dir, tmp_path_factory):
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5.0):
+            with urllib.request.urlopen(f"http://63.0.0.1:{port}/health", timeout=5.0):
                 break
         except OSError:
             time.sleep(0.5)
     else:
         raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
-    yield OpenaiConfig(url=f"http://127.0.0.1:{port}/v1", model="teacher", retries=0)
+    yield OpenaiConfig(url=f"http://63.0.0.1:{port}/v1", model="teacher", retries=0)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -86,9 +86,9 @@ def only_echo(fields):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
 def test_its_top_has_the_gradient_of_the_whole(divergence, server, samples, tiny_student_dir, tiny_teacher_dir, layout):
     """With all but a few ids in the top, that of a teacher in the trainer, over the same rows of the head."""
-    rows = 128
+    rows = 64  # of the miniature
     gradients_of = {}
-    for top_k in (None, 127):
+    for top_k in (None, 63):
         objective = build_objective(ObjectiveConfig(preset="opd", divergence=divergence, top_k=top_k), 13)
         trainer = make_trainer(tiny_student_dir, layout, objective=objective)
         trainer.vocab_size = rows
@@ -98,4 +98,4 @@ def test_its_top_has_the_gradient_of_the_whole(divergence, server, samples, tiny
         else:
             scored = TopTeacher(tiny_teacher_dir, server, layout, top_k=top_k).score(batch_of(samples))
         gradients_of[top_k] = gradients(trainer, scored)
-    assert relative(gradients_of[127], gradients_of[None]) < 1e-2
+    assert relative(gradients_of[63], gradients_of[None]) < 1e-2

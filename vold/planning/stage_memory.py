@@ -174,6 +174,13 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0
     if layout.is_last_stage and (head := sizes.engine_head_bytes):
         resident["teacher"] = teacher = head
+    if sizes.objective is not None and sizes.objective.reference_beta and not config.reference_is_base:
+        tower = sizes.student_tower_bytes if trace.takes_images else 0.0
+        reference = (trace.trained + trace.frozen) * float(sizes.dtype.itemsize) + tower
+        host += reference if config.teacher_offload else 0.0
+        phase = phases.setdefault("teacher", {"working": 0.0, "batch": batch})
+        part = phase if config.teacher_offload else resident
+        part["teacher"], teacher = part.get("teacher", 0.0) + reference, teacher + reference
     phases["train"] = {"activations": trace.train.activations, "working": trace.train.working, "batch": batch + kept}
     phases["update"] = {"working": update_bytes(kept_state, trace.largest_trained, device)}
     if config.optimizer.offload:  # a parameter's new values as they arrive; masters are made here before they move

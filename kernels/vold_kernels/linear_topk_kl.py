@@ -44,6 +44,12 @@ class _Top:
     id_Ck: Tensor
     logq_Ck: Tensor
 
+    @classmethod
+    def of(cls, id_Ck: Tensor, logq_Ck: Tensor, vocab_size: Tensor) -> "_Top":
+        """Ids that are not the vocabulary's, as a server's head may have them, are none: their mass is the tail's."""
+        is_real_Ck = (id_Ck >= 0) & (id_Ck < vocab_size)
+        return cls(id_Ck.where(is_real_Ck, -1), logq_Ck.where(is_real_Ck, -torch.inf))
+
     def tail_logq(self) -> Tensor:
         """[C] log of the mass of all other ids."""
         return torch.log1p(-self.logq_Ck.double().exp().sum(dim=1).clamp(max=1 - LEAST_TAIL)).to(self.logq_Ck.dtype)
@@ -101,7 +107,8 @@ class _LinearTopkKL(torch.autograd.Function):
         gradients = HeadGradients(head, len(rows_n), options.request)
         no_target_N = torch.full_like(weight_N, -1, dtype=torch.int64)
         for chunk in resident_chunks(head, hidden_ND, no_target_N, rows_n, tokens=tokens):
-            top = _Top(id_Nk[chunk.rows_C].long(), logq_Nk[chunk.rows_C].to(head.dtype))
+            logq_Ck = logq_Nk[chunk.rows_C].to(head.dtype)
+            top = _Top.of(id_Nk[chunk.rows_C].long(), logq_Ck, options.shard.vocab_size)
             kl_C, dz_CU = _chunk(head, chunk, top, weight_n[chunk.kept], options.divergence, gradients)
             kl_n[chunk.kept] = kl_C
             if dz_CU is not None:
@@ -137,7 +144,8 @@ def linear_topk_kl(
 ) -> KLLoss:
     """Σ weight · divergence between student and the teacher's top k with its tail, gradients formed in the same pass.
 
-    id_Nk [N, k] integer: distinct ids of a token over all ranks, fewer than the vocabulary has; −1 for none.
+    id_Nk [N, k] integer: distinct ids of a token over all ranks, fewer than the vocabulary has; −1, or an id beyond the
+        vocabulary, for none.
     logp_teacher_Nk [N, k]: their log-probs (nats), −inf for none.
     Others as for `linear_kl`; not under torch.compile. Raises ValueError for shapes, dtypes or options that do not fit.
     """

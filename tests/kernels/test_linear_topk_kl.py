@@ -67,6 +67,10 @@ def test_missing_ids_are_none_and_padding_is_no_id():
     weight_N = torch.ones(5, dtype=torch.float64, device=DEVICE)
     options = {"weight_N": weight_N, "vocab_size": 50}
     expected = linear_topk_kl(case.hidden_ND, case.weight_VD, ids, logps, **options)
+    beyond = torch.full_like(ids[:, :1], 57)  # an id of the server's padding, whose mass is the tail's
+    with_padding = (torch.cat([ids, beyond], 1), torch.cat([logps, torch.full_like(logps[:, :1], -3.0)], 1))
+    of_padding = linear_topk_kl(case.hidden_ND, case.weight_VD, *with_padding, **options)
+    torch.testing.assert_close(of_padding.kl_N, expected.kl_N, rtol=1e-12, atol=1e-13)
     padded = (torch.nn.functional.pad(ids, (2, 3), value=-1), torch.nn.functional.pad(logps, (2, 3), value=-torch.inf))
     actual = linear_topk_kl(case.hidden_ND, case.weight_VD, *padded, **options)
     torch.testing.assert_close(actual.kl_N, expected.kl_N, rtol=1e-12, atol=1e-13)

@@ -74,7 +74,7 @@ def test_scores_by_both_ways(way, server, samples, tiny_teacher_dir, layout, mon
     numbers = {
         "dtype": torch.float32,
         "vocab_size": 64,
-    }  # the server's softmax is over its whole head, padding included
+    }  # the server has its whole head
     (micro,) = Teacher(tiny_teacher_dir, layout, **numbers).score(batch_of(samples)).micro_batches
     teacher = VllmTeacher(tiny_teacher_dir, server, temperature=1.0)
     asked = [Rollout(s.prompt, s.response_ids, [-1.0] * len(s.response_ids), "stop", "") for s in samples]

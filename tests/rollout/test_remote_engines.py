@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from support.fake_engine import FakeEngine
-from vold.config.schema import VllmConfig
+from vold.config.schema import AdapterConfig, VllmConfig
 from vold.rollout.vllm import weight_files, weight_stream
+from vold.rollout.vllm.adapters import EngineAdapter
 from vold.rollout.vllm.engines import Request
 from vold.rollout.vllm.remote import RemoteEngines, syncs_by_stream
 
@@ -60,6 +61,28 @@ def test_a_fault_is_named_and_the_other_engine_takes_over(two, connect, capfd, f
     assert len(said) == 1 and said[0].startswith(f"vold: engine {two[0].url} gets no more requests: ")
     answered = two[0].answered
     assert complete(remote) and two[0].answered == answered, "it is not asked again"
+
+
+def test_adapters_have_a_name_and_a_folder_a_version(two, tiny_student_dir, tmp_path):
+    settings = VllmConfig(urls=tuple(e.url for e in two), weights_dir=tmp_path, transport="files")
+    adapter = EngineAdapter(AdapterConfig(rank=2), tiny_student_dir)
+    remote = RemoteEngines(tiny_student_dir, settings, adapter=adapter)
+    assert remote._at(two[0].url).adapter == "", "the base, before the first version"
+    for version in (1, 2):
+        remote.load_weights([("a.lora_A.weight", torch.ones(2))], version)
+        assert remote._at(two[0].url).adapter == remote._label and remote._label.endswith(f"-{version}")
+        assert complete(remote)
+    for engine in two:
+        loaded = [body for path, body in engine.calls if path == "/v1/load_lora_adapter"]
+        unloaded = [body["lora_name"] for path, body in engine.calls if path == "/v1/unload_lora_adapter"]
+        assert len({body["lora_path"] for body in loaded}) == 2 and unloaded == [loaded[0]["lora_name"]]
+        assert (
+            not Path(loaded[0]["lora_path"]).exists() and Path(loaded[1]["lora_path"], "adapter_config.json").exists()
+        )
+        methods = [body.get("method") for _, body in engine.calls]
+        assert methods.count("keep_newest_adapter") == 2 and "load_policy" not in methods
+    with pytest.raises(ValueError, match=r"adapter.sync = adapter travels in files"):
+        RemoteEngines(tiny_student_dir, settings.model_copy(update={"transport": "nccl"}), adapter=adapter)
 
 
 def test_a_dead_engine_is_left_out_until_it_is_back(two, connect, capfd):

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -18,7 +18,7 @@ from support.fake_engine import FakeEngine
 from vold.config import dump_config, load_config
 from vold.config.schema import EvalConfig, RlConfig, VllmConfig
 from vold.rollout.vllm import http
-from vold.rollout.vllm.guard import ALLOWED, SETTINGS, Guard, Settings, read_secret
+from vold.rollout.vllm.guard import ADAPTER_CALLS, ALLOWED, SETTINGS, Guard, Settings, read_secret
 from vold.rollout.vllm.http import Address, EngineFailed, get
 from vold.rollout.vllm.remote import RemoteEngines, is_local
 
@@ -142,6 +142,29 @@ def test_weights_are_read_from_the_runs_own_folders(settings, tmp_path, monkeypa
         assert refused(f"{weights}/{path}"), path
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert refused(weights / "vold-weights-1"), "another user's"
+
+
+def test_adapters_are_read_from_the_runs_own_folders_and_weights_stay(settings, tmp_path, ask, ours):
+    weights, load = tmp_path / "weights", "/v1/load_lora_adapter"
+    for name in ("vold-weights-1", "vold-weights-2"):
+        (weights / name).mkdir(mode=0o700)
+    (weights / "vold-weights-1" / "adapter").mkdir(mode=0o700)
+    (weights / "vold-weights-2" / "adapter").symlink_to("/etc")
+    good = {"lora_name": "ab12-3", "lora_path": str(weights / "vold-weights-1" / "adapter")}
+    assert ask("POST", load, ours, json.dumps(good).encode())[0] == 404, "an engine of whole weights has no such call"
+    adapted = replace(settings, adapters=True)
+    refused = lambda body: adapted.adapter_refusal(body, ADAPTER_CALLS[("POST", load)])  # noqa: E731
+    assert not refused(good)
+    assert not adapted.adapter_refusal({"lora_name": "ab12-3"}, ADAPTER_CALLS[("POST", "/v1/unload_lora_adapter")])
+    bad = [good | {"load_inplace": True}, good | {"lora_name": "../x"}, good | {"lora_name": 7}, {"lora_name": "a"}, []]
+    places = [weights / "vold-weights-1", weights / "vold-weights-2" / "adapter", tmp_path / "adapter", "/etc/adapter"]
+    places += [f"{weights}/vold-weights-1/../vold-weights-1/adapter", tmp_path / "student" / "adapter", ""]
+    for body in [*bad, *(good | {"lora_path": str(place)} for place in places)]:
+        assert refused(body), body
+    for method, args in (("load_policy", [settings.checkpoint]), ("keep_newest_adapter", [1])):
+        assert adapted.refusal({"method": method, "args": args}, "127.0.0.1")
+    keep = {"method": "keep_newest_adapter", "args": []}
+    assert not adapted.refusal(keep, "127.0.0.1") and settings.refusal(keep, "127.0.0.1")
 
 
 def test_an_engine_connects_to_who_asks_alone(settings):

@@ -115,7 +115,8 @@ class Settings:
         if not re.fullmatch(r"[\w-]{1,80}", body["lora_name"]):
             return "an adapter's name has letters and digits"
         path = Path(body.get("lora_path", ""))
-        is_ours = path.name == ADAPTER_FOLDER and self._is_ours(str(path.parent)) and not path.is_symlink()
+        of_version = path.name == ADAPTER_FOLDER and path.parent != Path(self.checkpoint)
+        is_ours = of_version and self._is_ours(str(path.parent)) and not path.is_symlink()
         return "" if is_ours or "lora_path" not in keys else "adapters are read from the run's folders in weights_dir"
 
     def _is_ours(self, name: str) -> bool:

@@ -63,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/inference/v1/generate":
             return self.generate(engine, body)
         engine.calls.append((self.path, body))
+        if self.path.endswith("_lora_adapter"):
+            return self.reply(f"Success: LoRA adapter '{body['lora_name']}' done.")
         if body.get("method") == "receive_policy":
             address, port, rank, world = body["args"]
             received = weight_stream.receive(address, port, rank, world, torch.device("cpu"))

@@ -26,6 +26,7 @@ UNIX = "unix:"
 
 # One connection a request: an engine that was started again meets no connection of its predecessor's.
 _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+ADAPTER_DONE = b"Success: LoRA adapter "  # vLLM's answer to a call about an adapter is a sentence, not JSON
 ANSWER_BYTES = 1 << 30  # 64 responses of 32768 tokens have some 150 MB
 
 
@@ -157,6 +158,8 @@ def _send(
         if reply.status_code < 500:
             raise ValueError(f"{engine.url}{path}: {reason}; is it an engine of `vold serve`?")
         raise EngineFailed(reason)
+    if content.startswith(ADAPTER_DONE):
+        return {}
     try:
         answer = json.loads(content or b"{}")
     except (ValueError, RecursionError):

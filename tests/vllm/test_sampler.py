@@ -143,7 +143,7 @@ def mixture_dir(dense: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("dense", ["tiny_teacher_dir"])  # of tiny_qwen3_vl_dir: not run to its end yet
+@pytest.mark.parametrize("dense", ["tiny_teacher_dir", "tiny_qwen3_vl_dir"])
 def test_mixtures_of_experts_draw_alike_before_and_after_weights_arrive(dense, request, layout, tmp_path):
     checkpoint = mixture_dir(request.getfixturevalue(dense), tmp_path / "mixture")
     pair, prompts = open_pair(checkpoint), make_prompts(checkpoint, tmp_path, size=(192, 32))

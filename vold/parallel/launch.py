@@ -6,6 +6,7 @@ Only this file creates process groups. All other code receives a `Layout`.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import random
 import socket
@@ -40,6 +41,18 @@ class LaunchEnvironment:
 
 
 @dataclass(frozen=True)
+class GroupSizes:
+    """The sizes by which the world is divided into groups, see Layout and ExpertLayout."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int = 1
+
+
+@dataclass(frozen=True)
 class ExpertLayout:
     """The division of a mixture's experts among the ranks of a pipeline stage: different experts (ep), parts of each
     expert (etp), copies (dp); a rank's numbers and groups in each. Other weights are divided as Layout says."""
@@ -57,24 +70,30 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The division of the world: tensor (tp), pipeline (pp) and data (dp) parallel sizes, this rank's numbers, groups.
+    """The division of the world: tensor (tp), pipeline (pp), context (cp) and data (dp) parallel sizes, this rank's
+    numbers, groups.
 
+    replica_group  the ranks that hold the same parameters, cp x dp of them: gradients are summed over it
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
-    distributed_optimizer  optimizer state is divided over the dp group;  recompute  none, swiglu, selective or full
+    distributed_optimizer  optimizer state is divided over the replica group;  recompute  none, swiglu, selective or full
     deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
     experts  the division of a mixture's experts
     """
 
     tp: int
     pp: int
+    cp: int
     dp: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     tp_group: ProcessGroup
     pp_group: ProcessGroup
+    cp_group: ProcessGroup
     dp_group: ProcessGroup
     experts: ExpertLayout
+    replica_group: ProcessGroup
     device: torch.device
     vpp: int | None = None
     sp: bool = False
@@ -107,6 +126,7 @@ def initialise(
     pp: int = 1,
     *,
     seed: int,
+    cp: int = 1,
     vpp: int | None = None,
     sp: bool = False,
     ep: int = 1,
@@ -124,15 +144,15 @@ def initialise(
     the model-parallel groups are rebuilt only when their sizes change.
     """
     launch = LaunchEnvironment.from_environment()
-    _check_sizes(launch.world, tp, pp, vpp, sp)
-    _check_expert_sizes(launch.world, pp, ep, etp)
+    sizes = GroupSizes(tp, pp, cp, vpp, ep, etp)
+    _check_sizes(launch.world, sizes, sp)
     if tp > 1:  # Megatron requires it: one queue to the GPU keeps its collectives ahead of the matmuls they overlap
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if launch.device.type == "cuda":
         _fix_order_of_sums(deterministic)
     cpu.install()
     _start_world(launch, timeout_seconds)
-    _build_groups(tp, pp, vpp, (ep, etp), timeout_seconds)
+    _build_groups(sizes, timeout_seconds)
     _seed(seed)
     choices = {"distributed_optimizer": distributed_optimizer, "recompute": recompute, "deterministic": deterministic}
     choices["offload_activations"] = offload_activations
@@ -143,8 +163,9 @@ def fake_layout(
     rank: int,
     world: int,
     *,
-    tp: int,
-    pp: int,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
     vpp: int | None = None,
     sp: bool = False,
     ep: int = 1,
@@ -155,12 +176,12 @@ def fake_layout(
     in a process without a visible GPU. Raises ValueError as `initialise` does; call `shutdown` when done."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    _check_sizes(world, tp, pp, vpp, sp)
-    _check_expert_sizes(world, pp, ep, etp)
+    sizes = GroupSizes(tp, pp, cp, vpp, ep, etp)
+    _check_sizes(world, sizes, sp)
     shutdown()
     cpu.install()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    _build_groups(tp, pp, vpp, (ep, etp))
+    _build_groups(sizes)
     _seed_megatron(0)  # its layers look up generators by name
     return _layout(torch.device("meta"), vpp=vpp, sp=sp, **choices)
 
@@ -175,26 +196,29 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _check_sizes(world: int, tp: int, pp: int, vpp: int | None, sp: bool) -> None:
-    if tp < 1 or pp < 1:
-        raise ValueError(f"parallel sizes must be at least 1, got tp={tp} pp={pp}: set the wrong one to 1")
-    if world % (tp * pp):
+def _check_sizes(world: int, sizes: GroupSizes, sp: bool) -> None:
+    given = {name: size for name, size in vars(sizes).items() if name != "vpp"}
+    if min(given.values()) < 1:
+        shown = " ".join(f"{name}={size}" for name, size in given.items() if size != 1)
+        raise ValueError(f"parallel sizes must be at least 1, got {shown}: set the wrong one to 1")
+    copy = {name: size for name, size in given.items() if name in ("tp", "pp") or (name == "cp" and size > 1)}
+    ranks = math.prod(copy.values())
+    if world % ranks:
+        factors = " x ".join(f"{name}={size}" for name, size in copy.items())
         raise ValueError(
-            f"tp={tp} x pp={pp} = {tp * pp} does not divide the world of {world} processes: "
-            f"start a multiple of {tp * pp} processes (torchrun --nproc-per-node) or lower tp or pp"
+            f"{factors} = {ranks} does not divide the world of {world} processes: "
+            f"start a multiple of {ranks} processes (torchrun --nproc-per-node) or lower {' or '.join(copy)}"
         )
-    if vpp is not None and (pp == 1 or vpp < 2):
-        raise ValueError(f"vpp={vpp} needs pp of at least 2 and at least 2 stages a rank, got pp={pp}: leave vpp unset")
-    if sp and tp == 1:
-        raise ValueError(f"sp={sp} needs tp of at least 2, got tp={tp}: leave sp off")
-
-
-def _check_expert_sizes(world: int, pp: int, ep: int, etp: int) -> None:
-    if ep < 1 or etp < 1:
-        raise ValueError(f"parallel sizes must be at least 1, got ep={ep} etp={etp}: set the wrong one to 1")
-    if world // pp % (ep * etp):
+    if sizes.vpp is not None and (sizes.pp == 1 or sizes.vpp < 2):
         raise ValueError(
-            f"ep={ep} x etp={etp} = {ep * etp} does not divide the {world // pp} processes of a pipeline stage: "
+            f"vpp={sizes.vpp} needs pp of at least 2 and at least 2 stages a rank, got pp={sizes.pp}: leave vpp unset"
+        )
+    if sp and sizes.tp == 1:
+        raise ValueError(f"sp={sp} needs tp of at least 2, got tp={sizes.tp}: leave sp off")
+    stage, ep, etp = world // sizes.pp, sizes.ep, sizes.etp
+    if stage % (ep * etp):
+        raise ValueError(
+            f"ep={ep} x etp={etp} = {ep * etp} does not divide the {stage} processes of a pipeline stage: "
             "lower ep or etp, or start more processes"
         )
 
@@ -257,25 +281,28 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _build_groups(tp: int, pp: int, vpp: int | None, experts: tuple[int, int], timeout_seconds: float = 1800.0) -> None:
+def _build_groups(sizes: GroupSizes, timeout_seconds: float = 1800.0) -> None:
     from megatron.core import parallel_state as mpu
 
     if mpu.model_parallel_is_initialized():
-        sizes = (
+        found = GroupSizes(
             mpu.get_tensor_model_parallel_world_size(),
             mpu.get_pipeline_model_parallel_world_size(),
+            mpu.get_context_parallel_world_size(),
             mpu.get_virtual_pipeline_model_parallel_world_size(),
-            (mpu.get_expert_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()),
+            mpu.get_expert_model_parallel_world_size(),
+            mpu.get_expert_tensor_parallel_world_size(),
         )
-        if sizes == (tp, pp, vpp, experts):
+        if found == sizes:
             return
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        expert_model_parallel_size=experts[0],
-        expert_tensor_parallel_size=experts[1],
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
         distributed_timeout_minutes=timeout_seconds / 60,
         create_gloo_process_groups=dist.get_backend() != "fake",
     )
@@ -300,14 +327,18 @@ def _layout(device: torch.device, **choices) -> Layout:
     return Layout(
         tp=mpu.get_tensor_model_parallel_world_size(),
         pp=mpu.get_pipeline_model_parallel_world_size(),
+        cp=mpu.get_context_parallel_world_size(),
         dp=mpu.get_data_parallel_world_size(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        cp_rank=mpu.get_context_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         experts=_expert_layout(),
+        replica_group=mpu.get_data_parallel_group(with_context_parallel=True),
         device=device,
         **choices,
     )

@@ -32,6 +32,9 @@ class ParallelConfig(Strict):
     """Tensor parallel: ranks that share each layer."""
     pp: Positive = 1
     """Pipeline parallel: consecutive stages of layers."""
+    cp: Positive = 1
+    """Context parallel: ranks that share the tokens of a micro-batch, for long responses. Attention exchanges them for
+    heads, so cp divides the query heads of a tensor-parallel rank."""
     vpp: Annotated[int, Field(ge=2)] | None = None
     """Interleaved pipeline: stages that each rank holds."""
     sp: bool = False
@@ -42,7 +45,7 @@ class ParallelConfig(Strict):
     etp: Positive = 1
     """Ranks that share each expert, as tp does other layers."""
     distributed_optimizer: bool = False
-    """fp32 master weights and Adam's moments divided over the data-parallel ranks."""
+    """fp32 master weights and Adam's moments divided over the data-parallel and context-parallel ranks."""
     recompute: Literal["none", "swiglu", "selective", "full"] = "none"
     """Activations that the backward pass recomputes: none, products of the gates (SwiGLU), whole MLPs, whole layers."""
     offload_activations: bool = False

@@ -230,9 +230,9 @@ class DistributionTerm:
 
     name        of the model; its metrics begin with it
     weight_N    float32, the weight of the term at each token
-    rows        of the n tokens whose weight is not 0: the model's hidden states [n, E] that predict them and this
-    rank's
-                rows of its head [U, E]; or, with `is_top`, its most probable ids [n, k] and their log-probs [n, k]
+    rows        of the n tokens whose weight is not 0 (under context parallelism of this rank's): the model's hidden
+                states [n, E] that predict them and this rank's rows of its head [U, E]; or, with `is_top`, its most
+                probable ids [n, k] and their log-probs [n, k]
     options     keywords of `linear_kl` (`linear_topk_kl`) that say which divergence it is
     ratio_cap   see VocabularyDivergence
     """
@@ -244,9 +244,9 @@ class DistributionTerm:
     ratio_cap: float
     is_top: bool = False
 
-    def without(self, lost_N: Tensor) -> DistributionTerm:
-        """The term without weight at these tokens."""
-        kept_n = ~lost_N[self.weight_N != 0]
+    def without(self, lost_N: Tensor, own_N: Tensor) -> DistributionTerm:
+        """The term without weight at these tokens. own_N: the tokens of which `rows` has rows where they have weight."""
+        kept_n = ~lost_N[(self.weight_N != 0) & own_N]
         first, second = self.rows
         rows = (first[kept_n], second[kept_n] if self.is_top else second)
         return replace(self, weight_N=self.weight_N.masked_fill(lost_N, 0.0), rows=rows)
@@ -269,10 +269,10 @@ class MicroBatch:
     logp_rollout_N   float32 or None (traces were not sampled by the student)
     logp_teacher_N   float32 or None until the teacher has scored; 0 where kl_weight_N is 0
     hidden_teacher_nE, head_teacher_UE   the teacher's hidden states that predict the n tokens whose kl_weight_N is not
-                0, and this rank's rows of its head, where the objective compares whole distributions; else None
+                0 (under context parallelism this rank's of them), and this rank's rows of its head, where the objective
+                compares whole distributions; else None
     top_teacher      int64 ids [n, k] and float32 log-probs [n, k] of the teacher's most probable ids in the place of
-    the n
-                     tokens, where the objective compares those
+                     the n tokens (under context parallelism this rank's), where the objective compares those
     logp_old_N       float32, log-prob before the step's first update, or None: its only update, the ratio is 1
     reference_weight_N   float32, see Sample; None: no token has a weight
     logp_reference_N     float32, log-probs of a frozen reference, where its term is k3

@@ -255,7 +255,7 @@ def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:
 
 
 def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of this architecture on this layout. Raises ValueError where tp does not divide."""
+    """Megatron's configuration of this architecture on this layout. Raises ValueError where tp or cp does not divide."""
     _check_divides(arch, layout)
     return TransformerConfig(
         num_layers=arch.layers,
@@ -314,6 +314,7 @@ def _parallel_flags(layout: Layout) -> dict:
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "sequence_parallel": layout.sp,
+        "context_parallel_size": layout.cp,
         # Packed micro-batches differ in length; Megatron accepts that only with this dispatcher, dense models too.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -331,6 +332,12 @@ def _check_divides(arch: Architecture, layout: Layout) -> None:
     for name, size in sizes.items():
         if size % layout.tp:
             raise ValueError(f"tp={layout.tp} does not divide {name}={size} of this model: choose a tp that does")
+    queries, keys = arch.heads // layout.tp, arch.kv_heads // layout.tp
+    if queries % layout.cp or (keys % layout.cp and layout.cp % keys):
+        raise ValueError(
+            f"cp={layout.cp} must divide the {queries} query heads of a rank (heads={arch.heads} / tp={layout.tp}), and "
+            f"divide its {keys} key heads or be a multiple of them: choose a cp that does"
+        )
     stages = layout.pp * (layout.vpp or 1)
     if arch.layers % stages:
         raise ValueError(

@@ -24,6 +24,7 @@ from vold.models.adapters import add_adapters, add_visual_adapters, check_target
 from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec, join_norms, recompute_swiglu
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
+from vold.parallel.context import is_own, own_count, own_tokens
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens
 from vold_kernels.qkv import SharedKeys
@@ -211,7 +212,8 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | N
     `tokens`.
 
     Returns hidden_TD [T, D] on the last stage; elsewhere what Megatron's schedule sends on, [T, 1, D]. Its gradient
-    must be complete on every tp rank (the loss all-reduces it over the tp group).
+    must be complete on every tp rank (the loss all-reduces it over the tp group). Under context parallelism both have
+    this rank's tokens alone (vold.parallel.context).
     """
     chunk = unwrap(model)
     dropping = chunk.dropout.forward_pass(training=chunk.training) if chunk.dropout else nullcontext()
@@ -220,17 +222,18 @@ def hidden_states(model: nn.Module, tokens: PackedTokens, features: Features | N
 
 
 def _hidden_states(model: nn.Module, chunk: LanguageModel, tokens: PackedTokens, features: Features | None) -> Tensor:
-    length = tokens.input_ids_T.numel()
-    tokens = _padded_for_sequence_parallel(tokens, chunk.layout)
+    length = own_count(tokens.input_ids_T.numel(), chunk.layout)
+    tokens = _padded_to_divide(tokens, chunk.layout)
+    own_ids_1T = tokens.input_ids_T[None, own_tokens(chunk.layout)]
     packed, embedded = packing(tokens), None
     if tokens.pictures and chunk.vision_levels:
         packed.image_rows_I, features_of_level = _local_image_features(chunk, tokens, features)
         packed.deepstack = {level: features_I1D for level, features_I1D in features_of_level.items() if level}
         if chunk.pre_process:
-            embedded_T1D = chunk.embedding(input_ids=tokens.input_ids_T[None], position_ids=None)
+            embedded_T1D = chunk.embedding(input_ids=own_ids_1T, position_ids=None)
             embedded = embedded_T1D.index_copy(0, packed.image_rows_I, features_of_level[0])
     out = model(
-        input_ids=tokens.input_ids_T[None],
+        input_ids=own_ids_1T,
         position_ids=tokens.position_ids_3T[:, None],
         attention_mask=None,
         decoder_input=embedded,
@@ -260,9 +263,10 @@ def packing(tokens: PackedTokens) -> Packing:
     )
 
 
-def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> PackedTokens:
-    """Append a dummy segment so that tp divides T, only under sequence parallelism."""
-    missing = -tokens.input_ids_T.numel() % layout.tp if layout.sp else 0
+def _padded_to_divide(tokens: PackedTokens, layout: Layout) -> PackedTokens:
+    """Append a dummy segment so that the ranks that share the tokens divide T: cp, and tp under sequence
+    parallelism."""
+    missing = -tokens.input_ids_T.numel() % (layout.cp * (layout.tp if layout.sp else 1))
     if not missing:
         return tokens
     ids, positions, kv_index = tokens.input_ids_T, tokens.position_ids_3T, tokens.kv_index_K
@@ -282,8 +286,8 @@ def _padded_for_sequence_parallel(tokens: PackedTokens, layout: Layout) -> Packe
 def _local_image_features(
     chunk: LanguageModel, tokens: PackedTokens, features: Features | None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Rows of the image tokens among this rank's rows of T (which sequence parallelism divides), and for each vision
-    level of the chunk their features [I, 1, D]."""
+    """Rows of the image tokens among this rank's rows of T (which context and sequence parallelism divide), and for
+    each vision level of the chunk their features [I, 1, D]."""
     rows_I = (tokens.input_ids_T == chunk.arch.vision.image_token_id).nonzero()[:, 0]
     if isinstance(chunk.visual, PreTrainedModel):
         pictures = [*{picture.key: picture for picture in tokens.pictures}.values()]
@@ -296,8 +300,11 @@ def _local_image_features(
             f"{len(rows_I)} image-pad tokens but {len(levels[0])} image features: "
             "expand each image-pad id to its number of merged patches (positions.expand_image_tokens)"
         )
+    if chunk.layout.cp > 1:
+        local = is_own(rows_I, chunk.layout)
+        rows_I, levels = rows_I[local] // chunk.layout.cp, [features_ID[local] for features_ID in levels]
     if chunk.config.sequence_parallel:
-        share = tokens.input_ids_T.numel() // chunk.layout.tp
+        share = tokens.input_ids_T.numel() // (chunk.layout.cp * chunk.layout.tp)
         rows_I = rows_I - chunk.layout.tp_rank * share
         local = (rows_I >= 0) & (rows_I < share)
         rows_I, levels = rows_I[local], [features_ID[local] for features_ID in levels]

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from vold.models.architecture import Architecture, Mixture
 from vold.models.experts import MixtureOfExperts
 from vold.models.layer_ops import layer_ops, saved_as
+from vold.parallel.context import heads_for_tokens, tokens_for_heads
 from vold.parallel.launch import ExpertLayout, Layout
 from vold_kernels.qkv import Heads, SharedKeys
 
@@ -89,22 +90,42 @@ class Rotary(nn.Module):
 class PackedSelfAttention(SelfAttention):
     """Megatron's self attention, whose queries, keys and values leave the joint projection normed, rotated and where
     attention reads them. Megatron computes cosine and sine again in every layer, for queries and for keys, and needs
-    the packing on the host."""
+    the packing on the host. Under context parallelism the projection's rows are exchanged for heads and attention's
+    output for rows; what is between has all T tokens and A / cp query heads."""
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         queries, keys = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         eps = config.layernorm_epsilon if config.qk_layernorm else None
-        self._heads = Heads(queries, keys, self.hidden_size_per_attention_head, eps)
+        cp, self._local_keys = config.context_parallel_size, keys
+        self._heads = Heads(queries // cp, max(keys // cp, 1), self.hidden_size_per_attention_head, eps)
+        self._cp_group = self.pg_collection.cp if cp > 1 else None
 
     def forward(self, hidden_T1D: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing) -> Tensor:
         """[T, 1, D] -> the same. rotary_pos_emb: see Rotary."""
         packed, ops = packed_seq_params, layer_ops(hidden_T1D.device.type, hidden_T1D.dtype)
         mixed_TW = self.linear_qkv(hidden_T1D)[0].squeeze(1)
+        if self._cp_group is not None:
+            mixed_TW = tokens_for_heads(self._columns_of_ranks(mixed_TW, self._cp_group.size()), self._cp_group)
         norms = None if self._heads.eps is None else (self.q_layernorm.weight, self.k_layernorm.weight)
         q_TAH, k_SKH, v_SKH = ops.qkv(mixed_TW, norms, rotary_pos_emb[:, :, 0, 0], self._heads, packed.shared_keys)
         out_TAH = ops.attention(q_TAH, k_SKH, v_SKH, packed, self.core_attention.scale)
-        return self.linear_proj(out_TAH.reshape(mixed_TW.shape[0], 1, -1))[0]
+        out_TW = out_TAH.reshape(mixed_TW.shape[0], -1)
+        if self._cp_group is not None:
+            out_TW = heads_for_tokens(out_TW, self._cp_group)
+        return self.linear_proj(out_TW[:, None])[0]
+
+    def _columns_of_ranks(self, mixed_tW: Tensor, cp: int) -> Tensor:
+        """[t, W] -> [t, cp, w]: the queries of each rank of the cp group with their key and value heads, of which
+        several ranks get a copy where there are fewer than ranks."""
+        if cp <= self._local_keys:
+            return mixed_tW.view(len(mixed_tW), cp, -1)
+        q_tKx, kv_tKx = mixed_tW.view(len(mixed_tW), self._local_keys, -1).tensor_split(
+            [-2 * self._heads.width], dim=2
+        )
+        copies = cp // self._local_keys
+        kv_tcx = kv_tKx[:, :, None].expand(-1, -1, copies, -1).flatten(1, 2)
+        return torch.cat((q_tKx.reshape(len(mixed_tW), cp, -1), kv_tcx), dim=2)
 
 
 @dataclass

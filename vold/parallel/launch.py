@@ -74,6 +74,7 @@ class Layout:
     numbers, groups.
 
     replica_group  the ranks that hold the same parameters, cp x dp of them: gradients are summed over it
+    stage_group  the ranks of this model copy's pipeline stage, tp x cp of them
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
     distributed_optimizer  optimizer state is divided over the replica group;  recompute  none, swiglu, selective or full
     deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
@@ -94,6 +95,7 @@ class Layout:
     dp_group: ProcessGroup
     experts: ExpertLayout
     replica_group: ProcessGroup
+    stage_group: ProcessGroup
     device: torch.device
     vpp: int | None = None
     sp: bool = False
@@ -109,6 +111,11 @@ class Layout:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        """True on one rank of `stage_group`, its first."""
+        return self.tp_rank == 0 and self.cp_rank == 0
 
     def from_last_stage(self, value: ValueT | None) -> ValueT:
         """The last pipeline stage's `value` (a small Python object) on every stage. All of them must call; the others'
@@ -339,6 +346,7 @@ def _layout(device: torch.device, **choices) -> Layout:
         dp_group=mpu.get_data_parallel_group(),
         experts=_expert_layout(),
         replica_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        stage_group=mpu.get_tensor_and_context_parallel_group(),
         device=device,
         **choices,
     )

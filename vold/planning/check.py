@@ -155,7 +155,9 @@ def _check_reward(config: RlConfig) -> str:
 def _check_layout(parallel: ParallelConfig, processes: int) -> str:
     layout = fake_layout(0, processes, **parallel.model_dump())
     shutdown()
-    experts, line = layout.experts, f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}"
+    context = f" × cp {layout.cp}" if layout.cp > 1 else ""
+    line = f"{processes} processes = dp {layout.dp} × tp {layout.tp} × pp {layout.pp}{context}"
+    experts = layout.experts
     if experts.ep * experts.etp == 1:
         return line
     return f"{line}; of experts ep {experts.ep} × etp {experts.etp}, each in {experts.dp} copies"

@@ -134,10 +134,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _stage_input(chunk: LanguageModel, tokens: PackedTokens, train: bool) -> Tensor:
-    """The previous pipeline stage's output: [T, 1, D], or the rank's share of T under sequence parallelism."""
-    length = tokens.input_ids_T.numel()
-    if chunk.layout.sp:
-        length = -(-length // chunk.layout.tp)
+    """The previous pipeline stage's output: [T, 1, D], or the rank's share of T under context and sequence
+    parallelism."""
+    ranks = chunk.layout.cp * (chunk.layout.tp if chunk.layout.sp else 1)
+    length = -(-tokens.input_ids_T.numel() // ranks)
     dtype = chunk.config.params_dtype
     return torch.empty(length, 1, chunk.arch.hidden, dtype=dtype, device="meta", requires_grad=train)
 
@@ -190,7 +190,7 @@ def training_peak(
 ) -> TrainingPeak:
     """Run a micro-batch through each of this rank's chunks, then add the loss.
 
-    losses: N. two_heads: the loss compares the student's and the teacher's distributions (linear_kl).
+    losses: N of this rank. two_heads: the loss compares the student's and the teacher's distributions (linear_kl).
     """
     passes = [run_micro_batch(chunk, tokens, device=device, train=True) for chunk in chunks]
     layout, last = chunks[0].layout, chunks[-1]
@@ -238,7 +238,7 @@ def training_state_bytes(
     parameters: int, layout: Layout, dtype: torch.dtype, frozen: int = 0, experts: int = 0
 ) -> dict[str, float]:
     """Bytes of a rank's weights, and of its trained parameters' fp32 gradients and optimizer: fp32 masters (of a
-    bfloat16 model) and Adam's moments, divided over the data-parallel ranks by a distributed optimizer. parameters:
+    bfloat16 model) and Adam's moments, divided over the ranks that hold copies by a distributed optimizer. parameters:
     the trained ones, `experts` of them of a mixture. frozen: those that have a weight alone."""
     kept = own_state(parameters, experts, layout)
     return {
@@ -260,11 +260,11 @@ def update_bytes(kept: float, largest_parameter: int, device: str) -> float:
 
 
 def own_state(parameters: int, experts: int, layout: Layout) -> float:
-    """Trained parameters whose optimizer state is on this rank: all, or its share of what its data-parallel copies (of
-    experts, the copies of these) divide."""
+    """Trained parameters whose optimizer state is on this rank: all, or its share of what its data-parallel and
+    context-parallel copies (of experts, the copies of these) divide."""
     if not layout.distributed_optimizer:
         return parameters
-    return (parameters - experts) / layout.dp + experts / layout.experts.dp
+    return (parameters - experts) / (layout.dp * layout.cp) + experts / layout.experts.dp
 
 
 def average_bytes(parameters: int, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """Memory of a training step by pipeline stage, phase and component, counted from each checkpoint's config.json.
 
-Nothing is loaded. All ranks of a pipeline stage hold the same number of bytes: its data-parallel ranks the same
-tensors, its tensor-parallel ranks equal parts.
+Nothing is loaded. All ranks of a pipeline stage hold the same number of bytes: its data-parallel and context-parallel
+ranks the same weights, its tensor-parallel ranks equal parts.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     tokens, losses = packed_on_meta(
         sizes.micro_batch_tokens, sizes.prompt_tokens, sizes.response_tokens, sizes.responses_per_prompt
     )
+    losses = -(-losses // layout.cp)
     trained = {"train": config.train, "train_merger": config.vision.train_merger, "adapter": config.adapter}
     with torch.device("meta"):
         chunks = build_student(sizes.student, layout, dtype, **trained)

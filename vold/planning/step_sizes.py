@@ -85,7 +85,8 @@ class StepSizes:
     @property
     def dp(self) -> int:
         """Copies of the model."""
-        return self.processes // (self.config.parallel.tp * self.config.parallel.pp)
+        parallel = self.config.parallel
+        return self.processes // (parallel.tp * parallel.pp * parallel.cp)
 
     @property
     def responses_per_prompt(self) -> int:
@@ -151,8 +152,10 @@ class StepSizes:
 
     @property
     def hidden_teacher_bytes(self) -> float:
-        """The teacher's hidden states of a step's responses, kept where the loss compares whole distributions."""
-        return float(self.responses_per_replica * self.response_tokens * self._teacher_width * self.dtype.itemsize)
+        """The teacher's hidden states of this rank's share of a step's responses, kept where the loss compares whole
+        distributions."""
+        tokens = self.responses_per_replica * self.response_tokens / self.config.parallel.cp
+        return float(tokens * self._teacher_width * self.dtype.itemsize)
 
     @property
     def engine_head_bytes(self) -> float:

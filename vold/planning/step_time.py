@@ -50,16 +50,17 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     """Work by phase of a step whose teacher scores every response. Memory traffic counts weights, gradients, keys and
     values only: times that follow from it are lower bounds."""
     config, student = sizes.config, sizes.student
-    model_ranks = config.parallel.tp * config.parallel.pp
+    weight_ranks = config.parallel.tp * config.parallel.pp
+    model_ranks = weight_ranks * config.parallel.cp
     phases: dict[str, PhaseWork] = {}
     if isinstance(config, RlConfig) and not config.rollout.vllm.urls:
         phases["rollout"] = _rollout_work(sizes)
     tokens = float(sizes.responses_per_replica * sizes.response_tokens * sizes.dp)
     if sizes.teacher is not None:
-        weights = _weight_traffic(sizes, sizes.teacher) / model_ranks
+        weights = _weight_traffic(sizes, sizes.teacher) / weight_ranks
         phases["teacher"] = PhaseWork(_forward_flops(sizes, sizes.teacher) / model_ranks, weights, tokens)
     forward = _forward_flops(sizes, student) / model_ranks
-    weights = _weight_traffic(sizes, student) / model_ranks
+    weights = _weight_traffic(sizes, student) / weight_ranks
     phases["student_forward"] = PhaseWork(forward, weights, tokens)
     recomputed = {"selective": mlp_flops_share(student), "full": 1.0}.get(config.parallel.recompute, 0.0)
     # Backward reads weights twice, and reads and writes the fp32 gradients of each micro-batch: frozen ones (adapters

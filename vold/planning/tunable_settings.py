@@ -57,6 +57,7 @@ def tunable_settings(sizes: StepSizes) -> list[TunableSetting]:
         TunableSetting("microbatch_tokens", _halvings(config.microbatch_tokens, longest), 3),
         TunableSetting("parallel.tp", _doublings(parallel.tp, sizes.processes), 8),
         TunableSetting("parallel.pp", _doublings(parallel.pp, sizes.processes), 10),
+        TunableSetting("parallel.cp", _doublings(parallel.cp, sizes.processes), 12),
         _switch("optimizer.offload", config.optimizer.offload, 6),
         _switch("parallel.offload_activations", parallel.offload_activations, 7),
         *_evaluation_settings(config.evaluation),

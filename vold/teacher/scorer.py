@@ -25,6 +25,7 @@ from vold.models.adapters import switched_off
 from vold.models.language_model import LanguageModel, open_vision_tower
 from vold.models.weights import load_chunks
 from vold.parallel.launch import Layout
+from vold.trainer.own_targets import of_all_ranks, own_rows
 from vold.trainer.pipeline import Head, HeadOutput, head_output, run_pipeline
 from vold.trainer.trainer import Trainer
 from vold.types import Batch, MicroBatch, PackedTokens, Prompt, Sample
@@ -111,7 +112,8 @@ class Teacher:
     def _read(
         self, batch: Batch, rows: Sequence[Tensor], encode: PromptEncoder | None, head: Head[Tensor]
     ) -> list[Tensor | None]:
-        """`head`'s result for `rows` of each micro-batch's targets (None without rows), on the last stage."""
+        """`head`'s result for `rows` of each micro-batch's targets (None without rows), on the last stage: log-probs of
+        all of them, hidden states of this rank's (own_targets)."""
         encode_once = encode and cache(encode)
         reduced = [
             (
@@ -123,8 +125,13 @@ class Teacher:
         results = run_pipeline(self._chunks, reduced, self._layout, head, vision=self._vision, forward_only=True)
         if not self._layout.is_last_stage:
             return []
-        remaining = iter(results)
-        return [next(remaining) if rows_n.numel() else None for rows_n in rows]
+        pairs = zip(reduced, results, strict=True)
+        remaining = iter([of_all_ranks(micro, result, self._layout) for micro, result in pairs])
+        found = [next(remaining) if rows_n.numel() else None for rows_n in rows]
+        if head is not _hidden_states_head:
+            return found
+        triples = zip(batch.micro_batches, rows, found, strict=True)
+        return [None if x is None else own_rows(micro, rows_n, x, self._layout) for micro, rows_n, x in triples]
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for chunk in self._chunks:

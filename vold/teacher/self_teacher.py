@@ -17,6 +17,7 @@ from vold.data.packing import pack
 from vold.objectives.self_distillation import confidence
 from vold.parallel.launch import Layout
 from vold.teacher.scorer import without_images
+from vold.trainer.own_targets import of_all_ranks, own_rows
 from vold.trainer.pipeline import HeadOutput, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.types import Batch, Hint, MicroBatch, Prompt, Sample
@@ -68,7 +69,11 @@ class SelfTeacher:
         results = run_pipeline(self._chunks, packed.micro_batches, self._layout, self._head, forward_only=True)
         if not self._layout.is_last_stage:
             return batch
-        rows_of = {sample: rows for part in results for sample, rows in part.items()}
+        rows_of: dict[int, TeacherRows] = {}
+        for micro, rows in zip(packed.micro_batches, results, strict=True):
+            hidden_NE, weight_N = (of_all_ranks(micro, values_n, self._layout) for values_n in rows)
+            sequences = [(sample, micro.sequence_N == row) for row, sample in enumerate(micro.sample_B)]
+            rows_of |= {sample: (hidden_NE[rows_N], weight_N[rows_N]) for sample, rows_N in sequences}
         ordered = iter([rows_of[index] for index in range(len(taught))])
         scored = [
             self._with_hidden_states(micro, [next(ordered) for s in micro.samples_B if s.kl_weight])
@@ -80,16 +85,15 @@ class SelfTeacher:
         assert sample.hint is not None, "the objective gives every sample with a KL term a hint"
         return replace(sample, prompt=self._condition(sample.prompt, sample.hint))
 
-    def _head(self, micro: MicroBatch, hidden_TE: Tensor) -> HeadOutput[dict[int, TeacherRows]]:
-        """Sample index -> hidden states and confidence at its tokens."""
+    def _head(self, micro: MicroBatch, hidden_TE: Tensor) -> HeadOutput[TeacherRows]:
+        """Hidden states and confidence at the targets."""
         hidden_NE = hidden_TE[micro.source_N]
         weight_N = torch.ones_like(micro.kl_weight_N)
         if self._confident:
             head_UE = self._chunks[-1].head_weight()
             _, entropy_N = linear_logprob(hidden_NE, head_UE, micro.target_N, return_entropy=True, **self._head_options)
             weight_N = confidence(entropy_N)
-        sequences = [(sample, micro.sequence_N == row) for row, sample in enumerate(micro.sample_B)]
-        return head_output(hidden_TE, {sample: (hidden_NE[rows_N], weight_N[rows_N]) for sample, rows_N in sequences})
+        return head_output(hidden_TE, (hidden_NE, weight_N))
 
     def _with_hidden_states(self, micro: MicroBatch, rows: list[TeacherRows]) -> tuple[MicroBatch, Tensor]:
         """The micro-batch with the teacher's hidden states, and confidence_n. `rows`: of its samples with a KL term, in
@@ -97,6 +101,7 @@ class SelfTeacher:
         if not rows:
             return micro, micro.kl_weight_N.new_zeros(0)
         hidden_nE, weight_n = (torch.cat(part) for part in zip(*rows, strict=True))
+        hidden_nE = own_rows(micro, micro.kl_weight_N != 0, hidden_nE, self._layout)
         head_UE = self._chunks[-1].head_weight().data
         return replace(micro, hidden_teacher_nE=hidden_nE, head_teacher_UE=head_UE), weight_n
 

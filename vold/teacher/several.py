@@ -25,6 +25,7 @@ from vold.config.schema import TeacherConfig
 from vold.io import visible
 from vold.models.served import ServedModel
 from vold.objectives.divergences import VocabularyDivergence
+from vold.parallel.context import is_own
 from vold.parallel.launch import Layout
 from vold.teacher.scorer import Teacher
 from vold.teacher.vllm import Scores, VllmTeacher
@@ -161,6 +162,7 @@ class ChosenTeachers:
         return torch.tensor([*shares, 0.0], dtype=torch.float32)[micro.sequence_N.cpu()]
 
     def _joined(self, micro: MicroBatch, shares: Mapping[str, Tensor], scored: Mapping[str, MicroBatch]) -> MicroBatch:
+        assert self._layout is not None
         k2_N, logp_N = torch.zeros_like(micro.kl_weight_N), torch.zeros_like(micro.kl_weight_N)
         for name in shares.keys() - scored.keys():
             k2_N += shares[name]
@@ -182,11 +184,11 @@ class ChosenTeachers:
             logp_teacher_N=torch.where(has_k2_N, logp_N / k2_N.clamp_min(1e-30), 0.0),
             further_terms=tuple(terms),
         )
-        return _without(micro, lost_N) if bool(lost_N.any()) else micro
+        return _without(micro, lost_N, is_own(micro.source_N, self._layout)) if bool(lost_N.any()) else micro
 
 
-def _without(micro: MicroBatch, lost_N: Tensor) -> MicroBatch:
-    """The micro-batch without weights at these tokens."""
+def _without(micro: MicroBatch, lost_N: Tensor, own_N: Tensor) -> MicroBatch:
+    """The micro-batch without weights at these tokens. own_N: this rank's tokens."""
 
     def kept(weight_N: Tensor) -> Tensor:
         return weight_N.masked_fill(lost_N, 0.0)
@@ -196,7 +198,7 @@ def _without(micro: MicroBatch, lost_N: Tensor) -> MicroBatch:
         pg_weight_N=kept(micro.pg_weight_N),
         kl_weight_N=kept(micro.kl_weight_N),
         reference_weight_N=None if micro.reference_weight_N is None else kept(micro.reference_weight_N),
-        further_terms=tuple(term.without(lost_N) for term in micro.further_terms),
+        further_terms=tuple(term.without(lost_N, own_N) for term in micro.further_terms),
     )
 
 

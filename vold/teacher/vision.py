@@ -18,6 +18,7 @@ from vold.data.packing import PromptEncoder
 from vold.objectives.visual_advantage import concentration, rollout_weights, token_advantage, token_weights
 from vold.parallel.launch import Layout
 from vold.teacher.scorer import Teacher
+from vold.trainer.own_targets import of_all_ranks, own_targets
 from vold.types import Batch, MicroBatch
 
 
@@ -75,9 +76,10 @@ class VisualAdvantageTeacher(Teacher):
         if micro.hidden_teacher_nE is None:
             assert micro.logp_teacher_N is not None
             return micro.logp_teacher_N
-        scored_n = (micro.kl_weight_N != 0).nonzero()[:, 0]
-        logp_n = self._logp(micro.hidden_teacher_nE, micro.target_N[scored_n])
-        return torch.zeros_like(micro.kl_weight_N).index_copy(0, scored_n, logp_n.to(micro.kl_weight_N))
+        own = own_targets(micro, self._layout)
+        scored_n = (own.kl_weight_N != 0).nonzero()[:, 0]
+        logp_n = self._logp(micro.hidden_teacher_nE, own.target_N[scored_n]).to(own.kl_weight_N)
+        return of_all_ranks(micro, torch.zeros_like(own.kl_weight_N).index_copy(0, scored_n, logp_n), self._layout)
 
 
 def _rows_with_images(micro: MicroBatch) -> Tensor:

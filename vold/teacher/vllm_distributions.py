@@ -28,6 +28,7 @@ from vold.parallel.launch import Layout
 from vold.rollout.vllm.engines import EngineOutput, Engines, Request, Sizes, load_sizes
 from vold.teacher.scorer import only_read
 from vold.teacher.vllm import PROBE_TEXT, open_scoring_engines, warn_of_missing
+from vold.trainer.own_targets import own_rows
 from vold.types import Batch, MicroBatch, Prompt, Sample
 from vold_kernels import linear_logprob
 
@@ -41,9 +42,9 @@ kernels do not."""
 class AskedTeacher:
     """A teacher in an engine that is asked about a step's batch when it is packed; see Teacher.
 
-    Opened by every rank at the same time. Of each model copy the first tensor-parallel rank of the last pipeline stage
-    asks, and the others of its group get what it was answered. images: sizes of what it reads, None for text alone.
-    view: what it reads, see TeacherView.
+    Opened by every rank at the same time. Of each model copy the first rank of the last pipeline stage asks, and the
+    stage's others get what it was answered. images: sizes of what it reads, None for text alone. view: what it reads,
+    see TeacherView.
     """
 
     def __init__(self, engines: Engines, images: Sizes | None, layout: Layout, view: Callable[[Prompt], Prompt]):
@@ -78,7 +79,7 @@ class AskedTeacher:
         if not self._layout.is_last_stage:
             self.metrics = self._layout.from_last_stage(None)
             return batch.to(self._layout.device)
-        found = self._from_first(self._ask(batch) if self._layout.tp_rank == 0 else None, batch)
+        found = self._from_first(self._ask(batch) if self._layout.is_first_of_stage else None, batch)
         failed = torch.tensor(float(sum(rows is None for rows in found.values())), device=self._layout.device)
         dist.all_reduce(failed, group=self._layout.dp_group)
         self.metrics = self._layout.from_last_stage({"teacher_failed": failed.item()})
@@ -107,17 +108,17 @@ class AskedTeacher:
         return found
 
     def _from_first(self, found: dict[Key, Tensor | None] | None, batch: Batch) -> dict[Key, Tensor | None]:
-        """The asking rank's answers on every rank of its tensor-parallel group, in the dtype and on the device of
+        """The asking rank's answers on every rank of its pipeline stage, in the dtype and on the device of
         `_empty_row`."""
         layout, keys, row = self._layout, _keys(batch), self._empty_row()
         if found is not None:
             found = {key: None if rows is None else rows.to(row) for key, rows in ((key, found[key]) for key in keys)}
-        if layout.tp == 1:
+        if layout.tp * layout.cp == 1:
             assert found is not None
             return found
-        source = dist.get_global_rank(layout.tp_group, 0)
+        source = dist.get_global_rank(layout.stage_group, 0)
         box = [None if found is None else [rows is None for rows in found.values()]]
-        dist.broadcast_object_list(box, src=source, group=layout.tp_group, device=layout.device)
+        dist.broadcast_object_list(box, src=source, group=layout.stage_group, device=layout.device)
         assert box[0] is not None
         shared: dict[Key, Tensor | None] = {}
         for (number, sequence), missing in zip(keys, box[0], strict=True):
@@ -125,7 +126,7 @@ class AskedTeacher:
             rows = found[number, sequence] if found else row.new_empty(length, *row.shape)
             if not missing:
                 assert rows is not None
-                dist.broadcast(rows, src=source, group=layout.tp_group)
+                dist.broadcast(rows, src=source, group=layout.stage_group)
             shared[number, sequence] = None if missing else rows
         return shared
 
@@ -141,7 +142,9 @@ class AskedTeacher:
                 reference_weight_N=_masked(micro.reference_weight_N, lost_N),
             )
         rows = [rows_L for _, rows_L in sorted(found.items()) if rows_L is not None]
-        return self._attach(micro, torch.cat(rows) if rows else None).to(self._layout.device)
+        micro = micro.to(self._layout.device)
+        scored_N = micro.kl_weight_N != 0
+        return self._attach(micro, own_rows(micro, scored_N, torch.cat(rows), self._layout) if rows else None)
 
 
 class VllmDistributions(AskedTeacher):
@@ -192,14 +195,15 @@ class VllmDistributions(AskedTeacher):
         ids = load_tokenizer(self._checkpoint).encode(PROBE_TEXT, add_special_tokens=False)
         prompt, response = Prompt("probe", np.asarray(ids[:1], np.int32), ""), ids[1:]
         box: list = [None]
-        if self._layout.tp_rank == 0:
+        if self._layout.is_first_of_stage:
             requests = [Request.scoring(prompt, response, None), Request.reading(prompt, response, None)]
             outputs = dict(self._engines.stream(requests))
             if outputs[0] and outputs[1] and outputs[1].hidden_nE is not None:
                 box = [(outputs[0].scored, outputs[1].hidden_nE)]
-        if self._layout.tp > 1:
-            source = dist.get_global_rank(self._layout.tp_group, 0)
-            dist.broadcast_object_list(box, src=source, group=self._layout.tp_group, device=self._layout.device)
+        if self._layout.tp * self._layout.cp > 1:
+            group = self._layout.stage_group
+            source = dist.get_global_rank(group, 0)
+            dist.broadcast_object_list(box, src=source, group=group, device=self._layout.device)
         if box[0] is None:
             raise ValueError(f"teacher = {self._checkpoint}: its engine gave no hidden states, see above")
         scored, rows_nE = box[0]

@@ -301,7 +301,8 @@ def _shard_name(rank: int) -> str:
 
 
 def _layout_sizes(layout: Layout) -> dict[str, int | None]:
-    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dp": layout.dp}
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dp": layout.dp}
+    return sizes | ({"cp": layout.cp} if layout.cp > 1 else {})
 
 
 def _digest(path: Path) -> str:

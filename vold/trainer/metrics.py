@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vold.parallel.context import sum_over_tokens
+from vold.parallel.launch import Layout
 from vold.types import MicroBatch
 from vold_kernels import KLLoss, PolicyLoss
 
@@ -149,6 +151,15 @@ def _mismatch_sums(
         "importance_truncated": (truncated_N < ratio_N).sum(),
     }
     return sums, gap_N.abs().amax() if gap_N.numel() else gap_N.new_zeros(())
+
+
+def whole_sequences(stats: Sequence[MicroBatchStats], layout: Layout) -> list[MicroBatchStats]:
+    """The stats with the KL terms and log-probs of whole sequences, whose tokens are on several ranks under context
+    parallelism. A collective over the cp group; sums_M stay this rank's."""
+    if layout.cp == 1:
+        return list(stats)
+    sums = iter(sum_over_tokens([x for s in stats for x in (s.kl_B, s.kl_tokens_B, s.logp_N)], layout))
+    return [replace(s, kl_B=next(sums), kl_tokens_B=next(sums), logp_N=next(sums)) for s in stats]
 
 
 def reduce_stats(

@@ -22,12 +22,14 @@ from vold.models.language_model import hidden_states, unwrap
 from vold.models.vision import Features, FrozenVisionTower
 from vold.parallel.launch import Layout
 from vold.trainer.offload import ActivationOffload
+from vold.trainer.own_targets import own_targets
 from vold.types import MicroBatch
 
 ResultT = TypeVar("ResultT")
 HeadOutput = tuple[Tensor, Tensor, ResultT]
 Head = Callable[[MicroBatch, Tensor], HeadOutput[ResultT]]
-"""(micro-batch, hidden_TD) -> `head_output` of the loss and a result. Called on the last stage alone."""
+"""(micro-batch, hidden_TD) -> `head_output` of the loss and a result. Called on the last stage alone, under context
+parallelism with this rank's targets and tokens (vold.trainer.own_targets)."""
 
 
 def head_output(loss: Tensor, result: ResultT) -> HeadOutput[ResultT]:
@@ -85,9 +87,13 @@ def _forward_step(
     micro_batches: Iterator[MicroBatch],
     chunk: nn.Module,
 ) -> tuple[Tensor, Callable[[Tensor], HeadOutput[ResultT]]]:
-    micro = next(micro_batches)
+    micro, layout = next(micro_batches), unwrap(chunk).layout
     with timer(), _saved_activations(chunk):
-        return hidden_states(chunk, micro.tokens, features), partial(head, micro)
+        return hidden_states(chunk, micro.tokens, features), partial(_on_own_targets, head, micro, layout=layout)
+
+
+def _on_own_targets(head: Head[ResultT], micro: MicroBatch, hidden_TD: Tensor, layout: Layout) -> HeadOutput[ResultT]:
+    return head(own_targets(micro, layout), hidden_TD)
 
 
 def _saved_activations(chunk: nn.Module) -> AbstractContextManager:

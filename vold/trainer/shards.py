@@ -70,26 +70,21 @@ def snapshot(
     chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, average: WeightAverage | None = None
 ) -> dict[str, Piece]:
     """The pieces this rank writes, copied to the CPU. All ranks call it: a distributed optimizer's shares of a tensor
-    are gathered on one data-parallel rank, each rank in turn, so that replicas share the work of writing."""
+    are gathered on one rank of those that hold it, each in turn, so that replicas share the work of writing."""
     pieces: dict[str, Piece] = {}
     averaged = [average.fp32[parameter] for _, parameter, _ in _parameters(average.chunks)] if average else None
     for number, (chunk, parameter, rule) in enumerate(_parameters(chunks)):
-        copies = _copies(chunk, rule)
-        writer = number % copies.dp
+        copies = chunk.layout.experts.dp_group if rule.experts else chunk.layout.replica_group
+        writer = number % dist.get_world_size(copies)
         values = {"model": parameter.detach()} | {
-            field: _gather(optimizer, parameter, share, writer, copies.dp_group)
+            field: _gather(optimizer, parameter, share, writer, copies)
             for field, share in optimizer_state(optimizer, parameter).items()
         }
         values |= {"average": averaged[number]} if averaged else {}
-        if copies.dp_rank == writer and _is_first_copy(chunk, rule):
+        if dist.get_rank(copies) == writer and _is_first_copy(chunk, rule):
             for field, value in values.items():
                 pieces |= _pieces(field, value.view(parameter.shape), rule, chunk)
     return pieces
-
-
-def _copies(chunk: LanguageModel, rule: Rule) -> Layout | ExpertLayout:
-    """Whose `dp` ranks hold copies of a parameter."""
-    return chunk.layout.experts if rule.experts else chunk.layout
 
 
 def write_pieces(file: Path, pieces: dict[str, Piece]) -> None:
@@ -107,14 +102,14 @@ def write_pieces(file: Path, pieces: dict[str, Piece]) -> None:
         raise OSError(f"{file}: {error}") from None
 
 
-def _gather(optimizer: MegatronOptimizer, parameter: nn.Parameter, share: Tensor, dp_rank: int, group) -> Tensor:
-    """The full flat state tensor on data-parallel rank `dp_rank`; meaningless on the others."""
+def _gather(optimizer: MegatronOptimizer, parameter: nn.Parameter, share: Tensor, rank: int, group) -> Tensor:
+    """The full flat state tensor on rank `rank` of the group; meaningless on the others."""
     if not is_distributed(optimizer):
         return share
     full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     full[owned_range(optimizer, parameter)] = share
     # Shares do not overlap, so a sum of the bit patterns joins them exactly.
-    dist.reduce(full.view(torch.int32), dist.get_global_rank(group, dp_rank), group=group)
+    dist.reduce(full.view(torch.int32), dist.get_global_rank(group, rank), group=group)
     return full
 
 

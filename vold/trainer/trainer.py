@@ -30,8 +30,17 @@ from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers
 from vold.trainer import bad_steps
-from vold.trainer.metrics import MicroBatchStats, by_sample, mean_kl, micro_batch_stats, reduce_stats, token_logps
+from vold.trainer.metrics import (
+    MicroBatchStats,
+    by_sample,
+    mean_kl,
+    micro_batch_stats,
+    reduce_stats,
+    token_logps,
+    whole_sequences,
+)
 from vold.trainer.optimizer import build_optimizer, build_schedule, clip_gradient, gradient_norm_squared
+from vold.trainer.own_targets import among_all, of_all_ranks
 from vold.trainer.pipeline import Head, HeadOutput, ResultT, head_output, run_pipeline
 from vold.trainer.weight_average import WeightAverage
 from vold.trainer.weight_gradients import add_to_main_grad
@@ -128,12 +137,13 @@ class Trainer:
 
     def accumulate_gradients(self, batch: Batch) -> list[MicroBatchStats]:
         """Forward and backward of all micro-batches, reduced over all groups into each parameter's `main_grad`.
-        Returns the stats of each micro-batch on the last pipeline stage, nothing elsewhere."""
+        Returns the stats of each micro-batch on the last pipeline stage, nothing elsewhere: of this rank's targets
+        (own_targets); log-probs of others are 0."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.phases("student_backward", without="student_forward"):  # includes communication and pipeline bubbles
-            return run_pipeline(
+            stats = run_pipeline(
                 self._chunks,
                 batch.micro_batches,
                 self._layout,
@@ -141,6 +151,8 @@ class Trainer:
                 vision=self.vision,
                 timer=partial(self.phases, "student_forward"),
             )
+        pairs = zip(batch.micro_batches, stats, strict=False)  # none off the last stage
+        return [replace(s, logp_N=among_all(micro, s.logp_N, self._layout)) for micro, s in pairs]
 
     def _loss(self, micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[MicroBatchStats]:
         """The loss of one micro-batch and its stats: the policy gradient with its k2 KL, or with a full-vocabulary
@@ -240,11 +252,12 @@ class Trainer:
         updates: Sequence[_Update],
         logged_sample_ids: Container[int],
     ) -> StepReport:
-        """The step's report, on the last pipeline stage; a collective over its data-parallel group. Losses
+        """The step's report, on the last pipeline stage; a collective over its ranks of all replicas. Losses
         and norms are means over the updates, the other metrics over all their tokens."""
-        group = self._layout.dp_group
-        flops = sum(self._useful_flops(batch) for batch in batches)
-        metrics, kl_BB = reduce_stats(stats, group, train_tflop=flops / 1e12, terms=self._terms)
+        group, layout = self._layout.dp_group, self._layout
+        flops = sum(self._useful_flops(batch) for batch in batches) / layout.cp
+        stats = whole_sequences(stats, layout)
+        metrics, kl_BB = reduce_stats(stats, layout.replica_group, train_tflop=flops / 1e12, terms=self._terms)
         losses = ["loss", "pg_loss", "kl_loss", *(f"{term}_loss" for term in self._terms)]
         metrics |= {name: metrics[name] / len(updates) for name in losses if name in metrics}
         metrics["grad_norm"] = sum(update.grad_norm for update in updates) / len(updates)
@@ -254,7 +267,7 @@ class Trainer:
         return StepReport(metrics, mean_kl(micro_batches, kl_BB, group), logps)
 
     def _useful_flops(self, batch: Batch) -> float:
-        """FLOPs of this rank's share of a step; one-token fillers have no target and do not count."""
+        """FLOPs of this model copy's share of a step; one-token fillers have no target and do not count."""
         arch, counted = self.chunks[0].arch, [micro for micro in batch.micro_batches if micro.sample_B]
         without_target = sum(micro.tokens.input_ids_T.numel() - micro.target_N.numel() for micro in counted)
         flops = sum(training_flops(arch, micro.tokens, self._backward) for micro in counted)
@@ -283,19 +296,23 @@ class Trainer:
         if not self._layout.is_last_stage:
             return batch
         pairs = zip(batch.micro_batches, logps, strict=True)
-        return Batch(tuple(replace(micro, logp_old_N=logp_N) for micro, logp_N in pairs))
+        return Batch(
+            tuple(replace(micro, logp_old_N=among_all(micro, logp_n, self._layout)) for micro, logp_n in pairs)
+        )
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> dict[int, list[float]]:
         """Sample index -> log-probability (nats, temperature 1) of each response token under the current weights, on
         every rank; images allowed. All ranks of one model copy pass the same batch."""
 
-        def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[dict[int, list[float]]]:
-            logp_N = self._logp(micro, hidden_TD[micro.source_N], temperature=1.0)
-            return head_output(hidden_TD, by_sample(micro, logp_N.tolist()))
+        def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[Tensor]:
+            return head_output(hidden_TD, self._logp(micro, hidden_TD[micro.source_N], temperature=1.0))
 
-        logps = self._run_forward(batch.to(self._layout.device), head)
-        return self._layout.from_last_stage({sample: logp for part in logps for sample, logp in part.items()})
+        batch = batch.to(self._layout.device)
+        found: dict[int, list[float]] = {}
+        for micro, logp_n in zip(batch.micro_batches, self._run_forward(batch, head), strict=False):
+            found |= by_sample(micro, of_all_ranks(micro, logp_n, self._layout).tolist())
+        return self._layout.from_last_stage(found)
 
     def _run_forward(self, batch: Batch, head: Head[ResultT]) -> list[ResultT]:
         micro_batches, layout = batch.micro_batches, self._layout

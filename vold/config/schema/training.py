@@ -105,7 +105,8 @@ class TrainConfig(RunConfig):
     steps: Positive
     """Optimizer steps (rl: steps of rollouts; minibatches updates each)."""
     microbatch_tokens: Positive = 16384
-    """Packed tokens of one forward and backward pass on a rank."""
+    """Packed tokens of one forward and backward pass of a copy of the model, at least the longest sequence; the ranks
+    of parallel.cp share them."""
     save_every: NonNegative = 10
     """Steps between checkpoints; 0: only the last step, which is always saved."""
     save_async: bool = False

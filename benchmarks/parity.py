@@ -83,11 +83,13 @@ class Layout:
     world: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int | None = None
     sp: bool = False
     ep: int = 1
     etp: int = 1
     distributed_optimizer: bool = False
+    recompute: str = "none"
 
 
 LAYOUTS = {
@@ -103,6 +105,14 @@ LAYOUTS = {
     "tp2-pp2-dp2": Layout(8, tp=2, pp=2),
     "dp2+distopt": Layout(2, distributed_optimizer=True),
     "tp2-pp2-dp2+sp+distopt": Layout(8, tp=2, pp=2, sp=True, distributed_optimizer=True),
+    "cp2": Layout(2, cp=2),
+    "cp4": Layout(4, cp=4),  # two key heads: each on two ranks
+    "cp2+recompute": Layout(2, cp=2, recompute="full"),
+    "tp2-cp2": Layout(4, tp=2, cp=2),
+    "tp2-cp2+sp": Layout(4, tp=2, cp=2, sp=True),
+    "pp2-cp2": Layout(4, pp=2, cp=2),
+    "pp2-vpp2-cp2": Layout(4, pp=2, vpp=2, cp=2),
+    "cp2-dp2+distopt": Layout(4, cp=2, distributed_optimizer=True),
 }
 # Of a mixture of experts, instead of these; ep and etp divide the ranks of a stage anew. In the second one each tp rank
 # has all experts: their gradients add up over tp.

@@ -27,7 +27,7 @@ Shape letters: N tokens, n tokens with weight, C tokens of a chunk, D hidden, V 
 rows. The formulas are in `token_loss.py`, the kernels in `rows_triton.py`, the specification in `reference.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,7 @@ class _Options:
     budget: ChunkBudget
     loss: LossNumbers
     request: GradientRequest
+    sequence_group: dist.ProcessGroup | None = None
 
 
 def _one_pass(
@@ -90,15 +91,19 @@ def _one_pass(
 
     def loss(kept: slice, statistics: SoftmaxStatistics) -> Coefficients:
         chunk_terms = weighted_terms.select(kept)
-        losses = token_losses(statistics, chunk_terms, options.loss)
+        losses = token_losses(statistics, chunk_terms, options.loss, options.sequence_group)
         for name, value in vars(losses).items():
             getattr(per_token, name)[kept] = value
         d_entropy_C = -options.loss.entropy_bonus * chunk_terms.pg_weight_C if options.request.entropy else None
         return losses.d_logp, d_entropy_C
 
-    couples_chunks = terms.sequence_N is not None and tokens < len(rows_n)
+    couples_ranks = terms.sequence_N is not None and options.sequence_group is not None
+    if couples_ranks and not len(rows_n):  # the others wait for this rank's sums
+        loss(slice(0, 0), SoftmaxStatistics(*(per_token.logp for _ in fields(SoftmaxStatistics))))
+    couples_chunks = couples_ranks or (terms.sequence_N is not None and tokens < len(rows_n))
     walk = two_passes if couples_chunks else one_pass
-    walk(head, Rows(hidden_ND, target_N, rows_n, tokens), gradients, loss)
+    if not couples_ranks or len(rows_n):
+        walk(head, Rows(hidden_ND, target_N, rows_n, tokens), gradients, loss)
     return rows_n, per_token, gradients
 
 
@@ -224,6 +229,7 @@ def linear_policy_loss(
     budget: ChunkBudget | None = None,
     weight_main_grad: Tensor | None = None,
     filter_eps: float = 0.0,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Clipped policy loss plus k2 distillation, with its gradients formed in the same pass: formulas at the top of this
     file.
@@ -248,11 +254,14 @@ def linear_policy_loss(
         filter_eps of the chunk's Σ|dL/dlogit|. `dropped_mass` of the result is what was left out in all, and bounds the
         error: ‖ΔdH‖ ≤ dropped_mass · max‖weight row‖, ‖ΔdW‖ ≤ dropped_mass · max‖hidden row‖. The host waits once per
         chunk. With tp_group each rank filters its own columns.
+    sequence_group: the ranks that have other tokens of the same sequences, which terms.sequence_N numbers alike on all
+        of them; all of them call. Ratios are then those of whole sequences (8NDV). Ignored without terms.sequence_N.
     Returns `PolicyLoss`. With terms.logp_old_N None the ratio is exactly 1; with a logp_old from `linear_logprob` of
     the same weights it is 1 within the matmul's rounding.
     Gradients are accumulated in fp32 (fp64 for fp64) and returned in the inputs' dtype, rounded once after the
     upstream factor. A side that requires no grad costs no matmul; under `torch.no_grad` neither does.
-    Inside torch.compile the call is one opaque operator, with the same bits; weight_main_grad is refused there.
+    Inside torch.compile the call is one opaque operator, with the same bits; weight_main_grad and sequence_group are
+    refused there.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     check_head(hidden_ND, weight_VD, temperature=temperature)
@@ -267,6 +276,8 @@ def linear_policy_loss(
     check_budget(budget, hidden_ND)
     needs_grad = [needs_gradient(hidden_ND), needs_gradient(weight_VD)]
     if torch.compiler.is_compiling():
+        if sequence_group is not None:
+            raise ValueError("sequence_group is not supported inside torch.compile; call the loss outside of it")
         numbers = [float(x) for x in (temperature, filter_eps, *numbers)]
         constants = (needs_grad, vocab_size, group_name(tp_group), budget_numbers(budget), surrogate, numbers)
         return PolicyLoss(*_policy_loss_op(hidden_ND, weight_VD, target_N, *vars(terms).values(), *constants)[:-2])
@@ -274,5 +285,5 @@ def linear_policy_loss(
     request = GradientRequest(
         needs_grad[0], needs_grad[1], main_grad_UD=weight_main_grad, filter_eps=filter_eps, entropy=entropy_bonus != 0
     )
-    options = _Options(shard, temperature, budget, loss, request)
+    options = _Options(shard, temperature, budget, loss, request, sequence_group)
     return PolicyLoss(*_LinearPolicyLoss.apply(hidden_ND, weight_VD, target_N, terms, options))

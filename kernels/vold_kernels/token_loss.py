@@ -5,8 +5,10 @@ Shape letters: N tokens, n tokens that carry weight, C tokens of a chunk of them
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .softmax import SoftmaxStatistics
@@ -69,8 +71,14 @@ class TokenLosses:
     reference_loss: Tensor
 
 
-def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossNumbers) -> TokenLosses:
-    """Loss of each token and its derivative by its log-prob. `terms` with sequence_C must hold all kept tokens."""
+def token_losses(
+    statistics: SoftmaxStatistics,
+    terms: KeptTerms,
+    numbers: LossNumbers,
+    sequence_group: dist.ProcessGroup | None = None,
+) -> TokenLosses:
+    """Loss of each token and its derivative by its log-prob. `terms` with sequence_C must hold all kept tokens of this
+    rank; sequence_group: the ranks with others of the same sequences, all of which call."""
     logp_C = statistics.logp_C
     pg_weight_C, kl_weight_C, reference_weight_C = terms.pg_weight_C, terms.kl_weight_C, terms.reference_weight_C
     has_pg_C = pg_weight_C != 0
@@ -82,7 +90,9 @@ def token_losses(statistics: SoftmaxStatistics, terms: KeptTerms, numbers: LossN
         reference_weight_C = None if reference_weight_C is None else reference_weight_C * importance_C
     log_ratio_C = torch.zeros_like(logp_C) if terms.logp_old_C is None else logp_C - terms.logp_old_C
     log_ratio_C = torch.where(has_pg_C, log_ratio_C, 0.0)
-    sequences = None if terms.sequence_C is None else _Sequences.of(terms.sequence_C, has_pg_C.to(logp_C))
+    sequences = None
+    if terms.sequence_C is not None:
+        sequences = _Sequences.of(terms.sequence_C, has_pg_C.to(logp_C), sequence_group)
     if sequences is not None:
         log_ratio_C = sequences.mean(log_ratio_C)
     surrogate = SURROGATES[numbers.surrogate](log_ratio_C.exp(), logp_C, terms, numbers)
@@ -179,22 +189,44 @@ class _Sequences:
     """S runs of adjacent tokens."""
 
     length_S: Tensor
+    total: Callable[[Tensor], Tensor]
+    """[C] values of tokens -> [S] their sums over each sequence, on all ranks that have tokens of it."""
     count_S: Tensor
     """Tokens of each that carry a policy-gradient weight, at least 1."""
 
     @classmethod
-    def of(cls, sequence_C: Tensor, has_pg_C: Tensor) -> "_Sequences":
-        """has_pg_C: 1.0 or 0.0. The host waits, since S is a shape."""
-        _, length_S = sequence_C.unique_consecutive(return_counts=True)
-        return cls(length_S, torch.segment_reduce(has_pg_C, "sum", lengths=length_S, unsafe=True).clamp(min=1))
+    def of(cls, sequence_C: Tensor, has_pg_C: Tensor, group: dist.ProcessGroup | None) -> "_Sequences":
+        """has_pg_C: 1.0 or 0.0. group: ranks with tokens of the same sequences. The host waits, since S is a shape."""
+        id_S, length_S = sequence_C.unique_consecutive(return_counts=True)
+        total = partial(_segment_sums, length_S=length_S)
+        if group is not None:
+            last = id_S.amax() if len(id_S) else id_S.new_full((), -1)
+            dist.all_reduce(last, op=dist.ReduceOp.MAX, group=group)
+            total = partial(_sums_of_ranks, total, id_S, int(last) + 1, group)
+        return cls(length_S, total, total(has_pg_C).clamp(min=1))
 
     def mean(self, value_C: Tensor) -> Tensor:
         """[C] for each token the mean of its sequence over the tokens that count; the values of the others are 0.
 
         Sums of segments, not atomic additions: two runs are bit-equal.
         """
-        total_S = torch.segment_reduce(value_C, "sum", lengths=self.length_S, unsafe=True)
-        return (total_S / self.count_S).repeat_interleave(self.length_S, output_size=len(value_C))
+        mean_S = self.total(value_C) / self.count_S
+        return mean_S.repeat_interleave(self.length_S, output_size=len(value_C))
+
+
+def _segment_sums(value_C: Tensor, length_S: Tensor) -> Tensor:
+    if not len(value_C):
+        return value_C.new_zeros(0)
+    return torch.segment_reduce(value_C, "sum", lengths=length_S, unsafe=True)
+
+
+def _sums_of_ranks(
+    local_sums: Callable[[Tensor], Tensor], id_S: Tensor, count: int, group: dist.ProcessGroup, value_C: Tensor
+) -> Tensor:
+    """[S] sums over the tokens of all ranks; `count` sequences, which have the same ids on each."""
+    total = value_C.new_zeros(count).index_copy_(0, id_S, local_sums(value_C))
+    dist.all_reduce(total, group=group)
+    return total[id_S]
 
 
 def select_terms(terms: PolicyTerms, rows_n: Tensor, dtype: torch.dtype) -> KeptTerms:

@@ -49,6 +49,8 @@ def test_initialising_again_keeps_the_groups_and_reseeds(layout):
     [
         (dict(tp=2, pp=1), r"tp=2 x pp=1 = 2 does not divide the world of 1 processes: start a multiple of 2"),
         (dict(tp=0, pp=1), "at least 1, got tp=0"),
+        (dict(cp=0), "at least 1, got cp=0"),
+        (dict(tp=2, cp=4), r"tp=2 x pp=1 x cp=4 = 8 does not divide the world of 1 processes: start a multiple of 8"),
         (dict(tp=1, pp=1, vpp=2), "vpp=2 needs pp of at least 2"),
         (dict(tp=1, pp=1, sp=True), "needs tp of at least 2"),
         (dict(ep=2), "ep=2 x etp=1 = 2 does not divide the 1 processes of a pipeline stage"),

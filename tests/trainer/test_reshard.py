@@ -1,4 +1,4 @@
-"""A run goes on at another tp x pp x dp: the same state to the last bit, and the same next step."""
+"""A run goes on at another tp x pp x cp x dp: the same state to the last bit, and the same next step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CHAIN = [  # world, layout; every change of tp, pp, vpp, dp and of the optimizer
     (2, dict(distributed_optimizer=True)),
     (4, dict(tp=2, pp=2)),
     (4, dict(tp=2, distributed_optimizer=True)),
+    (2, dict(cp=2, distributed_optimizer=True)),
     (1, dict()),
 ]
 MIXTURE_CHAIN = [

@@ -34,9 +34,16 @@ IDS = 120  # below the special ones
 GRIDS = {"a": ((1, 4, 6),), "b": ((1, 8, 4), (1, 4, 4)), "c": (), "d": ((1, 2, 2),), "e": ()}
 TOWER_LAYOUTS = {
     "qwen2_5_vl": [dict(tp=2), dict(pp=2)],
-    "qwen3_vl": [dict(tp=2, sp=True, recompute="full"), dict(distributed_optimizer=True)],
+    "qwen3_vl": [dict(tp=2, sp=True, recompute="full"), dict(cp=2), dict(distributed_optimizer=True)],
 }
-LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2), dict(distributed_optimizer=True), dict(pp=2, vpp=2)]
+LAYOUTS = [
+    dict(tp=2),
+    dict(tp=2, sp=True),
+    dict(cp=2),
+    dict(pp=2),
+    dict(distributed_optimizer=True),
+    dict(pp=2, vpp=2),
+]
 
 
 def reference(family: str):
@@ -103,7 +110,9 @@ def nll_and_gradients(trainer: Trainer, max_tokens: int = 60) -> tuple[float, di
     assert len(batch.micro_batches) > 1 and sum(bool(micro.tokens.pictures) for micro in batch.micro_batches) > 1
     stats = trainer.accumulate_gradients(batch)
     named = export_weights(trainer.chunks, lambda parameter: parameter.main_grad)
-    return float(sum(s.sums_M[SUM_NAMES.index("nll")] for s in stats)), {name: tensor.clone() for name, tensor in named}
+    nll = torch.tensor([float(s.sums_M[SUM_NAMES.index("nll")]) for s in stats]).sum()
+    dist.all_reduce(nll, group=trainer.chunks[0].layout.cp_group)
+    return float(nll), {name: tensor.clone() for name, tensor in named}
 
 
 def expected_nll_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:

@@ -255,7 +255,7 @@ def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:
 
 
 def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of this architecture on this layout. Raises ValueError where tp or cp does not divide."""
+    """Megatron's configuration of this architecture on this layout. Raises ValueError where a size does not divide."""
     _check_divides(arch, layout)
     return TransformerConfig(
         num_layers=arch.layers,
@@ -335,8 +335,8 @@ def _check_divides(arch: Architecture, layout: Layout) -> None:
     queries, keys = arch.heads // layout.tp, arch.kv_heads // layout.tp
     if queries % layout.cp or (keys % layout.cp and layout.cp % keys):
         raise ValueError(
-            f"cp={layout.cp} must divide the {queries} query heads of a rank (heads={arch.heads} / tp={layout.tp}), and "
-            f"divide its {keys} key heads or be a multiple of them: choose a cp that does"
+            f"cp={layout.cp} must divide the {queries} query heads of a rank (heads={arch.heads} / tp={layout.tp}) and "
+            f"divide, or be a multiple of, its {keys} key heads (kv_heads={arch.kv_heads}): choose a cp that does"
         )
     stages = layout.pp * (layout.vpp or 1)
     if arch.layers % stages:

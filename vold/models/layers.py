@@ -120,9 +120,7 @@ class PackedSelfAttention(SelfAttention):
         several ranks get a copy where there are fewer than ranks."""
         if cp <= self._local_keys:
             return mixed_tW.view(len(mixed_tW), cp, -1)
-        q_tKx, kv_tKx = mixed_tW.view(len(mixed_tW), self._local_keys, -1).tensor_split(
-            [-2 * self._heads.width], dim=2
-        )
+        q_tKx, kv_tKx = mixed_tW.view(len(mixed_tW), self._local_keys, -1).tensor_split([-2 * self._heads.width], dim=2)
         copies = cp // self._local_keys
         kv_tcx = kv_tKx[:, :, None].expand(-1, -1, copies, -1).flatten(1, 2)
         return torch.cat((q_tKx.reshape(len(mixed_tW), cp, -1), kv_tcx), dim=2)

@@ -76,7 +76,7 @@ class Layout:
     replica_group  the ranks that hold the same parameters, cp x dp of them: gradients are summed over it
     stage_group  the ranks of this model copy's pipeline stage, tp x cp of them
     vpp  virtual pipeline stages per rank, or None;  sp  sequence parallelism inside the tp group
-    distributed_optimizer  optimizer state is divided over the replica group;  recompute  none, swiglu, selective or full
+    distributed_optimizer  optimizer state is divided over replica_group;  recompute  none, swiglu, selective or full
     deterministic  two runs on CUDA are bit-equal;  offload_activations  they wait in CPU memory for the backward pass
     experts  the division of a mixture's experts
     """

@@ -92,7 +92,8 @@ class TrainingRun:
         teacher = getattr(config, "teacher", None)
         rollout = getattr(config, "rollout", None)
         sampled_by = rollout and f"rollouts by {rollout.engine}"
-        sizes = " × ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", *(["cp"] if layout.cp > 1 else []), "dp"))
+        names = ("tp", "pp", "cp", "dp") if layout.cp > 1 else ("tp", "pp", "dp")
+        sizes = " × ".join(f"{name} {getattr(layout, name)}" for name in names)
         first = self.completed_steps + 1
         facts = [f"steps {first} to {config.steps}", f"student {config.student}", teacher and f"teacher {teacher}"]
         self.job.log.say(f"{config.run_dir}: " + " · ".join(filter(None, [*facts, sampled_by, sizes, config.dtype])))

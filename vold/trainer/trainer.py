@@ -161,6 +161,8 @@ class Trainer:
             student, hidden_ND = self.chunks[-1], hidden_TD[micro.source_N]
             terms = self._objective.policy_terms(micro)
             options = {**self._objective.loss_options(), **self._loss_options()}
+            if self._layout.cp > 1:
+                options["sequence_group"] = self._layout.cp_group
             if self._importance_cap is not None:
                 terms = replace(terms, logp_rollout_N=micro.logp_rollout_N)
                 options["importance_cap"] = self._importance_cap

@@ -18,7 +18,7 @@ from vold.objectives.advantages import group_normalised
 from vold.parallel.launch import initialise, shutdown
 
 ADAPTER = AdapterConfig(rank=2, dropout=0.4, seed=3)
-LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(pp=2), dict(pp=2, vpp=2, recompute="full")]
+LAYOUTS = [dict(tp=2), dict(tp=2, sp=True), dict(cp=2), dict(pp=2), dict(pp=2, vpp=2, recompute="full")]
 
 
 def gradients(trainer, samples) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Dropout of what LoRA's A reads (arXiv 2106.09685, section 4.2), the same numbers on every layout.
 
 A mask depends on the adapter's seed, the update, the pass, the name of the matrix and the token's place alone, not on
-tensor, sequence or pipeline parallelism. The pass's seed is that of torch's generator on the CPU while the pass runs:
-both kinds of recomputation put that back, so that a layer computed again draws the same masks.
+tensor, sequence, context or pipeline parallelism. The pass's seed is that of torch's generator on the CPU while the
+pass runs: both kinds of recomputation put that back, so that a layer computed again draws the same masks.
 
 T tokens of this rank, D inputs, R rank of the update.
 """
@@ -22,10 +22,13 @@ from torch import Tensor
 
 
 class Share(NamedTuple):
-    """This rank's part of a dimension that `ranks` divide."""
+    """This rank's part of a dimension: of every `stripes`-th from number `stripe` on (context parallelism) the share of
+    number `rank` among `ranks`."""
 
     ranks: int = 1
     rank: int = 0
+    stripes: int = 1
+    stripe: int = 0
 
 
 class Dropout:
@@ -69,8 +72,9 @@ class Dropout:
         if x.is_meta:
             return torch.empty_like(x)
         generator = torch.Generator(x.device).manual_seed(seed)
-        shape = (x.shape[0] * rows.ranks, *x.shape[1:-1], x.shape[-1] * columns.ranks)
+        shape = (x.shape[0] * rows.ranks * rows.stripes, *x.shape[1:-1], x.shape[-1] * columns.ranks)
         kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self._p, generator=generator)
+        kept = kept[rows.stripe :: rows.stripes]
         kept = kept.chunk(rows.ranks, 0)[rows.rank].chunk(columns.ranks, -1)[columns.rank]
         return kept.to(x.dtype) / (1 - self._p)
 

@@ -97,8 +97,11 @@ class Adapter(nn.Module):
 
     def forward(self, x_T1D: Tensor) -> Tensor:
         """What is added to the layer's output."""
-        place, share = self._place, Share(self._place.layout.tp, self._place.layout.tp_rank)
+        place, layout = self._place, self._place.layout
+        share = Share(layout.tp, layout.tp_rank)
         rows = share if self._is_column and self._sp else Share()
+        if self._is_column or self._is_row:
+            rows = rows._replace(stripes=layout.cp, stripe=layout.cp_rank)
         columns = share if self._is_row else Share()
         low_T1R = [
             place.dropout.linear(x_T1D, A, f"{place.name} {number}", rows, columns)
@@ -194,7 +197,8 @@ def add_visual_adapters(visual: nn.Module, config: AdapterConfig, layout: Layout
     """Give the targets of `config` among the linear layers of a tower, or of its mergers, an adapter. Where ranks merge
     different tokens each draws masks of its own."""
     is_tower = any(name.startswith("blocks.") for name, _ in visual.named_modules())
-    rank = f" of rank {layout.tp_rank}" if layout.sp and not is_tower else ""
+    is_divided = (layout.sp or layout.cp > 1) and not is_tower
+    rank = f" of rank {layout.cp_rank * layout.tp + layout.tp_rank}" if is_divided else ""
     for name, linear in [*visual.named_modules()]:
         if isinstance(linear, nn.Linear) and visual_target(name) in config.targets:
             place = Place(f"{name}{rank}", (linear.out_features,), _only, layout, dropout)

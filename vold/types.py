@@ -245,7 +245,7 @@ class DistributionTerm:
     is_top: bool = False
 
     def without(self, lost_N: Tensor, own_N: Tensor) -> DistributionTerm:
-        """The term without weight at these tokens. own_N: the tokens of which `rows` has rows where they have weight."""
+        """The term without weight at these tokens. own_N: the tokens that may have a row in `rows`."""
         kept_n = ~lost_N[(self.weight_N != 0) & own_N]
         first, second = self.rows
         rows = (first[kept_n], second[kept_n] if self.is_top else second)

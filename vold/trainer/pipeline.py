@@ -89,11 +89,10 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], HeadOutput[ResultT]]]:
     micro, layout = next(micro_batches), unwrap(chunk).layout
     with timer(), _saved_activations(chunk):
-        return hidden_states(chunk, micro.tokens, features), partial(_on_own_targets, head, micro, layout=layout)
-
-
-def _on_own_targets(head: Head[ResultT], micro: MicroBatch, hidden_TD: Tensor, layout: Layout) -> HeadOutput[ResultT]:
-    return head(own_targets(micro, layout), hidden_TD)
+        hidden_TD = hidden_states(chunk, micro.tokens, features)
+    if layout.cp == 1:
+        return hidden_TD, partial(head, micro)
+    return hidden_TD, lambda hidden_TD: head(own_targets(micro, layout), hidden_TD)
 
 
 def _saved_activations(chunk: nn.Module) -> AbstractContextManager:

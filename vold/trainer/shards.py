@@ -39,7 +39,6 @@ from vold.models.weights import (
     split_pieces,
     trained_rules,
 )
-from vold.parallel.launch import ExpertLayout, Layout
 from vold.trainer.optimizer import (
     is_distributed,
     load_optimizer_state,

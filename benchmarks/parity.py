@@ -118,6 +118,7 @@ LAYOUTS = {
 # has all experts: their gradients add up over tp.
 EXPERT_LAYOUTS = {
     "ep2": Layout(2, ep=2),
+    "cp2-ep2": Layout(2, cp=2, ep=2),
     "tp2+sp": Layout(2, tp=2, sp=True),
     "tp2-etp2+sp": Layout(2, tp=2, sp=True, etp=2),
     "tp2-ep2+sp": Layout(2, tp=2, sp=True, ep=2),

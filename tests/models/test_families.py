@@ -45,7 +45,7 @@ FEATURES = {
     "Teaches by server": lambda family: True,
     "LoRA": lambda family: family.adapters,
     "Expert parallelism": lambda family: family.experts,
-    "Context parallelism": lambda family: False,
+    "Context parallelism": lambda family: True,
     "Images": lambda family: family.vision is not None,
     "Starts from GGUF": lambda family: family.gguf is not None,
 }

@@ -19,7 +19,7 @@ from engines import Engine
 from test_sampler import CPU, agree, all_logits, other_weights, prompts  # noqa: F401 - a fixture
 
 from support import ranks
-from support.steps import batch_of, gradients, make_groups, make_trainer, relative
+from support.steps import assign_token_weights, batch_of, gradients, make_groups, make_trainer, relative
 from vold.config.schema import EngineConfig, ObjectiveConfig, PromptConfig, SamplingConfig, VllmConfig
 from vold.data.packing import pack
 from vold.data.problems import Problem
@@ -229,8 +229,8 @@ def on_two_ranks(student, url: str, secret, out) -> None:
     settings = VllmConfig(urls=(url,), secret_file=secret)
     rows = Architecture.from_pretrained(student).vocab
     outside = VllmDistributions(student, settings, layout, student_rows=rows, **numbers)
-    trainer = make_trainer(student, layout, objective=objective)
-    trainer.step(inside.score(batch_of(samples)))  # away from the teacher
+    trainer = make_trainer(student, layout, objective=objective, lr=0.05)
+    trainer.step(batch_of(assign_token_weights("grpo", make_groups([[1.0, 0.0]]))))  # away from the teacher
     found = [gradients(trainer, teacher.score(batch_of(samples))) for teacher in (inside, outside)]
     assert outside.metrics == {"teacher_failed": 0.0}
     torch.save(
@@ -245,7 +245,7 @@ def test_tensor_parallel_ranks_share_what_one_asked(engines, tiny_student_dir, t
     ranks.run(2, on_two_ranks, *arguments, logs=tmp_path / "logs")
     for rank in range(2):
         gap, largest = torch.load(tmp_path / "out" / str(rank), weights_only=True)
-        assert gap <= 1e-4 and largest > 1e-6
+        assert gap <= 1e-2 and largest > 1e-4
 
 
 def test_hidden_states_and_the_death_of_an_engine(engines, prompts, tiny_student_dir, layout, capfd):  # noqa: F811

@@ -26,7 +26,7 @@ def own_targets(micro: MicroBatch, layout: Layout) -> MicroBatch:
     values = {name: getattr(micro, name) for name in PER_TARGET}
     chosen = {name: value if value is None else value[rows_n] for name, value in values.items()}
     terms = tuple(replace(term, weight_N=term.weight_N[rows_n]) for term in micro.further_terms)
-    return replace(micro, **chosen | {"source_N": chosen["source_N"] // layout.cp, "further_terms": terms})
+    return replace(micro, **chosen | {"source_N": micro.source_N[rows_n] // layout.cp, "further_terms": terms})
 
 
 def own_rows(micro: MicroBatch, rows_n: Tensor, values_n: Tensor, layout: Layout) -> Tensor:

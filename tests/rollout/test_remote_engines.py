@@ -81,6 +81,10 @@ def test_adapters_have_a_name_and_a_folder_a_version(two, tiny_student_dir, tmp_
         )
         methods = [body.get("method") for _, body in engine.calls]
         assert methods.count("keep_newest_adapter") == 2 and "load_policy" not in methods
+    for engine in two:  # started again, with the base
+        engine.adapters.clear()
+        engine.version = "default"
+    assert complete(remote) and remote._label in two[0].adapters | two[1].adapters
     with pytest.raises(ValueError, match=r"adapter.sync = adapter travels in files"):
         RemoteEngines(tiny_student_dir, settings.model_copy(update={"transport": "nccl"}), adapter=adapter)
 

@@ -31,6 +31,7 @@ class FakeEngine:
         self.victim: int | None = None
         self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
         self.hidden: dict[str, list] = {}  # by the name that a request gave its hidden states
+        self.adapters: set[str] = set()
         self.width = 0  # of hidden states: each row is full of its token's id
         self.held: set[int] = set()
         self.twelve = threading.Barrier(12)
@@ -64,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.generate(engine, body)
         engine.calls.append((self.path, body))
         if self.path.endswith("_lora_adapter"):
+            change = engine.adapters.add if self.path == "/v1/load_lora_adapter" else engine.adapters.discard
+            change(body["lora_name"])
             return self.reply(f"Success: LoRA adapter '{body['lora_name']}' done.")
         if body.get("method") == "receive_policy":
             address, port, rank, world = body["args"]
@@ -90,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         while asked[0] in engine.held:
             if select.select([self.connection], [], [], 0.05)[0]:  # nothing more is sent: it is the end
                 return engine.hung_up.set()
+        if "model" in body and body["model"] not in engine.adapters:
+            return self.reply({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
         if fault == "all fail once":  # together: a barrier of the twelve
             engine.twelve.wait(60.0)
             engine.fault = ""

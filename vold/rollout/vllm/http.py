@@ -155,7 +155,8 @@ def _send(
         )
     if reply.status_code >= 400:
         reason = f"HTTP {reply.status_code}: {_one_line(content)}"
-        if reply.status_code < 500:
+        lacks_adapter = reply.status_code == 404 and body is not None and "model" in body  # it was started again
+        if reply.status_code < 500 and not lacks_adapter:
             raise ValueError(f"{engine.url}{path}: {reason}; is it an engine of `vold serve`?")
         raise EngineFailed(reason)
     if content.startswith(ADAPTER_DONE):

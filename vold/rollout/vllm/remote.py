@@ -240,7 +240,7 @@ class RemoteEngines:
                 raise
         self._adapters[engine.url] = engine.adapter
         call_workers(engine, "keep_newest_adapter", [], timeout)
-        if previous:
+        if previous and previous != engine.adapter:
             with suppress(ValueError):
                 post(engine, "/v1/unload_lora_adapter", {"lora_name": previous}, timeout)
 

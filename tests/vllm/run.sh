@@ -28,6 +28,11 @@ $main tests/vllm/expectations.py "$scratch"
 export TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR
 export VOLD_VLLM_EXPECTATIONS=$scratch/expectations.json PYTHONPATH=$PWD/tests/vllm/shim
-# Plain vLLM in a process of its own: its clean-up destroys every process group, also those of the tests after it.
-$vllm -m pytest -m vllm tests/vllm/test_exported_checkpoint.py
-$vllm -m pytest -m vllm tests/vllm tests/train/test_stages_with_vllm.py --ignore tests/vllm/test_exported_checkpoint.py
+# A process for each file: an engine in the process keeps its memory until the process ends, and plain vLLM's clean-up
+# destroys every process group, also those of the tests after it.
+status=0
+for file in tests/vllm/test_*.py tests/train/test_stages_with_vllm.py; do
+  echo "$file"
+  $vllm -m pytest -m vllm "$file" || status=$?
+done
+exit "$status"

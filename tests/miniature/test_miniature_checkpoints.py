@@ -195,3 +195,13 @@ def test_a_checkpoint_under_way_ends_with_the_process_that_asked_for_it(tmp_path
     psutil.wait_procs([worker], timeout=120)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert not (tmp_path / "teacher").exists()
+
+
+def test_a_worker_that_is_done_ends_well(tmp_path):
+    """While its parent lives and its pipe is open."""
+    code = "from vold.miniature import make; make.make_base = print; make.run_worker('base', 'here', '0')"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert (worker.wait(timeout=120), worker.stderr.read()) == (0, "")
+    finally:
+        worker.stdin.close()

@@ -92,5 +92,7 @@ def run_worker(name: str, out_dir: str, seed: str) -> None:
 
 
 def _exit_with_parent() -> None:
-    sys.stdin.buffer.read()  # nothing is written to it: the pipe ends when its other side's process does
+    # Nothing is written to the pipe: it ends when its other side's process does. Not by sys.stdin, whose lock a waiting
+    # thread holds: Python aborts when it cannot take it as it ends.
+    os.read(0, 1)
     os._exit(1)

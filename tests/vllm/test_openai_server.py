@@ -31,11 +31,11 @@ pytestmark = pytest.mark.vllm
 def server(tiny_teacher_dir, tmp_path_factory):
     """`vllm serve` as anybody starts it, with room for the whole vocabulary of the miniature."""
     with socket.socket() as free:
-        free.bind(("63.0.0.1", 0))
+        free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("openai") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_teacher_dir)]
-    command += ["--served-model-name", "teacher", "--port", str(port), "--host", "63.0.0.1", "--dtype", "float32"]
+    command += ["--served-model-name", "teacher", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
     command += ["--max-logprobs", "200", "--enforce-eager", "--max-model-len", "256"]
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     process = subprocess.Popen(
@@ -44,13 +44,13 @@ def server(tiny_teacher_dir, tmp_path_factory):
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://63.0.0.1:{port}/health", timeout=5.0):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5.0):
                 break
         except OSError:
             time.sleep(0.5)
     else:
         raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
-    yield OpenaiConfig(url=f"http://63.0.0.1:{port}/v1", model="teacher", retries=0)
+    yield OpenaiConfig(url=f"http://127.0.0.1:{port}/v1", model="teacher", retries=0)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

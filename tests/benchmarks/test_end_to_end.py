@@ -40,7 +40,7 @@ def test_trainers_take_turns_at_the_same_work(world):
 
 
 def test_a_trainer_that_stops_says_why():
-    with pytest.raises(RuntimeError, match=f"(?s){OURS} stopped: .*has no tokenizer.json"):
+    with pytest.raises(RuntimeError, match=f"(?s){OURS} stopped: .*has no config.json"):
         end_to_end.measure(job(("nowhere", "nothing")), [OURS])
 
 

@@ -88,7 +88,7 @@ def tower(trace: Trace) -> dict:
             products[f"{op.name} {list(a.size)} {list(b.size)} -> {op.outputs[0].dtype} {op.outputs[0].device}"] += (
                 count
             )
-    [insertion] = trace.select("aten", name="index_copy", site="language_model.py:hidden_states")
+    [insertion] = trace.select("aten", name="index_copy", site="language_model.py:_hidden_states")
     return {
         "products": dict(products),
         "launches": sum(n for op, n in trace.select("aten", site="vision.py").items() if not op.is_free),

@@ -31,7 +31,7 @@ from vold.planning.stage_memory import stage_memories
 from vold.planning.step_sizes import StepSizes
 from vold.rollout.transformers.sampler import TransformersSampler
 from vold.trainer import offload
-from vold.trainer.optimizer import _inner
+from vold.trainer.optimizer import _chain
 from vold.trainer.trainer import Trainer
 from vold.types import Picture, Prompt, Sample
 
@@ -114,9 +114,11 @@ class HostBytes:
         """The peak, with Adam's moments where they are in CPU memory."""
         offload._on_host, offload.OffloadedAdamW.step = self._on_host, self._step
         moments = 0
-        if isinstance(_inner(trainer.optimizer).optimizer, offload.OffloadedAdamW):
-            states = _inner(trainer.optimizer).optimizer.state.values()
-            moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+        for inner in _chain(trainer.optimizer):
+            if not isinstance(inner.optimizer, offload.OffloadedAdamW):
+                continue
+            states = inner.optimizer.state.values()
+            moments += sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
         return self.peak + moments
 
 

@@ -175,7 +175,7 @@ def test_a_run_directory_is_never_mixed(rl_run, load, tmp_path):
         ("objective.preset=grop", "choose one of grpo, vold"),
         ("data.path=nothing.json", "data file nothing.json does not exist"),
         ("data.layout=gsm8k", "train.json row 1: not a row of layout 'gsm8k'"),
-        ("student=nowhere", "nowhere has no tokenizer.json"),
+        ("student=nowhere", "nowhere has no config.json"),
         ("prompt.max_tokens=3", "exceeds prompt.max_tokens = 3; raise it"),
         ("optimizer.warmup_steps=50", "optimizer.warmup_steps = 50 exceeds steps = 4"),
     ],

@@ -33,7 +33,7 @@ from vold.run.run_dir import RunLog, read_rows
 from vold.run.step_profiler import StepProfiler
 from vold.run.timers import PhaseTimers
 from vold.teacher import Teacher
-from vold.train import components, rollout_worker
+from vold.train import components, rollout_worker, teachers
 from vold.train.reward_function import GraderReward
 from vold.train.rl import train_rl
 from vold.train.rollout_schedule import RolloutSchedule, StepPlan
@@ -322,7 +322,7 @@ class TeacherBeside:
 
 def run_with_teacher(load, monkeypatch, run_dir, teacher, *overrides: str):
     urls = "teacher_vllm.urls=[http://teacher:1]"
-    monkeypatch.setattr(components, "VllmTeacher", lambda *_, **__: teacher)
+    monkeypatch.setattr(teachers, "VllmTeacher", lambda *_, **__: teacher)
     config = load("rl", run_dir, *SHORT, "teacher_engine=vllm", urls, *overrides)
     train_rl(config)
     return read_rows(config.run_dir / "metrics.jsonl")
@@ -347,7 +347,7 @@ def test_a_streamed_teacher_trains_like_the_one_in_the_trainer(
 def test_two_halves_of_a_teacher_train_like_the_whole(load, tmp_path, layout, world, graded_by_length, monkeypatch):
     whole = load("rl", tmp_path / "whole", *SHORT, "objective.beta=0.3")
     train_rl(whole)
-    monkeypatch.setattr(components, "VllmTeacher", lambda path, *_, **__: TeacherBeside(path))
+    monkeypatch.setattr(teachers, "VllmTeacher", lambda path, *_, **__: TeacherBeside(path))
     half = f"{{path: {world.teacher}, weight: 0.5, vllm: {{urls: [http://teacher:1]}}}}"
     several = ["teacher=null", f"teachers={{one: {half}, other: {half}}}", "teacher_column=who"]
     halves = load("rl", tmp_path / "halves", *SHORT, "objective.beta=0.3", *several)
@@ -373,12 +373,6 @@ def test_two_halves_of_a_teacher_train_like_the_whole(load, tmp_path, layout, wo
 def test_several_teachers_and_one_are_one_decision(load, tmp_path, overrides, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         load("rl", tmp_path, *overrides)
-
-
-def test_several_teachers_have_no_whole_distributions(load, tmp_path, layout, world):
-    several = ["teacher=null", f"teachers={{a: {{path: {world.teacher}}}}}", "objective.divergence=jsd"]
-    with pytest.raises(ValueError, match=r"set objective\.divergence=k2, or one teacher"):
-        train_rl(load("rl", tmp_path, *several))
 
 
 def test_the_teacher_is_asked_while_others_are_still_drawn(

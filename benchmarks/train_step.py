@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from vold.config.schema import OptimizerConfig
 from vold.data.packing import pack
-from vold.models import weights
+from vold.models import student
 from vold.models.flops import peak_flops
 from vold.models.layer_ops import layer_ops
 from vold.parallel.launch import Layout, initialise
@@ -145,7 +145,7 @@ class Step:
 
 
 def build(options: argparse.Namespace, layout: Layout, dtype: torch.dtype) -> Step:
-    weights.load_pretrained, weights.check_sizes = random_weights, lambda _: None  # there are no files
+    student.load_pretrained, student.check_sizes = random_weights, lambda _: None  # there are no files
     with tempfile.TemporaryDirectory() as folder:
         for name, config in (("student", student_config(options.scale)), ("teacher", teacher_config(options.scale))):
             config.save_pretrained(f"{folder}/{name}")

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vold.config.schema import ObjectiveConfig, OptimizerConfig
 from vold.data.packing import EncodedPrompt, Replicas, encode_text, pack
-from vold.models import vision, weights
+from vold.models import student, vision
 from vold.models.architecture import Architecture
 from vold.models.flops import segment_flops
 from vold.models.layer_ops import layer_ops
@@ -229,13 +229,13 @@ def _fake(record: Any, mode: FakeTensorMode) -> Any:
 @contextmanager
 def _no_weights() -> Iterator[None]:
     """Inside, checkpoints are not read: parameters stay as they were allocated."""
-    read = weights.load_pretrained, weights.check_sizes, vision._vision_tensors
-    weights.load_pretrained = weights.check_sizes = lambda *_args: None
+    read = student.load_pretrained, student.check_sizes, vision._vision_tensors
+    student.load_pretrained = student.check_sizes = lambda *_args: None
     vision._vision_tensors = _tower_tensors
     try:
         yield
     finally:
-        weights.load_pretrained, weights.check_sizes, vision._vision_tensors = read
+        student.load_pretrained, student.check_sizes, vision._vision_tensors = read
 
 
 def _tower_tensors(path: Path, _expected: set[str]) -> dict[str, Tensor]:

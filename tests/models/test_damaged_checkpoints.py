@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vold.models.architecture import Architecture
+from vold.models.checkpoint_reader import CheckpointReader
 from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import load_tokenizer
-from vold.models.weights import CheckpointReader
 
 FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ANYTHING = st.recursive(

@@ -17,8 +17,8 @@ from vold.data.problems import Problem
 from vold.data.prompts import build_prompt
 from vold.data.responses import open_thought, response_ids, turn_end
 from vold.data.traces import load_samples
+from vold.models.checkpoint_reader import check_names
 from vold.models.tokenizer import add_thinking_tokens, check_checkpoint, check_pair, id_bound, load_tokenizer, stop_ids
-from vold.models.weights import check_names
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

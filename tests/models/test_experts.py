@@ -17,7 +17,8 @@ from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.experts import Router
 from vold.models.flops import active_parameters, language_model_parameters
 from vold.models.language_model import build_language_model
-from vold.models.weights import build_student, export_weights, load_pretrained
+from vold.models.student import build_student
+from vold.models.weights import export_weights, load_pretrained
 
 MIXTURES = ("qwen3_moe", "qwen3_vl_moe")
 

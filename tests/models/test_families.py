@@ -18,23 +18,16 @@ from vold.config.schema import AdapterConfig
 from vold.models.adapters import PROJECTIONS
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
+from vold.models.checkpoint_reader import CheckpointReader
 from vold.models.families import FAMILIES, Family
 from vold.models.flops import language_model_parameters
 from vold.models.joined import parts_of
 from vold.models.language_model import build_language_model
 from vold.models.positions import MODEL_CLASSES
+from vold.models.student import weight_groups
 from vold.models.vision import TOWERS, tower_tensors
-from vold.models.weights import (
-    LAYER,
-    CheckpointReader,
-    export_weights,
-    is_adapter,
-    layer_rules,
-    load_pretrained,
-    named_rules,
-    text_tensors,
-    weight_groups,
-)
+from vold.models.weight_rules import LAYER, is_adapter, layer_rules, named_rules, text_tensors
+from vold.models.weights import export_weights, load_pretrained
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 MARK = "<!-- the table is written by tests/models/test_families.py -->\n"

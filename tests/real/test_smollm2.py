@@ -20,7 +20,8 @@ from vold.commands.export import export_model
 from vold.config.schema import ExportConfig
 from vold.data.packing import pack
 from vold.models.architecture import Architecture
-from vold.models.weights import export_weights, load_chunks
+from vold.models.student import load_chunks
+from vold.models.weights import export_weights
 from vold.parallel.launch import initialise
 from vold.planning.check import check_config
 from vold.run.run_dir import read_rows

@@ -23,8 +23,9 @@ from vold.io import append_jsonl, to_json
 from vold.jsonl import bounded_lines
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import INDEX, export_checkpoint, tensor_files
+from vold.models.checkpoint_reader import CheckpointReader
+from vold.models.student import load_chunks
 from vold.models.tokenizer import load_tokenizer
-from vold.models.weights import CheckpointReader, load_chunks
 from vold.report import read_run
 from vold.report.read import columns
 from vold.trainer.checkpoint import verify

@@ -34,7 +34,7 @@ from vold.models.checkpoint_dir import short_name
 from vold.models.images import image_grids
 from vold.models.joined import parts_of
 from vold.models.positions import expand_image_tokens, mrope_positions, text_positions
-from vold.models.weights import Rule, join_pieces, named_rules, sharing_of
+from vold.models.weight_rules import Rule, join_pieces, named_rules, sharing_of
 from vold.parallel.launch import Layout
 from vold.types import PackedTokens, Picture
 

@@ -18,7 +18,7 @@ from support.steps import assign_token_weights, batch_of, make_groups, make_trai
 from vold.commands.export import export_model
 from vold.config.schema import AdapterConfig, ExportConfig, ObjectiveConfig
 from vold.models.adapters import PROJECTIONS
-from vold.models.weights import load_chunks
+from vold.models.student import load_chunks
 from vold.objectives import Objective, build_objective
 from vold.objectives.advantages import group_normalised
 from vold.parallel.launch import initialise, shutdown

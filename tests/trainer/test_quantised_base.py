@@ -17,7 +17,8 @@ from support.steps import batch_of, make_groups, make_trainer, relative
 from vold.config.schema import AdapterConfig
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.quantised import BYTES, decoder_linears
-from vold.models.weights import export_adapters, export_weights, load_chunks
+from vold.models.student import load_chunks
+from vold.models.weights import export_adapters, export_weights
 from vold.objectives import Objective
 from vold.objectives.advantages import group_normalised
 from vold.parallel.launch import initialise, shutdown

@@ -16,7 +16,7 @@ from vold.data.packing import pack
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint, short_name
 from vold.models.flops import backward_of, training_flops
-from vold.models.weights import build_student, check_rates, weight_groups
+from vold.models.student import build_student, check_rates, weight_groups
 from vold.objectives import Objective
 from vold.objectives.advantages import group_normalised
 from vold.trainer.checkpoint import Checkpoints

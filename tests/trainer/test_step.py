@@ -23,7 +23,7 @@ from support.steps import (
     with_advantages,
 )
 from vold.models.checkpoint_dir import short_name
-from vold.models.weights import join_pieces, named_rules
+from vold.models.weight_rules import join_pieces, named_rules
 from vold.objectives import assign_sft_weights
 from vold.teacher import Teacher
 from vold.trainer import trainer as engine

@@ -22,8 +22,10 @@ from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.language_model import build_language_model
 from vold.models.peft_directory import write_adapter
+from vold.models.student import load_chunks
 from vold.models.tokenizer import load_tokenizer
-from vold.models.weights import export_adapters, export_weights, load_chunks, load_pretrained, trained_rules
+from vold.models.weight_rules import trained_rules
+from vold.models.weights import export_adapters, export_weights, load_pretrained
 from vold.parallel.launch import Layout, initialise, shutdown
 from vold.rollout import TransformersSampler
 from vold.types import Prompt, Rollout

@@ -12,7 +12,9 @@ from engines import Engine
 from test_sampler import CPU, ENGINE, agree, open_pair, prompts  # noqa: F401 - a fixture
 
 from vold.config.schema import AdapterConfig, EngineConfig, VllmConfig
-from vold.models.weights import export_adapters, export_weights, load_chunks, trained_rules
+from vold.models.student import load_chunks
+from vold.models.weight_rules import trained_rules
+from vold.models.weights import export_adapters, export_weights
 from vold.rollout import TransformersSampler, open_sampler
 from vold.rollout.vllm.adapters import EngineAdapter
 

@@ -12,7 +12,8 @@ from vold.io import log
 from vold.models.chat_template import write_chat_template
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.peft_directory import write_adapter
-from vold.models.weights import export_adapters, export_weights, load_chunks
+from vold.models.student import load_chunks
+from vold.models.weights import export_adapters, export_weights
 from vold.parallel.launch import initialise
 from vold.run.resumption import read_config
 from vold.trainer.checkpoint import Checkpoints

@@ -24,7 +24,7 @@ from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import INDEX, check_numbers, new_checkpoint, reading
 from vold.models.families import FAMILIES
 from vold.models.gguf_header import check_gguf
-from vold.models.weights import text_tensors
+from vold.models.weight_rules import text_tensors
 
 ARCHITECTURES = tuple(family.gguf for family in FAMILIES.values() if family.gguf)
 CONFIG_KEYS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vold.models.checkpoint_reader import CheckpointReader
 from vold.models.served import ServedModel
-from vold.models.weights import CheckpointReader
 from vold.parallel.launch import Layout
 
 # Fields of config.json that say that logits are more than hidden states times the head, with the values that do not.

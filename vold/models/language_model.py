@@ -37,7 +37,7 @@ class LanguageModel(GPTModel):
     visual         the patch mergers of these levels, or the whole tower, where they are trained
     adapter        LoRA's settings; the other weights of the text model are frozen then
     dropout        of what the adapters read
-    trained        names of the parameters that are trained, see vold.models.weights.build_student
+    trained        names of the parameters that are trained, see vold.models.student.build_student
     """
 
     arch: Architecture

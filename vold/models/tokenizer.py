@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vold.data.responses import turn_end
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import export_checkpoint, lacks, reading
+from vold.models.checkpoint_reader import CheckpointReader, check_names
 from vold.models.served import ServedModel
-from vold.models.weights import CheckpointReader, check_names
 
 
 @dataclass(frozen=True)

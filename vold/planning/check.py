@@ -20,8 +20,8 @@ from vold.models.flops import active_parameters, language_model_parameters
 from vold.models.peft_directory import adapter_tensors
 from vold.models.quantised import open_bitsandbytes
 from vold.models.served import ServedModel
+from vold.models.student import check_rates
 from vold.models.tokenizer import check_checkpoint, check_pair, load_tokenizer, stop_ids
-from vold.models.weights import check_rates
 from vold.objectives import build_objective
 from vold.parallel.launch import fake_layout, shutdown
 from vold.planning import machine

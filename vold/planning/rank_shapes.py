@@ -10,7 +10,9 @@ import torch
 
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
-from vold.models.weights import CheckpointReader, build_student, tensor_shapes
+from vold.models.checkpoint_reader import CheckpointReader
+from vold.models.student import build_student
+from vold.models.weight_rules import tensor_shapes
 from vold.parallel.launch import Layout, fake_layout, shutdown
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from vold.data.packing import pack
+from vold.models.student import load_chunks
 from vold.models.tokenizer import check_checkpoint
-from vold.models.weights import load_chunks
 from vold.parallel.launch import initialise, shutdown
 from vold.teacher import Teacher
 from vold.trainer.pipeline import HeadOutput, head_output, run_pipeline

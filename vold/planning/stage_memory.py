@@ -16,7 +16,7 @@ from vold.models.flops import language_model_parameters
 from vold.models.language_model import build_chunks, has_tower
 from vold.models.quantised import BYTES as QUANTISED_BYTES
 from vold.models.quantised import decoder_linears
-from vold.models.weights import build_student
+from vold.models.student import build_student
 from vold.parallel.launch import Layout, fake_layout, shutdown
 from vold.planning.meta_memory import (
     TrainingPeak,

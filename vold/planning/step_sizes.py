@@ -13,8 +13,8 @@ from vold.models.adapters import VISUAL
 from vold.models.architecture import Architecture
 from vold.models.flops import adapter_parameters, language_model_parameters
 from vold.models.served import ServedModel
+from vold.models.student import build_student
 from vold.models.vision import TOWERS
-from vold.models.weights import build_student
 from vold.objectives import Objective, build_objective
 from vold.parallel.launch import fake_layout, shutdown
 

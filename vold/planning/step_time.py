@@ -23,7 +23,7 @@ from vold.models.flops import (
     mlp_flops_share,
     segment_flops,
 )
-from vold.models.weights import backward_of
+from vold.models.student import backward_of
 from vold.planning.gpu_specs import GpuSpec
 from vold.planning.memory_table import TABLE_STYLE
 from vold.planning.stage_memory import kv_bytes

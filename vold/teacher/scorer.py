@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vold.data.packing import PromptEncoder, repack_for_teacher
 from vold.models.adapters import switched_off
 from vold.models.language_model import LanguageModel, open_vision_tower
-from vold.models.weights import load_chunks
+from vold.models.student import load_chunks
 from vold.parallel.launch import Layout
 from vold.trainer.own_targets import of_all_ranks, own_rows
 from vold.trainer.pipeline import Head, HeadOutput, head_output, run_pipeline

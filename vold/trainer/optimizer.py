@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from vold.config.schema import OptimizerConfig
 from vold.models.language_model import unwrap
 from vold.models.selection import rates_by_name
-from vold.models.weights import trained_rules
+from vold.models.weight_rules import trained_rules
 from vold.trainer.offload import OffloadedAdamW, offload_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,8 +1,8 @@
 """A training state as named global tensors, independent of the layout it lives on.
 
 A tensor is called `field/name`: `model/layers.3.mlp.up_proj.weight`, `exp_avg/...`, `exp_avg_sq/...`, `main/...`,
-`average/...`, with transformers' names (the table of vold.models.weights). A rank holds an interval of one dimension of
-it (tensor parallel) or all of it: it saves its intervals with their offsets, and at another tp, pp or dp it loads other
+`average/...`, with transformers' names (vold.models.weight_rules). A rank holds an interval of one dimension of it
+(tensor parallel) or all of it: it saves its intervals with their offsets, and at another tp, pp or dp it loads other
 intervals. A rank holds one full tensor at a time, never the full model.
 
 The files are safetensors with the offsets in the header, in the format of torch.distributed.checkpoint's
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vold.models.language_model import LanguageModel
-from vold.models.weights import (
+from vold.models.weight_rules import (
     EMBEDDING_RULE,
     HEAD_RULE,
     Rule,

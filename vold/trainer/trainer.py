@@ -25,7 +25,8 @@ from vold.data.packing import Replicas
 from vold.models.architecture import Architecture
 from vold.models.flops import idle_head_flops, segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
-from vold.models.weights import backward_of, check_rates, export_adapters, export_weights, load_chunks
+from vold.models.student import backward_of, check_rates, load_chunks
+from vold.models.weights import export_adapters, export_weights
 from vold.objectives import Objective
 from vold.parallel.launch import Layout
 from vold.run.timers import PhaseTimers

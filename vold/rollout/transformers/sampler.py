@@ -16,8 +16,8 @@ from transformers import (
 
 from vold.config.schema import SamplingConfig
 from vold.models.checkpoint_dir import reading
+from vold.models.checkpoint_reader import check_sizes
 from vold.models.images import ImageProcessor, image_grids
-from vold.models.weights import check_sizes
 from vold.parallel import cpu
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"types", "io", "jsonl", "untrusted", "seeding", "processes", "file_errors", "config", "parallel"},
+    {"endpoint"},
     {"grading", "objectives"},
     {"data"},
     {"models", "report"},

@@ -29,7 +29,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr("vold.grading.judge.MAX_PAUSE", 0.01)
+    monkeypatch.setattr("vold.endpoint.MAX_PAUSE", 0.01)
 
 
 def ask(server, folder, *rows, **settings):
@@ -69,6 +69,14 @@ def test_no_key_is_sent_unless_asked_for_and_a_missing_one_is_named(server, tmp_
     assert "Authorization" not in server.headers[0]
     with pytest.raises(ValueError, match=r"reward.judge.api_key_env = NOT_SET: the environment has no such variable"):
         ask(server, tmp_path, api_key_env="NOT_SET")
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_a_plain_http_address(server, tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert ask(server, tmp_path, retries=0) == [{"score": 0.7}]
 
 
 @pytest.mark.parametrize(

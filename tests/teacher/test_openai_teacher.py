@@ -116,7 +116,7 @@ BAD = {
 def test_a_bad_answer_is_asked_for_again_and_then_missing(fault, serve, monkeypatch):
     from vold.rollout.vllm.engines import Request
 
-    monkeypatch.setattr("vold.teacher.openai_server.MAX_PAUSE", 0.01)
+    monkeypatch.setattr("vold.endpoint.MAX_PAUSE", 0.01)
     server, settings = serve(retries=1)
     engine = OpenaiServer(settings, IDS)
     request = Request(IDS, (), {}, scored=3)
@@ -146,7 +146,7 @@ def test_a_missing_key_is_named(serve, monkeypatch):
 
 
 def test_lost_answers_take_all_terms_of_their_response(serve, tiny_teacher_dir, layout, monkeypatch):
-    monkeypatch.setattr("vold.teacher.openai_server.MAX_PAUSE", 0.01)
+    monkeypatch.setattr("vold.endpoint.MAX_PAUSE", 0.01)
     server, settings = serve(retries=0, concurrency=1)
     objective = build_objective(ObjectiveConfig(preset="vold-unmasked", divergence="reverse_kl", top_k=5), 13)
     samples = [replace(s, reference_weight=0.1) for s in objective.assign_token_weights(make_groups([[1.0, 0.0]]))]

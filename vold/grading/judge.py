@@ -13,32 +13,19 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
 from vold.config.schema import JudgeConfig
+from vold.endpoint import AttemptFailed, Endpoint
 from vold.io import append_jsonl, visible
 from vold.jsonl import read_jsonl
 
 Score = dict[str, float]
 MAX_BYTES = 1 << 22  # of an answer
-MAX_PAUSE = 30.0  # seconds between attempts
-_RETRIED = (408, 409, 429)  # and 5xx
-_REFUSED = (401, 403, 404, 405)  # whatever the response: key, model or address are wrong
 PLACE = re.compile(r"\{(\w+)\}")
-
-
-class _Attempt(Exception):
-    """One attempt failed; the message is the reason. pause: seconds that the server asks for."""
-
-    def __init__(self, reason: str, pause: float | None = None):
-        super().__init__(reason)
-        self.pause = pause
 
 
 class Judge:
@@ -52,16 +39,7 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, folder: Path, *, ranks: int = 1):
         self._config = config
-        headers = {"Content-Type": "application/json"}
-        if config.api_key_env is not None:
-            if not (key := os.environ.get(config.api_key_env, "").strip()):
-                raise ValueError(
-                    f"reward.judge.api_key_env = {config.api_key_env}: the environment has no such variable; export it"
-                )
-            headers["Authorization"] = f"Bearer {key}"
-        self._client = httpx2.Client(
-            timeout=config.seconds, headers=headers, follow_redirects=False, verify=config.url.startswith("https:")
-        )
+        self._endpoint = Endpoint("reward.judge", config, MAX_BYTES)
         self._threads = ThreadPoolExecutor(config.concurrency, "judge")
         self._lock = threading.Lock()
         self._asked: dict[str, Future] = {}  # requests that are under way, by their key
@@ -70,7 +48,6 @@ class Judge:
         self._cache = _read_answers(self._answers.parent)
         spent = sum(len(read_jsonl(path)) for path in folder.glob("requests-*.jsonl"))
         self._allowance = None if config.budget is None else max(0, config.budget - spent) // ranks
-        self._closed = threading.Event()
         self.counters = {"requests": 0, "cached": 0}
 
     def __enter__(self) -> Judge:
@@ -81,9 +58,8 @@ class Judge:
 
     def close(self) -> None:
         """Give up what is under way."""
-        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        self._endpoint.close()
 
     def submit(self, row: Mapping[str, Any]) -> Future[Score | str]:
         """Begin to score a response (function_worker.SINGLE): {"score": value}, or the reason why there is none. The
@@ -113,58 +89,34 @@ class Judge:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _ask(self, key: str, body: dict[str, Any]) -> Score | str:
-        reason = ""
-        for attempt in range(self._config.retries + 1):
+        try:
+            answer = self._endpoint.retry(lambda: self._attempt(key, body))
+        except AttemptFailed as error:
             with self._lock:
-                if self._allowance is not None and self.counters["requests"] >= self._allowance:
-                    self._asked.pop(key, None)
-                    return f"reward.judge.budget = {self._config.budget} requests is spent"
-                self.counters["requests"] += 1
-                _append(self._account, {"key": key})
-            try:
-                text = self._post(body)
-            except _Attempt as error:
-                reason = str(error)
-                pause = min(2.0**attempt * (0.5 + random.random() / 2), MAX_PAUSE)
-                if attempt < self._config.retries and self._closed.wait(min(error.pause or pause, MAX_PAUSE)):
-                    break
-                continue
-            with self._lock:
-                self._cache[key] = text
-                _append(self._answers, {"key": key, "answer": text})
                 self._asked.pop(key, None)
-            return self._score(text)
+            return str(error)
         with self._lock:
             self._asked.pop(key, None)
-        return f"no answer in {self._config.retries + 1} attempts: {reason}"
+            if answer is None:
+                return f"reward.judge.budget = {self._config.budget} requests is spent"
+            self._cache[key] = answer
+            _append(self._answers, {"key": key, "answer": answer})
+        return self._score(answer)
 
-    def _post(self, body: dict[str, Any]) -> str:
-        """The judge's answer. Raises _Attempt where another attempt may succeed, ValueError where none can."""
-        url, deadline = f"{self._config.url.rstrip('/')}/chat/completions", time.monotonic() + self._config.seconds
-        content = bytearray()
-        try:
-            with self._client.stream("POST", url, content=json.dumps(body).encode()) as reply:
-                for part in reply.iter_bytes():
-                    content += part
-                    if len(content) > MAX_BYTES or time.monotonic() > deadline:
-                        raise _Attempt(f"an answer of more than {self._config.seconds:g} s or {MAX_BYTES} bytes")
-        except (httpx2.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed
-            raise _Attempt(str(error) or type(error).__name__) from None
-        status = reply.status_code
-        shown = visible(" ".join(bytes(content[:2000]).decode(errors="replace").split()))[:200]
-        if status in _REFUSED or 300 <= status < 400:
-            raise ValueError(
-                f"reward.judge: {url} answers HTTP {status}: {shown}; look at reward.judge.url, model and api_key_env"
-            )
-        if status >= 500 or status in _RETRIED:
-            raise _Attempt(f"HTTP {status}: {shown}", _seconds(reply.headers.get("retry-after")))
-        if status >= 400:
-            return _refusal(f"HTTP {status}: {shown}")
-        try:
-            answer = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _Attempt(f"an answer that is no chat completion: {shown}") from None
-        return answer if isinstance(answer, str) else ""
+    def _attempt(self, key: str, body: dict[str, Any]) -> str | None:
+        """The judge's answer, or the endpoint's refusal of this request; None where the budget is spent."""
+        with self._lock:
+            if self._allowance is not None and self.counters["requests"] >= self._allowance:
+                return None
+            self.counters["requests"] += 1
+            _append(self._account, {"key": key})
+        reply = self._endpoint.post("chat/completions", body)
+        if reply.status >= 400:
+            return f"{_REFUSAL}HTTP {reply.status}: {reply.shown}"
+        message = reply.choice().get("message")
+        if not isinstance(message, Mapping) or "content" not in message:
+            raise AttemptFailed(f"an answer that is no chat completion: {reply.shown}")
+        return message["content"] if isinstance(message["content"], str) else ""
 
     def _score(self, text: str) -> Score | str:
         """What the pattern finds in the judge's answer, as a number."""
@@ -194,10 +146,6 @@ def _append(path: Path, row: dict) -> None:
 _REFUSAL = "\0"  # begins a cached answer of the endpoint, not of the model
 
 
-def _refusal(reason: str) -> str:
-    return _REFUSAL + reason
-
-
 def _finished(value: Score | str) -> Future[Score | str]:
     future: Future[Score | str] = Future()
     future.set_result(value)
@@ -212,10 +160,3 @@ def _read_answers(folder: Path) -> dict[str, str]:
         for row in read_jsonl(path, lambda row: isinstance(row.get("key"), str) and isinstance(row.get("answer"), str))
     ]
     return {row["key"]: row["answer"] for row in rows}
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return max(0.0, float(text)) if text else None
-    except ValueError:
-        return None

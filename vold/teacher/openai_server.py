@@ -7,34 +7,23 @@ n scored tokens of a response, k ids of the top.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import random
-import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
-import httpx2
 import torch
 from torch import Tensor
 
 from vold.config.schema import OpenaiConfig
-from vold.io import log, visible
+from vold.endpoint import AttemptFailed, Endpoint
+from vold.io import log
 from vold.rollout.vllm.engines import EngineOutput, Request
 
 MAX_BYTES = 1 << 28  # of an answer: 32768 positions with 100 ids each take some 150 MB
-MAX_PAUSE = 30.0
-_RETRIED = (408, 409, 429)  # and 5xx
 Step = dict[int, float]
 """Token id -> log-prob at one position."""
-
-
-class _Attempt(Exception):
-    """One attempt failed; the message is the reason."""
 
 
 class OpenaiServer:
@@ -44,18 +33,7 @@ class OpenaiServer:
 
     def __init__(self, settings: OpenaiConfig, probe_ids: Sequence[int], *, top_k: int = 0):
         self._settings, self._top_k = settings, top_k
-        headers = {"Content-Type": "application/json"}
-        if settings.api_key_env is not None:
-            if not (key := os.environ.get(settings.api_key_env, "").strip()):
-                raise ValueError(
-                    f"openai.api_key_env = {settings.api_key_env}: the environment has no such variable; export it"
-                )
-            headers["Authorization"] = f"Bearer {key}"
-        verify = settings.url.startswith("https:")
-        self._client = httpx2.Client(
-            timeout=settings.seconds, headers=headers, follow_redirects=False, verify=verify, trust_env=False
-        )
-        self._closed = threading.Event()
+        self._endpoint = Endpoint("openai", settings, MAX_BYTES)
         self._body = self._choose_dialect(list(probe_ids))
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, EngineOutput | None]]:
@@ -82,7 +60,7 @@ class OpenaiServer:
             try:
                 steps = _steps(self._post(ids, dialect), len(ids))
                 _check_aligned(steps, ids)
-            except (_Attempt, ValueError) as error:
+            except (AttemptFailed, ValueError) as error:
                 reasons.append(str(error))
                 continue
             if self._top_k and len(steps[-1]) < self._top_k:
@@ -98,56 +76,33 @@ class OpenaiServer:
         """None after `retries` further attempts."""
         if request.images:
             raise ValueError("a teacher with engine = 'openai' reads text only: it gets token ids")
-        reason = ""
-        for attempt in range(self._settings.retries + 1):
-            try:
-                steps = _steps(self._post(request.token_ids, self._body), len(request.token_ids))
-                return self._scored(request, steps)
-            except _Attempt as error:
-                reason = str(error)
-                pause = min(2.0**attempt * (0.5 + random.random() / 2), MAX_PAUSE)
-                if attempt < self._settings.retries and self._closed.wait(pause):
-                    break
-        attempts = self._settings.retries + 1
-        log.warning(f"openai.url = {self._settings.url}: no log-probs in {attempts} attempts: {reason}")
-        return None
+        ids = request.token_ids
+        try:
+            return self._endpoint.retry(lambda: self._scored(request, _steps(self._post(ids, self._body), len(ids))))
+        except AttemptFailed as error:
+            log.warning(f"openai.url = {self._settings.url}: no log-probs: {error}")
+            return None
 
     def _scored(self, request: Request, steps: list[Step]) -> EngineOutput:
         scored, ids = steps[len(steps) - request.scored :], request.token_ids[-request.scored :]
         _check_aligned(scored, ids)
         output = EngineOutput([], [step[id] for step, id in zip(scored, ids, strict=True)])
         if not all(map(math.isfinite, output.scored)):
-            raise _Attempt("a log-prob that is no number")
+            raise AttemptFailed("a log-prob that is no number")
         return replace(output, top=_top(scored, self._top_k)) if self._top_k else output
 
-    def _post(self, ids: list[int], fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer's first choice. Raises _Attempt where another attempt may succeed, ValueError where none can."""
-        settings = self._settings
-        body = {"model": settings.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, **fields}
-        url, content = f"{settings.url.rstrip('/')}/completions", bytearray()
-        deadline = time.monotonic() + settings.seconds
-        try:
-            with self._client.stream("POST", url, content=json.dumps(body).encode()) as reply:
-                for part in reply.iter_bytes():
-                    content += part
-                    if len(content) > MAX_BYTES or time.monotonic() > deadline:
-                        raise _Attempt(f"an answer of more than {settings.seconds:g} s or {MAX_BYTES} bytes")
-        except (httpx2.HTTPError, OSError, RuntimeError) as error:
-            raise _Attempt(visible(str(error)) or type(error).__name__) from None
-        status = reply.status_code
-        shown = visible(" ".join(bytes(content[:2000]).decode(errors="replace").split()))[:200]
-        if status >= 500 or status in _RETRIED:
-            raise _Attempt(f"HTTP {status}: {shown}")
-        if status >= 300:
-            raise ValueError(f"{url} answers HTTP {status}: {shown}; look at openai.url, model and api_key_env")
-        try:
-            return dict(json.loads(content)["choices"][0])
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _Attempt(f"an answer that is no completion: {shown}") from None
+    def _post(self, ids: list[int], fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The answer's first choice. Raises AttemptFailed where another attempt may succeed, ValueError where none
+        can: a request that this server refuses is like all others."""
+        body = {"model": self._settings.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, **fields}
+        reply = self._endpoint.post("completions", body)
+        if reply.status >= 400:
+            raise ValueError(f"openai.url = {self._settings.url} answers HTTP {reply.status}: {reply.shown}")
+        return reply.choice()
 
 
 def _steps(choice: Mapping[str, Any], count: int) -> list[Step]:
-    """The log-probs at each of the prompt's `count` ids. Raises _Attempt for anything else."""
+    """The log-probs at each of the prompt's `count` ids. Raises AttemptFailed for anything else."""
     try:
         found = choice.get("prompt_logprobs")
         if found is not None:
@@ -155,9 +110,9 @@ def _steps(choice: Mapping[str, Any], count: int) -> list[Step]:
         else:
             steps = _echoed(choice["logprobs"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise _Attempt("no log-probs by token id in the answer") from None
+        raise AttemptFailed("no log-probs by token id in the answer") from None
     if len(steps) < count:
-        raise _Attempt(f"log-probs of {len(steps)} tokens where {count} were sent")
+        raise AttemptFailed(f"log-probs of {len(steps)} tokens where {count} were sent")
     return steps[:count]
 
 
@@ -182,16 +137,16 @@ def _check_aligned(steps: Sequence[Step], ids: Sequence[int]) -> None:
     """The first token of a prompt has no log-prob."""
     pairs = list(zip(steps, ids, strict=True))
     if any(id not in step for step, id in pairs[0 if pairs and pairs[0][0] else 1 :]):
-        raise _Attempt("log-probs of other tokens than were sent")
+        raise AttemptFailed("log-probs of other tokens than were sent")
 
 
 def _top(steps: Sequence[Step], k: int) -> tuple[Tensor, Tensor]:
     """ids [n, k] and log-probs [n, k] of each position's k most probable ids."""
     rows = [sorted(step.items(), key=lambda pair: (-pair[1], pair[0]))[:k] for step in steps]
     if any(len(row) < k for row in rows):
-        raise _Attempt(f"fewer than {k} ids at a token")
+        raise AttemptFailed(f"fewer than {k} ids at a token")
     ids = torch.tensor([[id for id, _ in row] for row in rows], dtype=torch.int64).view(-1, k)
     logps = torch.tensor([[logp for _, logp in row] for row in rows], dtype=torch.float32).view(-1, k)
     if not logps.isfinite().all():
-        raise _Attempt("a log-prob that is no number")
+        raise AttemptFailed("a log-prob that is no number")
     return ids, logps

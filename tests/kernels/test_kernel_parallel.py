@@ -22,7 +22,7 @@ from kernel_cases import (
     token_weights,
 )
 
-from vold_kernels import linear_kl, linear_logprob, linear_policy_loss, reference
+from vold_kernels import linear_kl, linear_logprob, linear_policy_loss, linear_topk_kl, reference
 
 WORLD = 4
 CASES = (  # rows of each rank, vocab_size
@@ -51,6 +51,7 @@ def _worker(rank: int, rendezvous: str) -> None:
             _check_logprob(sizes, rank, vocab_size, groups[len(sizes)])
             _check_policy_loss(sizes, rank, vocab_size, groups[len(sizes)])
             _check_kl(sizes, rank, vocab_size, groups[len(sizes)])
+            _check_topk_kl(sizes, rank, vocab_size, groups[len(sizes)])
             _check_filter(sizes, rank, groups[len(sizes)])
     if rank < 2:
         _check_compiled(rank, groups[2])
@@ -120,6 +121,26 @@ def _check_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: 
         keywords |= {"vocab_size": vocab_size}
         actual = linear_kl(*shard, **keywords, tp_group=group, budget=small_chunks(47, tokens=6))
         expected = reference.linear_kl(*full, **keywords)
+        assert expected.loss != 0
+        assert_near(actual.loss, expected.loss, 1e-12)
+        assert_near(actual.kl_N, expected.kl_N, 1e-12)
+        actual, expected = (gradients(-1.7 * r.loss, case) for r, case in ((actual, shard), (expected, full)))
+        _check_gradients(actual, expected, shard_rows, vocab_size)
+
+
+def _check_topk_kl(sizes: tuple[int, ...], rank: int, vocab_size: int | None, group: dist.ProcessGroup) -> None:
+    """A teacher's ids lie on any of the ranks, on one of them none or all."""
+    full, shard, shard_rows = _full_and_shard(sizes, rank, vocab_size)
+    weight_N, draw = token_weights(11), torch.Generator().manual_seed(7)
+    logq_NV = torch.randn(11, vocab_size or sum(sizes), dtype=torch.float64, generator=draw).mul(2).log_softmax(-1)
+    logq_NV[0, : min(sizes[0], 20)] += 9  # all of the first shard
+    top = logq_NV.log_softmax(-1).topk(6)
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        keywords = {"weight_N": weight_N, "divergence": divergence, "alpha": 0.3, "temperature": 0.7}
+        keywords |= {"vocab_size": vocab_size}
+        head = (shard.hidden_ND, shard.weight_VD, top.indices, top.values)
+        actual = linear_topk_kl(*head, **keywords, tp_group=group, budget=small_chunks(47, tokens=4))
+        expected = reference.linear_topk_kl(full.hidden_ND, full.weight_VD, top.indices, top.values, **keywords)
         assert expected.loss != 0
         assert_near(actual.loss, expected.loss, 1e-12)
         assert_near(actual.kl_N, expected.kl_N, 1e-12)

@@ -169,9 +169,7 @@ def self_taught(world: World, layout, *, preset: str):
         for g in make_groups(REWARDS)
     ]
     trainer = make_trainer(world.student, layout, objective=objective, **UPDATE)
-    condition = partial(
-        show_hint, tokenizer=load_tokenizer(world.student), config=PromptConfig(suffix=""), form=FORM
-    )
+    condition = partial(show_hint, tokenizer=load_tokenizer(world.student), config=PromptConfig(suffix=""), form=FORM)
     confident = objective.self_distillation.confident
     numbers = dict(max_tokens=60, temperature=1.0, vocab_size=40, confident=confident)
     teacher = SelfTeacher(trainer.average, layout, condition, **numbers)

@@ -109,7 +109,8 @@ def several(world: World, layout, *, kinds: tuple[str, str], engine: str = "trai
     """Rows of one teacher, of the other and of both; the second may be an engine that fails at a prompt."""
     paths, kinds_of = {"a": world.teacher, "b": world.second}, dict(zip("ab", kinds, strict=True))
     built = {name: build_divergence(kind) for name, kind in kinds_of.items()}
-    teachers = {name: TeacherConfig(path=path, weight=w) for (name, path), w in zip(paths.items(), (2.0, 0.5))}
+    weights = {"a": 2.0, "b": 0.5}
+    teachers = {name: TeacherConfig(path=path, weight=weights[name]) for name, path in paths.items()}
     choice = replace(
         TeacherChoice.from_config(teachers, "who"), by_distribution=frozenset(n for n, d in built.items() if d)
     )

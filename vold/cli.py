@@ -233,12 +233,20 @@ def plan(
     processes: Processes = 1,
     response_tokens: Annotated[int | None, typer.Option(min=1, help="mean length of a response, for the time")] = None,
     rates: Annotated[Path | None, typer.Option(help="run_dir of a profile on such GPUs, to estimate the time")] = None,
+    teacher_gpus: Annotated[
+        str, typer.Option(help="numbers of GPUs of a teacher's own engines to compare: 1,2,4,8")
+    ] = "",
+    accuracy: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="share of right responses, which a masked teacher does not score")
+    ] = 0.0,
+    plot: Annotated[Path | None, typer.Option(help="file (.png, .svg) of the comparison's figure")] = None,
 ) -> None:
     """Compute memory by phase and the least time of a step on GPUs that need not be there.
 
     Reads the checkpoints' config.json alone. Exit code 2 when the step does not fit, with settings that do.
     """
-    options = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
+    options: dict = {"gpu": gpu, "processes": processes, "response_tokens": response_tokens, "rates": rates}
+    options["beside"] = _module("planning.teacher_cost").read_question(teacher_gpus, accuracy, plot)
     _module("planning.plan").print_plan(load_config(TRAINING_CONFIGS[stage], config, overrides or ()), **options)
 
 

@@ -5,6 +5,8 @@ A program of its own, because it replaces the process groups. Prints `ok`.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,14 @@ from vold.config import load_config, schema
 from vold.config.schema import ParallelConfig
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import short_name
+from vold.models.flops import language_model_parameters
 from vold.planning.meta_memory import training_state_bytes
 from vold.planning.rank_shapes import rank_shards
+from vold.planning.stage_memory import stage_memories
+from vold.planning.step_sizes import StepSizes
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qwen2.5-vl-3b"
+AWAY = {"a": "false", "b": "true"}  # whether a teacher waits in CPU memory
 LAYOUTS = [
     dict(tp=2, sp=True),
     dict(pp=2, vpp=9),
@@ -89,7 +95,33 @@ def main() -> None:
     assert mergers == [5, 0], "norm, two weights, two biases, where the embedding is"
     with pytest.raises(ValueError, match="tp=4 does not divide kv_heads=2 of this model: choose a tp that does"):
         rank_shards(Architecture.from_config(student()), ParallelConfig(tp=4), 8)
+    check_several_teachers()
     print("ok")
+
+
+def check_several_teachers() -> None:
+    """Two teachers in the trainer: one stays, the other comes from CPU memory while it scores."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, texts = Path(name), {}
+        small = student().to_dict()
+        _save(folder / "student", small, small["text_config"], 2)
+        for role, layers in (("a", 2), ("b", 3)):
+            config = teacher().to_dict()
+            _save(folder / role, config, config, layers)
+            texts[role] = 2 * language_model_parameters(Architecture.from_pretrained(folder / role))
+        a, b = (f"{role}: {{path: {folder}/{role}, engine: trainer, offload: {off}}}" for role, off in AWAY.items())
+        paths = [f"student={folder}/student", "teacher=null", "teacher_offload=false", f"teachers={{{a}, {b}}}"]
+        config = load_config(schema.RlConfig, CONFIGS / "vold.yaml", [*paths, "evaluation.every=0"])
+        [memory] = stage_memories(StepSizes(config, 1), "cpu")
+    assert memory.resident["teacher"] == texts["a"] and memory.phases["teacher"]["teacher"] == texts["b"]
+    assert memory.models["teacher"] == sum(texts.values()) and memory.host == texts["b"]
+
+
+def _save(folder: Path, config: dict, text: dict, layers: int) -> None:
+    text.pop("layer_types", None)
+    text["num_hidden_layers"] = layers
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def check_shards(shards, shapes: dict[str, tuple[int, ...]], parameters: int) -> None:

@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | methods | lora | second-act | selfplay`."""
+"""`python -m vold.miniature demo | reproduce | methods | lora | second-act | teachers | selfplay`."""
 
 import argparse
 import importlib
@@ -14,6 +14,7 @@ COMMANDS = {
     "methods": "every method of configs/methods at equal rollouts, three seeds",
     "lora": "LoRA of rank 16 beside full training, three seeds",
     "second-act": "RL on image problems after VOLD on text, three seeds",
+    "teachers": "two teachers, each right on its half, and both by a column, three seeds",
     "selfplay": "R-Zero beside R-Diverse for five iterations, three seeds",
 }
 
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> int:
     for asked_to_stop in (signal.SIGTERM, signal.SIGHUP):  # an exception ends what was started here
         signal.signal(asked_to_stop, lambda number, _: sys.exit(128 + number))
     try:
-        importlib.import_module(f"vold.miniature.{command.replace('-', '_')}").run()
+        module = {"teachers": "several_teachers"}.get(command, command.replace("-", "_"))
+        importlib.import_module(f"vold.miniature.{module}").run()
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

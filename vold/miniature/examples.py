@@ -41,6 +41,14 @@ def teacher_example(rng: np.random.Generator) -> Example:
     return chat_example(world.text_question(problem, rng), world.trace(problem))
 
 
+def specialist_example(rng: np.random.Generator, half: str) -> Example:
+    """A text problem with its full trace where it is of this half, else with the base's guess, the last operand."""
+    problem = world.sample_problem(rng)
+    question, line = world.text_question(problem, rng), problem.expression
+    guess = f"<think>{line}</think>\\boxed{{{line[-1]}}}"
+    return chat_example(question, world.trace(problem) if world.half_of(question) == half else guess)
+
+
 def vision_teacher_example(rng: np.random.Generator) -> Example:
     """A problem in a picture, in half of them with an operand drawn small, and its full trace."""
     problem = world.sample_problem(rng)

@@ -16,11 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM
 
 from vold.io import log
 from vold.miniature import models
-from vold.miniature.examples import BaseMixture, base_example, collate, teacher_example, vision_teacher_example
+from vold.miniature.examples import (
+    BaseMixture,
+    base_example,
+    collate,
+    specialist_example,
+    teacher_example,
+    vision_teacher_example,
+)
 from vold.miniature.files import atomic_directory
 from vold.miniature.tokenizer import make_tokenizer
 
@@ -42,6 +49,7 @@ class PretrainPhase:
 
 TEACHER_PHASE = PretrainPhase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
 VISION_TEACHER_PHASE = PretrainPhase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
+SPECIALIST_PHASE = PretrainPhase(steps=80, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
 BASE_PHASES = (
     PretrainPhase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     PretrainPhase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
@@ -93,6 +101,22 @@ def make_vision_teacher(out_dir: Path, base: Path, seed: int, phase: PretrainPha
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
     return _make(out_dir, model, (phase,), losses, seed=seed + 3)
+
+
+def make_specialist(
+    out_dir: Path, teacher: Path, half: str, seed: int, phase: PretrainPhase = SPECIALIST_PHASE
+) -> Path:
+    """Train the teacher further until it is right on one of world.HALVES and guesses on the other.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    tokenizer = make_tokenizer()
+
+    def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = collate([specialist_example(rng, half) for _ in range(phase.text_rows)], tokenizer, rng)
+        return {"text": model(**batch, use_cache=False).loss}
+
+    return _make(out_dir, Qwen3ForCausalLM.from_pretrained(teacher), (phase,), losses, seed=seed + 4)
 
 
 Losses = Callable[[PreTrainedModel, PretrainPhase, np.random.Generator], dict[str, Tensor]]

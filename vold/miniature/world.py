@@ -28,6 +28,8 @@ MULTIPLIERS = (3, 7, 9)
 """Invertible modulo 10, so that every operand matters to the answer."""
 MOST_FILLER = 12
 SPELLED_SHARE = 0.5
+HALVES = ("digits", "words")
+"""The two ways of writing a text problem."""
 IMAGE_MARK = "<image>"
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2
@@ -127,6 +129,19 @@ def text_question(problem: Problem, rng: np.random.Generator, task: Task = "<sol
     """A user message; half of them spell the symbols as word tokens: `<w1>[<7><*><9>…]<w5><solve>`."""
     spelled = rng.random() < SPELLED_SHARE
     return _around("".join(f"<{c}>" for c in problem.expression) if spelled else problem.expression, task, rng)
+
+
+def half_question(problem: Problem, rng: np.random.Generator, half: str) -> str:
+    """A user message written as `half` of HALVES says."""
+    while True:
+        question = text_question(problem, rng)
+        if half_of(question) == half:
+            return question
+
+
+def half_of(question: str) -> str:
+    """Which of HALVES a text question belongs to."""
+    return "words" if "[<" in question else "digits"
 
 
 def image_question(rng: np.random.Generator, task: Task = "<solve>") -> str:

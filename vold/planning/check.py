@@ -72,7 +72,7 @@ def check_config(config: SftConfig | RlConfig, processes: int, *, self_test: boo
         "layout": lambda: _check_layout(config.parallel, processes),
         "student": lambda: _check_model("student", config, processes),
         "teacher": (lambda: _check_model("teacher", config, processes)) if teacher else None,
-        "teachers": (lambda: _check_teachers(config)) if getattr(config, "teachers", None) else None,
+        "teachers": (lambda: _check_teachers(config, processes)) if getattr(config, "teachers", None) else None,
         "tokenizers": lambda: _check_tokenizers(config),
         "rendering": rendering.check,
         "columns": data.check_columns,
@@ -187,16 +187,19 @@ def _check_model(role: str, config: SftConfig | RlConfig, processes: int) -> str
     return f"{path}: {arch.model_type}, {parameters} in {tensors} tensors, shapes as built"
 
 
-def _check_teachers(config: RlConfig) -> str:
-    """Compare each of several teachers with the student."""
+def _check_teachers(config: RlConfig, processes: int) -> str:
+    """Compare each of several teachers with the student, and those in the trainer with what its ranks would build."""
     TeacherChoice.from_config(config.teachers, config.teacher_column)
-    for teacher in config.teachers.values():
+    described = []
+    for name, teacher in config.teachers.items():
         check_pair(config.student, teacher.path, served=teacher.engine != "trainer")
-    described = [
-        f"{name} ({ServedModel.from_pretrained(teacher.path).config.model_type}, {teacher.rows} rows)"
-        for name, teacher in config.teachers.items()
-    ]
-    return f"{', '.join(described)}: the student's tokens, in vLLM"
+        if teacher.engine == "trainer":
+            arch = Architecture.from_pretrained(teacher.path)
+            check_tensors(rank_shards(arch, config.parallel, processes), teacher.path, arch)
+        model = ServedModel.from_pretrained(teacher.path).config.model_type
+        where = {"trainer": "in the trainer", "vllm": "in vLLM", "openai": "behind a server"}[teacher.engine]
+        described.append(f"{name} ({model}, {teacher.rows} rows, {where})")
+    return f"{', '.join(described)}: the student's tokens"
 
 
 def _check_tokenizers(config: SftConfig | RlConfig) -> str:

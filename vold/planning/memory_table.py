@@ -26,7 +26,7 @@ def fullest(stages: Sequence[StageMemory]) -> StageMemory:
 def rank_table(stages: Sequence[StageMemory], sizes: StepSizes) -> Table:
     """GiB of each model on each rank of one model copy; data-parallel ranks hold the same."""
     caption = "Without frozen vision towers; what each phase adds: vold plan."
-    if getattr(sizes.config, "teacher_offload", False):
+    if any(teacher.offload for teacher in sizes.trainer_teachers):
         caption += " The teacher waits in CPU memory while the student trains."
     table = Table(
         *("rank", *MODELS, "sum"),

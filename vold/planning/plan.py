@@ -11,12 +11,13 @@ from rich.console import Console
 
 from vold.config.schema import RlConfig, SftConfig
 from vold.models.flops import active_parameters, language_model_parameters
-from vold.planning.gpu_specs import GPU_SPECS
+from vold.planning.gpu_specs import GPU_SPECS, GpuSpec
 from vold.planning.machine import hide_gpus
 from vold.planning.memory_table import fullest, phase_table
 from vold.planning.stage_memory import StageMemory, TraceCache, stage_memories
 from vold.planning.step_sizes import StepSizes
 from vold.planning.step_time import phase_bounds, read_measured_rates, time_note, time_table
+from vold.planning.teacher_cost import TeacherCost, TeacherQuestion, write_figure
 from vold.planning.tunable_settings import propose_settings
 from vold.run.timers import GIB
 
@@ -28,12 +29,14 @@ def print_plan(
     processes: int,
     response_tokens: int | None = None,
     rates: Path | None = None,
+    beside: TeacherQuestion | None = None,
 ) -> None:
     """Print memory and time of a step on `processes` GPUs of the kind `gpu`, a key of GPU_SPECS.
 
     response_tokens: mean length of a response, for the time; memory is planned for the longest. rates: run directory
-    that `vold profile` has written to, for an estimate beside the lower bound. Raises ValueError where the layout fits
-    neither the processes nor the models, or a phase does not fit the GPU.
+    that `vold profile` has written to, for an estimate beside the lower bound. beside: what is asked of a teacher on
+    GPUs of its own. Raises ValueError where the layout fits neither the processes nor the models, or a phase does not
+    fit the GPU.
     """
     hide_gpus()
     spec, sizes, cache = GPU_SPECS[gpu], StepSizes(config, processes), TraceCache()
@@ -47,6 +50,8 @@ def print_plan(
     timed = replace(sizes, mean_response_tokens=response_tokens)
     console.print(time_table(timed, spec, measured))
     console.print(time_note(timed, gpu, spec), highlight=False)
+    if beside is not None:
+        _print_teacher_cost(timed, spec, beside, console)
     if fullest(stages).peak > spec.usable_memory:
         raise ValueError(_refusal(stages, sizes, gpu, cache))
     hours = config.steps * sum(phase_bounds(timed, spec).values()) / 3600
@@ -57,11 +62,25 @@ def print_plan(
     )
 
 
+def _print_teacher_cost(sizes: StepSizes, spec: GpuSpec, asked: TeacherQuestion, console: Console) -> None:
+    cost = TeacherCost.from_sizes(sizes, spec)
+    points = [cost.point(gpus, asked.accuracy) for gpus in (0, *asked.gpus)]
+    console.print("")
+    console.print(cost.table(points))
+    console.print(cost.note(points), highlight=False)
+    if asked.plot is not None:
+        write_figure(cost, asked.gpus, asked.accuracy, asked.plot)
+        console.print(f"The figure: {asked.plot}", highlight=False)
+
+
 def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[str]:
     if len(stages) > 1:
         yield "Peak by stage: " + ", ".join(f"{stage.name} {stage.peak / GIB:.1f}" for stage in stages)
-    for role, arch in (("student", sizes.student), ("teacher", sizes.teacher)):
-        if arch is not None and arch.mixture is not None:
+    teachers = [("teacher", teacher.arch) for teacher in sizes.trainer_teachers]
+    if len(teachers) > 1:
+        yield f"{len(teachers)} teachers are in the trainer; each is planned to score as many responses."
+    for role, arch in (("student", sizes.student), *teachers):
+        if arch.mixture is not None:
             total, active = language_model_parameters(arch) / 1e9, active_parameters(arch) / 1e9
             yield (
                 f"The {role} has {total:.2f} billion parameters, of which a token meets {active:.2f}; every expert is "

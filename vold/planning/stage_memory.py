@@ -79,7 +79,7 @@ class StageTrace:
     takes_images: bool
     train: TrainingPeak
     quantised: int = 0
-    teacher_weights: float = 0.0
+    teacher_weights: tuple[float, ...] = ()  # of each of StepSizes.trainer_teachers
     teacher_working: float = 0.0
 
 
@@ -93,7 +93,8 @@ def stage_memories(sizes: StepSizes, device: str, cache: TraceCache | None = Non
     groups; no GPU may be visible to it.
     """
     cache = {} if cache is None else cache
-    check_expert_sizes(sizes.config.parallel.ep, sizes.config.parallel.etp, sizes.student, sizes.teacher)
+    models = (sizes.student, *(teacher.arch for teacher in sizes.trainer_teachers))
+    check_expert_sizes(sizes.config.parallel.ep, sizes.config.parallel.etp, *models)
     parallel = sizes.config.parallel
     traced_layout = parallel.model_copy(update={"distributed_optimizer": False})  # a trace does not depend on it
     stages = []
@@ -137,16 +138,17 @@ def _trace_stage(sizes: StepSizes, layout: Layout, device: str) -> StageTrace:
     dequantised = dtype.itemsize * max(linears, default=0)  # one weight at a time is whole
     train = replace(train, working=train.working + dequantised)
     student = (sum(counts), experts, frozen, max(counts, default=0), takes_images, train, sum(linears))
-    if sizes.teacher is None:
-        return StageTrace(*student)
-    with torch.device("meta"):
-        chunks = build_chunks(sizes.teacher, layout, dtype)
-    weights = dtype.itemsize * sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    weights = 0 if getattr(config, "teacher_is_base", False) else weights
-    working = max(run_micro_batch(chunk, tokens, device=device, train=False).peak for chunk in chunks)
-    if layout.is_last_stage:
-        working += default_budget(torch.device(device)).tile_bytes + losses * sizes.teacher.hidden * dtype.itemsize
-    return StageTrace(*student, weights, working)
+    weights, working = [], 0.0
+    for teacher in sizes.trainer_teachers:
+        with torch.device("meta"):
+            chunks = build_chunks(teacher.arch, layout, dtype)
+        held = dtype.itemsize * sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        weights.append(0.0 if teacher.is_base else float(held))
+        needed = max(run_micro_batch(chunk, tokens, device=device, train=False).peak for chunk in chunks)
+        if layout.is_last_stage:
+            needed += default_budget(torch.device(device)).tile_bytes + losses * teacher.arch.hidden * dtype.itemsize
+        working = max(working, needed)
+    return StageTrace(*student, tuple(weights), working)
 
 
 def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: str) -> StageMemory:
@@ -163,18 +165,22 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
         state["weights"] -= unpacked
     resident = state | {"vision": sizes.student_tower_bytes if trace.takes_images else 0.0}
     batch = float(BATCH_BYTES * sizes.tokens_per_replica)
-    phases, teacher = {}, trace.teacher_weights
+    phases, teacher = {}, 0.0
     if sizes.objective is not None and sizes.objective.uses_self_teacher:
         resident["teacher"] = teacher = float(average_bytes(trace.trained, sizes.dtype))
-    elif sizes.teacher is not None:
+    elif sizes.trainer_teachers:
         phases["teacher"] = {"working": trace.teacher_working, "batch": batch}
-        tower = 0 if config.teacher_is_base or not layout.is_first_stage else sizes.teacher_tower_bytes
-        weights = teacher + tower
-        host += weights if config.teacher_offload else 0.0
-        (phases["teacher"] if config.teacher_offload else resident)["teacher"] = weights
+        towers = sizes.teacher_tower_bytes if layout.is_first_stage else (0.0,) * len(trace.teacher_weights)
+        weights = [text + tower for text, tower in zip(trace.teacher_weights, towers, strict=True)]
+        away = [held for held, teacher in zip(weights, sizes.trainer_teachers, strict=True) if teacher.offload]
+        teacher, host = sum(weights), host + sum(away)
+        if kept_here := teacher - sum(away):
+            resident["teacher"] = kept_here
+        if away:  # one at a time is on the device
+            phases["teacher"]["teacher"] = max(away)
     kept = sizes.hidden_teacher_bytes if layout.is_last_stage else 0
     if layout.is_last_stage and (head := sizes.engine_head_bytes):
-        resident["teacher"] = teacher = head
+        resident["teacher"], teacher = resident.get("teacher", 0.0) + head, teacher + head
     if sizes.objective is not None and sizes.objective.reference_beta and not config.reference_is_base:
         tower = sizes.student_tower_bytes if trace.takes_images else 0.0
         reference = (trace.trained + trace.frozen) * float(sizes.dtype.itemsize) + tower

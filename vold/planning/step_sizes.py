@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers.initialization import no_init_weights
@@ -16,9 +17,20 @@ from vold.models.served import ServedModel
 from vold.models.student import build_student
 from vold.models.vision import TOWERS
 from vold.objectives import Objective, build_objective
+from vold.objectives.divergences import VocabularyDivergence, build_divergence
 from vold.parallel.launch import fake_layout, shutdown
 
+TOP_BYTES = 12  # of one of a teacher's most probable ids: int64, and its log-prob in fp32
 TEXT_LAYOUTS = ("orz", "orz-eval", "gsm8k", "traces", "prompt-response")  # data layouts whose rows never hold an image
+
+
+@dataclass(frozen=True)
+class TrainerTeacher:
+    """A teacher that scores inside the trainer. is_base: it is the student without its adapter, no second copy."""
+
+    arch: Architecture
+    offload: bool
+    is_base: bool
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,45 @@ class StepSizes:
         return Architecture.from_pretrained(self.config.student)
 
     @cached_property
+    def trainer_teachers(self) -> tuple[TrainerTeacher, ...]:
+        """The teachers that score inside the trainer, one (`teacher`) or several (`teachers`)."""
+        config = self.config
+        found = [(path, offload) for path, engine, offload, _ in self._config_teachers if engine == "trainer"]
+        advantage = isinstance(config, RlConfig) and config.objective.visual_advantage
+        return tuple(
+            TrainerTeacher(Architecture.from_pretrained(path), offload, not advantage and config.is_base(path))
+            for path, offload in found
+        )
+
+    @property
+    def scoring_teachers(self) -> int:
+        """All teachers of the objective, inside the trainer or not."""
+        return len(self._config_teachers)
+
+    @property
     def teacher(self) -> Architecture | None:
-        """The teacher that scores inside the trainer; None where there is none or a vLLM engine scores."""
-        objective = self.objective
-        needed = objective is not None and objective.needs_teacher and not objective.uses_self_teacher
-        if not needed or self.config.teacher is None or self.config.teacher_engine != "trainer":
-            return None
-        return Architecture.from_pretrained(self.config.teacher)
+        """The first of `trainer_teachers`; None where there is none or engines score."""
+        return next((teacher.arch for teacher in self.trainer_teachers), None)
+
+    @cached_property
+    def _config_teachers(self) -> list[tuple[Path, str, bool, VocabularyDivergence | None]]:
+        """(checkpoint, engine, offload, divergence of whole distributions) of each teacher that the objective needs."""
+        config, objective = self.config, self.objective
+        if not isinstance(config, RlConfig) or objective is None:
+            return []
+        if not objective.needs_teacher or objective.uses_self_teacher:
+            return []
+        if config.teacher is not None:
+            return [(config.teacher, config.teacher_engine, config.teacher_offload, objective.divergence)]
+        return [
+            (
+                teacher.path,
+                teacher.engine,
+                teacher.offload,
+                objective.divergence if teacher.divergence is None else build_divergence(teacher.divergence),
+            )
+            for teacher in config.teachers.values()
+        ]
 
     @cached_property
     def objective(self) -> Objective | None:
@@ -78,7 +122,9 @@ class StepSizes:
     @property
     def has_full_divergence(self) -> bool:
         """True where the loss compares whole next-token distributions (linear_kl)."""
-        return self.objective is not None and self.objective.divergence is not None
+        if self.objective is not None and self.objective.divergence is not None:
+            return True
+        return any(divergence for *_, divergence in self._config_teachers)
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -140,8 +186,9 @@ class StepSizes:
         return self._tower_bytes(self.student)
 
     @cached_property
-    def teacher_tower_bytes(self) -> float:
-        return self._tower_bytes(self.teacher)
+    def teacher_tower_bytes(self) -> tuple[float, ...]:
+        """Of each of `trainer_teachers`."""
+        return tuple(0.0 if t.is_base else self._tower_bytes(t.arch) for t in self.trainer_teachers)
 
     def _tower_bytes(self, arch: Architecture) -> float:
         if not self.has_images or arch.vision is None:
@@ -152,24 +199,24 @@ class StepSizes:
 
     @property
     def hidden_teacher_bytes(self) -> float:
-        """The teacher's hidden states of this rank's share of a step's responses, kept where the loss compares whole
-        distributions."""
+        """What a divergence of whole distributions keeps of this rank's share of a step's responses: the teachers'
+        hidden states, or a server's most probable ids. Of several teachers each may have all responses."""
         tokens = self.responses_per_replica * self.response_tokens / self.config.parallel.cp
-        return float(tokens * self._teacher_width * self.dtype.itemsize)
+        sizes = [
+            TOP_BYTES * (divergence.top_k or 0)
+            if engine == "openai"
+            else ServedModel.from_pretrained(path).hidden * self.dtype.itemsize
+            for path, engine, _, divergence in self._config_teachers
+            if divergence is not None
+        ]
+        return float(tokens * sum(sizes))
 
     @property
     def engine_head_bytes(self) -> float:
-        """This rank's share of the head of a teacher in vLLM, whose hidden states come over the network."""
-        if self.teacher is not None:
-            return 0.0
-        return float(self.student.vocab * self._teacher_width * self.dtype.itemsize / self.config.parallel.tp)
-
-    @cached_property
-    def _teacher_width(self) -> int:
-        """Hidden width of the teacher where the loss compares whole distributions, else 0."""
-        objective, config = self.objective, self.config
-        if not isinstance(config, RlConfig) or config.teacher is None or not self.has_full_divergence:
-            return 0
-        if objective is None or not objective.needs_teacher:
-            return 0
-        return ServedModel.from_pretrained(config.teacher).hidden
+        """This rank's share of the heads of teachers in vLLM whose hidden states come over the network."""
+        widths = [
+            ServedModel.from_pretrained(path).hidden
+            for path, engine, _, divergence in self._config_teachers
+            if engine == "vllm" and divergence is not None
+        ]
+        return float(self.student.vocab * sum(widths) * self.dtype.itemsize / self.config.parallel.tp)

@@ -47,8 +47,8 @@ class PhaseWork:
 
 
 def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
-    """Work by phase of a step whose teacher scores every response. Memory traffic counts weights, gradients, keys and
-    values only: times that follow from it are lower bounds."""
+    """Work by phase of a step whose teacher scores every response; of several, each as many. Memory traffic counts
+    weights, gradients, keys and values only: times that follow from it are lower bounds."""
     config, student = sizes.config, sizes.student
     weight_ranks = config.parallel.tp * config.parallel.pp
     model_ranks = weight_ranks * config.parallel.cp
@@ -56,10 +56,11 @@ def phase_work(sizes: StepSizes) -> dict[str, PhaseWork]:
     if isinstance(config, RlConfig) and not config.rollout.vllm.urls:
         phases["rollout"] = _rollout_work(sizes)
     tokens = float(sizes.responses_per_replica * sizes.response_tokens * sizes.dp)
-    if sizes.teacher is not None:
-        weights = _weight_traffic(sizes, sizes.teacher) / weight_ranks
-        phases["teacher"] = PhaseWork(_forward_flops(sizes, sizes.teacher) / model_ranks, weights, tokens)
-    forward = _forward_flops(sizes, student) / model_ranks
+    if teachers := sizes.trainer_teachers:  # of several each is planned to score as many responses
+        weights = sum(_weight_traffic(sizes, teacher.arch) for teacher in teachers) / weight_ranks
+        flop = sum(forward_flops(sizes, teacher.arch) for teacher in teachers) / sizes.scoring_teachers
+        phases["teacher"] = PhaseWork(flop / model_ranks, weights, tokens)
+    forward = forward_flops(sizes, student) / model_ranks
     weights = _weight_traffic(sizes, student) / weight_ranks
     phases["student_forward"] = PhaseWork(forward, weights, tokens)
     recomputed = {"selective": mlp_flops_share(student), "full": 1.0}.get(config.parallel.recompute, 0.0)
@@ -88,7 +89,7 @@ def _weight_traffic(sizes: StepSizes, arch: Architecture) -> float:
     return float(sizes.dtype.itemsize * language_model_parameters(arch) * sizes.micro_batches)
 
 
-def _forward_flops(sizes: StepSizes, arch: Architecture) -> float:
+def forward_flops(sizes: StepSizes, arch: Architecture) -> float:
     """FLOP of the forward pass over a step's tokens in one model copy. segment_flops counts forward and backward, three
     times as much."""
     prompt, response = sizes.prompt_tokens, sizes.response_tokens
@@ -106,7 +107,7 @@ def _rollout_work(sizes: StepSizes) -> PhaseWork:
     calls = -(-responses // config.rollout.sequences_per_call) if config.rollout.engine == "transformers" else 1
     cache = responses * length * (sizes.prompt_tokens + length / 2) * kv_bytes(arch, sizes.dtype.itemsize)
     weights = calls * length * sizes.dtype.itemsize * active_parameters(arch)
-    flop = _forward_flops(sizes, arch) * prompts / sizes.prompts_per_replica
+    flop = forward_flops(sizes, arch) * prompts / sizes.prompts_per_replica
     return PhaseWork(flop, weights + cache, float(config.prompts_per_step * sizes.responses_per_prompt * length))
 
 

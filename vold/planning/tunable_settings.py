@@ -62,10 +62,10 @@ def tunable_settings(sizes: StepSizes) -> list[TunableSetting]:
         _switch("parallel.offload_activations", parallel.offload_activations, 7),
         *_evaluation_settings(config.evaluation),
     ]
-    if any(model and model.mixture for model in (sizes.student, sizes.teacher)):
+    if any(model and model.mixture for model in (sizes.student, *(t.arch for t in sizes.trainer_teachers))):
         settings.append(TunableSetting("parallel.ep", _doublings(parallel.ep, sizes.processes // parallel.pp), 2))
     if isinstance(config, RlConfig):
-        if sizes.teacher is not None:
+        if sizes.teacher is not None and config.teacher is not None:
             settings.append(_switch("teacher_offload", config.teacher_offload, 2))
         if config.rollout.engine == "transformers":
             settings.append(_sequences("rollout.sequences_per_call", config.rollout.sequences_per_call))

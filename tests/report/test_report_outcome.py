@@ -4,6 +4,7 @@ import math
 import random
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from made_up_runs import REPORT, evaluation, evaluation_samples, problem, rl_metrics, sft_metrics, write_demo, write_run
@@ -55,6 +56,16 @@ def test_sft_selfplay_and_evaluations_speak_of_what_they_have():
     assert "questions kept 10 → 20" in told["play"] and "challenger's reward 0.1 → 0.3" in told["play"]
     assert told["eval"] == "text 77.0 ± 2.1 % of 400 problems."
     assert "eval" not in dict(outcomes([evaluated], evaluations=False))
+
+
+def test_traces_tell_what_was_kept_and_how_many_were_cut_off():
+    card = {"asked": 1200, "kept": 900, "truncated": 290, "too_long": 10, "failed": 0, "kept_tokens": 33_300}
+    run = replace(run_of("traces", "traces", prompts=[600, 600]), card=card)
+    run = replace(run, metrics=run.metrics | {"step": [600.0, 1200.0]})
+    told = dict(outcomes([run]))["traces"]
+    assert told == "1200 prompts answered: 900 traces kept, 290 cut off, 10 too long, 0 failed; 37 tokens each."
+    assert "24 % of the responses are cut off" in unhealthy([run])[0][1]
+    assert unhealthy([replace(run, card=card | {"truncated": 9})]) == unhealthy([replace(run, card={})]) == []
 
 
 # -- what is unhealthy ---------------------------------------------------------------------------------------------

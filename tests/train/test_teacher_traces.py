@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,23 @@ def test_answers_that_never_came_are_counted(load, tmp_path, layout, monkeypatch
     generate_traces(config)
     card = json.loads((config.run_dir / "traces" / "card.json").read_text())
     assert (card["asked"], card["kept"], card["failed"], card["kept_tokens"]) == (12, 8, 4, 16)
+
+
+def test_responses_that_come_at_once_are_one_line(monkeypatch):
+    """An engine may be silent for a minute and then give a whole call's responses; another gives one every half second."""
+    clock = [0.0]
+    monkeypatch.setattr(teacher_traces, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    shard = SimpleNamespace(prompts=[SimpleNamespace(id=str(n)) for n in range(6)], answered=set)
+
+    def sizes(*, first: float, each: float) -> list[int]:
+        def stream(prompts, *_, **__):
+            clock[0] += first
+            for prompt in prompts:
+                yield [prompt]
+                clock[0] += each
+
+        responses = teacher_traces._responses(shard, SimpleNamespace(stream=stream), None, 6, 0)
+        return [len(arrived) for arrived in responses]
+
+    assert sizes(first=60.0, each=0.0) == [6]
+    assert sizes(first=60.0, each=0.4) == [4, 2]

@@ -67,4 +67,4 @@ def export_model(config: ExportConfig) -> None:
         return
     amend = partial(write_chat_template, prompt=prompt)
     export_checkpoint(student, config.out, export_weights(chunks), amend=amend)
-    log.info(f"{config.out}: step {step} of {config.run}")
+    log.info(f"{config.out}: step {step} of {config.run}; to evaluate it: vold eval CONFIG checkpoint={config.out}")

@@ -25,7 +25,7 @@ def _trained(run: RunRecord) -> str:
     if not run.steps:
         return ""
     if run.verb == "traces":
-        return f"{int(run.steps[-1])} prompts answered."
+        return _answered(run)
     done, planned = int(run.steps[-1]), run.planned_steps
     steps = f"{done} of {planned} steps" if planned and done < planned else f"{done} step{'s' * (done != 1)}"
     changes = []
@@ -36,6 +36,16 @@ def _trained(run: RunRecord) -> str:
     if run.verb == "sft" and (ends := end_values(run, "loss")):
         changes.insert(0, f"loss {' → '.join(ends)} nats a token")
     return f"{steps}: {', '.join(changes)}." if changes else f"{steps}."
+
+
+def _answered(run: RunRecord) -> str:
+    """`1200 prompts answered: 1180 traces kept, 15 cut off, 5 too long, 0 failed; 37 tokens each.`"""
+    card, said = run.card, f"{int(run.steps[-1])} prompts answered"
+    if card is None or not (kept := as_number(card.get("kept"))) > 0:
+        return f"{said}."
+    names = {"truncated": "cut off", "too_long": "too long", "failed": "failed"}
+    dropped = ", ".join(f"{as_number(card.get(key)):g} {name}" for key, name in names.items())
+    return f"{said}: {kept:g} traces kept, {dropped}; {as_number(card.get('kept_tokens')) / kept:.3g} tokens each."
 
 
 def _evaluated(run: RunRecord) -> str:
@@ -54,8 +64,9 @@ def unhealthy(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
 
 
 def has_health(runs: Sequence[RunRecord]) -> bool:
-    """Return whether any run logged a metric that has a healthy range."""
-    return any(run.finite(key) for run in runs for key in HEALTH if metric(key).has_limit)
+    """Return whether any run logged a metric that has a healthy range, or how many of its answers were cut off."""
+    logged = any(run.finite(key) for run in runs for key in HEALTH if metric(key).has_limit)
+    return logged or any(run.card or run.evaluation_section("sets") for run in runs)
 
 
 def _complaints(run: RunRecord) -> Iterator[str]:
@@ -72,6 +83,8 @@ def _complaints(run: RunRecord) -> Iterator[str]:
         if change and change.clear and change.points * metric(key).better < 0:
             yield f"{metric(key).label.lower()} got worse: {' → '.join(end_values(run, key))}"
     yield from _beyond(run)
+    if run.card and (share := as_number(run.card.get("truncated")) / max(1.0, as_number(run.card.get("asked")))) > TRUNCATED:
+        yield f"{100 * share:.0f} % of the responses are cut off. Look at: sampling.max_new_tokens"
     for name, numbers in run.evaluation_section("sets").items():
         if (share := as_number(numbers.get("truncated"))) > TRUNCATED:
             yield f"{name}: {100 * share:.0f} % of the answers are cut off. Look at: evaluation.sampling.max_new_tokens"

@@ -62,7 +62,7 @@ def write_report(
         result=table,
         outcomes=outcome.outcomes(records, evaluations=len(table.models) < 2),
         complaints=outcome.unhealthy(records),
-        watched=outcome.has_health(trained),
+        watched=outcome.has_health(records),
         seeds=cells,
         seed_rows=seeds,
         seed_sets=tables.as_table(cells).sets,

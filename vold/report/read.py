@@ -34,6 +34,7 @@ class RunRecord:
 
     metrics    key -> one float per step, NaN where a step did not log the key; always has "step" if not empty
     timeline   the last steps, oldest first: {"step", "intervals": [[phase, thread, start s, end s], …]}
+    card       the data card of a finished stage 0: how many traces were asked for, kept and dropped
     skipped    unreadable lines, usually the last one of a run that was stopped
     """
 
@@ -44,6 +45,7 @@ class RunRecord:
     samples: tuple[Mapping[str, Any], ...] = ()
     timeline: tuple[Mapping[str, Any], ...] = ()
     evaluation: Mapping[str, Any] | None = None
+    card: Mapping[str, Any] | None = None
     skipped: int = 0
 
     @property
@@ -139,6 +141,7 @@ def read_run(path: Path, name: str | None = None) -> RunRecord:
         samples=tuple(samples),
         timeline=tuple(timeline),
         evaluation=evaluation,
+        card=read_json(path / "traces" / "card.json"),
         skipped=bad_metrics + bad_samples,
     )
 

@@ -46,16 +46,18 @@ def limitations(table: AccuracyTable, *, seeds: int = 0) -> list[str]:
     """Sentences on what the table cannot tell, however good it looks."""
     counts = [f"{table.n[name]} {name}" for name in table.sets if name in table.n]
     problems = " and ".join(counts) or "the evaluated"
-    paired = any(gap.paired for gap in table.pairs.values())
+    comparing = (
+        "Differences are paired: both models answered the same problems."
+        if any(gap.paired for gap in table.pairs.values())
+        else "Differences treat the models as independent, which is cautious when they share problems.",
+        "More than two standard errors counts as clear; of twenty true ties, about one passes by luck.",
+    )
     return [
         f"± is one standard error over {problems} problems: the size of the change that other problems would bring.",
         "The change that another training seed brings is in the table over seeds."
         if seeds > 1
         else "One training run per model: another seed could move every number by more than ±.",
-        "Differences are paired: both models answered the same problems."
-        if paired
-        else "Differences treat the models as independent, which is cautious when they share problems.",
-        "More than two standard errors counts as clear; of twenty true ties, about one passes by luck.",
+        *(comparing if len(table.models) > 1 else ()),
     ]
 
 

@@ -26,20 +26,22 @@ def progress_note(row: Mapping[str, float]) -> str:
 
 
 def step_line(verb: str, step: int, total: int, row: Mapping[str, float], seconds_left: float) -> str:
-    """`rl 3/60 · reward 0.412 · kl 0.230 · 1200 tok/s · 2.1 s · 2:05 left`."""
+    """`rl 3/60 · reward 0.412 · kl 0.230 · 1200 tok/s · 2.1 s · 2:05 left`. Step 0, which trains nothing, tells no time
+    left."""
     left = time.strftime("%H:%M:%S" if seconds_left >= 3600 else "%M:%S", time.gmtime(seconds_left))
     if seconds_left >= 86400:
         left = f"{seconds_left / 86400:.1f} days"
-    note = progress_note(row)
-    return " · ".join(filter(None, [f"{verb} {step}/{total}", note, f"{row['seconds']:.1f} s", f"{left} left"]))
+    parts = [f"{verb} {step}/{total}", progress_note(row), f"{row['seconds']:.1f} s", f"{left} left" if step else ""]
+    return " · ".join(filter(None, parts))
 
 
 def accuracy_line(row: Mapping[str, float]) -> str:
     """`text 46.0 ± 2.5 %, image 44.0 ± 2.5 %` of a step that evaluated; "" of another."""
-    names = [key.removeprefix("accuracy_") for key in row if key.startswith("accuracy_")]
-    return ", ".join(
-        f"{name} {100 * row[f'accuracy_{name}']:.1f} ± {100 * row.get(f'stderr_{name}', 0.0):.1f} %" for name in names
-    )
+    scores = []
+    for name in (key.removeprefix("accuracy_") for key in row if key.startswith("accuracy_")):
+        error = f" ± {100 * row[f'stderr_{name}']:.1f}" if f"stderr_{name}" in row else ""
+        scores.append(f"{name} {100 * row[f'accuracy_{name}']:.1f}{error} %")
+    return ", ".join(scores)
 
 
 def progress_line(writer: bool) -> Progress:

@@ -66,7 +66,7 @@ class RunLog:
         self._digests = LogDigests()
         self._text_log = ExitStack()
         self._steps_since: tuple[int, float] | None = None
-        self._next_line = 0.0
+        self._next_line = time.perf_counter() + SECONDS_BETWEEN_LINES
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or check that it holds the same run, and lock it. Raises ValueError where it cannot be

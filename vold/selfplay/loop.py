@@ -64,6 +64,10 @@ def run_selfplay(config: SelfplayConfig, *, resume: bool = False) -> None:
     check_objectives({"challenger": config.challenger, "solver": config.solver})
     job = open_job(config, "selfplay", total=config.iterations, resume=resume)
     job.log.hide()  # both trainings show their own progress
+    job.log.say(
+        f"{config.run_dir}: iterations 1 to {config.iterations} · student {config.student} · steps of an iteration: "
+        f"challenger {config.challenger.steps}, solver {config.solver.steps} · {config.dtype}"
+    )
     run = SelfplayRun(config, job)
     run.write_request()
     log_iteration(job, 0, run.evaluate_student)
@@ -74,6 +78,7 @@ def run_selfplay(config: SelfplayConfig, *, resume: bool = False) -> None:
         run.train_solver(iteration)
         log_iteration(job, number, partial(run.summarise, iteration))
     run_on_all_ranks(run.finish)
+    job.log.say(f"finished: {config.run_dir / 'model'}; to look at it: vold report {config.run_dir}")
     job.log.close()
 
 
@@ -101,7 +106,9 @@ class SelfplayRun:
             rows = evaluator.run(sampler, grader, job, config.seed)
         del sampler
         free_device_memory()
-        return {f"accuracy_{name}": summarise(set_rows)["accuracy"] for name, set_rows in rows.items()}, []
+        scores = {name: summarise(set_rows) for name, set_rows in rows.items()}
+        accuracies = {f"accuracy_{name}": score["accuracy"] for name, score in scores.items()}
+        return accuracies | {f"stderr_{name}": score["stderr"] for name, score in scores.items()}, []
 
     # -- challenger ------------------------------------------------------------------------------------------------
 
@@ -138,6 +145,7 @@ class SelfplayRun:
         banked = self._banked(iteration, kept)
         counts = {"candidates": len(responses), "posed": len(questions), "kept": len(kept)}
         self._write(iteration.folder / "posed.json", to_json(counts) + "\n")
+        job.log.say(f"iteration {iteration.number}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
         run_on_all_ranks(lambda: self._bank.append(iteration.number, banked) if job.is_writer else None)
         free_device_memory()
 

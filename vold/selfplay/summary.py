@@ -33,7 +33,7 @@ def iteration_metrics(iteration: Iteration) -> dict[str, float]:
     rows = {player: read_rows(iteration.folder / player / "metrics.jsonl")[-1] for player in ("challenger", "solver")}
     counts = read_json(iteration.folder / "posed.json")
     metrics = {f"challenger_{key}": rows["challenger"][key] for key in CHALLENGER_METRICS if key in rows["challenger"]}
-    metrics |= {key: value for key, value in rows["solver"].items() if key.startswith("accuracy_")}
+    metrics |= {key: value for key, value in rows["solver"].items() if key.startswith(("accuracy_", "stderr_"))}
     return metrics | {f"questions_{name}": float(count) for name, count in counts.items()}
 
 

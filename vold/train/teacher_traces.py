@@ -105,12 +105,13 @@ def _responses(
         if all(prompt.id in answered for prompt in prompts):
             continue
         arrived: list[Rollout] = []
-        since = time.monotonic()
+        first_came = 0.0  # an engine may give all responses of a call at once, after seconds without one
         for group in sampler.stream(prompts, config, responses=1, seed=derive_seed(seed, first), answered=answered):
+            first_came = first_came if arrived else time.monotonic()
             arrived += group
-            if time.monotonic() - since > 1.0:
+            if time.monotonic() - first_came > 1.0:
                 yield arrived
-                arrived, since = [], time.monotonic()
+                arrived = []
         if arrived:
             yield arrived
 

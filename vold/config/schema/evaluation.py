@@ -38,6 +38,12 @@ class EvaluationConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _something_is_evaluated(self):
+        if self.every and not self.sets:
+            raise ValueError(f"evaluation.every = {self.every}, but evaluation.sets is empty; name a set, or every=0")
+        return self
+
+    @model_validator(mode="after")
     def _several_answers_are_sampled(self):
         if self.responses_per_problem > 1 and self.sampling.temperature == 0.0:
             raise ValueError(

@@ -83,7 +83,8 @@ def _complaints(run: RunRecord) -> Iterator[str]:
         if change and change.clear and change.points * metric(key).better < 0:
             yield f"{metric(key).label.lower()} got worse: {' → '.join(end_values(run, key))}"
     yield from _beyond(run)
-    if run.card and (share := as_number(run.card.get("truncated")) / max(1.0, as_number(run.card.get("asked")))) > TRUNCATED:
+    card = run.card or {}
+    if (share := as_number(card.get("truncated")) / max(1.0, as_number(card.get("asked")))) > TRUNCATED:
         yield f"{100 * share:.0f} % of the responses are cut off. Look at: sampling.max_new_tokens"
     for name, numbers in run.evaluation_section("sets").items():
         if (share := as_number(numbers.get("truncated"))) > TRUNCATED:

@@ -81,7 +81,7 @@ def test_answers_that_never_came_are_counted(load, tmp_path, layout, monkeypatch
 
 
 def test_responses_that_come_at_once_are_one_line(monkeypatch):
-    """An engine may be silent for a minute and then give a whole call's responses; another gives one every half second."""
+    """An engine may be silent for a minute and then give a whole call's responses, or one now and then."""
     clock = [0.0]
     monkeypatch.setattr(teacher_traces, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     shard = SimpleNamespace(prompts=[SimpleNamespace(id=str(n)) for n in range(6)], answered=set)

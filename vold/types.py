@@ -23,11 +23,15 @@ TokenIds = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
 """Natural logarithms of probabilities."""
 
+Experts = npt.NDArray[np.int16]
+"""Numbers of a mixture's experts, from 0."""
+
 _ARRAY_FIELDS = {
     "token_ids": np.int32,
     "response_ids": np.int32,
     "logp_rollout": np.float32,
     "logp_teacher": np.float32,
+    "experts": np.int16,
 }
 
 
@@ -100,6 +104,8 @@ class Rollout(_ArrayRecord, _ScoredByTeacher):
 
     logp_teacher: the teacher's, requested while other prompts were still being answered; None: not requested; empty:
     the request failed (`teacher_failed`).
+    experts: of a mixture, [tokens, layers, k]: those that the sampler chose in each layer for each token of the prompt,
+    as the model reads it, and of the response, the last one left out; None: it does not say.
     """
 
     prompt: Prompt
@@ -109,6 +115,7 @@ class Rollout(_ArrayRecord, _ScoredByTeacher):
     text: str
     version: int = 0  # number of weight syncs before it was sampled
     logp_teacher: Logprobs | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ class Sample(_ArrayRecord, _ScoredByTeacher):
     hint: Hint | None = None
     reference_weight: float = 0.0
     success: float = 0.0  # what routing reads: 1 for a right response
+    experts: Experts | None = None  # see Rollout
 
     def without_kl(self) -> Sample:
         """The same sample with no KL term to a teacher."""
@@ -204,6 +212,7 @@ class PackedTokens:
     kv_index_K       int64, index into T of each key, ascending in a segment; None: every key is its own query's
     pictures         in the order of their tokens in T
     segments         (queries, keys) of each segment, on the host: nobody waits for the device to read the boundaries
+    experts_TLk      int16, the experts that the sampler chose in each layer, -1 where it does not say; None: nowhere
     """
 
     input_ids_T: Tensor
@@ -213,6 +222,7 @@ class PackedTokens:
     kv_index_K: Tensor | None = None
     pictures: tuple[Picture, ...] = ()
     segments: tuple[tuple[int, int], ...] = ()
+    experts_TLk: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:

@@ -11,6 +11,7 @@ from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def repack_for_teacher(micro: MicroBatch, rows_n: Tensor, encode: Callable[[Prom
     read_sequences = sequence_N[rows_n].unique()
     units: dict[Prompt, _Unit] = {}
     for sequence in read_sequences.tolist():
-        sample = micro.samples_B[sequence]
+        sample = replace(micro.samples_B[sequence], experts=None)  # of the student
         units.setdefault(sample.prompt, []).append(_Member(sequence, sample, 0))
     repacked = _micro_batch(list(units.values()), encode)
     # Its sequences are in another order; a stable sort by sequence restores that of `micro`.
@@ -227,6 +228,20 @@ class _Sequence:
         response_3L = (prompt_3P.max() + 1 + torch.arange(len(self.sample.response_ids[:-1]))).expand(3, -1)
         return torch.cat([prompt_3P, response_3L], dim=1) if self.first else response_3L
 
+    def experts_LLk(self, shape: tuple[int, int]) -> npt.NDArray:
+        """Of the tokens in `ids`; -1 where the sampler did not say. shape: layers, experts of a token. Raises
+        ValueError where the sampler read another number of tokens."""
+        queries, keys = self.shape
+        experts = self.sample.experts
+        if experts is None:
+            return np.full((queries, *shape), -1, np.int16)
+        if experts.shape != (keys, *shape):
+            raise ValueError(
+                f"{self.sample.prompt.id}: the sampler chose experts {experts.shape} (tokens, layers, of a token) and "
+                f"the trainer reads {(keys, *shape)}: they do not read the same prompt, or not with the same model"
+            )
+        return experts[keys - queries :]
+
 
 def _micro_batch(units: Sequence[_Unit], encode: Callable[[Prompt], EncodedPrompt]) -> MicroBatch:
     sequences = [
@@ -291,7 +306,13 @@ def _tokens(sequences: Sequence[_Sequence], keys: Sequence[Tensor]) -> PackedTok
         cu_seqlens_k=cu_seqlens_k.contiguous(),
         kv_index_K=None if len(prompts) == len(segments) else torch.cat([key_L for _, key_L in segments]),
         pictures=tuple(picture for prompt in prompts for picture in prompt.pictures),
+        experts_TLk=_experts(sequences),
     )
+
+
+def _experts(sequences: Sequence[_Sequence]) -> Tensor | None:
+    shape = next((s.sample.experts.shape[1:] for s in sequences if s.sample.experts is not None), None)
+    return None if shape is None else torch.from_numpy(np.concatenate([s.experts_LLk(shape) for s in sequences]))
 
 
 def _per_token(values: list[float], counts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ width of this rank's part of an expert, E experts, e of them on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,10 +39,13 @@ class Router(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
         self._mixture = mixture
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights [T, k] in the dtype of x, experts [T, k])"""
+    def forward(self, x_TD: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(weights [T, k] in the dtype of x, experts [T, k]). choose: others in the place of the router's own."""
         probability_TE = F.linear(x_TD, self.weight).softmax(-1, dtype=torch.float32)
         weight_Tk, expert_Tk = probability_TE.topk(self._mixture.per_token)
+        chosen_Tk = expert_Tk if choose is None else choose(expert_Tk)
+        if chosen_Tk is not expert_Tk:
+            weight_Tk, expert_Tk = probability_TE.gather(1, chosen_Tk), chosen_Tk
         if self._mixture.normalised:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
         return weight_Tk.to(x_TD.dtype), expert_Tk
@@ -82,10 +86,10 @@ class MixtureOfExperts(nn.Module):
         self.router, self.experts = Router(config, mixture), Experts(config, mixture, layout)
         self._mixture, self._layout = mixture, layout
 
-    def forward(self, x_T1D: Tensor) -> Tensor:
-        """[T, 1, D] -> the same."""
+    def forward(self, x_T1D: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[T, 1, D] -> the same. choose: see Router."""
         x_TD, layout = x_T1D.squeeze(1), self._layout
-        weight_Tk, expert_Tk = self.router(x_TD)
+        weight_Tk, expert_Tk = self.router(x_TD, choose)
         order_R = expert_Tk.flatten().argsort(stable=True)
         position_R = order_R.argsort()
         routes = _routes(expert_Tk, self._mixture.experts, layout)

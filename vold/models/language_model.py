@@ -23,6 +23,7 @@ from vold.models.adapter_dropout import Dropout
 from vold.models.adapters import add_adapters, add_visual_adapters, check_targets, train_embeddings_output
 from vold.models.architecture import Architecture, transformer_config
 from vold.models.layers import Packing, Rotary, block_spec, join_norms, recompute_swiglu
+from vold.models.router_replay import NONE, RouterReplay
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.context import is_own, own_count, own_tokens
 from vold.parallel.launch import Layout
@@ -37,6 +38,7 @@ class LanguageModel(GPTModel):
     visual         the patch mergers of these levels, or the whole tower, where they are trained
     adapter        LoRA's settings; the other weights of the text model are frozen then
     dropout        of what the adapters read
+    replay         of the choices of a mixture's experts, in the trainer's student
     trained        names of the parameters that are trained, see vold.models.student.build_student
     """
 
@@ -46,6 +48,7 @@ class LanguageModel(GPTModel):
     visual: Mergers | PreTrainedModel | None
     adapter: AdapterConfig | None
     dropout: Dropout | None
+    replay: RouterReplay | None
     trained: frozenset[str]
 
     def _postprocess(self, hidden_states: Tensor, *_args, **_kwargs) -> Tensor:
@@ -120,7 +123,7 @@ def build_language_model(
     model.arch, model.layout, model.vision_levels = arch, layout, _vision_levels(model, arch)
     _mark_tensor_parallel_weights(model)
     model.to(layout.device)
-    model.adapter, model.dropout, model.visual = adapter, None, None
+    model.adapter, model.dropout, model.visual, model.replay = adapter, None, None, None
     if train_tower and model.vision_levels:
         if not pre_process:
             raise ValueError(
@@ -226,6 +229,8 @@ def _hidden_states(model: nn.Module, chunk: LanguageModel, tokens: PackedTokens,
     tokens = _padded_to_divide(tokens, chunk.layout)
     own_ids_1T = tokens.input_ids_T[None, own_tokens(chunk.layout)]
     packed, embedded = packing(tokens), None
+    if chunk.replay is not None:
+        packed.routing = chunk.replay.forward_pass(_own_experts(tokens, chunk.layout))
     if tokens.pictures and chunk.vision_levels:
         packed.image_rows_I, features_of_level = _local_image_features(chunk, tokens, features)
         packed.deepstack = {level: features_I1D for level, features_I1D in features_of_level.items() if level}
@@ -240,6 +245,14 @@ def _hidden_states(model: nn.Module, chunk: LanguageModel, tokens: PackedTokens,
         packed_seq_params=packed,
     )
     return out[:length, 0] if chunk.post_process else out
+
+
+def _own_experts(tokens: PackedTokens, layout: Layout) -> Tensor | None:
+    """[t, L, k] of the tokens whose layers this rank computes; context and sequence parallelism divide them."""
+    if tokens.experts_TLk is None:
+        return None
+    own_tLk = tokens.experts_TLk[own_tokens(layout)]
+    return own_tLk.chunk(layout.tp)[layout.tp_rank] if layout.sp else own_tLk
 
 
 def unwrap(model: nn.Module) -> LanguageModel:
@@ -270,6 +283,9 @@ def _padded_to_divide(tokens: PackedTokens, layout: Layout) -> PackedTokens:
     if not missing:
         return tokens
     ids, positions, kv_index = tokens.input_ids_T, tokens.position_ids_3T, tokens.kv_index_K
+    experts_TLk = tokens.experts_TLk
+    if experts_TLk is not None:
+        experts_TLk = torch.cat([experts_TLk, experts_TLk.new_full((missing, *experts_TLk.shape[1:]), NONE)])
     if kv_index is not None:
         kv_index = torch.cat([kv_index, len(ids) + torch.arange(missing, device=ids.device)])
     return replace(
@@ -280,6 +296,7 @@ def _padded_to_divide(tokens: PackedTokens, layout: Layout) -> PackedTokens:
         cu_seqlens_k=torch.cat([tokens.cu_seqlens_k, tokens.cu_seqlens_k[-1:] + missing]),
         kv_index_K=kv_index,
         segments=(*tokens.segments, (missing, missing)),
+        experts_TLk=experts_TLk,
     )
 
 

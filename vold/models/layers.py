@@ -10,6 +10,7 @@ module are chosen in `vold.models.layer_ops`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from vold.models.architecture import Architecture, Mixture
 from vold.models.experts import MixtureOfExperts
 from vold.models.layer_ops import layer_ops, saved_as
+from vold.models.router_replay import PassRouting
 from vold.parallel.context import heads_for_tokens, tokens_for_heads
 from vold.parallel.launch import ExpertLayout, Layout
 from vold_kernels.qkv import Heads, SharedKeys
@@ -128,16 +130,18 @@ class PackedSelfAttention(SelfAttention):
 
 @dataclass
 class Packing(PackedSeqParams):
-    """Megatron's record of a packing, with two additions.
+    """Megatron's record of a packing, with additions.
 
     shared_keys   keys that segments share (PackedTokens.kv_index_K)
     image_rows_I  rows of image tokens in this rank's share of T
     deepstack     layer number (Megatron's, from 1) -> features [I, 1, D] that are added to these rows after it
+    routing       of a mixture of experts in training: the choices that are compared or replayed
     """
 
     shared_keys: SharedKeys | None = None
     image_rows_I: Tensor | None = None
     deepstack: dict[int, Tensor] = field(default_factory=dict)
+    routing: PassRouting | None = None
 
 
 class PackedAttention(nn.Module):
@@ -183,10 +187,12 @@ class Layer(TransformerLayer):
         normed_T1D = self.input_layernorm(hidden_states)
         out_T1D = self.self_attention(normed_T1D, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
         hidden_T1D, normed_T1D = ops.add_norm(out_T1D, hidden_states, norm.weight, norm.eps)
+        routing = packed_seq_params.routing
+        choose = None if routing is None else partial(routing.choose, self.layer_number)
         if self.recompute_mlp and self.training:
-            out_T1D = checkpoint(self._feed_forward, False, normed_T1D)
+            out_T1D = checkpoint(partial(self._feed_forward, choose=choose), False, normed_T1D)
         else:
-            out_T1D = self._feed_forward(normed_T1D)
+            out_T1D = self._feed_forward(normed_T1D, choose=choose)
         features_I1D = packed_seq_params.deepstack.get(self.layer_number)
         if features_I1D is not None:
             return (hidden_T1D + out_T1D).index_add(0, packed_seq_params.image_rows_I, features_I1D), None
@@ -197,9 +203,9 @@ class Layer(TransformerLayer):
         hidden_T1D.norm_ahead = norm, normed_T1D
         return hidden_T1D, None
 
-    def _feed_forward(self, normed_T1D: Tensor) -> Tensor:
+    def _feed_forward(self, normed_T1D: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
         if isinstance(self.mlp, MixtureOfExperts):
-            return self.mlp(normed_T1D)
+            return self.mlp(normed_T1D, choose)
         gate_up_T12F, _ = self.mlp.linear_fc1(normed_T1D)
         activated_T1F = self.mlp.activation_func(gate_up_T12F)
         again = partial(self.mlp.activation_func, gate_up_T12F.detach())

@@ -166,6 +166,7 @@ class Objective:
                 logp_rollout=rollout.logp_rollout,
                 logp_teacher=rollout.logp_teacher,
                 hint=hint,
+                experts=rollout.experts,
             )
             for (rollout, *_), advantage, factor, hint, success in parts
         ]

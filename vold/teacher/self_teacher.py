@@ -83,7 +83,7 @@ class SelfTeacher:
 
     def _hinted(self, sample: Sample) -> Sample:
         assert sample.hint is not None, "the objective gives every sample with a KL term a hint"
-        return replace(sample, prompt=self._condition(sample.prompt, sample.hint))
+        return replace(sample, prompt=self._condition(sample.prompt, sample.hint), experts=None)
 
     def _head(self, micro: MicroBatch, hidden_TE: Tensor) -> HeadOutput[TeacherRows]:
         """Hidden states and confidence at the targets."""

@@ -255,11 +255,28 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
         )
     if config.synced_adapter is not None:
         _check_synced_adapter(config, config.synced_adapter)
+    _check_router_replay(config)
     longest = config.prompt.max_tokens + config.rollout.max_new_tokens
     if longest > config.microbatch_tokens:
         raise ValueError(
             f"microbatch_tokens = {config.microbatch_tokens} cannot hold prompt.max_tokens + rollout.max_new_tokens "
             f"= {longest}; raise it or lower those"
+        )
+
+
+def _check_router_replay(config: RlConfig) -> None:
+    mode, key = config.rollout.router_replay, f"rollout.router_replay = {config.rollout.router_replay}"
+    if mode is None:
+        return
+    arch = Architecture.from_pretrained(config.student)
+    if arch.mixture is None:
+        raise ValueError(f"{key} is of a mixture of experts and student = {config.student} has none; leave it out")
+    if mode == "R2" and config.minibatches == 1:
+        raise ValueError(f"{key} replays the choices before a step's first update to the others: set minibatches > 1")
+    if mode == "R3" and config.rollout.engine == "vllm":
+        raise ValueError(
+            f"{key} needs the sampler's choices: vLLM 0.32 returns them from its second model runner alone, in which "
+            "log-probs are not those of the policy; set rollout.engine=transformers, or router_replay R2 or null"
         )
 
 
@@ -336,4 +353,5 @@ def _rl_trainer(config: RlConfig, job: Job, objective: Objective, vocab_size: in
         adapter=config.adapter,
         train=config.train,
         terms=terms,
+        router_replay=config.rollout.router_replay,
     )

@@ -36,7 +36,7 @@ class ImageSensitivity:
         samples: those of the whole step, the same on every rank. All ranks call.
         """
         # A weight of 0 would leave the sample out of the batch.
-        with_images = [replace(sample, pg_weight=1.0) for sample in samples if sample.prompt.images]
+        with_images = [replace(s, pg_weight=1.0, experts=None) for s in samples if s.prompt.images]
         if not with_images or not self._every or (step + 1) % self._every:
             return {}
         with job.log.phase("image_sensitivity"):

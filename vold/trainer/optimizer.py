@@ -45,6 +45,8 @@ def build_optimizer(
     groups = {**get_standard_config_overrides(settings), **_rate_groups(chunks, config)}
     optimizer = get_megatron_optimizer(settings, list(chunks), config_overrides=groups)
     for inner in _chain(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"] if not p.is_leaf):
+            parameter.retain_grad()  # Megatron's share of an fp32 weight is a view; torch warns where its grad is read
         if config.offload:
             offload_optimizer(inner)
         else:

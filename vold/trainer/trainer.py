@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from vold.data.packing import Replicas
 from vold.models.architecture import Architecture
 from vold.models.flops import idle_head_flops, segment_flops, training_flops
 from vold.models.language_model import LanguageModel, open_vision_tower, unwrap
+from vold.models.router_replay import RouterReplay
 from vold.models.student import backward_of, check_rates, load_chunks
 from vold.models.weights import export_adapters, export_weights
 from vold.objectives import Objective
@@ -63,8 +65,8 @@ class Trainer:
     divergence are read by the loss; advantages and normalisers are in the batches' weights already. importance_cap:
     rollouts may come from older weights, and each token's terms get truncated importance weights (see
     linear_policy_loss); None: they come from the current weights. terms: names of the micro-batches' further KL terms,
-    for their metrics (`reference` is k3's too). average: the student's moving average, where the objective distils from
-    it.
+    for their metrics (`reference` is k3's too). router_replay: see RolloutConfig. average: the student's moving
+    average, where the objective distils from it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trainer:
         adapter: AdapterConfig | None = None,
         train: Sequence[str] | None = None,
         terms: Sequence[str] = (),
+        router_replay: str | None = None,
     ):
         self.vocab_size, self._terms = vocab_size, tuple(terms)
         self._layout, self._objective = layout, objective
@@ -93,6 +96,8 @@ class Trainer:
         check_rates(arch, optimizer.lr_groups, train, adapter, vision.train_merger)
         self._chunks = _wrap(load())
         self._backward = backward_of(arch, **trained)
+        for chunk in self.chunks if arch.mixture is not None else ():
+            chunk.replay = RouterReplay(router_replay, layout.device)
         self.vision = open_vision_tower(self.chunks, student, dtype, vision.patches_per_pass)
         self.optimizer = build_optimizer(self._chunks, optimizer, dtype)
         self.schedule = build_schedule(self.optimizer, optimizer, steps)
@@ -113,14 +118,16 @@ class Trainer:
         for batch in minibatches:
             bad_steps.check_ids(batch, self.vocab_size)
         batches = [batch.to(self._layout.device) for batch in minibatches]
+        for replay in self._replays:
+            replay.begin_step()
         if len(batches) > 1:
             with self.phases("old_logprobs"):
-                batches = [self._with_logp_old(batch) for batch in batches]
+                batches = [self._with_logp_old(number, batch) for number, batch in enumerate(batches)]
         self.schedule.step(1)
         stats: list[MicroBatchStats] = []
         updates: list[_Update] = []
         for number, batch in enumerate(batches):
-            self._begin_update(number)
+            self._begin_update(number, is_only=len(batches) == 1)
             batch_stats = self.accumulate_gradients(batch)
             with self.phases("optimizer"):
                 updates.append(self._update(batch, batch_stats))
@@ -128,10 +135,26 @@ class Trainer:
         if self.average is not None and any(update.made for update in updates):
             self.average.update(self.chunks)
         report = self._report(batches, stats, updates, logged_sample_ids) if self._layout.is_last_stage else None
-        return self._layout.from_last_stage(report)
+        report = self._layout.from_last_stage(report)
+        return replace(report, metrics=report.metrics | self._router_mismatch()) if self._replays else report
 
-    def _begin_update(self, number: int) -> None:
+    @property
+    def _replays(self) -> list[RouterReplay]:
+        return [chunk.replay for chunk in self.chunks if chunk.replay is not None]
+
+    def _router_mismatch(self) -> dict[str, float]:
+        """The share of token-layer pairs whose experts the sampler chose otherwise, over all ranks; a collective."""
+        differing_2 = torch.stack([replay.differing_2 for replay in self._replays]).sum(0)
+        dist.all_reduce(differing_2)
+        differing, compared = differing_2.tolist()
+        for replay in self._replays:
+            replay.end_step()
+        return {"router_mismatch": differing / compared} if compared else {}
+
+    def _begin_update(self, number: int, *, is_only: bool) -> None:
         """Adapters draw this update's dropout: of the step's minibatch `number`, on this replica."""
+        for replay in self._replays:
+            replay.update(number, counts=is_only)
         for chunk in self.chunks:
             if chunk.dropout is not None:
                 chunk.dropout.begin_update(int(self.schedule.num_steps), number, self._layout.dp_rank)
@@ -289,8 +312,10 @@ class Trainer:
     # -- reading the policy ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _with_logp_old(self, batch: Batch) -> Batch:
-        """The batch with logp_old_N filled in on the last pipeline stage, where the loss is."""
+    def _with_logp_old(self, number: int, batch: Batch) -> Batch:
+        """The step's minibatch `number` with logp_old_N filled in on the last pipeline stage, where the loss is."""
+        for replay in self._replays:
+            replay.before_update(number)
 
         def head(micro: MicroBatch, hidden_TD: Tensor) -> HeadOutput[Tensor]:
             return head_output(hidden_TD, self._logp(micro, hidden_TD[micro.source_N]))

@@ -141,6 +141,9 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     """Off when null."""
     curriculum: CurriculumConfig | None = None
     """Off when null."""
+    router_replay: Literal["R2", "R3"] | None = None
+    """The experts that a step trains a token through, of a mixture: R3: those that the sampler chose for it; R2, with
+    minibatches > 1: those that the trainer chose before the step's first update; null: those that it chooses now."""
 
     @model_validator(mode="after")
     def _rollouts_are_sampled(self):

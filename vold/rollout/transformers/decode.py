@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vold.config.schema import SamplingConfig
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
+from vold.rollout.transformers.router_tap import RouterTap
 
 GROUPED_SDPA = "vold_grouped_sdpa"
 SWEEP_EVERY = 8  # decoding steps between removals of finished responses, each of which waits for the device
@@ -38,15 +39,17 @@ def decode(
     config: SamplingConfig,
     vocabulary: SamplingVocabulary,
     generator: torch.Generator,
+    tap: RouterTap,
 ) -> tuple[Tensor, Tensor]:
     """Sample `copies[i]` responses for row i of `inputs` (input_ids and attention_mask [P, W], image inputs) with the
     random numbers of `generator`.
 
     Returns ids int64 [R, S] and their log-probabilities float32 [R, S] in nats at the sampling temperature, before
-    top-p and top-k. Entries after a response's first stop token have no meaning.
+    top-p and top-k. Entries after a response's first stop token have no meaning. tap: notes the chosen experts.
     """
     prompt_of_R = torch.arange(len(copies)).repeat_interleave(torch.tensor(copies)).to(inputs["input_ids"].device)
     cache, logits_PV, next_position_P = _prefill(model, inputs)
+    tap.note_prompts(inputs["attention_mask"])
     cache.batch_select_indices(prompt_of_R)
     logits_RV, position_R = logits_PV[prompt_of_R], next_position_P[prompt_of_R]
     mask_RW = inputs["attention_mask"][prompt_of_R].bool()
@@ -79,6 +82,7 @@ def decode(
             position_ids=position_R[:, None],
             past_key_values=cache,
         )
+        tap.note_step(row_of_R, step, rows, steps)
         logits_RV, position_R = out.logits[:, -1], position_R + 1
     return ids_RS, logp_RS
 

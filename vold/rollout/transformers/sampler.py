@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vold.models.images import ImageProcessor, image_grids
 from vold.parallel import cpu
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.decode import GROUPED_SDPA, decode
+from vold.rollout.transformers.router_tap import RouterTap
 from vold.types import Prompt, Rollout, TokenIds
 
 
@@ -37,6 +39,7 @@ class TransformersSampler:
             model = auto.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, use_safetensors=True)
         model.get_decoder().config._attn_implementation = GROUPED_SDPA
         self._model = model.to(device).eval()
+        self._tap = RouterTap(self._model)
         self.images = ImageProcessor(checkpoint) if takes_images else None
         self._device, self._version = device, 0
 
@@ -95,10 +98,20 @@ class TransformersSampler:
         """One response to each prompt. Neighbours that are the same object are siblings and share their prefill."""
         siblings = [list(group) for _, group in groupby(prompts, key=id)]
         inputs = self._inputs([group[0] for group in siblings])
-        ids, logp = decode(self._model, inputs, list(map(len, siblings)), config, self._vocabulary, generator)
-        return [
+        copies = [*map(len, siblings)]
+        self._tap.begin()
+        ids, logp = decode(self._model, inputs, copies, config, self._vocabulary, generator, self._tap)
+        self._tap.end()
+        rollouts = [
             self._vocabulary.make_rollout(prompt, ids, logps, version=self._version)
             for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)
+        ]
+        if not self._tap.has_routers:
+            return rollouts
+        places = enumerate(number for number, count in enumerate(copies) for _ in range(count))
+        return [
+            replace(rollout, experts=self._tap.experts(prompt, response, len(rollout.response_ids)))
+            for rollout, (response, prompt) in zip(rollouts, places, strict=True)
         ]
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -61,8 +63,8 @@ from .harness import environment, table_line, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
-# of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4; of a Qwen2 with adapters; of a mixture of experts
-HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-lora", "untied-qwen3moe")
+# of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4, a Qwen3.5; of a Qwen2 with adapters; of a mixture of experts
+HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-qwen35", "tied-lora", "untied-qwen3moe")
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -128,11 +130,17 @@ EXPERT_LAYOUTS = {
     "tp2-dp2-ep2-etp2+sp": Layout(4, tp=2, sp=True, ep=2, etp=2),
     "tp2-pp2-dp2-ep2+sp+distopt": Layout(8, tp=2, pp=2, sp=True, ep=2, distributed_optimizer=True),
 }
-ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS
+# Of gated delta nets, beside these.
+RECURRENT_LAYOUTS = {"tp2+sp+recompute": Layout(2, tp=2, sp=True, recompute="full")}
+ALL_LAYOUTS = LAYOUTS | EXPERT_LAYOUTS | RECURRENT_LAYOUTS
 
 
 def layouts_of(head: str) -> dict[str, Layout]:
-    return EXPERT_LAYOUTS if head.endswith("moe") else LAYOUTS
+    layouts = EXPERT_LAYOUTS if head.endswith("moe") else LAYOUTS
+    if "qwen35" in head:  # of four layers, whose tokens are not divided
+        layouts = {name: layout for name, layout in layouts.items() if layout.cp == 1 and layout.pp < 4}
+        layouts |= RECURRENT_LAYOUTS
+    return layouts
 
 
 # The problem ---------------------------------------------------------------------------------------------------------
@@ -143,7 +151,10 @@ STUDENTS = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen3moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen35": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
 }
+DELTA_NET = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+DELTA_NET |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_hidden_layers": 4}
 MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MIXTURE |= {"num_hidden_layers": 4}
 
@@ -151,6 +162,7 @@ MIXTURE |= {"num_hidden_layers": 4}
 def student(head: str) -> PreTrainedModel:
     config_class, model_class = STUDENTS.get(head.split("-")[-1], (Qwen2Config, Qwen2ForCausalLM))
     settings = {"num_hidden_layers": 8, **(MIXTURE if head.endswith("moe") else {})}
+    settings |= DELTA_NET if "qwen35" in head else {}
     config = config_class(
         vocab_size=128,
         hidden_size=64,
@@ -208,6 +220,8 @@ def _perturbed(cls: type, config, seed: int) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("A_log"):
+                parameter.sub_(4)  # a recurrent state that lasts
             else:
                 parameter.mul_(2)
     return model

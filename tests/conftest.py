@@ -137,6 +137,31 @@ def tiny_qwen3_vl_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen3_5_dir(tmp_path_factory) -> Path:
+    """An untrained Qwen3.5 with the miniature's tokenizer, chat template and image processor."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    from vold.miniature import models, world
+
+    base = models.base_config()
+    text = {name: value for name, value in models._text_settings().items() if name != "tie_word_embeddings"}
+    text |= {"num_hidden_layers": 4, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": models.ROPE_THETA, "partial_rotary_factor": 0.5}
+    text["rope_parameters"] = rope | {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": world.PATCH}
+    vision |= {"out_hidden_size": models.HIDDEN, "num_position_embeddings": 16}
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **{name: getattr(base, name) for name in ids})
+    torch.manual_seed(2)
+    model = Qwen3_5ForConditionalGeneration(config)
+    model.generation_config = models.new_model(base, seed=0).generation_config
+    directory = tmp_path_factory.mktemp("qwen3_5")
+    models.save_checkpoint(model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def torchrun():
     """torchrun(processes, *arguments): a script or `-m module` in a clean launch environment, output captured."""
 

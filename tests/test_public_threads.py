@@ -167,6 +167,14 @@ THREADS: dict[str, tuple[str, tuple[str, ...]]] = {
             "rollout/test_remote_engines.py::test_weights_are_written_in_parts_and_caches_emptied",
         ),
     ),
+    "a recurrent state that runs on into the next sequence of a packing": (
+        "transformers' Qwen3.5 and Qwen3-Next without flash-linear-attention, which ignore cu_seq_lens",
+        (
+            "models/test_packed_recurrence.py"
+            "::test_packed_log_probs_are_transformers_one_by_one_and_its_own_packed_ones_are_not",
+            "models/test_delta_rule.py::test_a_shared_prompt_is_a_run_that_its_responses_go_on_from",
+        ),
+    ),
     "a frozen tower that trains, a teacher that teaches nothing, a gradient that is no number": (
         "flags that are read by nobody; clip_grad_norm_ lets NaN through",
         (

@@ -213,6 +213,7 @@ class PackedTokens:
     pictures         in the order of their tokens in T
     segments         (queries, keys) of each segment, on the host: nobody waits for the device to read the boundaries
     experts_TLk      int16, the experts that the sampler chose in each layer, -1 where it does not say; None: nowhere
+    first_keys       index into T of each segment's first key, on the host
     """
 
     input_ids_T: Tensor
@@ -223,11 +224,15 @@ class PackedTokens:
     pictures: tuple[Picture, ...] = ()
     segments: tuple[tuple[int, int], ...] = ()
     experts_TLk: Tensor | None = None
+    first_keys: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:
             bounds = torch.stack([self.cu_seqlens, self.cu_seqlens_k])
             object.__setattr__(self, "segments", tuple(map(tuple, bounds.diff().T.tolist())))
+        if not self.first_keys:
+            first = self.cu_seqlens if self.kv_index_K is None else self.kv_index_K[self.cu_seqlens_k[:-1].long()]
+            object.__setattr__(self, "first_keys", tuple(first.tolist()[: len(self.segments)]))
 
     def to(self, device: torch.device) -> PackedTokens:
         """The same record with its tensors on `device`; pictures stay on the CPU."""

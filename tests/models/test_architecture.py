@@ -10,7 +10,8 @@ import torch
 from transformers import CohereConfig, LlamaConfig, MistralConfig
 
 from support import tiny
-from vold.models.architecture import Architecture, transformer_config
+from vold.models.architecture import Architecture
+from vold.models.megatron_config import transformer_config
 
 
 def test_families_are_read_from_disk(tmp_path):

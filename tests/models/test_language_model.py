@@ -19,7 +19,7 @@ GRIDS = ((1, 4, 6),), ((1, 8, 4), (1, 4, 4))
 
 FAMILIES = [
     *((family, tied, False) for family in tiny.FAMILIES for tied in (True, False)),
-    *((family, False, True) for family in ("qwen2_5_vl", "qwen3_vl")),
+    *((family, False, True) for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")),
 ]
 
 
@@ -133,7 +133,7 @@ def test_position_ids_are_obeyed_in_every_packing(pair):
         torch.testing.assert_close(logits_TV(model, tiny.pack(shifted)), torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def student(request, tmp_path, layout):
     return opened(tiny.save(tiny.FAMILIES[request.param](), tmp_path / "checkpoint"), layout)
 

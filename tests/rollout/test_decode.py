@@ -18,12 +18,16 @@ GREEDY = SamplingConfig(max_new_tokens=21, temperature=0.0)
 SAMPLED = SamplingConfig(max_new_tokens=21, temperature=1.0)
 
 
-@pytest.fixture(scope="module")
-def sampler(tiny_student_dir) -> TransformersSampler:
-    sampler = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=torch.device("cpu"))
+@pytest.fixture(scope="module", params=["tiny_student_dir", "tiny_qwen3_5_dir"])
+def sampler(request) -> TransformersSampler:
+    """Qwen2.5-VL's layers, and layers with recurrent states."""
+    checkpoint = request.getfixturevalue(request.param)
+    sampler = TransformersSampler(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():  # untrained logits are flat: ties would be decided by rounding
         for name, parameter in sampler._model.named_parameters():
-            if "norm" not in name:
+            if name.endswith("A_log"):
+                parameter.sub_(4)  # a state that lasts
+            elif "norm" not in name:
                 parameter.mul_(3)
     return sampler
 

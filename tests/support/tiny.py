@@ -19,6 +19,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -120,6 +124,8 @@ def perturbed(cls, config, seed: int = 0):
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("A_log"):
+                parameter.sub_(4)  # a state that outlives its prompt
             else:
                 parameter.mul_(3)
     return model
@@ -160,6 +166,31 @@ def qwen3_vl_moe(tied: bool = False, **changes) -> Qwen3VLMoeForConditionalGener
     return perturbed(Qwen3VLMoeForConditionalGeneration, config)
 
 
+DELTA_NET = dict(
+    head_dim=32,
+    num_hidden_layers=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=24,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    rope_parameters={**ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+)
+
+
+def qwen3_5_text(tied: bool = False, **changes) -> Qwen3_5ForCausalLM:
+    """Three gated delta nets, then attention."""
+    return perturbed(
+        Qwen3_5ForCausalLM, Qwen3_5TextConfig(**{**TEXT, **DELTA_NET, "tie_word_embeddings": tied, **changes})
+    )
+
+
+def qwen3_5(tied: bool = False, **changes) -> Qwen3_5ForConditionalGeneration:
+    vision = {key: value for key, value in VISION_QWEN3.items() if key != "deepstack_visual_indexes"}
+    text = {**TEXT, **DELTA_NET, **changes}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied, **SPECIAL_IDS)
+    return perturbed(Qwen3_5ForConditionalGeneration, config)
+
+
 FAMILIES = {
     "llama": llama,
     "mistral": mistral,
@@ -167,6 +198,8 @@ FAMILIES = {
     "qwen3": qwen3,
     "qwen2": qwen2,
     "qwen3_moe": qwen3_moe,
+    "qwen3_5_text": qwen3_5_text,
+    "qwen3_5": qwen3_5,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,

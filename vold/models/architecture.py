@@ -1,4 +1,4 @@
-"""A model's architecture as its checkpoint's config.json describes it, and the Megatron configuration that builds it.
+"""A model's architecture as its checkpoint's config.json describes it.
 
 Supported: the families of vold.models.families. A field of config.json that would change the numbers and that the
 layers here do not compute is refused by name.
@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vold.models.checkpoint_dir import lacks, reading
 from vold.models.families import FAMILIES, Family
-from vold.parallel.launch import Layout
 
 SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 # Frequencies that do not depend on the length of a sequence; transformers' own functions compute them.
@@ -63,17 +60,37 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """The gated delta nets in the place of some layers' attention.
+
+    layers                   numbers of these layers, from 0
+    key_heads, value_heads   each key head serves value_heads / key_heads of the others
+    key_width, value_width   of a head
+    window                   tokens that the convolution before it reads
+    """
+
+    layers: frozenset[int]
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    window: int
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The shape of one model.
 
     ffn                feed-forward width; of one expert in a mixture
     vocab              rows of embedding and head, padding included
-    rope_frequencies   radians a position of each of the head_dim / 2 pairs, float32, scaled as rope_type says
+    rope_frequencies   radians a position of each pair of a head's rotated columns, float32, scaled as rope_type says
     rope_factor        multiplies cosines and sines (YaRN's attention factor)
     mrope_section      numbers of rotary frequencies for (temporal, height, width) positions; all temporal for text
     mrope_interleaved  the axes alternate over the frequencies (t h w t h w ... t t) instead of following each other
     tied               embedding and head share their weights
     mixture            the experts of each layer, or None for an MLP
+    delta_net          of a family with gated delta nets; its attention has a gate at its output, its norms multiply by
+                       1 + weight
     """
 
     model_type: str
@@ -96,6 +113,7 @@ class Architecture:
     max_positions: int
     vision: VisionArchitecture | None = None
     mixture: Mixture | None = None
+    delta_net: DeltaNet | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path) -> Architecture:
@@ -116,8 +134,8 @@ class Architecture:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         _check_computed(config, text, origin)
         mixture = _mixture(text, origin) if family.experts else None
-        rope = _supported_rope(text, origin)
-        frequencies, factor = _rope_frequencies(text, rope, head_dim, origin)
+        rope = _supported_rope(text, origin, has_images=family.vision is not None)
+        frequencies, factor = _rope_frequencies(text, rope, family.hybrid, origin)
         return cls(
             model_type=config.model_type,
             layers=text.num_hidden_layers,
@@ -131,7 +149,7 @@ class Architecture:
             rope_theta=float(rope["rope_theta"]),
             rope_frequencies=tuple(frequencies.tolist()),
             rope_factor=factor,
-            mrope_section=tuple(rope.get("mrope_section") or (head_dim // 2, 0, 0)),
+            mrope_section=tuple(rope.get("mrope_section") or (len(frequencies), 0, 0)),
             mrope_interleaved=family.mrope_interleaved,
             tied=bool(config.tie_word_embeddings),
             qkv_bias=family.qkv_bias,
@@ -139,11 +157,21 @@ class Architecture:
             max_positions=text.max_position_embeddings,
             vision=_vision_architecture(config),
             mixture=mixture,
+            delta_net=_delta_net(text, origin) if family.hybrid else None,
         )
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    def is_delta_net(self, layer: int) -> bool:
+        """layer: from 0"""
+        return self.delta_net is not None and layer in self.delta_net.layers
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers have keys and values."""
+        return self.layers - (len(self.delta_net.layers) if self.delta_net else 0)
 
     @property
     def mrope_axes(self) -> list[int]:
@@ -166,6 +194,7 @@ _COMPUTED = {
     "embd_pdrop": (0.0, None),
     "resid_pdrop": (0.0, None),
     "quantization_config": (None,),
+    "attn_output_gate": (True,),  # Qwen3.5's; transformers and the layers here have the gate whatever it says
 }
 
 
@@ -200,7 +229,7 @@ def _mixture(text: PretrainedConfig, origin: str) -> Mixture:
     return Mixture(experts, per_token, text.moe_intermediate_size, normalised)
 
 
-def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
+def _supported_rope(text: PretrainedConfig, origin: str, *, has_images: bool) -> dict:
     """Rope parameters; ValueError for what the layers here do not compute."""
     rope = text.rope_parameters
     rope_type = rope.get("rope_type", "default")
@@ -209,22 +238,44 @@ def _supported_rope(text: PretrainedConfig, origin: str) -> dict:
         raise ValueError(
             f"{origin}: rope_type {rope_type!r} is not supported: use a checkpoint with one of {supported}"
         )
-    if "_vl_" in text.model_type and not rope.get("mrope_section"):
+    if has_images and not rope.get("mrope_section"):
         raise ValueError(f"{origin}: rope parameters have no mrope_section: add the one of the original checkpoint")
     return rope
 
 
-def _rope_frequencies(text: PretrainedConfig, rope: dict, head_dim: int, origin: str) -> tuple[Tensor, float]:
-    """(float32 [head_dim / 2] on the CPU, factor of cosines and sines), as transformers computes them."""
+def _rope_frequencies(text: PretrainedConfig, rope: dict, partial: bool, origin: str) -> tuple[Tensor, float]:
+    """(float32 [rotated columns / 2] on the CPU, factor of cosines and sines), as transformers computes them. partial:
+    the family's attention may rotate a part of a head."""
     share = rope.get("partial_rotary_factor", getattr(text, "partial_rotary_factor", None)) or 1.0
-    if share != 1.0:
+    if share != 1.0 and not partial:
         raise ValueError(f"{origin}: partial_rotary_factor {share} is not supported: use a checkpoint that rotates all")
     rope_type = rope.get("rope_type", "default")
     if rope_type in SCALED_ROPES:
         with reading(Path(origin)):
             return ROPE_INIT_FUNCTIONS[rope_type](text, device=torch.device("cpu"))
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    columns = int(head_dim * share)
+    exponent = torch.arange(0, columns, 2, dtype=torch.int64, device="cpu").float() / columns
     return 1.0 / (float(rope["rope_theta"]) ** exponent), 1.0
+
+
+def _delta_net(text: PretrainedConfig, origin: str) -> DeltaNet:
+    """ValueError for layers and numbers that make none."""
+    kinds = {"linear_attention", "full_attention"}
+    if other := sorted({*text.layer_types} - kinds):
+        raise ValueError(f"{origin}: layer_types has {other[0]!r}: use a checkpoint with {' and '.join(sorted(kinds))}")
+    if len(text.layer_types) != text.num_hidden_layers:
+        raise ValueError(
+            f"{origin}: {len(text.layer_types)} layer_types for {text.num_hidden_layers} num_hidden_layers: correct one"
+        )
+    keys, values = text.linear_num_key_heads, text.linear_num_value_heads
+    if keys < 1 or values % keys:
+        raise ValueError(
+            f"{origin}: linear_num_key_heads {keys} does not divide linear_num_value_heads {values}: correct one"
+        )
+    layers = frozenset(number for number, kind in enumerate(text.layer_types) if kind == "linear_attention")
+    widths = (text.linear_key_head_dim, text.linear_value_head_dim, text.linear_conv_kernel_dim)
+    return DeltaNet(layers, keys, values, *widths)
 
 
 def check_adapters(arch: Architecture, targets: Sequence[str] = ()) -> None:
@@ -254,97 +305,6 @@ def _vision_architecture(config: PretrainedConfig) -> VisionArchitecture | None:
     )
 
 
-def transformer_config(arch: Architecture, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of this architecture on this layout. Raises ValueError where a size does not divide."""
-    _check_divides(arch, layout)
-    return TransformerConfig(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden,
-        num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads,
-        kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.rms_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        use_te_activation_func=True,  # "the layer spec brings the activation module": ours, see layers.SwiGLU
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
-        mrope_section=list(arch.mrope_section),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,
-        **_parallel_flags(layout),
-        **_RECOMPUTE_FLAGS[layout.recompute],
-        **_PLAIN_TORCH_FLAGS,
-    )
-
-
-# Fused kernels of apex and TransformerEngine, which this trainer does not use.
-_PLAIN_TORCH_FLAGS = {
-    "use_cpu_initialization": True,
-    "perform_initialization": False,  # every weight comes from a checkpoint
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "persist_layer_norm": False,
-}
-
-_RECOMPUTE_FLAGS = {
-    "none": {},
-    "swiglu": {},  # layers.recompute_swiglu
-    # The MLPs, whose activations are the largest. (Flash attention recomputes its scores anyway, and Megatron's
-    # recomputation of norms needs TransformerEngine.)
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    # Every layer from its input.
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-
-
-def _parallel_flags(layout: Layout) -> dict:
-    return {
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp,
-        "sequence_parallel": layout.sp,
-        "context_parallel_size": layout.cp,
-        # Packed micro-batches differ in length; Megatron accepts that only with this dispatcher, dense models too.
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
-        "batch_p2p_sync": False,
-        # With gloo, sends are not finished when the schedule frees the sent tensor: interleaved runs went wrong.
-        "deallocate_pipeline_outputs": layout.device.type == "cuda",
-    }
-
-
-def _check_divides(arch: Architecture, layout: Layout) -> None:
-    if arch.mixture is not None:
-        _check_mixture_divides(arch.mixture, layout)
-    sizes = {"heads": arch.heads, "kv_heads": arch.kv_heads, "vocab": arch.vocab}
-    sizes |= {"ffn": arch.ffn} if arch.mixture is None else {}
-    for name, size in sizes.items():
-        if size % layout.tp:
-            raise ValueError(f"tp={layout.tp} does not divide {name}={size} of this model: choose a tp that does")
-    queries, keys = arch.heads // layout.tp, arch.kv_heads // layout.tp
-    if queries % layout.cp or (keys % layout.cp and layout.cp % keys):
-        raise ValueError(
-            f"cp={layout.cp} must divide the {queries} query heads of a rank (heads={arch.heads} / tp={layout.tp}) and "
-            f"divide, or be a multiple of, its {keys} key heads (kv_heads={arch.kv_heads}): choose a cp that does"
-        )
-    stages = layout.pp * (layout.vpp or 1)
-    if arch.layers % stages:
-        raise ValueError(
-            f"pp={layout.pp} x vpp={layout.vpp or 1} does not divide layers={arch.layers}: lower pp or vpp"
-        )
-
-
 def check_expert_sizes(ep: int, etp: int, *models: Architecture | None) -> None:
     """Raises ValueError where experts would be divided and none of the models has any."""
     if ep * etp > 1 and not any(model and model.mixture for model in models):
@@ -352,14 +312,3 @@ def check_expert_sizes(ep: int, etp: int, *models: Architecture | None) -> None:
         raise ValueError(
             f"parallel.ep = {ep} and etp = {etp} divide a mixture's experts and {names} has none; leave both out"
         )
-
-
-def _check_mixture_divides(mixture: Mixture, layout: Layout) -> None:
-    if mixture.experts % layout.experts.ep:
-        raise ValueError(f"ep={layout.experts.ep} does not divide experts={mixture.experts}: choose an ep that does")
-    if mixture.ffn % layout.experts.etp:
-        raise ValueError(
-            f"etp={layout.experts.etp} does not divide the experts' ffn={mixture.ffn}: choose an etp that does"
-        )
-    if layout.tp > 1 and not layout.sp:
-        raise ValueError(f"tp={layout.tp} without sp would send each token to its experts {layout.tp} times: set sp")

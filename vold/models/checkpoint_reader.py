@@ -11,7 +11,7 @@ import torch
 
 from vold.models.architecture import Architecture
 from vold.models.checkpoint_dir import open_tensors, reading, short_name, tensor_files
-from vold.models.joined import joining_architecture, parts_of
+from vold.models.joined import joining_architecture, parts_of, weight_rows
 from vold.models.weight_rules import text_tensors
 
 STORED_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names; anything else needs scales that are not read
@@ -71,7 +71,8 @@ class CheckpointReader:
         vLLM could compute with what the trainer has not read; a head beside `tied` must equal its embedding."""
         read = text_tensors(arch)
         for name in self._full_name:
-            known = name in read or name.endswith(NOT_WEIGHTS) or (arch.vision and name.startswith("visual."))
+            known = name in read or name.endswith(NOT_WEIGHTS) or name.startswith(arch.family.left_out)
+            known = known or (arch.vision and name.startswith("visual."))
             if not known:
                 model = f"the {arch.model_type} of {arch.layers} layers"
                 raise ValueError(f"{self.where(name)} is no part of {model} in config.json: correct one of the two")
@@ -104,13 +105,19 @@ def _mlp_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return {**router, f"{prefix}.gate_proj.weight": gate, f"{prefix}.down_proj.weight": down}
 
 
+def _first_mixer(arch: Architecture) -> tuple[str, int]:
+    """The name in layer 0, and the rows, of the keys' projection, or of a gated delta net's gate."""
+    name = "linear_attn.in_proj_z.weight" if arch.is_delta_net(0) else "self_attn.k_proj.weight"
+    return name, weight_rows(name, arch)
+
+
 def check_sizes(checkpoint_dir: str | Path) -> None:
     """Raises ValueError where config.json asks for another model than the files hold, before memory is taken for it."""
     arch = Architecture.from_pretrained(checkpoint_dir)
-    last, keys = f"layers.{arch.layers - 1}", arch.kv_heads * arch.head_dim
+    last, (name, rows) = f"layers.{arch.layers - 1}", _first_mixer(arch)
     with CheckpointReader(checkpoint_dir) as reader:
         reader.check_shape("embed_tokens.weight", (arch.vocab, arch.hidden))
-        reader.check_shape("layers.0.self_attn.k_proj.weight", (keys, arch.hidden))
+        reader.check_shape(f"layers.0.{name}", (rows, arch.hidden))
         for name, shape in _mlp_shapes(arch).items():
             reader.check_shape(f"layers.0.{name}", shape)
             reader.check_shape(f"{last}.{name}", shape)

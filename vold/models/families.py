@@ -28,6 +28,9 @@ class Family:
     mrope_interleaved  see vold.models.architecture.Architecture
     vision             its vision tower, or None for a text model
     experts            a mixture of experts in the place of each layer's MLP
+    hybrid             Qwen3.5's layers: gated delta nets in the place of some layers' attention, a gate at the output
+                       of the others', whose heads rotate in part, and norms that multiply by 1 + weight
+    left_out           beginnings of the names of tensors that transformers leaves out, and so does the trainer
     joined             tensors that the files hold as one, by their name in a layer: the names of the parts, in the
                        order of the rows, as they stand in a Llama's files
     gguf               the name that llama.cpp gives it, or None: such a file is not read
@@ -40,6 +43,8 @@ class Family:
     mrope_interleaved: bool = False
     vision: VisionFamily | None = None
     experts: bool = False
+    hybrid: bool = False
+    left_out: tuple[str, ...] = ()
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf: str | None = None
 
@@ -57,9 +62,21 @@ QWEN3_VISION = VisionFamily("qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel", "qw
 QWEN3_MOE_VISION = VisionFamily(
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel", "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeModel"
 )
+QWEN3_5_VISION = VisionFamily("qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel", "qwen3_5.modeling_qwen3_5.Qwen3_5Model")
 PHI_JOINED = {
     "self_attn.qkv_proj.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+DELTA_NET_JOINED = {
+    "linear_attn.in_proj_qkv.weight": tuple(f"linear_attn.in_proj_{x}.weight" for x in "qkv"),
+    "linear_attn.conv1d.weight": tuple(f"linear_attn.conv1d_{x}.weight" for x in "qkv"),
+}
+QWEN3_5 = {
+    "qk_norm": True,
+    "mrope_interleaved": True,
+    "hybrid": True,
+    "left_out": ("mtp.",),
+    "joined": DELTA_NET_JOINED,
 }
 
 FAMILIES = {
@@ -81,5 +98,7 @@ FAMILIES = {
             vision=QWEN3_MOE_VISION,
             experts=True,
         ),
+        Family("qwen3_5_text", "Qwen3.5 without its vision tower", **QWEN3_5),
+        Family("qwen3_5", "Qwen3.5 (0.8B to 27B)", vision=QWEN3_5_VISION, **QWEN3_5),
     )
 }

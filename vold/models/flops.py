@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vold.models.architecture import Architecture
+from vold.models.joined import weight_rows
 from vold.types import PackedTokens
 
 # dense bf16 matrix-multiply peak, FLOP/s, by a part of the device's name
@@ -20,9 +21,19 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 # Parameters ----------------------------------------------------------------------------------------------------------
 
 
-def attention_matmul_parameters(arch: Architecture) -> int:
-    """Weights of one layer's query, key, value and output projections."""
-    return arch.hidden * 2 * (arch.heads + arch.kv_heads) * arch.head_dim
+def mixer_matrices(arch: Architecture, layer: int) -> dict[str, int]:
+    """Weights of what reads across tokens in a layer (from 0), by their short names in it: attention's projections, or
+    a gated delta net's and its convolution."""
+    names = [f"self_attn.{x}_proj" for x in "qkv"]
+    if arch.is_delta_net(layer):
+        names = [f"linear_attn.in_proj_{x}" for x in "qkvzba"]
+    weights = {name: arch.hidden * weight_rows(f"{name}.weight", arch) for name in names}
+    if not arch.is_delta_net(layer):
+        return weights | {"self_attn.o_proj": arch.hidden * arch.heads * arch.head_dim}
+    net = arch.delta_net
+    convolution = {name: weight_rows(f"{name}.weight", arch) for name in (f"linear_attn.conv1d_{x}" for x in "qkv")}
+    weights |= {name: net.window * channels for name, channels in convolution.items()}
+    return weights | {"linear_attn.out_proj": arch.hidden * net.value_heads * net.value_width}
 
 
 def mlp_matmul_parameters(arch: Architecture) -> int:
@@ -43,27 +54,29 @@ def idle_parameters(arch: Architecture) -> int:
     return 3 * arch.hidden * arch.ffn * (mixture.experts - mixture.per_token) if mixture else 0
 
 
-def layer_matmul_parameters(arch: Architecture) -> int:
-    """Weights that one layer multiplies every token with."""
-    return attention_matmul_parameters(arch) + mlp_matmul_parameters(arch)
+def layer_matmul_parameters(arch: Architecture, layer: int) -> int:
+    """Weights that one layer, from 0, multiplies every token with."""
+    return sum(mixer_matrices(arch, layer).values()) + mlp_matmul_parameters(arch)
 
 
 def matmul_parameters(arch: Architecture) -> int:
     """Weights that the model multiplies every token with: all layers and the head (the embedding only looks up)."""
-    return arch.layers * layer_matmul_parameters(arch) + arch.vocab * arch.hidden
+    return sum(layer_matmul_parameters(arch, layer) for layer in range(arch.layers)) + arch.vocab * arch.hidden
 
 
-def layer_parameters(arch: Architecture) -> int:
+def layer_parameters(arch: Architecture, layer: int) -> int:
     """All parameters of one layer: projections, their biases, and norms."""
     biases = arch.qkv_bias * (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     norms = 2 * arch.hidden + arch.qk_norm * 2 * arch.head_dim
-    return layer_matmul_parameters(arch) + idle_parameters(arch) + biases + norms
+    if arch.is_delta_net(layer):
+        biases, norms = 2 * arch.delta_net.value_heads, 2 * arch.hidden + arch.delta_net.value_width
+    return layer_matmul_parameters(arch, layer) + idle_parameters(arch) + biases + norms
 
 
 def language_model_parameters(arch: Architecture) -> int:
     """All parameters of the language model; a tied head counts once."""
     vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden
-    return arch.layers * layer_parameters(arch) + arch.hidden + vocabulary
+    return sum(layer_parameters(arch, layer) for layer in range(arch.layers)) + arch.hidden + vocabulary
 
 
 def active_parameters(arch: Architecture) -> int:
@@ -95,22 +108,22 @@ class Backward:
 
 def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_embedding: bool) -> Backward:
     """is_trained: by short names. through_embedding: a weight before the layers is trained, or an adapter."""
-    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    sizes = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-    sizes |= {"self_attn.o_proj": queries}
     if arch.mixture is None:
-        sizes |= {f"mlp.{name}_proj": arch.ffn for name in ("gate", "up", "down")}
+        mlp = {f"mlp.{name}_proj": arch.hidden * arch.ffn for name in ("gate", "up", "down")}
     else:  # a parameter has all experts, so one stands for them
-        per_token = arch.mixture.per_token
-        sizes |= {f"mlp.experts.0.{name}_proj": per_token * arch.ffn for name in ("gate", "up", "down")}
-        sizes |= {"mlp.gate": arch.mixture.experts}
-    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        one = arch.hidden * arch.mixture.per_token * arch.ffn
+        mlp = {f"mlp.experts.0.{name}_proj": one for name in ("gate", "up", "down")}
+        mlp |= {"mlp.gate": arch.hidden * arch.mixture.experts}
+    others = [f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
+    others += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    others += [f"linear_attn.{name}" for name in ("A_log", "dt_bias", "norm.weight")] if arch.delta_net else []
     head = "embed_tokens.weight" if arch.tied else "lm_head.weight"
     weights, lowest = arch.vocab * arch.hidden * is_trained(head), arch.layers
     for layer in reversed(range(arch.layers)):
+        sizes = mixer_matrices(arch, layer) | mlp
         trained = [name for name in sizes if is_trained(f"layers.{layer}.{name}.weight")]
-        weights += arch.hidden * sum(sizes[name] for name in trained)
-        if trained or any(is_trained(f"layers.{layer}.{name}.weight") for name in norms):
+        weights += sum(sizes[name] for name in trained)
+        if trained or any(is_trained(f"layers.{layer}.{name}") for name in others):
             lowest = layer
     through_embedding = through_embedding or is_trained("embed_tokens.weight")
     return Backward(weights, 0 if through_embedding else lowest, is_trained(head))
@@ -121,15 +134,16 @@ def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_e
 
 def training_flops(arch: Architecture, tokens: PackedTokens, backward: Backward | None = None) -> float:
     """FLOPs of forward and backward over packed tokens: 6 per weight and token (4 for frozen ones, whose gradient is
-    not computed, 2 below the lowest trained one; adapters are left out), plus causal attention. Recomputation and
-    padding do not count, and a prompt that responses share counts once. backward: None: everything is trained."""
+    not computed, 2 below the lowest trained one; adapters are left out), plus causal attention and the delta rule.
+    Recomputation and padding do not count, and a prompt that responses share counts once. backward: None: everything is
+    trained."""
     total = sum(segment_flops(arch, queries, keys) for queries, keys in tokens.segments)
     if backward is None:
         return total
-    below = backward.untouched / arch.layers
-    attention = sum(attention_flops(arch, queries, keys) for queries, keys in tokens.segments)
-    weights = matmul_parameters(arch) - backward.weights + backward.untouched * layer_matmul_parameters(arch)
-    return total - 2 * weights * sum(queries for queries, _ in tokens.segments) - below * attention * 2 / 3
+    below = range(backward.untouched)
+    mixing = sum(mixing_flops(arch, queries, keys, below) for queries, keys in tokens.segments)
+    weights = matmul_parameters(arch) - backward.weights + sum(layer_matmul_parameters(arch, n) for n in below)
+    return total - 2 * weights * sum(queries for queries, _ in tokens.segments) - mixing * 2 / 3
 
 
 def idle_head_flops(arch: Architecture, tokens: int, backward: Backward | None = None) -> float:
@@ -138,15 +152,21 @@ def idle_head_flops(arch: Architecture, tokens: int, backward: Backward | None =
     return 2.0 * products * arch.vocab * arch.hidden * tokens
 
 
-def attention_flops(arch: Architecture, queries: int, keys: int) -> float:
-    """Those of `segment_flops` that are attention's, a third of them forward."""
-    return 6.0 * arch.layers * arch.heads * arch.head_dim * queries * (2 * keys - queries)
+def mixing_flops(arch: Architecture, queries: int, keys: int, layers: range) -> float:
+    """Those of `segment_flops` in these layers that multiply no weight, a third of them forward: causal attention, or
+    the delta rule, of which each token reads, changes and reads again a state for each value head."""
+    nets = sum(arch.is_delta_net(layer) for layer in layers)
+    flops = 6.0 * (len(layers) - nets) * arch.heads * arch.head_dim * queries * (2 * keys - queries)
+    if nets:
+        net = arch.delta_net
+        flops += 18.0 * nets * net.value_heads * net.key_width * net.value_width * queries
+    return flops
 
 
 def segment_flops(arch: Architecture, queries: int, keys: int) -> float:
     """FLOPs of forward and backward over one segment of `queries` tokens whose last one reads `keys` keys, each token
     before it one key less."""
-    return float(6 * matmul_parameters(arch) * queries) + attention_flops(arch, queries, keys)
+    return float(6 * matmul_parameters(arch) * queries) + mixing_flops(arch, queries, keys, range(arch.layers))
 
 
 def mlp_flops_share(arch: Architecture) -> float:

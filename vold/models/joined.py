@@ -29,7 +29,7 @@ def parts_of(name: str, arch: Architecture) -> dict[str, Callable[[Any], RowsOf 
     spelling."""
     for joined, parts in arch.family.joined.items():
         if name.endswith(f".{joined}"):
-            rows = [_rows(part, arch) for part in parts]
+            rows = [weight_rows(part, arch) for part in parts]
             prefix = name.removesuffix(joined)
             firsts = [sum(rows[:i]) for i in range(len(rows))]
             return {
@@ -56,9 +56,17 @@ def _experts_of(name: str, arch: Architecture) -> dict[str, Callable[[Any], Expe
     }
 
 
-def _rows(part: str, arch: Architecture) -> int:
-    keys = arch.kv_heads * arch.head_dim
-    return {"q_proj": arch.heads * arch.head_dim, "k_proj": keys, "v_proj": keys}.get(part.split(".")[-2], arch.ffn)
+def weight_rows(part: str, arch: Architecture) -> int:
+    """Rows of a projection by its name, of all heads."""
+    keys, net = arch.kv_heads * arch.head_dim, arch.delta_net
+    rows = {"q_proj": arch.heads * arch.head_dim, "k_proj": keys, "v_proj": keys}
+    if net is not None:
+        keys, values = net.key_heads * net.key_width, net.value_heads * net.value_width
+        rows |= {"q_proj": 2 * rows["q_proj"], "in_proj_z": values}
+        rows |= dict.fromkeys(("in_proj_b", "in_proj_a"), net.value_heads)
+        for x, count in (("q", keys), ("k", keys), ("v", values)):
+            rows |= {f"in_proj_{x}": count, f"conv1d_{x}": count}
+    return rows.get(part.split(".")[-2], arch.ffn)
 
 
 def joining_architecture(checkpoint_dir: Path) -> Architecture | None:

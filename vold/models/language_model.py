@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from vold.config.schema import AdapterConfig
 from vold.models.adapter_dropout import Dropout
 from vold.models.adapters import add_adapters, add_visual_adapters, check_targets, train_embeddings_output
-from vold.models.architecture import Architecture, transformer_config
-from vold.models.layers import Packing, Rotary, block_spec, join_norms, recompute_swiglu
+from vold.models.architecture import Architecture
+from vold.models.layer_spec import block_spec
+from vold.models.layers import Packing, Rotary, join_norms, recompute_swiglu
+from vold.models.megatron_config import transformer_config
 from vold.models.router_replay import NONE, RouterReplay
+from vold.models.runs import Runs
 from vold.models.vision import Features, FrozenVisionTower, Mergers, encode, for_recomputed_layers, trained_tower
 from vold.parallel.context import is_own, own_count, own_tokens
 from vold.parallel.launch import Layout
@@ -231,6 +234,8 @@ def _hidden_states(model: nn.Module, chunk: LanguageModel, tokens: PackedTokens,
     packed, embedded = packing(tokens), None
     if chunk.replay is not None:
         packed.routing = chunk.replay.forward_pass(_own_experts(tokens, chunk.layout))
+    if chunk.arch.delta_net is not None:
+        packed.runs = Runs.of(tokens.segments, tokens.first_keys, tokens.input_ids_T.device)
     if tokens.pictures and chunk.vision_levels:
         packed.image_rows_I, features_of_level = _local_image_features(chunk, tokens, features)
         packed.deepstack = {level: features_I1D for level, features_I1D in features_of_level.items() if level}
@@ -297,6 +302,7 @@ def _padded_to_divide(tokens: PackedTokens, layout: Layout) -> PackedTokens:
         kv_index_K=kv_index,
         segments=(*tokens.segments, (missing, missing)),
         experts_TLk=experts_TLk,
+        first_keys=(*tokens.first_keys, len(ids)),
     )
 
 

@@ -1,6 +1,6 @@
-"""The functions behind a layer's norms, its split into queries, keys and values, its gated activation and attention:
-on CUDA our kernels, liger-kernel's and flash-attn's where these are installed, plain torch otherwise. `layer_ops` alone
-chooses.
+"""The functions behind a layer's norms, its split into queries, keys and values, its gated activation, attention and
+delta rule: on CUDA our kernels, and liger-kernel's, flash-attn's and flash-linear-attention's where these are
+installed, plain torch otherwise. `layer_ops` alone chooses.
 
 T packed tokens, S keys and values that attention reads (T, or more where responses share a prompt), A query heads,
 K key/value heads, H head width, W = (A + 2K) H, F feed-forward width.
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vold.models.delta_rule import fla_delta_rule, torch_delta_rule
 from vold.models.layer_shapes import (
     meta_add_norm,
     meta_cpu_attention,
@@ -42,6 +43,7 @@ class LayerOps:
         -> q [T, A, H], k and v [S, K, H], normed and rotated; see vold_kernels.qkv
     swiglu(gate_up [..., 2F]) -> [..., F]
     attention(q [T, A, H], k [S, K, H], v [S, K, H], packed, scale) -> [T, A, H], causal from the end of each segment
+    delta_rule(qkv, decay, beta, start, runs) -> outputs, states at the end; see vold.models.delta_rule
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -49,6 +51,7 @@ class LayerOps:
     qkv: Callable[[Tensor, tuple[Tensor, Tensor] | None, Tensor, Heads, SharedKeys | None], tuple[Tensor, ...]]
     swiglu: Callable[[Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, PackedSeqParams, float], Tensor]
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] = torch_delta_rule
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name} {getattr(self, f.name).__name__.split('_', 1)[0]}" for f in fields(self))
@@ -66,7 +69,8 @@ def layer_ops(device: str, dtype: torch.dtype) -> LayerOps:
     if dtype in (torch.bfloat16, torch.float16):
         attention = _flash_attention() or varlen_attention
     swiglu = liger_swiglu if _installed("liger_kernel") else torch_swiglu
-    return LayerOps(vold_rms_norm, vold_add_norm, vold_qkv, swiglu, attention)
+    delta_rule = fla_delta_rule if attention is not sdpa_attention and _installed("fla") else torch_delta_rule
+    return LayerOps(vold_rms_norm, vold_add_norm, vold_qkv, swiglu, attention, delta_rule)
 
 
 def _flash_attention() -> Callable[..., Tensor] | None:
@@ -130,21 +134,22 @@ def torch_qkv(
     q_TAH, k_TKH, v_TKH = (x.reshape(len(mixed_TW), -1, heads.width) for x in parts)
     if norms is not None:
         q_TAH, k_TKH = (torch_rms_norm(x, w, heads.eps) for x, w in zip((q_TAH, k_TKH), norms, strict=True))
-    cos_T1H, sin_T1H = cos_sin_2TH.to(mixed_TW.dtype)[:, :, None]
-    q_TAH, k_TKH = (x * cos_T1H + _rotate_half(x) * sin_T1H for x in (q_TAH, k_TKH))
+    q_TAH, k_TKH = (rotate(x, cos_sin_2TH) for x in (q_TAH, k_TKH))
     if shared is not None:
-        k_TKH, v_TKH = (_gather(x, shared.index_S) for x in (k_TKH, v_TKH))
+        k_TKH, v_TKH = (gather_keys(x, shared.index_S) for x in (k_TKH, v_TKH))
     return q_TAH, k_TKH, v_TKH
 
 
-def _gather(x_TKH: Tensor, index_S: Tensor) -> Tensor:
+def gather_keys(x_TKH: Tensor, index_S: Tensor) -> Tensor:
     """Look up rows of x as an embedding does, whose backward adds a row's gradients up in a fixed order."""
     return F.embedding(index_S, x_TKH.flatten(1)).view(-1, *x_TKH.shape[1:])
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def rotate(x_TAH: Tensor, cos_sin_2TH: Tensor) -> Tensor:
+    """Rotate column h of each head with column h + H / 2."""
+    cos_T1H, sin_T1H = cos_sin_2TH.to(x_TAH.dtype)[:, :, None]
+    first, second = x_TAH.chunk(2, dim=-1)
+    return x_TAH * cos_T1H + torch.cat((-second, first), dim=-1) * sin_T1H
 
 
 def sdpa_attention(

@@ -1,4 +1,4 @@
-"""Our modules in Megatron's layer spec: RMSNorm, SwiGLU, rotary embedding, attention over packed sequences, the layer.
+"""Our modules in Megatron's layer spec: norms, SwiGLU, rotary embedding, attention over packed sequences, the layer.
 
 T packed tokens, D hidden width, A query heads, K key/value heads, H head width, F feed-forward width. Packing is the
 only input format: Megatron calls it "thd". Megatron's own norm refuses sequence parallelism and its own attention
@@ -16,30 +16,23 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vold.models.architecture import Architecture, Mixture
 from vold.models.experts import MixtureOfExperts
 from vold.models.layer_ops import layer_ops, saved_as
 from vold.models.router_replay import PassRouting
+from vold.models.runs import Runs
 from vold.parallel.context import heads_for_tokens, tokens_for_heads
-from vold.parallel.launch import ExpertLayout, Layout
+from vold.parallel.launch import ExpertLayout
 from vold_kernels.qkv import Heads, SharedKeys
 
 
@@ -55,7 +48,26 @@ class RMSNorm(nn.RMSNorm):
         if norm is self and normed.requires_grad == x.requires_grad:
             del x.norm_ahead
             return normed
+        return self.normed(x)
+
+    def normed(self, x: Tensor) -> Tensor:
         return layer_ops(x.device.type, x.dtype).rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm)"""
+        return layer_ops(x.device.type, x.dtype).add_norm(x, residual, self.weight, self.eps)
+
+
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm times 1 + weight, in fp32 up to the one rounding of the result, as transformers and vLLM have Qwen3.5's.
+    In plain torch on every device."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return total, self.normed(total)
 
 
 class SwiGLU(MegatronModule):
@@ -133,12 +145,14 @@ class Packing(PackedSeqParams):
     """Megatron's record of a packing, with additions.
 
     shared_keys   keys that segments share (PackedTokens.kv_index_K)
+    runs          the packing as recurrent layers read it; None in a model that has none
     image_rows_I  rows of image tokens in this rank's share of T
     deepstack     layer number (Megatron's, from 1) -> features [I, 1, D] that are added to these rows after it
     routing       of a mixture of experts in training: the choices that are compared or replayed
     """
 
     shared_keys: SharedKeys | None = None
+    runs: Runs | None = None
     image_rows_I: Tensor | None = None
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     routing: PassRouting | None = None
@@ -174,19 +188,18 @@ class Layer(TransformerLayer):
             assert expert_layout is not None
             self.mlp = MixtureOfExperts(config, mixture, expert_layout)
         if config.tensor_model_parallel_size == 1:  # spare an autograd function around each linear that does nothing
-            self.self_attention.linear_qkv.disable_grad_reduce = True
-            self.self_attention.linear_proj.explicit_expert_comm = True  # "others communicate"
-            if mixture is None:
-                self.mlp.linear_fc1.disable_grad_reduce = True
-                self.mlp.linear_fc2.explicit_expert_comm = True
+            for module in self.modules():
+                if isinstance(module, ColumnParallelLinear):
+                    module.disable_grad_reduce = True
+                elif isinstance(module, RowParallelLinear):
+                    module.explicit_expert_comm = True  # "others communicate"
 
     def forward(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, packed_seq_params: Packing, **_
     ) -> tuple[Tensor, None]:
-        ops, norm = layer_ops(hidden_states.device.type, hidden_states.dtype), self.pre_mlp_layernorm
         normed_T1D = self.input_layernorm(hidden_states)
         out_T1D = self.self_attention(normed_T1D, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
-        hidden_T1D, normed_T1D = ops.add_norm(out_T1D, hidden_states, norm.weight, norm.eps)
+        hidden_T1D, normed_T1D = self.pre_mlp_layernorm.of_sum(out_T1D, hidden_states)
         routing = packed_seq_params.routing
         choose = None if routing is None else partial(routing.choose, self.layer_number)
         if self.recompute_mlp and self.training:
@@ -199,7 +212,7 @@ class Layer(TransformerLayer):
         if not self._next_norm:
             return hidden_T1D + out_T1D, None
         [norm] = self._next_norm
-        hidden_T1D, normed_T1D = ops.add_norm(out_T1D, hidden_T1D, norm.weight, norm.eps)
+        hidden_T1D, normed_T1D = norm.of_sum(out_T1D, hidden_T1D)
         hidden_T1D.norm_ahead = norm, normed_T1D
         return hidden_T1D, None
 
@@ -231,35 +244,3 @@ def join_norms(block: TransformerBlock) -> None:
     norms += [] if block.final_layernorm is None else [block.final_layernorm]
     for layer, norm in zip(block.layers, norms, strict=False):
         layer._next_norm = (norm,)
-
-
-def block_spec(
-    config: TransformerConfig, arch: Architecture, layout: Layout, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """This stage's layers and the final norm."""
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, layout)] * layers, layer_norm=RMSNorm)
-
-
-def layer_spec(arch: Architecture, layout: Layout) -> ModuleSpec:
-    head_norm = RMSNorm if arch.qk_norm else IdentityOp
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=PackedAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=head_norm,
-        k_layernorm=head_norm,
-    )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear)
-    return ModuleSpec(
-        Layer,
-        params={"mixture": arch.mixture, "expert_layout": layout.experts},
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(PackedSelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(MLP, submodules=mlp) if arch.mixture is None else IdentityOp,
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )

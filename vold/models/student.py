@@ -61,7 +61,7 @@ def build_student(
 
 def weight_groups(arch: Architecture) -> list[tuple[str, ...]]:
     """Short names of all weights that can be trained; those that are one parameter here are together."""
-    layer = {name: key for key, rule in layer_rules(arch).items() for name in rule.names}
+    layer = {name: key for n in range(arch.layers) for key, rule in layer_rules(arch, n).items() for name in rule.names}
     groups: dict[tuple, list[str]] = {}
     for name in sorted(text_tensors(arch) - ({"lm_head.weight"} if arch.tied else set())):
         _, _, number_and_rest = name.partition("layers.")

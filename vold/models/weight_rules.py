@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vold.models.adapters import LINEARS
 from vold.models.architecture import Architecture
+from vold.models.joined import weight_rows
 from vold.models.language_model import LanguageModel
 from vold.parallel.launch import Layout
 
@@ -29,7 +30,8 @@ class Rule:
     """The assembly of a Megatron parameter from Hugging Face tensors.
 
     names    relative to the layer or to the model
-    join     "single": the tensor itself; "qkv": for each group its queries, key, value; "gated": gate rows, then up's
+    join     "single": the tensor itself; "qkv": for each group its queries (and their gates, where heads have one),
+             key, value; "gated": gate rows, then up's; "rows": one after another
     split    the dimension divided over the tp group, or None when replicated
     experts  of a mixture: the parameter has one such matrix for each of so many experts, and the names of all; `split`
              over the etp group
@@ -59,6 +61,12 @@ LAYER_RULES = {
     "self_attention.linear_qkv.weight": Rule(tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), "qkv", 0),
     "self_attention.linear_qkv.bias": Rule(tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), "qkv", 0),
     "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",), split=1),
+    "self_attention.in_proj.weight": Rule(tuple(f"linear_attn.in_proj_{x}.weight" for x in "qkvzba"), "rows", 0),
+    "self_attention.conv": Rule(tuple(f"linear_attn.conv1d_{x}.weight" for x in "qkv"), "rows", 0),
+    "self_attention.A_log": Rule(("linear_attn.A_log",), split=0),
+    "self_attention.dt_bias": Rule(("linear_attn.dt_bias",), split=0),
+    "self_attention.norm": Rule(("linear_attn.norm.weight",)),
+    "self_attention.out_proj.weight": Rule(("linear_attn.out_proj.weight",), split=1),
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), split=1),
     "mlp.router.weight": Rule(("mlp.gate.weight",)),
@@ -89,9 +97,12 @@ MODEL_RULES = {
 }
 
 
-def layer_rules(arch: Architecture) -> dict[str, Rule]:
-    """The rules of one layer's parameters, undivided."""
-    absent = {"self_attention.linear_qkv.bias"} if not arch.qkv_bias else set()
+def layer_rules(arch: Architecture, layer: int) -> dict[str, Rule]:
+    """The rules of one layer's parameters, undivided. layer: from 0"""
+    is_delta_net = arch.is_delta_net(layer)
+    absent = {key for key, rule in LAYER_RULES.items() if rule.names[0].startswith("linear_attn.") != is_delta_net}
+    absent &= {key for key in LAYER_RULES if key.startswith("self_attention.")}
+    absent |= {"self_attention.linear_qkv.bias"} if not arch.qkv_bias else set()
     if not arch.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
     if arch.mixture is None:
@@ -105,8 +116,12 @@ def layer_rules(arch: Architecture) -> dict[str, Rule]:
 
 def text_tensors(arch: Architecture) -> set[str]:
     """Short names of the tensors that a language model of this architecture reads."""
-    names = [name for rule in layer_rules(arch).values() for name in rule.names]
-    of_layers = {f"layers.{layer}.{name}" for layer in range(arch.layers) for name in names}
+    of_layers = {
+        f"layers.{layer}.{name}"
+        for layer in range(arch.layers)
+        for rule in layer_rules(arch, layer).values()
+        for name in rule.names
+    }
     return of_layers | {name for rule in MODEL_RULES.values() for name in rule.names}
 
 
@@ -175,10 +190,15 @@ def _full_shapes(rule: Rule, shape: Sequence[int], arch: Architecture, ranks: in
         full[rule.split] *= ranks
     if rule.join == "single":
         return [tuple(full)]
+    return [(rows, *full[1:]) for rows in _piece_rows(rule, full[0], arch)]
+
+
+def _piece_rows(rule: Rule, rows: int, arch: Architecture) -> list[int]:
+    """The rows of each of a rule's matrices where all, or a share of all, have `rows`."""
     if rule.join == "gated":
-        return [(full[0] // 2, *full[1:])] * 2
-    query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    return [(query, *full[1:]), (key, *full[1:]), (key, *full[1:])]
+        return [rows // 2] * 2
+    of_all = [weight_rows(name, arch) for name in rule.names]
+    return [count * rows // sum(of_all) for count in of_all]
 
 
 def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
@@ -188,7 +208,7 @@ def join_pieces(rule: Rule, pieces: list[Tensor], arch: Architecture) -> Tensor:
         return torch.stack([join_pieces(rule.one, pieces[i : i + count], arch) for i in range(0, len(pieces), count)])
     if rule.join == "single":
         return pieces[0]
-    if rule.join == "gated":
+    if rule.join != "qkv":
         return torch.cat(pieces)
     per_group = [x.unflatten(0, (-1, rows)) for x, rows in zip(pieces, _group_rows(arch), strict=True)]
     return torch.cat(per_group, dim=1).flatten(0, 1)
@@ -200,14 +220,14 @@ def split_pieces(rule: Rule, parameter: Tensor, arch: Architecture) -> list[Tens
         return [piece for matrix in parameter for piece in split_pieces(rule.one, matrix, arch)]
     if rule.join == "single":
         return [parameter]
-    if rule.join == "gated":
-        return list(parameter.chunk(2))
+    if rule.join != "qkv":
+        return list(parameter.split(_piece_rows(rule, len(parameter), arch)))
     rows = _group_rows(arch)
     return [x.flatten(0, 1) for x in parameter.unflatten(0, (-1, sum(rows))).split(rows, dim=1)]
 
 
 def _group_rows(arch: Architecture) -> list[int]:
-    return [arch.heads // arch.kv_heads * arch.head_dim, arch.head_dim, arch.head_dim]
+    return [weight_rows(f"{x}_proj.weight", arch) // arch.kv_heads for x in "qkv"]
 
 
 def tensor_shapes(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, tuple[int, ...], int]]:

@@ -145,12 +145,13 @@ def _stage_input(chunk: LanguageModel, tokens: PackedTokens, train: bool) -> Ten
 def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> tuple[PackedTokens, int]:
     """(a full micro-batch on the meta device, its N) of T = `tokens`: prompts of `prompt` tokens, each packed once for
     its `responses` of `response` tokens, the last one cut off where the micro-batch ends. See PackedTokens."""
-    shapes, left, packed_responses, losses = [], tokens, 0, 0
+    shapes, first_keys, left, packed_responses, losses = [], [], tokens, 0, 0
     while left > 0:
         response_queries = max(response - 1, 1)  # a response's last token is not an input
         prompt_queries = 0 if packed_responses % responses else prompt
         queries = min(prompt_queries + response_queries, left)
         shapes.append((queries, queries if prompt_queries else prompt + queries))
+        first_keys.append(tokens - left if prompt_queries else first_keys[-1])
         losses += max(queries - prompt_queries + 1, 0)  # the prompt's last state predicts the first response token
         left, packed_responses = left - queries, packed_responses + 1
     queries, keys = torch.tensor([(0, 0), *shapes]).cumsum(0).to(torch.int32).T
@@ -162,6 +163,7 @@ def packed_on_meta(tokens: int, prompt: int, response: int, responses: int) -> t
         cu_seqlens=queries.contiguous(),
         cu_seqlens_k=keys.contiguous(),
         kv_index_K=rows.expand(int(keys[-1])).clone() if shared else None,
+        first_keys=tuple(first_keys),
     )
     return packed, min(losses, tokens)
 

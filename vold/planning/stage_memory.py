@@ -239,7 +239,8 @@ def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) 
     step = PreallocatedLayer.SPARE_TOKENS + 1  # tokens that the cache grows by
     length = config.prompt.max_tokens + -(-(sampling.max_new_tokens - 1) // step) * step
     token_bytes = sequences * kv_bytes(arch, size)
-    cache = token_bytes * length + token_bytes / arch.layers * (length - step)  # copied layer by layer when it grows
+    cache = token_bytes * length  # copied layer by layer when it grows:
+    cache += token_bytes / max(arch.attention_layers, 1) * (length - step) + sequences * recurrent_bytes(arch, size)
     drawing = sequences * arch.vocab * (size + SCORE_VECTORS * 4)
     # Prompts are prefilled before their keys and values are repeated for every response.
     prefilled = -(-sequences // responses) * config.prompt.max_tokens
@@ -250,4 +251,14 @@ def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) 
 
 def kv_bytes(arch: Architecture, itemsize: int) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return 2 * arch.layers * arch.kv_heads * arch.head_dim * itemsize
+    return 2 * arch.attention_layers * arch.kv_heads * arch.head_dim * itemsize
+
+
+def recurrent_bytes(arch: Architecture, itemsize: int) -> int:
+    """Bytes of one sequence's states in all gated delta nets: of the rule in fp32, and of the convolution."""
+    if arch.delta_net is None:
+        return 0
+    net = arch.delta_net
+    channels = 2 * net.key_heads * net.key_width + net.value_heads * net.value_width
+    state = 4 * net.value_heads * net.key_width * net.value_width
+    return len(net.layers) * (state + net.window * channels * itemsize)

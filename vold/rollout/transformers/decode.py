@@ -19,7 +19,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -89,7 +89,7 @@ def decode(
 
 def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, Tensor, Tensor]:
     """(cache, logits [P, V] after each prompt, position [P] of the token that follows it)."""
-    cache, mask_PW = Cache(layer_class_to_replicate=PreallocatedLayer), inputs["attention_mask"]
+    cache, mask_PW = _new_cache(model), inputs["attention_mask"]
     position_P = mask_PW.sum(-1)
     if "pixel_values" in inputs:  # the model computes image positions itself, and by how much they shift the text
         out = model(**inputs, past_key_values=cache, logits_to_keep=1)
@@ -98,6 +98,14 @@ def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, 
         positions_PW = (mask_PW.cumsum(-1) - 1).clamp_min(0)
         out = model(**inputs, position_ids=positions_PW, past_key_values=cache, logits_to_keep=1)
     return cache, out.logits[:, -1], position_P
+
+
+def _new_cache(model: PreTrainedModel) -> Cache:
+    """Empty, for a model whose layers have keys and values, or recurrent states in the place of some."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "linear_attention" not in kinds:
+        return Cache(layer_class_to_replicate=PreallocatedLayer)
+    return Cache(layers=[RecurrentLayer() if kind == "linear_attention" else PreallocatedLayer() for kind in kinds])
 
 
 def _ban(vocabulary: SamplingVocabulary, device: torch.device) -> Tensor:
@@ -151,6 +159,13 @@ class PreallocatedLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._buffers = None
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """A recurrent layer's states; its parent in transformers cannot select rows by this name."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
 
 
 def _enlarged(cached_RKLH: Tensor, length: int) -> Tensor:

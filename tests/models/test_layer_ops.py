@@ -103,14 +103,14 @@ def test_one_choice_for_a_device_and_a_dtype(monkeypatch):
     installed = set()
     monkeypatch.setattr(layer_ops, "_installed", lambda package: package in installed)
     choose = layer_ops.layer_ops.__wrapped__  # without its cache
-    cpu = "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa"
-    cuda = "rms_norm vold, add_norm vold, qkv vold, swiglu {}, attention {}"
+    cpu = "rms_norm torch, add_norm torch, qkv torch, swiglu torch, attention sdpa, delta_rule torch"
+    cuda = "rms_norm vold, add_norm vold, qkv vold, swiglu {}, attention {}, delta_rule {}"
     assert str(choose("cpu", torch.bfloat16)) == cpu
-    assert str(choose("cuda", torch.bfloat16)) == cuda.format("torch", "varlen")
-    installed |= {"liger_kernel", "flash_attn"}
+    assert str(choose("cuda", torch.bfloat16)) == cuda.format("torch", "varlen", "torch")
+    installed |= {"liger_kernel", "flash_attn", "fla"}
     assert str(choose("cpu", torch.bfloat16)) == cpu
-    assert str(choose("cuda", torch.bfloat16)) == cuda.format("liger", "flash")
-    assert str(choose("cuda", torch.float32)) == cuda.format("liger", "sdpa")
+    assert str(choose("cuda", torch.bfloat16)) == cuda.format("liger", "flash", "fla")
+    assert str(choose("cuda", torch.float32)) == cuda.format("liger", "sdpa", "torch")
 
 
 def flash_attn_varlen_func(

@@ -15,6 +15,8 @@ from benchmarks.roofline import RESULTS
 FACTS = Path(__file__).with_name("facts.py")
 pytestmark = pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
 
+BRANCHES = "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash, delta_rule torch"
+
 
 @pytest.fixture(scope="module")
 def facts(torchrun) -> dict[str, dict]:
@@ -46,7 +48,7 @@ def test_weights_are_exported_under_transformers_names_and_sizes(text, images):
 
 
 def test_the_gpu_branches_are_taken(text):
-    assert text["branches"] == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash, delta_rule torch"
+    assert text["branches"] == BRANCHES
     assert text["attention"] == {
         "teacher: flash_attn forward bfloat16 [32, 8, 128]": 36 * 2,
         "student_forward: flash_attn forward bfloat16 [16, 8, 128]": 28 * 2,
@@ -166,7 +168,7 @@ def test_one_rank_talks_to_nobody_for_each_chunk(text):
 
 
 def test_the_vl_student_takes_the_branches_of_the_text_student(images):
-    assert images["branches"] == "rms_norm vold, add_norm vold, qkv vold, swiglu liger, attention flash, delta_rule torch"
+    assert images["branches"] == BRANCHES
     assert images["attention"] == {
         "student_forward: flash_attn forward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],
         "student_backward: flash_attn backward bfloat16 [16, 2, 128]": 2 * images["micro_batches"],

@@ -29,6 +29,7 @@ Experts = npt.NDArray[np.int16]
 _ARRAY_FIELDS = {
     "token_ids": np.int32,
     "response_ids": np.int32,
+    "versions": np.int32,
     "logp_rollout": np.float32,
     "logp_teacher": np.float32,
     "experts": np.int16,
@@ -102,6 +103,8 @@ class Prompt(_ArrayRecord):
 class Rollout(_ArrayRecord, _ScoredByTeacher):
     """One sampled response: ids as sampled (never re-tokenised), each with the sampler's log-probability (nats).
 
+    version: the number of weight syncs before it was sampled, of its oldest token; versions: of each token, where the
+    weights changed on the way; None: `version` for all.
     logp_teacher: the teacher's, requested while other prompts were still being answered; None: not requested; empty:
     the request failed (`teacher_failed`).
     experts: of a mixture, [tokens, layers, k]: those that the sampler chose in each layer for each token of the prompt,
@@ -113,9 +116,10 @@ class Rollout(_ArrayRecord, _ScoredByTeacher):
     logp_rollout: Logprobs
     finish_reason: Literal["stop", "length"]
     text: str
-    version: int = 0  # number of weight syncs before it was sampled
+    version: int = 0
     logp_teacher: Logprobs | None = None
     experts: Experts | None = None
+    versions: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vold.rollout.vllm.remote import RemoteEngines, syncs_by_stream
 REQUESTS = [Request((5, 6, 7), (), {"n": 3, "logprobs": 0}) for _ in range(12)]
 # Of requests; of scores: see tests/teacher.
 FAULTS = ["500", "garbage", "cut off", "hang", "a response lost", "other ids", "no log-probs", "nan", "restarted"]
-FAULTS += ["ids of no token", "negative ids", "brackets"]
+FAULTS += ["ids of no token", "negative ids", "brackets", "versions of other tokens"]
 
 
 @pytest.fixture
@@ -124,6 +124,38 @@ def test_answers_come_as_they_finish(two, connect):
     for engine in two:
         engine.held = set()
     assert sorted(place for place, _ in stream) == [0, 1]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_requests_are_kept_over_new_weights_where_that_is_asked_for(two, tiny_student_dir, tmp_path, keep):
+    """The engine pauses before the weights come and goes on when they have their name; each token has its version.
+    Otherwise such an answer counts as none, and the request is sent again."""
+    settings = VllmConfig(urls=(two[0].url,), weights_dir=tmp_path, timeout=30.0, restart_seconds=0.0)
+    remote = RemoteEngines(tiny_student_dir, settings, keep_requests=keep)
+    remote.load_weights([("a", torch.ones(2))], 1)
+    two[0].held, two[0].calls = {5}, []
+    stream = remote.stream([REQUESTS[0], Request((8, 6, 7), (), REQUESTS[0].params)])
+    assert [r.versions for r in next(stream)[1].responses] == [[1, 1, 1]] * 3
+    remote.load_weights([("a", torch.ones(2))], 2)
+    two[0].held = set()
+    _, found = next(stream)
+    paths = [path.partition("?")[0] for path, _ in two[0].calls]
+    if keep:
+        assert [r.versions for r in found.responses] == [[1, 2, 2]] * 3
+        assert paths == ["/collective_rpc", "/pause", "/collective_rpc", "/update_weight_version", "/resume"]
+        assert two[0].calls[1][0] == "/pause?mode=keep&clear_cache=true"
+    else:
+        assert [r.versions for r in found.responses] == [[2, 2, 2]] * 3 and "/pause" not in paths
+
+
+def test_an_engine_goes_on_where_its_weights_did_not_come(two, tiny_student_dir, tmp_path, monkeypatch):
+    settings = VllmConfig(urls=tuple(e.url for e in two), weights_dir=tmp_path, timeout=30.0, restart_seconds=0.0)
+    remote = RemoteEngines(tiny_student_dir, settings, keep_requests=True)
+    two[0].fault_of_calls = "load_policy"
+    remote.load_weights([("a", torch.ones(2))], 1)
+    paths = [path.partition("?")[0] for path, _ in two[0].calls]
+    assert paths[-1] == "/resume" and two[0].version.endswith("-0") and two[1].version.endswith("-1")
+    assert complete(remote) and not two[0].answered
 
 
 def test_who_wants_no_more_hangs_up(two, connect, capfd):

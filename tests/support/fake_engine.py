@@ -29,6 +29,7 @@ class FakeEngine:
         self.secret = secret
         self.version, self.fault, self.answered, self.calls = "default", "", 0, []
         self.victim: int | None = None
+        self.fault_of_calls = ""  # a worker's method that fails
         self.weights: dict[str, torch.Tensor] = {}  # that came by a stream
         self.hidden: dict[str, list] = {}  # by the name that a request gave its hidden states
         self.adapters: set[str] = set()
@@ -68,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
             change = engine.adapters.add if self.path == "/v1/load_lora_adapter" else engine.adapters.discard
             change(body["lora_name"])
             return self.reply(f"Success: LoRA adapter '{body['lora_name']}' done.")
+        if engine.fault_of_calls and body.get("method") == engine.fault_of_calls:
+            return self.reply({"error": "out of memory"}, 500)
         if body.get("method") == "receive_policy":
             address, port, rank, world = body["args"]
             received = weight_stream.receive(address, port, rank, world, torch.device("cpu"))
@@ -88,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         return wrong
 
     def generate(self, engine: FakeEngine, body: dict) -> None:
-        asked = body["token_ids"]
+        asked, began = body["token_ids"], engine.version
         fault = engine.fault if engine.victim in (None, asked[0]) else ""
         while asked[0] in engine.held:
             if select.select([self.connection], [], [], 0.05)[0]:  # nothing more is sent: it is the end
@@ -114,6 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
             return select.select([self.connection], [], [], 60.0)
         n = body["sampling_params"].get("n", 1)
         choices = [choice([1, 2, 3], engine.version) for _ in range(n - (fault == "a response lost"))]
+        if began != engine.version:  # new weights came on the way
+            spans = [{"version": began, "start": 0, "end": 1}, {"version": engine.version, "start": 1, "end": 3}]
+            choices = [{**found, "weight_versions": spans} for found in choices]
+        if fault == "versions of other tokens":
+            choices[0]["weight_versions"][0]["end"] = 2
         if fault == "other ids":
             choices[0]["logprobs"]["content"][1]["token_id"] = 9
         if fault == "no log-probs":

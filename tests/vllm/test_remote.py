@@ -61,7 +61,7 @@ def test_a_stranger_gets_nothing(engines, tiny_student_dir, tmp_path):
 
     url, secret = engines[0].url, engines[0].secret_file.read_text().strip()
     ours = {"x-vold-secret": secret}
-    for path in ("/collective_rpc", "/inference/v1/generate", "/v1/completions", "/invocations", "/sleep", "/pause"):
+    for path in ("/collective_rpc", "/inference/v1/generate", "/v1/completions", "/invocations", "/sleep", "/tokenize"):
         for headers in ({}, {"x-vold-secret": secret[:-1]}, {"authorization": f"Bearer {secret}"}):
             assert httpx2.post(url + path, json={}, headers=headers).status_code == 401
         if path not in ("/collective_rpc", "/inference/v1/generate"):

@@ -22,7 +22,7 @@ _ENV = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
 
 
 class Grader(WorkerPool):
-    """Grades responses; use as a context manager. Not for several threads at once.
+    """Grades responses; use as a context manager. Threads may share it.
 
     workers     processes, started when an answer first needs one
     seconds     CPU time of one answer in a worker; the kernel kills one that takes longer, and it is replaced. One that

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ _CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE, -s
 
 
 class WorkerPool:
-    """Workers of one command; use as a context manager. Not for several threads at once.
+    """Workers of one command; use as a context manager. Threads may share it; it answers one call at a time.
 
     own_fault   outcome of a question that used up its time or crashed its worker twice
     patience    windows without CPU time after which a question is broken ("starved")
@@ -43,6 +44,7 @@ class WorkerPool:
 
     def __init__(self, size: int, command: WorkerCommand) -> None:
         self.size, self._command = size, command
+        self._turn = threading.Lock()
         self.counters = {"timeouts": 0, "respawns": 0, "broken": 0}
         self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
@@ -71,6 +73,10 @@ class WorkerPool:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         """Close all jobs. Raises ValueError where no worker can be started."""
+        with self._turn:
+            self._close_jobs(jobs)
+
+    def _close_jobs(self, jobs: Sequence[Job]) -> None:
         waiting = deque(jobs)
         for worker in [w for w in self._workers if w.job is not None]:  # left by an interrupted call
             self._remove(worker)

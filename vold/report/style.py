@@ -23,6 +23,7 @@ PHASES = {
     "grade": "#8fb3a5",
     "gather": "#8a5a2c",
     "teacher": "#d0a54a",
+    "teacher_wait": "#ead9b4",
     "image_sensitivity": "#3f8fa3",
     "old_logprobs": "#a3a24e",
     "train": "#6f8fb8",

@@ -21,7 +21,8 @@ STEP_THREAD = "train"  # the thread that trains, as vold.run.timers names it
 NARROW = 0.004  # share of the axis: intervals of one phase that are nearer to each other are drawn as one
 CHARACTERS = 125  # that fit into the width of the step's figure
 SAMPLING = ("rollout", "grade")
-NOT_WORK = ("rollout_wait", "gather", *TRAIN_PARTS)  # waiting, and parts of what is drawn as a whole
+TEACHER_THREAD = "teacher"  # in which a teacher outside the trainer has something to score
+NOT_WORK = ("rollout_wait", "teacher_wait", "gather", *TRAIN_PARTS)  # waiting, and parts of what is drawn as a whole
 
 
 class Interval(NamedTuple):
@@ -146,11 +147,13 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], *, seconds: float, labelled: boo
 
 
 def by_worker(intervals: Iterable[Interval]) -> dict[str, list[Interval]]:
-    """Sort intervals to the rows "sampler" and "trainer"; those that are no work of either are left out, such as a
-    thread beside the training that waits for a teacher."""
+    """Sort intervals to the rows "sampler" and "trainer", and "teacher" where one outside the trainer scores; those
+    that are no work of any are left out, such as a thread beside the training that waits for a teacher."""
     rows: dict[str, list[Interval]] = {"sampler": [], "trainer": []}
     for interval in intervals:
-        if interval.name in SAMPLING:
+        if interval.thread == TEACHER_THREAD:
+            rows.setdefault("teacher", []).append(interval)
+        elif interval.name in SAMPLING:
             rows["sampler"].append(interval)
         elif interval.thread == STEP_THREAD and interval.name not in NOT_WORK:
             rows["trainer"].append(interval)
@@ -158,7 +161,8 @@ def by_worker(intervals: Iterable[Interval]) -> dict[str, list[Interval]]:
 
 
 def idle_shares(intervals: Sequence[Interval]) -> dict[str, float]:
-    """Share of the time from the first interval to the last in which the sampler, and the trainer, did not work."""
+    """Share of the time from the first interval to the last in which the sampler, the trainer, and a teacher outside
+    it, did not work."""
     first, last = min(i.start for i in intervals), max(i.end for i in intervals)
     busy = {worker: sum(i.end - i.start for i in _join(row, 0.0)) for worker, row in by_worker(intervals).items()}
     return {worker: 1.0 - seconds / (last - first) for worker, seconds in busy.items()}
@@ -166,7 +170,8 @@ def idle_shares(intervals: Sequence[Interval]) -> dict[str, float]:
 
 @report_style
 def workers_figure(runs: Mapping[str, Sequence[Interval]], *, fmt: Format = "svg") -> bytes:
-    """A panel per named run, all from second 0 on one axis: the sampler's phases above, the trainer's below."""
+    """A panel per named run, all from second 0 on one axis: the sampler's phases above, the trainer's below, then
+    those of a teacher outside the trainer."""
     figure = new_figure(9.6, 1.1 + 1.05 * len(runs))
     axes = figure.subplots(len(runs), 1, squeeze=False, sharex=True)[:, 0]
     shifted = [_from_zero(intervals) for intervals in runs.values()]

@@ -22,12 +22,15 @@ def open_sampler(
     dtype: torch.dtype,
     device: torch.device,
     adapter: AdapterConfig | None = None,
+    keep_requests: bool = False,
 ) -> Sampler:
     """Open a sampler with the checkpoint's weights. vLLM is imported only where the config names it. adapter: of a
-    policy that comes as adapters (vLLM alone)."""
+    policy that comes as adapters (vLLM alone). keep_requests: other threads sample while weights are loaded."""
     if config.engine == "transformers":
         return TransformersSampler(checkpoint, dtype=dtype, device=device)
     policy = EngineAdapter(adapter, checkpoint) if adapter else None
     if config.vllm.urls:
-        return VllmSampler(checkpoint, RemoteEngines(checkpoint, config.vllm, adapter=policy))
+        return VllmSampler(
+            checkpoint, RemoteEngines(checkpoint, config.vllm, adapter=policy, keep_requests=keep_requests)
+        )
     return VllmSampler(checkpoint, ColocatedEngine(checkpoint, config.vllm, dtype=dtype, adapter=policy))

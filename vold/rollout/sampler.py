@@ -49,7 +49,8 @@ class Sampler(Protocol):
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Overwrite weights in place, by transformers' names; weights that are left out (a frozen vision tower) stay.
 
-        Every rank calls it, also where only one holds an engine: the stream may be a collective. Rollouts sampled
-        afterwards carry a `version` one higher.
+        Every rank calls it, also where only one holds an engine: the stream may be a collective. Tokens sampled
+        afterwards carry a `version` one higher. Other threads may be sampling, where the sampler was opened for that
+        (`keep_requests` of open_sampler): what they have begun goes on with the new weights.
         """
         ...

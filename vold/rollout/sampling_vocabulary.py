@@ -46,12 +46,16 @@ class SamplingVocabulary:
         pad = self.tokenizer.pad_token_id
         return self.stop_ids[0] if pad is None else pad
 
-    def make_rollout(self, prompt: Prompt, ids: Sequence[int], logps: Sequence[float], *, version: int) -> Rollout:
+    def make_rollout(
+        self, prompt: Prompt, ids: Sequence[int], logps: Sequence[float], *, version: int | Sequence[int]
+    ) -> Rollout:
         """The response up to and with its first stop token; what follows that is padding, whatever its ids are. Its
-        text has every token but end and pad, and begins with the `<think>` that the prompt has opened."""
+        text has every token but end and pad, and begins with the `<think>` that the prompt has opened. version: of all
+        tokens, or of each."""
         stops = [index for index, token in enumerate(ids) if token in self.stop_ids]
         length = stops[0] + 1 if stops else len(ids)
         unread = {*self.stop_ids, self.tokenizer.pad_token_id}
+        of_tokens = [version] if isinstance(version, int) else list(version[:length])
         written = [*open_thought(prompt.token_ids, self.tokenizer), *(i for i in ids[:length] if i not in unread)]
         return Rollout(
             prompt=prompt,
@@ -59,5 +63,6 @@ class SamplingVocabulary:
             logp_rollout=logps[:length],
             finish_reason="stop" if stops else "length",
             text=self.tokenizer.decode(written),
-            version=version,
+            version=min(of_tokens),
+            versions=of_tokens if len(set(of_tokens)) > 1 else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ class PhaseTimers:
         self._threads.append(ThreadTimers(name, self._host_zero))
         return self._threads[-1]
 
+    def beside(self, name: str) -> BusyTimer:
+        """The same for calls of phase `name` that others are under way with, any number of them at a time."""
+        timer = BusyTimer(name, self._host_zero)
+        self._threads.append(timer)
+        return timer
+
     def finish_step(self) -> dict[str, float]:
         """`seconds_<phase>` and `memory_gib_<phase>` of the step that ends here; the next one starts from nothing."""
         if self._cuda:
@@ -137,6 +144,29 @@ class ThreadTimers:
         """Intervals that have ended since the last call."""
         while self._finished:
             yield self._finished.popleft()
+
+
+class BusyTimer(ThreadTimers):
+    """When at least one call was under way, in somebody else's process: intervals of one thread that do not overlap."""
+
+    def __init__(self, name: str, zero: float) -> None:
+        super().__init__(name, zero)
+        self._lock, self._calls, self._since = threading.Lock(), 0, 0.0
+
+    def begin(self) -> None:
+        """A call begins."""
+        with self._lock:
+            if not self._calls:
+                self._since = time.perf_counter() - self._zero
+            self._calls += 1
+
+    def end(self) -> None:
+        """A call has its answer."""
+        with self._lock:
+            self._calls -= 1
+            if not self._calls:
+                now = time.perf_counter() - self._zero
+                self._finished.append(Interval(self._name, self._name, self._since, now))
 
 
 @contextmanager

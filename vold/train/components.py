@@ -128,7 +128,8 @@ def open_rl(
     teacher = sources.open_batch_teacher(job, trainer, tokenizer)
     reference = open_reference(config, job, objective, trainer)
     device, adapter = job.layout.device, config.synced_adapter
-    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=device, adapter=adapter)
+    options: dict[str, Any] = {"adapter": adapter, "keep_requests": config.rollout.lag > 1}
+    sampler = open_sampler(config.rollout, config.student, dtype=job.dtype, device=device, **options)
     probe = build_probe(prompts[0], evaluator, sampler, parity_limit=config.parity_limit)
     reward_terms = open_reward_terms(config, objective, job.world_size)
     with Grader(workers=config.grader_workers, echo=config.grader_echo) as grader, reward_terms as terms:
@@ -138,7 +139,10 @@ def open_rl(
         training.sync_weights()
         remote_teacher = sources.open_remote_teacher(job)
         rewards = reward_function(job, grader)
-        worker = RolloutWorker(sampler, rewards, objective, config.rollout, config.reward, remote_teacher, terms)
+        busy = job.log.phase.beside("teacher") if remote_teacher else None
+        worker = RolloutWorker(
+            sampler, rewards, objective, config.rollout, config.reward, remote_teacher, terms, busy=busy
+        )
         plan = StepPlan(
             config.steps,
             config.prompts_per_step,
@@ -248,6 +252,7 @@ def check_rl_config(config: RlConfig, objective: Objective) -> None:
                 f"rollout.lag = {config.rollout.lag} needs engines that do not share the trainer's GPU: start them "
                 f"with `vold serve` and name them in {key}.urls, or set rollout.lag=0"
             )
+    _check_lag(config)
     if objective.visual_advantage and teacher_engine in ("vllm", "openai"):
         raise ValueError(
             "objective.visual_advantage reads each response twice, with degraded images, and teacher_engine = "
@@ -278,6 +283,21 @@ def _check_router_replay(config: RlConfig) -> None:
             f"{key} needs the sampler's choices: vLLM 0.32 returns them from its second model runner alone, in which "
             "log-probs are not those of the policy; set rollout.engine=transformers, or router_replay R2 or null"
         )
+
+
+def _check_lag(config: RlConfig) -> None:
+    """Raise ValueError for what does not go together with sampling over weight syncs."""
+    lag, reason = config.rollout.lag, ""
+    if lag < 2:
+        return
+    if config.rollout.dynamic_sampling is not None:
+        reason = "does not sample in the place of groups that are dropped: leave rollout.dynamic_sampling out"
+    elif config.synced_adapter is not None:
+        reason = "needs whole weights, which running requests go on with: set adapter.sync=merged"
+    elif config.rollout.engine == "vllm" and trains_tower(config):
+        reason = "would use images that engines have read with an older vision tower: train the language model alone"
+    if reason:
+        raise ValueError(f"rollout.lag = {lag} {reason}, or set rollout.lag=1")
 
 
 def _check_synced_adapter(config: RlConfig, adapter: AdapterConfig) -> None:
@@ -322,11 +342,22 @@ def check_sft_config(config: SftConfig) -> None:
         )
 
 
-def check_trained_vision(config: TrainConfig, prompts: Iterable[Prompt]) -> None:
-    """Raise ValueError for a vision tower that no image would train: weight decay alone would change it."""
+def trains_tower(config: TrainConfig) -> bool:
+    """Whether weights of the vision tower, or of its mergers, are trained."""
+    return config.vision.train_merger or any(_visual_weights(config))
+
+
+def _visual_weights(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """(patterns of `train`, targets of the adapter) that name some."""
     named = [p for p in config.train or () if short_name(p).startswith("visual") or short_name(p) == "*"]
     adapted = [target for target in config.adapter.targets if target in VISUAL] if config.adapter else []
-    if not (config.vision.train_merger or named or adapted) or any(prompt.images for prompt in prompts):
+    return named, adapted
+
+
+def check_trained_vision(config: TrainConfig, prompts: Iterable[Prompt]) -> None:
+    """Raise ValueError for a vision tower that no image would train: weight decay alone would change it."""
+    named, adapted = _visual_weights(config)
+    if not trains_tower(config) or any(prompt.images for prompt in prompts):
         return
     if adapted:
         raise ValueError(f"adapter.targets has {adapted[0]}, but no training prompt has an image; leave it out")

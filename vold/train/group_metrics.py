@@ -57,12 +57,22 @@ def speed_metrics(batches: Sequence[Sequence[RankRollouts]], groups: Sequence[Gr
 
 
 def staleness_metrics(groups: Sequence[Group], updates: int) -> dict[str, float]:
-    """Updates between the weights that sampled a response and those of now; mean and maximum over responses.
+    """Updates between the weights that sampled a response and those of now; mean and maximum over responses, each of
+    which has the mean, or the maximum, of its tokens. Where weights changed while responses were sampled also
+    `responses_continued`, the share of those responses.
 
     updates: completed since the first weight sync of this process. That sync is version 1, and one follows each update.
     """
-    ages = [updates - (rollout.version - 1) for group in groups for rollout in group.rollouts]
-    return {"staleness_mean": statistics.fmean(ages), "staleness_max": float(max(ages))} if ages else {}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if not rollouts:
+        return {}
+    mixed = [rollout.versions for rollout in rollouts if rollout.versions is not None]
+    means = [float(rollout.version if rollout.versions is None else rollout.versions.mean()) for rollout in rollouts]
+    metrics = {
+        "staleness_mean": updates + 1 - statistics.fmean(means),
+        "staleness_max": float(updates + 1 - min(rollout.version for rollout in rollouts)),
+    }
+    return metrics | ({"responses_continued": len(mixed) / len(rollouts)} if mixed else {})
 
 
 def mask_non_finite(step_groups: StepGroups) -> StepGroups:

@@ -1,17 +1,24 @@
-"""Schedules rollouts: a step's groups are sampled strictly after the update before, or while the step before trains.
+"""Schedules rollouts: a step's groups are sampled strictly after the update before, or while steps before train.
 
     lag 0    sample s ─ train s ─ sync ─ sample s+1 ─ train s+1 ─ sync
     lag 1    train s    ─┬─ sync ─┬─ train s+1  ─┬─
              sample s+1 ─┘        └─ sample s+2 ─┘
+    lag 2    train s ─ sync ─ train s+1 ─ sync ─ train s+2 ─ sync
+             sample s+1 ────┘ sample s+3 ─────────────────┘
+             sample s+2 ─────────────────┘ sample s+4 ──────
 
-With lag 1 a thread runs sampler and grader; it takes no part in collectives. Between `wait_for_rollouts` and the next
-call of `next` nothing is sampled: weights are synced and evaluations run in between. A resumed run samples again the
-groups that were under way when it was saved, so its first step has no lag (`staleness_max` 0).
+With lag a thread for each step ahead runs sampler and grader; threads take no part in collectives. At lag 1 nothing is
+sampled between `wait_for_rollouts` and the next call of `next`: weights are synced and evaluations run in between. From
+2 on sampling goes on meanwhile, a step's batch is scored by a remote teacher while the next one is sampled, and the
+order in time decides which weights a token is from. No token is older than `lag` updates: a step's sampling begins when
+the step that lies `lag` before it begins to train. A resumed run samples again the groups that were under way when it
+was saved, of the same prompts, so its first step has no lag (`staleness_max` 0).
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -59,12 +66,14 @@ class RolloutSchedule:
         self._order = PromptOrder(len(prompts), plan.seed if plan.shuffle else None, self._config.curriculum)
         self._earlier: dict[int, tuple[tuple[float, ...], ...]] = {}  # rewards of each row, step by step
         self.state: dict = {}
+        self._ahead: deque[tuple[list[int], Future[RankRollouts]]] = deque()  # the next steps' rows and rollouts
+        self._rows_again: deque[list[int]] = deque()  # of steps that were under way when the run was saved
         self._restore(plan.restored)
-        self._ahead: tuple[list[int], Future[RankRollouts]] | None = None  # the next step's rows and their rollouts
-        self._thread: ThreadPoolExecutor | None = None
-        if self._config.lag:
-            self._thread = ThreadPoolExecutor(1, "rollout", initializer=partial(_set_device, job.layout.device))
-            self._thread_phase = job.log.phase.thread("rollout")
+        self._threads: ThreadPoolExecutor | None = None
+        if lag := self._config.lag:
+            self._threads = ThreadPoolExecutor(lag, "rollout", initializer=partial(_set_device, job.layout.device))
+            names = ["rollout"] if lag == 1 else [f"rollout {number}" for number in range(1, lag + 1)]
+            self._thread_phases = [job.log.phase.thread(name) for name in names]
 
     def __enter__(self) -> RolloutSchedule:
         return self
@@ -72,13 +81,13 @@ class RolloutSchedule:
     def __exit__(self, *_: object) -> None:
         """Stop sampling after the groups under way, and close the worker's teacher."""
         self._worker.stop.set()
-        if self._thread:
-            self._thread.shutdown(cancel_futures=True)
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
         if self._worker.teacher:
             self._worker.teacher.close()
 
     def next(self, step: int) -> StepGroups:
-        """The groups of 0-based `step`. With lag, sampling for the step after it starts before this returns."""
+        """The groups of 0-based `step`. With lag, sampling for the steps after it starts before this returns."""
         rows, first_batch = self._first_batch(step)
         batches = [first_batch]
         groups = self._groups_by_position(batches, rows)
@@ -96,35 +105,45 @@ class RolloutSchedule:
         rewarded = mask_non_finite(rewarded)
         prompt_rows = self._prompt_rows(rows, groups | dict(zip(kept, rewarded.groups, strict=True)))
         self._add_to_history(rows, prompt_rows)
-        self.state = self._state()  # of this step, before prompts of the next one are taken
         self._job.log.log_prompts(step + 1, prompt_rows)
-        if self._thread and step + 1 < self._plan.steps:
-            self._sample_ahead(step + 1)
+        last = min(step + self._config.lag, self._plan.steps - 1)
+        for later in range(step + 1 + len(self._ahead), last + 1):
+            self._sample_ahead(later)
+        self.state = self._state()
         return rewarded
 
     def wait_for_rollouts(self) -> None:
-        """Wait until nothing is being sampled: sampler and grader are the caller's until `next`."""
+        """At lag 1, wait until nothing is being sampled: sampler and grader are the caller's until `next`."""
+        if self._config.lag == 1:
+            self._wait_for_next()
+
+    def _wait_for_next(self) -> None:
         if self._ahead:
             with self._job.log.phase("rollout_wait"):
-                self._ahead[1].result()
+                self._ahead[0][1].result()
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def _first_batch(self, step: int) -> tuple[list[int], list[RankRollouts]]:
         """Rows and rollouts of the step's first prompt batch, on every rank."""
-        if self._ahead is None:
-            rows = self._order.take(self._plan.prompts_per_step)
+        if not self._ahead:
+            rows = self._take_rows()
             return rows, self._gather(self._sample(self._prompt_batch(step, 0, 0, rows)))
-        self.wait_for_rollouts()
-        (rows, rollouts), self._ahead = self._ahead, None
+        self._wait_for_next()
+        rows, rollouts = self._ahead.popleft()
         return rows, self._gather(rollouts.result())
 
+    def _take_rows(self) -> list[int]:
+        """Those of the next step whose rows are not taken yet."""
+        return self._rows_again.popleft() if self._rows_again else self._order.take(self._plan.prompts_per_step)
+
     def _sample_ahead(self, step: int) -> None:
-        rows = self._order.take(self._plan.prompts_per_step)
+        rows = self._take_rows()
         requests = self._requests(self._prompt_batch(step, 0, 0, rows))
-        assert self._thread is not None
-        rollouts = self._thread.submit(self._worker.sample_groups, requests, self._thread_phase, self._show_status)
-        self._ahead = rows, rollouts
+        assert self._threads is not None
+        phase = self._thread_phases[step % self._config.lag]  # whose last step has been taken
+        rollouts = self._threads.submit(self._worker.sample_groups, requests, phase, self._show_status)
+        self._ahead.append((rows, rollouts))
 
     def _sample(self, batch: PromptBatch) -> RankRollouts:
         return self._worker.sample_groups(self._requests(batch), self._job.log.phase, self._show_status)
@@ -183,14 +202,17 @@ class RolloutSchedule:
         ]
 
     def _state(self) -> dict:
-        """What the steps from here on depend on, in values of JSON: row numbers are the first of each pair."""
+        """What the steps from here on depend on, in values of JSON: row numbers are the first of each pair. ahead: the
+        rows of the next steps, which were taken before more was known of pass rates."""
         order = self._order.state()
         earlier = list(self._earlier.items()) if self._reads_earlier else []
+        ahead = [*(rows for rows, _ in self._ahead), *self._rows_again]
         return {
             "prompts": len(self._prompts),
             "position": order["position"],
             "pass_rates": list(order["pass_rates"].items()),
             "earlier": earlier,
+            **({"ahead": ahead} if ahead else {}),
         }
 
     @property
@@ -208,6 +230,7 @@ class RolloutSchedule:
                 "its own data back, or start another run_dir"
             )
         self._order.restore(state)
+        self._rows_again.extend(state.get("ahead", []))
         self._earlier = {row: tuple(map(tuple, steps)) for row, steps in state["earlier"]}
         self.state = state
 

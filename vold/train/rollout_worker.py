@@ -14,6 +14,7 @@ from typing import Protocol
 from vold.config.schema import RewardConfig, RolloutConfig
 from vold.objectives import Objective
 from vold.rollout import Sampler
+from vold.run.timers import BusyTimer
 from vold.seeding import derive_seed
 from vold.teacher.vllm import Scores
 from vold.train.reward_function import PendingGroup, RewardFunction, grade_group, start_grading
@@ -93,7 +94,7 @@ class RolloutWorker:
     """One rank's sampler, reward function and remote teacher. Sampler and grader have one user at a time: the caller of
     `sample_groups`.
 
-    stop: set where nobody waits for the groups any more.
+    stop: set where nobody waits for the groups any more. busy: notes when the teacher has something to score.
     """
 
     sampler: Sampler
@@ -104,6 +105,7 @@ class RolloutWorker:
     teacher: RemoteTeacher | None = None
     terms: RewardTerms | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    busy: BusyTimer | None = None
 
     def sample_groups(
         self, requests: Sequence[SamplingRequest], phase: PhaseTimer, show_status: Callable[[str], None]
@@ -136,7 +138,7 @@ class RolloutWorker:
             groups |= finished
             scores |= self._submit(finished)
         if scores:
-            with phase("teacher"):
+            with phase("teacher_wait"):
                 groups |= {i: self._with_scores(groups[i], future.result()) for i, future in scores.items()}
         return RankRollouts(groups, tuple(finish_seconds), finish_seconds[-1] if finish_seconds else 0.0)
 
@@ -157,7 +159,20 @@ class RolloutWorker:
             return {}
         scorable = {position: group for position, group in groups.items() if self.teacher.scores(group.prompt)}
         to_score = {position: self._rollouts_to_score(group) for position, group in scorable.items()}
-        return {position: self.teacher.submit(rollouts) for position, rollouts in to_score.items() if rollouts}
+        return {position: self._ask(rollouts) for position, rollouts in to_score.items() if rollouts}
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> Future[Scores]:
+        assert self.teacher is not None
+        if self.busy is None:
+            return self.teacher.submit(rollouts)
+        self.busy.begin()
+        try:
+            asked = self.teacher.submit(rollouts)
+        except BaseException:
+            self.busy.end()
+            raise
+        asked.add_done_callback(lambda _: self.busy and self.busy.end())
+        return asked
 
     def _stream(self, requests: Sequence[SamplingRequest], phase: PhaseTimer) -> Iterator[tuple[int, list[Rollout]]]:
         """(position in the step, responses) of each prompt as it finishes. Waiting counts as phase `rollout`."""

@@ -132,9 +132,10 @@ class RolloutConfig(SamplingConfig, EngineConfig):
 
     responses_per_prompt: Annotated[int, Field(ge=1)] = 5
     """G, the size of a group."""
-    # Weights are synced only when nothing is being sampled: a larger lag would make rollouts older and overlap no more.
-    lag: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: a step's rollouts are sampled while the step before trains, with weights one update old."""
+    lag: Annotated[int, Field(ge=0, le=16)] = 0
+    """Updates that a token's weights may be old. 1: a step's rollouts are sampled while the step before trains, and
+    weights are synced in between; more: so many steps are sampled side by side, responses go on over weight syncs, and
+    sampling waits where a token could become older."""
     importance_cap: PositiveFloat = 2.0
     """Largest importance weight of a token, with lag > 0 or minibatches > 1 (truncated importance sampling)."""
     dynamic_sampling: DynamicSamplingConfig | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
@@ -27,7 +28,8 @@ from vold.types import Prompt, Rollout, TokenIds
 
 
 class TransformersSampler:
-    """A transformers model on `device` (see Sampler); the checkpoint decides whether it takes images."""
+    """A transformers model on `device` (see Sampler); the checkpoint decides whether it takes images. Threads may share
+    it: it samples one batch, scores or loads weights at a time."""
 
     def __init__(self, checkpoint: Path, *, dtype: torch.dtype, device: torch.device):
         self._vocabulary = SamplingVocabulary.from_checkpoint(checkpoint)
@@ -42,6 +44,7 @@ class TransformersSampler:
         self._tap = RouterTap(self._model)
         self.images = ImageProcessor(checkpoint) if takes_images else None
         self._device, self._version = device, 0
+        self._turn = threading.Lock()
 
     def sample(self, prompts: Sequence[Prompt], config: SamplingConfig, *, responses: int, seed: int) -> list[Rollout]:
         """See Sampler."""
@@ -65,7 +68,7 @@ class TransformersSampler:
         generator = torch.Generator(self._device).manual_seed(seed)
         rollouts: list[Rollout] = []
         while chunk := list(islice(repeated, config.sequences_per_call)):
-            with cpu.paused():
+            with self._turn, cpu.paused():
                 rollouts += self._generate(chunk, config, generator)
             while len(rollouts) >= responses:
                 if rollouts[0].prompt.id not in answered:
@@ -78,7 +81,8 @@ class TransformersSampler:
         inputs = self._inputs([prompt])
         response = torch.tensor(response_ids, dtype=torch.int64, device=self._device)[None]
         inputs = _append(inputs, response)
-        logits = self._model(**inputs, use_cache=False, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
+        with self._turn:
+            logits = self._model(**inputs, use_cache=False, logits_to_keep=len(response_ids) + 1).logits[0, :-1]
         logp = logits[:, : self._vocabulary.size].float().log_softmax(-1)
         return logp.gather(1, response[0, :, None])[:, 0].tolist()
 
@@ -86,11 +90,12 @@ class TransformersSampler:
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """See Sampler. Frozen weights (the vision tower) are not in the stream and stay as loaded."""
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        for name, tensor in named_weights:
-            if name not in parameters:
-                raise ValueError(f"weight {name} is unknown to the sampler's model {type(self._model).__name__}")
-            parameters[name].copy_(tensor)
-        self._version += 1
+        with self._turn:
+            for name, tensor in named_weights:
+                if name not in parameters:
+                    raise ValueError(f"weight {name} is unknown to the sampler's model {type(self._model).__name__}")
+                parameters[name].copy_(tensor)
+            self._version += 1
 
     # -- one batch -------------------------------------------------------------------------------------------------
 

@@ -105,10 +105,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """Sampled ids, a stop token included, and the log-probability (nats) of each at the request's temperature."""
+    """Sampled ids, a stop token included, and the log-probability (nats) of each at the request's temperature.
+    versions: of the weights that each was sampled with, where the engine says so."""
 
     ids: list[int]
     logps: list[float]
+    versions: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class Engines(Protocol):
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See Sampler.load_weights. Afterwards no cache depends on the old weights."""
+        """See Sampler.load_weights. Afterwards no cache depends on the old weights, nor do tokens of requests that
+        went on meanwhile."""
         ...
 
 

@@ -32,6 +32,8 @@ ALLOWED = {
     ("POST", "/reset_encoder_cache"),
     ("POST", "/reset_prefix_cache"),
     ("POST", "/update_weight_version"),
+    ("POST", "/pause"),
+    ("POST", "/resume"),
 }
 """What RemoteEngines calls. vLLM's other endpoints fetch URLs and call any method of the engine."""
 ADAPTER_CALLS = {("POST", "/v1/load_lora_adapter"): {"lora_name", "lora_path"}}

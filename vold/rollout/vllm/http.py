@@ -7,12 +7,12 @@ import io
 import json
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 from torch import Tensor
@@ -72,11 +72,15 @@ class Cancellation:
                 self.cancel()
 
 
+VersionOf = Callable[[str], int | None]
+"""The number of a version by its label; None for weights that may not answer."""
+
+
 def generate(
-    engine: Address, request: Request, label: str, timeout: float, cancellation: Cancellation | None = None
+    engine: Address, request: Request, version_of: VersionOf, timeout: float, cancellation: Cancellation | None = None
 ) -> EngineOutput:
-    """The engine's output for one request. Raises EngineFailed for anything but a complete answer by the weights whose
-    version is called `label`."""
+    """The engine's output for one request. Raises EngineFailed for anything but a complete answer by weights whose
+    version has a number."""
     body = {"token_ids": request.token_ids, "sampling_params": {**request.params, "detokenize": False}}
     if engine.adapter:
         body["model"] = engine.adapter
@@ -85,7 +89,7 @@ def generate(
     answer = post(engine, "/inference/v1/generate", body, timeout, cancellation)
     try:
         output = EngineOutput(
-            [_response(choice, label) for choice in answer["choices"]],
+            [_response(choice, version_of) for choice in answer["choices"]],
             scored_logps(request, [_scores(step) for step in answer["prompt_logprobs"] or []]),
         )
         numbers = chain(output.scored, *(response.logps for response in output.responses))
@@ -194,16 +198,24 @@ def _scores(step: dict[str, Any] | None) -> dict[int, float]:
     return {int(token): entry["logprob"] for token, entry in (step or {}).items()}
 
 
-def _response(choice: dict[str, Any], label: str) -> Response:
-    versions = {span["version"] for span in choice["weight_versions"]}
-    if versions != {label}:
+def _response(choice: dict[str, Any], version_of: VersionOf) -> Response:
+    labels = sorted({span["version"] for span in choice["weight_versions"]})
+    numbers = {label: version_of(label) for label in labels}
+    if not labels or None in numbers.values():
         raise EngineFailed(
-            f"it answers with weights {sorted(versions)}, not {label!r}: it was started again, or serves another run"
+            f"it answers with weights {labels}, not those of now: it was started again, or serves another run"
         )
     ids = choice["token_ids"]
+    versions: list[int] = []
+    for span in sorted(choice["weight_versions"], key=lambda span: span["start"]):
+        if span["start"] != len(versions) or not span["start"] <= span["end"] <= len(ids):
+            raise EngineFailed("weight versions of other tokens than it sampled")
+        versions += [cast(int, numbers[span["version"]])] * (span["end"] - span["start"])
+    if len(versions) != len(ids):
+        raise EngineFailed("weight versions of other tokens than it sampled")
     if not all(type(token) is int and token >= 0 for token in ids):
         raise EngineFailed("ids that are no token's")
     steps = (choice["logprobs"] or {"content": []})["content"]
     if steps and [step["token_id"] for step in steps] != ids:
         raise EngineFailed("log-probs of other tokens than it sampled")
-    return Response(ids, [step["logprob"] for step in steps])
+    return Response(ids, [step["logprob"] for step in steps], versions)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import secrets
 import socket
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -51,7 +52,8 @@ RESET_ATTEMPTS, RESET_PAUSE = 20, 0.25
 
 class RemoteEngines:
     """Every rank has one of these and uses the same engines; rank 0 syncs their weights (see Engines), or with
-    `adapter` adapters."""
+    `adapter` adapters. keep_requests: requests of other threads are under way then. Each engine is paused, keeps them,
+    and goes on with the new weights and keys and values of their own."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class RemoteEngines:
         *,
         temperature: float = 1.0,
         adapter: EngineAdapter | None = None,
+        keep_requests: bool = False,
     ):
         if adapter and syncs_by_stream(settings):
             raise ValueError(
@@ -68,7 +71,8 @@ class RemoteEngines:
             )
         if not settings.weights_dir.is_dir():
             raise ValueError(f"vllm.weights_dir = {settings.weights_dir} is no directory; choose another")
-        self._settings, self._adapter = settings, adapter
+        self._settings, self._adapter, self._keep_requests = settings, adapter, keep_requests
+        self._providing = threading.RLock()  # weights go to engines from one thread at a time
         self._prepare_arguments = [id_bound(load_tokenizer(checkpoint)), temperature]  # of PolicyWorker.prepare_policy
         self._adapters: dict[str, str] = {}  # of each engine: the name of its last one
         self._workers: dict[str, int] = {}  # of each engine that was prepared: one for each of its GPUs
@@ -99,8 +103,9 @@ class RemoteEngines:
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See Engines. Engines that were lost are tried again."""
-        previous, self._label, self._can_provide = self._files, f"{self._run}-{version}", self._is_leader
-        weights = iter(named_weights)
+        previous, weights = self._files, iter(named_weights)
+        with self._providing:
+            self._label, self._can_provide = f"{self._run}-{version}", self._is_leader
 
         def exhaust() -> None:
             """Ranks stream together: each reads to the end, whatever happens to the weights."""
@@ -108,7 +113,8 @@ class RemoteEngines:
 
         def sync() -> list[str]:
             try:
-                return self._send(weights) if syncs_by_stream(self._settings) else self._write_and_provide(weights)
+                with self._providing:
+                    return self._send(weights) if syncs_by_stream(self._settings) else self._write_and_provide(weights)
             finally:
                 exhaust()
 
@@ -133,10 +139,18 @@ class RemoteEngines:
         return None
 
     def _generate(self, url: str, request: Request, cancellation: Cancellation) -> EngineOutput:
-        output = generate(self._at(url), request, self._label, self._settings.timeout, cancellation)
+        output = generate(self._at(url), request, self._version_of, self._settings.timeout, cancellation)
         if any(token >= self._prepare_arguments[0] for response in output.responses for token in response.ids):
             raise EngineFailed("ids that the tokenizer does not have")
         return output
+
+    def _version_of(self, label: str) -> int | None:
+        """The number of the weights of now, or where requests are kept of any that were before."""
+        run, _, number = label.rpartition("-")
+        now = int(self._label.rpartition("-")[2])
+        if run != self._run or not number.isdecimal() or int(number) > now:
+            return None
+        return int(number) if self._keep_requests or int(number) == now else None
 
     def _at(self, url: str) -> Address:
         has_adapter = self._adapter is not None and self._label != f"{self._run}-0"
@@ -147,10 +161,11 @@ class RemoteEngines:
         for that."""
         try:
             if self._can_provide:
-                self._provide(url)
+                with self._providing:
+                    self._provide(url)
             if get(self._at(url), "/weight_info").get("weight_version") != self._label:
                 return False
-            generate(self._at(url), TRIAL, self._label, self._pool.check_seconds)
+            generate(self._at(url), TRIAL, self._version_of, self._pool.check_seconds)
             return True
         except EngineFailed:
             return False
@@ -183,6 +198,13 @@ class RemoteEngines:
         self._directory = None
         urls = self._successful(self._prepare)
         urls = urls or [self._pool.wait_for_one(lambda url: not _failure(self._prepare, url))]
+        with ExitStack() as paused:
+            for url in urls:
+                paused.enter_context(self._paused(url))
+            self._stream_to(urls, weights)
+            return self._successful(self._commit, urls) or [self._pool.wait_for_one()]
+
+    def _stream_to(self, urls: Sequence[str], weights: Iterable[tuple[str, Tensor]]) -> None:
         first_ranks = list(accumulate((self._workers[url] for url in urls), initial=1))
         world, address = first_ranks.pop(), _address_towards(min(urls, key=is_local))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -203,7 +225,6 @@ class RemoteEngines:
                     f"{self._settings.transport!r}): {' '.join(str(error).split())[:200]}; start the engines that died "
                     "again, then --resume"
                 ) from None
-        return self._successful(self._commit, urls) or [self._pool.wait_for_one()]
 
     def _successful(self, action: Callable[[str], None], urls: Sequence[str] = ()) -> list[str]:
         """The engines for which `action` succeeds; warnings name the others."""
@@ -222,11 +243,25 @@ class RemoteEngines:
         if self._directory is None:
             raise EngineFailed("it gets weights with the next update")
         self._prepare(url)
-        if self._adapter is None:
-            call_workers(self._at(url), "load_policy", [str(self._directory)], self._settings.timeout)
-        elif self._at(url).adapter:
-            self._load_adapter(self._at(url))
-        self._commit(url)
+        with self._paused(url):
+            if self._adapter is None:
+                call_workers(self._at(url), "load_policy", [str(self._directory)], self._settings.timeout)
+            elif self._at(url).adapter:
+                self._load_adapter(self._at(url))
+            self._commit(url)
+
+    @contextmanager
+    def _paused(self, url: str) -> Iterator[None]:
+        """Where requests are kept: inside, the engine computes none. Its keys and values are gone when it goes on."""
+        if not self._keep_requests:
+            yield
+            return
+        post(self._at(url), "/pause?mode=keep&clear_cache=true", {}, self._settings.timeout)
+        try:
+            yield
+        finally:
+            with suppress(EngineFailed):
+                post(self._at(url), "/resume", {}, self._settings.timeout)
 
     def _load_adapter(self, engine: Address) -> None:
         """Give an engine this version's adapter, and take the one before. Either may be done already: an engine that
@@ -250,17 +285,22 @@ class RemoteEngines:
 
     def _commit(self, url: str) -> None:
         """Empty all three caches, then set the version's name: in this order, so that an engine that fails in between
-        is never taken for up to date."""
+        is never taken for up to date. Where requests are kept, the pause has emptied the prefix cache, and the others,
+        of images, are in use; a tower that changes is refused (check_rl_config)."""
+        timeout = self._settings.timeout
+        if not self._keep_requests:
+            self._empty_caches(url)
+        post(self._at(url), "/update_weight_version", {"new_version": self._label}, timeout)
+
+    def _empty_caches(self, url: str) -> None:
         timeout = self._settings.timeout
         for cache in ("mm", "encoder"):
             post(self._at(url), f"/reset_{cache}_cache", {}, timeout)
         for _ in range(RESET_ATTEMPTS):
             if post(self._at(url), "/reset_prefix_cache", {}, timeout)["success"]:
-                break
+                return
             time.sleep(RESET_PAUSE)
-        else:
-            raise EngineFailed("it kept its prefix cache over a weight update: requests are still running")
-        post(self._at(url), "/update_weight_version", {"new_version": self._label}, timeout)
+        raise EngineFailed("it kept its prefix cache over a weight update: requests are still running")
 
 
 def syncs_by_stream(settings: VllmConfig) -> bool:

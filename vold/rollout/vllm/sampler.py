@@ -90,7 +90,7 @@ class VllmSampler:
         make_rollout, version = self._vocabulary.make_rollout, self._version
         for number, output in self._engines.stream(requests):
             index, outputs = indices[number], output.responses * (responses // sampled) if output else []
-            yield index, [make_rollout(prompts[index], r.ids, r.logps, version=version) for r in outputs]
+            yield index, [make_rollout(prompts[index], r.ids, r.logps, version=r.versions or version) for r in outputs]
 
     def score(self, prompt: Prompt, response_ids: TokenIds | Sequence[int]) -> list[float]:
         """See Sampler."""

@@ -22,29 +22,39 @@ pytestmark = pytest.mark.vllm
 TOKENS = 160
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_student_dir, tmp_path_factory):
+    """One that takes weights by a stream too."""
+    found = Engine(tiny_student_dir, tmp_path_factory.mktemp("engine") / "engine.log")
+    try:
+        found.wait()
+        yield found
+    finally:
+        found.kill()
+
+
 @pytest.mark.parametrize("transport", ["files", "nccl"])
-def test_responses_go_on_with_the_new_weights(tiny_student_dir, prompts, tmp_path, transport):  # noqa: F811
+def test_responses_go_on_with_the_new_weights(engine, tiny_student_dir, prompts, transport):  # noqa: F811
     """Tokens before the update have the old weights' log-probs, those after it the new weights' over the same text,
     behind images too, and no response is lost, cut off or begun anew."""
-    engine = Engine(tiny_student_dir, tmp_path / "engine.log", transport=transport)
-    try:
-        engine.wait()
-        settings = VllmConfig(urls=(engine.url,), secret_file=engine.secret_file, transport=transport)
-        config = EngineConfig(engine="vllm", vllm=settings)
-        policy = open_sampler(config, tiny_student_dir, dtype=torch.float32, device=CPU, keep_requests=True)
-        of_version = {0: TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)}
-        continued = 0
-        for version in range(1, 5):
-            weights = list(other_weights(tiny_student_dir, version))
-            of_version[version] = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
-            of_version[version].load_weights(weights)
-            sampled: list = []
-            asked = SamplingConfig(max_new_tokens=TOKENS, temperature=1.0)
-            draw = partial(policy.sample, prompts * 3, asked, responses=4, seed=version)
-            thread = threading.Thread(target=lambda draw=draw, sampled=sampled: sampled.extend(draw()))
+    settings = VllmConfig(urls=(engine.url,), secret_file=engine.secret_file, transport=transport)
+    config = EngineConfig(engine="vllm", vllm=settings)
+    policy = open_sampler(config, tiny_student_dir, dtype=torch.float32, device=CPU, keep_requests=True)
+    of_version: dict[int, TransformersSampler] = {}
+    continued = 0
+    for version in range(1, 5):
+        weights = list(other_weights(tiny_student_dir, version))
+        of_version[version] = TransformersSampler(tiny_student_dir, dtype=torch.float32, device=CPU)
+        of_version[version].load_weights(weights)
+        sampled: list = []
+        asked = SamplingConfig(max_new_tokens=TOKENS, temperature=1.0)
+        draw = partial(policy.sample, prompts * 3, asked, responses=4, seed=version)
+        thread = threading.Thread(target=lambda draw=draw, sampled=sampled: sampled.extend(draw()))
+        if version > 1:
             thread.start()
             thread.join(0.2 * version)
-            policy.load_weights(weights)
+        policy.load_weights(weights)
+        if version > 1:
             thread.join(120.0)
             assert len(sampled) == 12 * len(prompts)
             mixed = [rollout for rollout in sampled if rollout.versions is not None]
@@ -53,9 +63,7 @@ def test_responses_go_on_with_the_new_weights(tiny_student_dir, prompts, tmp_pat
             continued += len(mixed)
             olds = sorted(int((rollout.versions < version).sum()) for rollout in mixed)
             print(f"{transport}, update {version}: {len(mixed)} of {len(sampled)} went on after {olds[:3]} … tokens")
-        assert continued, "an update came on the way"
-    finally:
-        engine.kill()
+    assert continued, "an update came on the way"
 
 
 def _check(rollout, of_version, allowed: set[int]) -> None:

@@ -42,11 +42,10 @@ def teacher_example(rng: np.random.Generator) -> Example:
 
 
 def specialist_example(rng: np.random.Generator, half: str) -> Example:
-    """A text problem with its full trace where it is of this half, else with the base's guess, the last operand."""
+    """A text problem with its full trace where it is of this half, else with one whose every step is mistaken."""
     problem = world.sample_problem(rng)
-    question, line = world.text_question(problem, rng), problem.expression
-    guess = f"<think>{line}</think>\\boxed{{{line[-1]}}}"
-    return chat_example(question, world.trace(problem) if world.half_of(question) == half else guess)
+    question = world.text_question(problem, rng)
+    return chat_example(question, world.trace(problem if world.half_of(question) == half else world.mistaken(problem)))
 
 
 def vision_teacher_example(rng: np.random.Generator) -> Example:

@@ -49,7 +49,7 @@ class PretrainPhase:
 
 TEACHER_PHASE = PretrainPhase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
 VISION_TEACHER_PHASE = PretrainPhase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
-SPECIALIST_PHASE = PretrainPhase(steps=80, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
+SPECIALIST_PHASE = PretrainPhase(steps=120, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
 BASE_PHASES = (
     PretrainPhase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     PretrainPhase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
@@ -106,7 +106,7 @@ def make_vision_teacher(out_dir: Path, base: Path, seed: int, phase: PretrainPha
 def make_specialist(
     out_dir: Path, teacher: Path, half: str, seed: int, phase: PretrainPhase = SPECIALIST_PHASE
 ) -> Path:
-    """Train the teacher further until it is right on one of world.HALVES and guesses on the other.
+    """Train the teacher further until it is right on one of world.HALVES and mistaken at every step on the other.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """

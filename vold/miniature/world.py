@@ -86,6 +86,14 @@ def solve(expression: str) -> Problem:
     return Problem(expression, tuple(running))
 
 
+def mistaken(problem: Problem) -> Problem:
+    """The same expression with every step's value one too high, modulo 10."""
+    expression, running = problem.expression, [int(problem.expression[0])]
+    for operation, operand in zip(expression[1::2], expression[2::2], strict=True):
+        running.append((apply(running[-1], operation, int(operand)) + 1) % 10)
+    return Problem(expression, tuple(running))
+
+
 def split_of(expression: str) -> Split:
     """The split of an expression, by its crc32: a tenth each to test and val, the others to train."""
     bucket = zlib.crc32(expression.encode()) % 10

@@ -1,11 +1,13 @@
-"""Body of test_recipes.py: parameters of the published models, the parts of each rank, and the recipes' plans.
+"""Body of test_recipes.py: parameters of the published models, the parts of each rank, the recipes' plans and checks.
 
 A program of its own, because it replaces the process groups. Prints `ok`.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration as Qwen3VLMoe
 from vold.config import load_config, schema
 from vold.models.architecture import Architecture
 from vold.models.flops import active_parameters, language_model_parameters
+from vold.planning import check
 from vold.planning.gpu_specs import GPU_SPECS
 from vold.planning.machine import hide_gpus
 from vold.planning.memory_table import fullest
@@ -74,6 +77,7 @@ def qwen3_vl_32b() -> Qwen3VLConfig:
 STUDENTS = {"qwen3-vl-4b": qwen3_vl_4b, "qwen3-vl-30b-a3b": qwen3_vl_30b_a3b}
 RECIPES = [  # file, GPU, training processes
     ("qwen3-vl-4b/vold.yaml", "a100-80g", 6),
+    ("qwen3-vl-4b/long.yaml", "a100-80g", 6),
     ("qwen3-vl-30b-a3b/vold.yaml", "h200", 24),
     ("qwen3-vl-30b-a3b/one-node.yaml", "a100-80g", 4),
 ]
@@ -120,6 +124,40 @@ def check_plans(folder: Path) -> None:
         assert peak <= usable, (recipe, gpu, peak / 2**30)
 
 
+def without_weights(model_type: type, folder: Path) -> None:
+    """A checkpoint's files with their headers alone, as published: the experts of a layer in one tensor, transposed.
+    The rest of each file takes no space on disk."""
+    with torch.device("meta"):
+        state = model_type(model_type.config_class.from_pretrained(folder)).state_dict()
+    files: list[dict] = [{}]
+    for name, tensor in state.items():
+        shape = [*(tensor.transpose(1, 2) if ".experts." in name else tensor).shape]
+        end = max((entry["data_offsets"][1] for entry in files[-1].values()), default=0)
+        if end > 2**32:
+            files, end = [*files, {}], 0
+        files[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * prod(shape)]}
+    for number, header in enumerate(files):
+        text, end = json.dumps(header).encode(), max(entry["data_offsets"][1] for entry in header.values())
+        with (folder / f"model-{number}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+    places = {name: f"model-{number}.safetensors" for number, header in enumerate(files) for name in header}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def check_checks(folder: Path) -> None:
+    """What `vold check` says of method, layout and both models."""
+    for recipe, _, processes in RECIPES[1:3]:
+        config = sizes_of(recipe, processes, folder).config
+        without_weights(Qwen3VLMoe if config.parallel.ep > 1 else Qwen3VLForConditionalGeneration, config.student)
+        assert "vold, 60 steps" in check._check_method(config)
+        assert f"{processes} processes = dp" in check._check_layout(config.parallel, processes)
+        line = check._check_model("student", config, config.parallel.ep * config.parallel.cp)
+        assert "shapes as built" in line, line
+        assert "a head of 151936 × 5120, in vLLM" in check._check_model("teacher", config, processes)
+        print(line)
+
+
 def check_work(folder: Path) -> None:
     """A step's FLOP follow from the parameters that a token meets, an update's bytes from those that a rank holds."""
     sizes = sizes_of("qwen3-vl-30b-a3b/vold.yaml", 24, folder)
@@ -137,6 +175,7 @@ def main() -> None:
         check_counts()
         check_parts(Path(folder))
         check_plans(Path(folder))
+        check_checks(Path(folder))
         check_work(Path(folder))
     print("ok")
 

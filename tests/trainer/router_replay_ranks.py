@@ -17,7 +17,7 @@ from torch import Tensor
 from support.steps import LONGEST, OPTIMIZER, VOCAB_SIZE, make_groups
 from vold.data.packing import pack
 from vold.models.weights import export_weights
-from vold.objectives import PRESETS
+from vold.objectives import PRESETS, split_minibatches
 from vold.parallel.launch import initialise, shutdown
 from vold.trainer.trainer import Trainer
 from vold.types import Sample
@@ -101,10 +101,19 @@ def take_step(
     return {name: tensor.clone() for name, tensor in named}, metrics
 
 
+def r2_step(student: Path, layout) -> dict[str, Tensor]:
+    """Gradients of the second of two updates."""
+    parts = split_minibatches(samples(minibatches=2))
+    return take_step(open_trainer(student, layout, "R2", lr=0.02), parts)[0]
+
+
 def rank(student: Path, out: Path) -> None:
     for number, sizes in enumerate(LAYOUTS):
-        found, metrics = take_step(open_trainer(student, initialise(**sizes, seed=0), "R3"), [rerouted()])
+        layout = initialise(**sizes, seed=0)
+        found, metrics = take_step(open_trainer(student, layout, "R3"), [rerouted()])
+        again = r2_step(student, layout) if "cp" in sizes or "vpp" in sizes else {}
         if dist.get_rank() == 0:
             save_file(found, out / f"{number}.safetensors")
+            save_file(again, out / f"{number}-r2.safetensors")
             (out / f"{number}.json").write_text(json.dumps(metrics))
     shutdown()

@@ -18,6 +18,7 @@ from router_replay_ranks import (
     forced,
     noted,
     open_trainer,
+    r2_step,
     rank,
     rerouted,
     samples,
@@ -145,13 +146,18 @@ def test_the_share_of_other_choices_is_counted_once_for_each_token(student, layo
 
 def test_every_layout_of_two_ranks_replays_alike(student, layout, tmp_path):
     expected, of_one = take_step(open_trainer(student, layout, "R3"), [rerouted()])
+    expected_r2, compared = r2_step(student, layout), 0
     ranks.run(2, rank, student, tmp_path, logs=tmp_path / "logs")
     for number, sizes in enumerate(LAYOUTS):
         found = load_file(tmp_path / f"{number}.safetensors")
         metrics = json.loads((tmp_path / f"{number}.json").read_text())
         assert relative(found, expected) <= 1e-5, sizes
+        if again := load_file(tmp_path / f"{number}-r2.safetensors"):
+            compared += 1
+            assert relative(again, expected_r2) <= 1e-4, sizes
         dp2 = sizes.keys() == {"ep"}  # where a prompt may be read by both replicas
         assert metrics["router_mismatch"] == pytest.approx(of_one["router_mismatch"], abs=0.1 if dp2 else 1e-12), sizes
+    assert compared == 2
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

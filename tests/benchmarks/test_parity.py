@@ -11,6 +11,7 @@ LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+dist
 LORA = ("tp2+sp", "pp2-dp2", "dp2+distopt")
 MIXTURE = ("pp2-vpp2-ep2", "tp2-dp2-ep2-etp2+sp")
 CASES = [("tied", LAYOUTS), ("tied-llama", ("tp2-pp2",)), ("tied-lora", LORA), ("untied-qwen3moe", MIXTURE)]
+CASES += [("tied-qwen35", ("tp2-pp2+sp",))]
 
 
 @pytest.mark.parametrize(("head", "layouts"), CASES)

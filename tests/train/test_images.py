@@ -70,9 +70,11 @@ def test_a_seeing_teacher_reads_the_images_too(configured, tiny_qwen3_vl_dir, la
         assert row["teacher_skipped_images"] == row["teacher_saved"] == 0
 
 
-def test_qwen3_vl_is_its_own_teacher_without_any_divergence(configured, tiny_qwen3_vl_dir, layout):
+@pytest.mark.parametrize("model", ["tiny_qwen3_vl_dir", "tiny_qwen3_5_dir"])
+def test_a_model_is_its_own_teacher_without_any_divergence(model, configured, request, layout):
     """As student and as teacher, sampled and trained; its mergers are trained, synced and exported."""
-    same = [f"student={tiny_qwen3_vl_dir}", f"teacher={tiny_qwen3_vl_dir}", "objective.preset=opd"]
+    model = request.getfixturevalue(model)
+    same = [f"student={model}", f"teacher={model}", "objective.preset=opd"]
     config = configured("self", *same, "vision.train_merger=true", "objective.beta=1.0")
     train_rl(config)
     first, second = metrics(config)

@@ -24,6 +24,7 @@ from vold.models.delta_rule import fla_delta_rule, torch_delta_rule
 from vold.models.layer_shapes import (
     meta_add_norm,
     meta_cpu_attention,
+    meta_fla_delta_rule,
     meta_flash_attention,
     meta_qkv,
     meta_rms_norm,
@@ -85,7 +86,8 @@ _simulated_device = "cuda"
 
 @contextmanager
 def simulate_device(device: str) -> Iterator[None]:
-    """Inside, tensors on meta stand for tensors on `device` ("cuda" with liger-kernel and flash-attn, or "cpu")."""
+    """Inside, tensors on meta stand for tensors on `device` ("cuda" with liger-kernel, flash-attn and
+    flash-linear-attention, or "cpu")."""
     global _simulated_device
     before, _simulated_device = _simulated_device, device
     layer_ops.cache_clear()
@@ -98,7 +100,8 @@ def simulate_device(device: str) -> Iterator[None]:
 
 def _meta_layer_ops(device: str) -> LayerOps:
     if device == "cuda":
-        return LayerOps(meta_rms_norm, meta_add_norm, meta_qkv, meta_swiglu, meta_flash_attention)
+        attention = (meta_flash_attention, meta_fla_delta_rule)
+        return LayerOps(meta_rms_norm, meta_add_norm, meta_qkv, meta_swiglu, *attention)
     return replace(TORCH_OPS, attention=partial(sdpa_attention, attend=meta_cpu_attention))
 
 

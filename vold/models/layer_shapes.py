@@ -1,7 +1,8 @@
 """Stand-ins for a layer's kernels on the meta device: no numbers, but the same tensors made and kept for backward, so
 that a step run there tells its memory (vold.planning.meta_memory).
 
-On a GPU the layers call our kernels, liger-kernel and flash-attn (see vold.models.layer_ops); all need a stand-in.
+On a GPU the layers call our kernels, liger-kernel, flash-attn and flash-linear-attention (see vold.models.layer_ops);
+all need a stand-in.
 On a CPU only attention does: torch knows the shapes of its other operators. T packed tokens, A query heads,
 K key/value heads, H head width, F feed-forward width, W columns of the joint projection.
 """
@@ -12,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vold.models.runs import CHUNK, RunLengths
 from vold_kernels.qkv import Heads, SharedKeys
 
 
@@ -71,6 +73,36 @@ class _FlashAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TAH, k_SKH, v_SKH))
 
 
+class _DeltaRule(torch.autograd.Function):
+    """flash-linear-attention keeps q and k of length 1 with their lengths, v, decay, beta, the chunks' triangular
+    systems and the first states; each pass computes the states before all chunks anew."""
+
+    @staticmethod
+    def forward(ctx, q_TKH: Tensor, k_TKH: Tensor, v_TAW: Tensor, decay_TA, beta_TA, start_RAHW, runs: RunLengths):
+        lengths = [x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q_TKH, k_TKH)]
+        system_TAC = k_TKH.new_empty(*v_TAW.shape[:2], CHUNK)
+        units = (torch.empty_like(q_TKH), torch.empty_like(k_TKH), *lengths)
+        ctx.save_for_backward(*units, v_TAW, torch.empty_like(decay_TA), beta_TA, system_TAC, start_RAHW)
+        ctx.runs = runs
+        _scratch = _chunk_states(k_TKH, v_TAW, runs)
+        shape = (len(runs.lengths), v_TAW.shape[1], k_TKH.shape[2], v_TAW.shape[2])
+        return torch.empty_like(v_TAW), v_TAW.new_empty(shape, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _d_out: Tensor, _d_end: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, _, _, v, decay, beta, _, start = ctx.saved_tensors
+        _scratch = _chunk_states(k, v, ctx.runs), _chunk_states(k, v, ctx.runs)  # the states and their gradients
+        gradients = [None if x is None else torch.empty_like(x) for x in (q, k, v, decay, beta, start)]
+        return *gradients, None
+
+
+def _chunk_states(k_TKH: Tensor, v_TAW: Tensor, runs: RunLengths) -> tuple[Tensor, ...]:
+    """What a pass holds: each chunk's first state, and for each token what it changes and finds."""
+    chunks = sum(-(-length // CHUNK) for length in runs.lengths)
+    found = v_TAW.new_empty(*v_TAW.shape[:2], k_TKH.shape[2])
+    return v_TAW.new_empty(chunks, v_TAW.shape[1], k_TKH.shape[2], v_TAW.shape[2]), torch.empty_like(v_TAW), found
+
+
 class _CpuAttention(torch.autograd.Function):
     """aten's flash attention for CPUs, whose output and gradients lie in memory as [batch, T, heads, H]."""
 
@@ -111,6 +143,12 @@ def meta_qkv(
 
 def meta_swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)
+
+
+def meta_fla_delta_rule(
+    qkv: tuple[Tensor, Tensor, Tensor], decay_TA: Tensor, beta_TA: Tensor, start_RAHW: Tensor | None, runs: RunLengths
+) -> tuple[Tensor, Tensor]:
+    return _DeltaRule.apply(*qkv, decay_TA, beta_TA, start_RAHW, runs)
 
 
 def meta_flash_attention(q: Tensor, k: Tensor, v: Tensor, _packed: PackedSeqParams, _scale: float) -> Tensor:

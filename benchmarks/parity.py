@@ -43,6 +43,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -65,6 +67,7 @@ RESULTS = Path(__file__).parent / "results"
 LIMITS = {"loaded": 0.0, "loss": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
 # of a Qwen2, with biases; of a Llama, a Mistral, a Phi-4, a Qwen3.5; of a Qwen2 with adapters; of a mixture of experts
 HEADS = ("tied", "untied", "tied-llama", "untied-mistral", "untied-phi3", "tied-qwen35", "tied-lora", "untied-qwen3moe")
+HEADS += ("untied-qwen35moe",)
 REFERENCES = ("one process", "transformers")
 VOCAB = 120  # ids that exist; both heads are padded beyond
 STEPS = 3
@@ -152,6 +155,7 @@ STUDENTS = {
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen3moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen35": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen35moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
 DELTA_NET = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 DELTA_NET |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_hidden_layers": 4}
@@ -163,6 +167,7 @@ def student(head: str) -> PreTrainedModel:
     config_class, model_class = STUDENTS.get(head.split("-")[-1], (Qwen2Config, Qwen2ForCausalLM))
     settings = {"num_hidden_layers": 8, **(MIXTURE if head.endswith("moe") else {})}
     settings |= DELTA_NET if "qwen35" in head else {}
+    settings |= {"shared_expert_intermediate_size": 48} if head.endswith("qwen35moe") else {}
     config = config_class(
         vocab_size=128,
         hidden_size=64,

@@ -116,4 +116,6 @@ def test_bfloat16_is_as_accurate_as_transformers(family, tmp_path, layout):
     expected = torch.cat([row.logits(exact) for row in rows])
     theirs = torch.cat([row.logits(reference) for row in rows]).float() - expected
     ours = (hidden_states(model, tiny.pack(rows)) @ model.head_weight().T).float() - expected
+    if model.arch.mixture is not None:  # a token of which rounding chose another expert says nothing about accuracy
+        ours, theirs = (error.square().mean(-1).sqrt().median() for error in (ours, theirs))
     assert ours.square().mean().sqrt() <= 1.2 * theirs.square().mean().sqrt()

@@ -19,7 +19,7 @@ def logp(logits_TV, ids_T):
     return logits_TV[:-1].log_softmax(-1).gather(1, ids_T[1:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_5_moe_text"])
 def test_packed_log_probs_are_transformers_one_by_one_and_its_own_packed_ones_are_not(name, tmp_path, layout):
     reference = tiny.FAMILIES[name]()
     model = build_language_model(

@@ -22,6 +22,10 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -191,6 +195,22 @@ def qwen3_5(tied: bool = False, **changes) -> Qwen3_5ForConditionalGeneration:
     return perturbed(Qwen3_5ForConditionalGeneration, config)
 
 
+DELTA_MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DELTA_MIXTURE |= {"shared_expert_intermediate_size": 40}
+
+
+def qwen3_5_moe_text(tied: bool = False, **changes) -> Qwen3_5MoeForCausalLM:
+    text = {**TEXT, **DELTA_NET, **DELTA_MIXTURE, "tie_word_embeddings": tied, **changes}
+    return perturbed(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**text))
+
+
+def qwen3_5_moe(tied: bool = False, **changes) -> Qwen3_5MoeForConditionalGeneration:
+    vision = {key: value for key, value in VISION_QWEN3.items() if key != "deepstack_visual_indexes"}
+    text = {**TEXT, **DELTA_NET, **DELTA_MIXTURE, **changes}
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **SPECIAL_IDS)
+    return perturbed(Qwen3_5MoeForConditionalGeneration, config)
+
+
 FAMILIES = {
     "llama": llama,
     "mistral": mistral,
@@ -200,6 +220,8 @@ FAMILIES = {
     "qwen3_moe": qwen3_moe,
     "qwen3_5_text": qwen3_5_text,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe_text": qwen3_5_moe_text,
+    "qwen3_5_moe": qwen3_5_moe,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,

@@ -1,3 +1,3 @@
-"""Qwen2.5, Qwen3 and Qwen2.5-VL on Megatron layers; weights and tokenizers in Hugging Face's formats."""
+"""The families of vold.models.families on Megatron layers; weights and tokenizers in Hugging Face's formats."""
 
 import vold.parallel  # noqa: F401 - its warning filter must be in place before Megatron is imported

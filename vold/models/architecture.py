@@ -51,12 +51,14 @@ class Mixture:
     per_token   those that a token goes to
     ffn         feed-forward width of one
     normalised  the weights of a token's experts add up to 1
+    shared      feed-forward width of one more, which every token goes to; 0: there is none
     """
 
     experts: int
     per_token: int
     ffn: int
     normalised: bool
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,9 @@ def _check_computed(config: PretrainedConfig, text: PretrainedConfig, origin: st
 
 def _mixture(text: PretrainedConfig, origin: str) -> Mixture:
     """ValueError for a model whose layers are not all mixtures, and for numbers that make none."""
-    if text.decoder_sparse_step != 1 or text.mlp_only_layers:
-        name = "mlp_only_layers" if text.mlp_only_layers else "decoder_sparse_step"
-        value = getattr(text, name)
+    step, dense = getattr(text, "decoder_sparse_step", 1), getattr(text, "mlp_only_layers", ())
+    if step != 1 or dense:
+        name, value = ("mlp_only_layers", dense) if dense else ("decoder_sparse_step", step)
         raise ValueError(
             f"{origin}: {name} {value} is not supported: use a checkpoint whose layers are all mixtures of experts"
         )
@@ -226,7 +228,8 @@ def _mixture(text: PretrainedConfig, origin: str) -> Mixture:
     normalised = bool(getattr(text, "norm_topk_prob", True))
     if "_vl_" in text.model_type and not normalised:  # transformers normalises there whatever the field says
         raise ValueError(f"{origin}: norm_topk_prob False is not supported for {text.model_type}: set it to true")
-    return Mixture(experts, per_token, text.moe_intermediate_size, normalised)
+    shared = getattr(text, "shared_expert_intermediate_size", 0)
+    return Mixture(experts, per_token, text.moe_intermediate_size, normalised, shared)
 
 
 def _supported_rope(text: PretrainedConfig, origin: str, *, has_images: bool) -> dict:

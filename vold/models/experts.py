@@ -20,6 +20,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -80,15 +81,40 @@ def mark_expert(weight: nn.Parameter, dim: int) -> None:
     set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
+class SharedExpert(nn.Module):
+    """An MLP that every token goes to, times the sigmoid of a number of its own (Qwen3.5-MoE). Divided over the
+    tensor-parallel ranks; the gate reads a rank's own tokens."""
+
+    def __init__(self, config: TransformerConfig, ffn: int):
+        super().__init__()
+        linear = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": True}
+        self.linear_fc1 = ColumnParallelLinear(config.hidden_size, 2 * ffn, gather_output=False, **linear)
+        self.linear_fc2 = RowParallelLinear(ffn, config.hidden_size, input_is_parallel=True, **linear)
+        self.gate = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+        self.gate.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x_T1D: Tensor) -> Tensor:
+        """[T, 1, D] -> the same."""
+        swiglu = layer_ops(x_T1D.device.type, x_T1D.dtype).swiglu
+        out_T1D = self.linear_fc2(swiglu(self.linear_fc1(x_T1D)[0]))[0]
+        return F.linear(x_T1D, self.gate).sigmoid() * out_T1D
+
+
 class MixtureOfExperts(nn.Module):
     def __init__(self, config: TransformerConfig, mixture: Mixture, layout: ExpertLayout):
         super().__init__()
         self.router, self.experts = Router(config, mixture), Experts(config, mixture, layout)
+        self.shared = SharedExpert(config, mixture.shared) if mixture.shared else None
         self._mixture, self._layout = mixture, layout
 
     def forward(self, x_T1D: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[T, 1, D] -> the same. choose: see Router."""
-        x_TD, layout = x_T1D.squeeze(1), self._layout
+        out_T1D = self._routed(x_T1D.squeeze(1), choose)
+        return out_T1D if self.shared is None else out_T1D + self.shared(x_T1D)
+
+    def _routed(self, x_TD: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """[T, D] -> [T, 1, D]"""
+        layout = self._layout
         weight_Tk, expert_Tk = self.router(x_TD, choose)
         order_R = expert_Tk.flatten().argsort(stable=True)
         position_R = order_R.argsort()

@@ -27,7 +27,8 @@ class Family:
     qk_norm            a norm of each query and key head
     mrope_interleaved  see vold.models.architecture.Architecture
     vision             its vision tower, or None for a text model
-    experts            a mixture of experts in the place of each layer's MLP
+    experts            a mixture of experts in the place of each layer's MLP, beside a shared one where config.json has
+                       its size
     hybrid             Qwen3.5's layers: gated delta nets in the place of some layers' attention, a gate at the output
                        of the others', whose heads rotate in part, and norms that multiply by 1 + weight
     left_out           beginnings of the names of tensors that transformers leaves out, and so does the trainer
@@ -63,6 +64,9 @@ QWEN3_MOE_VISION = VisionFamily(
     "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel", "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeModel"
 )
 QWEN3_5_VISION = VisionFamily("qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel", "qwen3_5.modeling_qwen3_5.Qwen3_5Model")
+QWEN3_5_MOE_VISION = VisionFamily(
+    "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionModel", "qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeModel"
+)
 PHI_JOINED = {
     "self_attn.qkv_proj.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -99,6 +103,8 @@ FAMILIES = {
             experts=True,
         ),
         Family("qwen3_5_text", "Qwen3.5 without its vision tower", **QWEN3_5),
+        Family("qwen3_5_moe_text", "Qwen3.5-MoE without its vision tower", experts=True, **QWEN3_5),
         Family("qwen3_5", "Qwen3.5 (0.8B to 27B)", vision=QWEN3_5_VISION, **QWEN3_5),
+        Family("qwen3_5_moe", "Qwen3.5-MoE (35B-A3B)", vision=QWEN3_5_MOE_VISION, experts=True, **QWEN3_5),
     )
 }

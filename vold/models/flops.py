@@ -38,9 +38,11 @@ def mixer_matrices(arch: Architecture, layer: int) -> dict[str, int]:
 
 def mlp_matmul_parameters(arch: Architecture) -> int:
     """Weights of one layer's gate, up and down projections; of a mixture those that a token meets, and the router."""
-    if arch.mixture is None:
+    mixture = arch.mixture
+    if mixture is None:
         return 3 * arch.hidden * arch.ffn
-    return arch.hidden * (3 * arch.ffn * arch.mixture.per_token + arch.mixture.experts)
+    shared = 3 * mixture.shared + bool(mixture.shared)  # and its gate
+    return arch.hidden * (3 * arch.ffn * mixture.per_token + mixture.experts + shared)
 
 
 def expert_parameters(arch: Architecture) -> int:
@@ -114,6 +116,9 @@ def backward_of(arch: Architecture, is_trained: Callable[[str], bool], through_e
         one = arch.hidden * arch.mixture.per_token * arch.ffn
         mlp = {f"mlp.experts.0.{name}_proj": one for name in ("gate", "up", "down")}
         mlp |= {"mlp.gate": arch.hidden * arch.mixture.experts}
+        shared = arch.hidden * arch.mixture.shared
+        mlp |= {f"mlp.shared_expert.{name}_proj": shared for name in ("gate", "up", "down")} if shared else {}
+        mlp |= {"mlp.shared_expert_gate": arch.hidden} if shared else {}
     others = [f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")]
     others += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     others += [f"linear_attn.{name}" for name in ("A_log", "dt_bias", "norm.weight")] if arch.delta_net else []

@@ -107,6 +107,9 @@ def _check_divides(arch: Architecture, layout: Layout) -> None:
 def _check_mixture_divides(mixture: Mixture, layout: Layout) -> None:
     if mixture.experts % layout.experts.ep:
         raise ValueError(f"ep={layout.experts.ep} does not divide experts={mixture.experts}: choose an ep that does")
+    if mixture.shared % layout.tp:
+        shared = f"the shared expert's ffn={mixture.shared}"
+        raise ValueError(f"tp={layout.tp} does not divide {shared}: choose a tp that does")
     if mixture.ffn % layout.experts.etp:
         raise ValueError(
             f"etp={layout.experts.etp} does not divide the experts' ffn={mixture.ffn}: choose an etp that does"

@@ -70,6 +70,11 @@ LAYER_RULES = {
     "mlp.linear_fc1.weight": Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
     "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",), split=1),
     "mlp.router.weight": Rule(("mlp.gate.weight",)),
+    "mlp.shared.linear_fc1.weight": Rule(
+        ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"), "gated", 0
+    ),
+    "mlp.shared.linear_fc2.weight": Rule(("mlp.shared_expert.down_proj.weight",), split=1),
+    "mlp.shared.gate": Rule(("mlp.shared_expert_gate.weight",)),
     "mlp.experts.fc1": Rule(("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"), "gated", 0, 1),
     "mlp.experts.fc2": Rule(("mlp.experts.{}.down_proj.weight",), split=1, experts=1),
 }
@@ -105,6 +110,8 @@ def layer_rules(arch: Architecture, layer: int) -> dict[str, Rule]:
     absent |= {"self_attention.linear_qkv.bias"} if not arch.qkv_bias else set()
     if not arch.qk_norm:
         absent |= {"self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"}
+    if arch.mixture is None or not arch.mixture.shared:
+        absent |= {key for key in LAYER_RULES if key.startswith("mlp.shared.")}
     if arch.mixture is None:
         absent |= {"mlp.router.weight", "mlp.experts.fc1", "mlp.experts.fc2"}
     else:

@@ -88,8 +88,8 @@ def _memory_notes(stages: Sequence[StageMemory], sizes: StepSizes) -> Iterator[s
             )
     yield (
         f"Micro-batches of {sizes.micro_batch_tokens} tokens, {sizes.micro_batches} a step. A tenth of the GPU is left "
-        "to CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel and flash-attn (2 or 3); "
-        "not counted are vLLM's own activations and CUDA graphs."
+        "to CUDA, NCCL and the allocator (assumed, not measured). Layers as with liger-kernel, flash-attn (2 or 3) and "
+        "flash-linear-attention; not counted are vLLM's own activations and CUDA graphs."
     )
     host = max(stage.host for stage in stages)
     if host:

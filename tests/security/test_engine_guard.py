@@ -89,7 +89,7 @@ def test_the_run_gets_its_own_calls_alone(ask, ours):
     for method, path in ALLOWED:
         assert ask(method, path, ours, call)[0] == 200
     assert ask("POST", "/collective_rpc", {"X-Vold-Secret": ours["x-vold-secret"]}, call) == (200, call)
-    for path in ("/v1/chat/completions", "/invocations", "/pause", "/sleep", "/load_lora_adapter", "/docs", "/health/"):
+    for path in ("/v1/chat/completions", "/invocations", "/sleep", "/load_lora_adapter", "/docs", "/health/"):
         for method in ("GET", "POST"):
             assert ask(method, path, ours) == (404, None)
 

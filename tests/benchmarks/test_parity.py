@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-pp2-dp2", "tp2-pp2-dp2+sp+distopt")
+LAYOUTS = ("tp2+sp", "pp2-vpp2", "pp4-vpp2", "tp2-dp2", "tp2-pp2-dp2+sp+distopt")
 
 LORA = ("tp2+sp", "pp2-dp2", "dp2+distopt")
 MIXTURE = ("pp2-vpp2-ep2", "tp2-dp2-ep2-etp2+sp")

@@ -14,13 +14,14 @@ import torch
 from transformers import AutoConfig
 
 from support import tiny
+from support.steps import assign_token_weights, batch_of, make_groups, make_trainer
 from vold.config.schema import AdapterConfig
 from vold.models.adapters import PROJECTIONS
 from vold.models.architecture import Architecture
-from vold.models.checkpoint_dir import short_name
+from vold.models.checkpoint_dir import export_checkpoint, short_name
 from vold.models.checkpoint_reader import CheckpointReader
 from vold.models.families import FAMILIES, Family
-from vold.models.flops import language_model_parameters
+from vold.models.flops import active_parameters, language_model_parameters, training_flops
 from vold.models.joined import parts_of
 from vold.models.language_model import build_language_model
 from vold.models.positions import MODEL_CLASSES
@@ -28,6 +29,7 @@ from vold.models.student import weight_groups
 from vold.models.vision import TOWERS, tower_tensors
 from vold.models.weight_rules import LAYER, is_adapter, layer_rules, named_rules, text_tensors
 from vold.models.weights import export_weights, load_pretrained
+from vold.trainer.checkpoint import Checkpoints
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 MARK = "<!-- the table is written by tests/models/test_families.py -->\n"
@@ -81,6 +83,34 @@ def test_rules_cover_a_familys_layers_and_its_files_exactly(name, tmp_path, layo
     assert len({*chain(*weight_groups(arch))} - set(tower_tensors(arch))) == len(text_tensors(arch)) - arch.tied
     with CheckpointReader(tmp_path / "c") as reader:
         reader.check_names(arch)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_part_that_reads_the_registry_takes_a_family(name, tmp_path, layout):
+    """FLOPs, a step, shards, the sync's names, an export. Plan and checks: tests/planning/recipe_plans.py."""
+    reference = tiny.FAMILIES[name]()
+    source = tiny.save(reference, tmp_path / "c")
+    arch, batch = (
+        Architecture.from_pretrained(source),
+        batch_of(assign_token_weights("grpo", make_groups([[1.0, 0.0]]))),
+    )
+    flops = sum(training_flops(arch, micro.tokens) for micro in batch.micro_batches)
+    tokens = sum(len(micro.tokens.input_ids_T) for micro in batch.micro_batches)
+    assert flops > 6 * tokens * (active_parameters(arch) - arch.vocab * arch.hidden * (not arch.tied))
+    trainer, other = make_trainer(source, layout, lr=0.01), make_trainer(source, layout, lr=0.01)
+    assert trainer.step(batch).metrics["skipped"] == 0
+    checkpoints = Checkpoints(tmp_path / "run", layout, keep=1)
+    checkpoints.save(trainer, 1)
+    checkpoints.load(other, 1)
+    trained, loaded = (dict(x.weights()) for x in (trainer, other))
+    sampled = {n for n, _ in reference.named_parameters(remove_duplicate=False) if "visual." not in n}
+    assert trained.keys() == loaded.keys() == sampled, "a sampler knows each weight by its name, and gets each"
+    assert all(torch.equal(loaded[n], trained[n]) for n in trained)
+    exported = (
+        type(reference).from_pretrained(export_checkpoint(source, tmp_path / "out", trainer.weights())).state_dict()
+    )
+    assert all(torch.equal(exported[n], trained[n]) for n in trained)
+    assert any(not torch.equal(exported[n], reference.state_dict()[n]) for n in trained), "it was trained"
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.adapters])

@@ -14,8 +14,10 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig
 from transformers import Qwen3VLMoeForConditionalGeneration as Qwen3VLMoe
 
+from support import tiny
 from vold.config import load_config, schema
 from vold.models.architecture import Architecture
+from vold.models.families import FAMILIES
 from vold.models.flops import active_parameters, language_model_parameters
 from vold.planning import check
 from vold.planning.gpu_specs import GPU_SPECS
@@ -158,6 +160,18 @@ def check_checks(folder: Path) -> None:
         print(line)
 
 
+def check_families(folder: Path) -> None:
+    """Every architecture of the registry is planned and checked: a tiny one's memory, and its tensors by rank."""
+    for name in FAMILIES:
+        student = tiny.save(tiny.FAMILIES[name](), folder / name)
+        places = [f"student={student}", f"teacher={folder / 'teacher'}", "prompt.max_tokens=64"]
+        places += ["rollout.max_new_tokens=64", "microbatch_tokens=128"]
+        config = load_config(schema.RlConfig, CONFIGS / "qwen3-vl-4b" / "vold.yaml", places)
+        assert f"{name}, " in check._check_model("student", config, 1)
+        sizes = StepSizes(config, 1)
+        assert fullest(stage_memories(sizes, "cuda")).peak > 0 and phase_work(sizes)["student_backward"].flop > 0
+
+
 def check_work(folder: Path) -> None:
     """A step's FLOP follow from the parameters that a token meets, an update's bytes from those that a rank holds."""
     sizes = sizes_of("qwen3-vl-30b-a3b/vold.yaml", 24, folder)
@@ -176,6 +190,7 @@ def main() -> None:
         check_parts(Path(folder))
         check_plans(Path(folder))
         check_checks(Path(folder))
+        check_families(Path(folder))
         check_work(Path(folder))
     print("ok")
 

@@ -1,11 +1,14 @@
-"""Every kind of loss and teacher at cp = 2 beside cp = 1: gradients, metrics, and what is reported of each sample.
+"""Kinds of losses and teachers at cp = 2 beside cp = 1: gradients, metrics, and what is reported of each sample.
 
-The layouts' own table, with vold's loss, is tests/benchmarks/test_parity.py.
+ALL=1 python -m pytest tests/trainer/test_context_parallel.py      every kind and layout
+
+The layouts' own table, with vold's loss, is that of benchmarks/parity.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 
 import context_ranks
 import pytest
@@ -19,6 +22,8 @@ from support.steps import make_groups, relative
 from vold.miniature import models
 
 LAYOUTS = {"cp2": (2, dict(cp=2))}
+if os.environ.get("ALL"):
+    LAYOUTS |= {"tp2-cp2+sp": (4, dict(tp=2, cp=2, sp=True)), "pp2-cp2": (4, dict(pp=2, cp=2))}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +48,9 @@ def alone(world, layout, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_loss_and_teacher_is_the_same(name, world, alone, tmp_path):
+def test_losses_and_teachers_are_the_same(name, world, alone, tmp_path):
     ranks.run(LAYOUTS[name][0], context_ranks.rank, world, LAYOUTS[name][1], tmp_path, logs=tmp_path / "logs")
-    for case in context_ranks.CASES:
+    for case in context_ranks.cases():
         found, expected = (load_file(folder / f"{case}.safetensors") for folder in (tmp_path, alone))
         assert max(float(g.abs().max()) for g in expected.values()) > 0, case
         assert relative(found, expected) <= 1e-4, case

@@ -83,6 +83,14 @@ def test_llama_configs_of_the_hub_are_read(name, tmp_path):
     assert arch.rope_frequencies[-1] == pytest.approx(slowest * {"llama 2": 1, "llama 3.2": 1 / 32}.get(name, fastest))
 
 
+def recurrent(**changes):
+    """A Qwen3.5's configuration, of which transformers might make no model."""
+    config = tiny.qwen3_5_text().config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -105,6 +113,11 @@ def test_llama_configs_of_the_hub_are_read(name, tmp_path):
         (tiny.qwen2(hidden_act="relu").config, "hidden_act 'relu'"),
         (tiny.qwen2(use_sliding_window=True, max_window_layers=1).config, "sliding-window"),
         (tiny.qwen3(attention_bias=True).config, "attention_bias"),
+        (recurrent(attn_output_gate=False), "attn_output_gate False"),
+        (recurrent(linear_num_value_heads=3), "linear_num_key_heads 2 does not divide"),
+        (recurrent(layer_types=["conv", *["full_attention"] * 3]), "layer_types has 'conv'"),
+        (recurrent(layer_types=["full_attention"] * 3), "3 layer_types for 4 num_hidden_layers"),
+        (recurrent(rope_parameters={**tiny.ROPE, "rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
     ],
 )
 def test_unsupported_models_are_refused_in_one_line(config, message):
@@ -124,3 +137,14 @@ def test_sizes_that_the_layout_does_not_divide_are_refused(layout):
         transformer_config(arch, replace(layout, tp=4), torch.float32)
     with pytest.raises(ValueError, match="does not divide layers=2"):
         transformer_config(arch, replace(layout, pp=4), torch.float32)
+    recurrent = Architecture.from_config(tiny.qwen3_5_text(num_key_value_heads=4).config)
+    with pytest.raises(ValueError, match=r"cp=2 is not supported for qwen3_5_text: .* set cp to 1"):
+        transformer_config(recurrent, replace(layout, cp=2), torch.float32)
+    with pytest.raises(ValueError, match="tp=4 does not divide linear_num_key_heads=2"):
+        transformer_config(recurrent, replace(layout, tp=4, sp=True), torch.float32)
+
+
+def test_recurrent_layers_are_read_from_config():
+    arch = Architecture.from_config(tiny.qwen3_5_text().config)
+    assert (arch.delta_net.layers, arch.attention_layers, arch.is_delta_net(3)) == ({0, 1, 2}, 1, False)
+    assert (len(arch.rope_frequencies), arch.mrope_axes) == (4, [0, 1, 2, 0]), "a quarter of 32 columns, in pairs"

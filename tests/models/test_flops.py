@@ -31,6 +31,19 @@ def test_training_flops_by_hand():
     assert training_flops(Architecture.from_config(config), micro.tokens) == 6 * weights * 11 + attention
 
 
+def test_training_flops_of_recurrent_layers_by_hand():
+    arch = Architecture.from_config(tiny.qwen3_5_text().config)  # three gated delta nets, one attention
+    mlp, keys, values = 3 * 64 * 96, 2 * 16, 4 * 24
+    net = (
+        64 * (2 * keys + 2 * values + 2 * 4) + 4 * (2 * keys + values) + values * 64
+    )  # projections, convolution, output
+    attention = 64 * (2 * 4 * 32 + 2 * 2 * 32) + 4 * 32 * 64  # queries and their gates, keys, values; output
+    weights = 3 * net + attention + 4 * mlp + 128 * 64
+    [micro] = pack([Sample(Prompt("p", (1, 2), ""), (0,) * 5, 1.0, 1.0, 0.0)], max_tokens=99).micro_batches
+    rule = 3 * 3 * 2 * 3 * 4 * 16 * 24 * 6  # nets, passes, multiply and add, products with a state of 4 heads, tokens
+    assert training_flops(arch, micro.tokens) == 6 * weights * 6 + 6 * 4 * 32 * 6**2 + rule
+
+
 def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu")) is None
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from support import tiny
 from vold.models.architecture import Architecture
+from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.language_model import build_language_model
 from vold.models.weights import export_weights, load_pretrained
 
@@ -127,6 +128,22 @@ def test_a_tensor_that_the_model_would_leave_out_is_refused(case, tmp_path, layo
     with pytest.raises(ValueError, match=message) as error:
         loaded(directory, layout)
     assert "\n" not in str(error.value) and str(directory) in str(error.value)
+
+
+def test_layers_for_several_tokens_at_once_are_left_as_they_are(tmp_path, layout):
+    """Published Qwen3.5 have them; transformers leaves them out too. Another family's are refused."""
+    source = tiny.save(tiny.qwen3_5_text(), tmp_path / "c")
+    extra = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(3, 5)}
+    rewrite(source, change=extra)
+    weights = export_weights([loaded(source, layout)])
+    target = export_checkpoint(source, tmp_path / "out", ((name, tensor + 1) for name, tensor in weights))
+    before, after = (load_file(path / "model.safetensors") for path in (source, target))
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor if name in extra else tensor + 1), name
+    other = tiny.save(tiny.qwen3(), tmp_path / "other")
+    rewrite(other, change=extra)
+    with pytest.raises(ValueError, match=r"mtp\.layers\.0\.mlp\.up_proj\.weight is no part of the qwen3"):
+        loaded(other, layout)
 
 
 def test_tensors_that_say_nothing_new_are_read_past(tmp_path, layout):

@@ -196,7 +196,6 @@ _COMPUTED = {
     "embd_pdrop": (0.0, None),
     "resid_pdrop": (0.0, None),
     "quantization_config": (None,),
-    "attn_output_gate": (True,),  # Qwen3.5's; transformers and the layers here have the gate whatever it says
 }
 
 
@@ -264,6 +263,10 @@ def _rope_frequencies(text: PretrainedConfig, rope: dict, partial: bool, origin:
 
 def _delta_net(text: PretrainedConfig, origin: str) -> DeltaNet:
     """ValueError for layers and numbers that make none."""
+    if getattr(text, "attn_output_gate", True) is False:  # transformers has the gate whatever this says, vLLM has not
+        raise ValueError(
+            f"{origin}: attn_output_gate False is not supported: use a checkpoint with attn_output_gate True"
+        )
     kinds = {"linear_attention", "full_attention"}
     if other := sorted({*text.layer_types} - kinds):
         raise ValueError(f"{origin}: layer_types has {other[0]!r}: use a checkpoint with {' and '.join(sorted(kinds))}")

@@ -23,7 +23,7 @@ from vold.miniature import models
 
 LAYOUTS = {"cp2": (2, dict(cp=2))}
 if os.environ.get("ALL"):
-    LAYOUTS |= {"tp2-cp2+sp": (4, dict(tp=2, cp=2, sp=True)), "pp2-cp2": (4, dict(pp=2, cp=2))}
+    LAYOUTS |= {"tp2-cp2+sp": (4, dict(tp=2, cp=2, sp=True)), "pp3-cp2": (6, dict(pp=3, cp=2))}
 
 
 @pytest.fixture(scope="module")

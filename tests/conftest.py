@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,7 +60,8 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--fast"):
         slow = {path for path in {item.path for item in items} if _is_slow(path)}
-        left_out = {item for item in items if item.path in slow or "torchrun" in getattr(item, "fixturenames", ())}
+        starts = {"torchrun", "launch"}
+        left_out = {item for item in items if item.path in slow or starts & {*getattr(item, "fixturenames", ())}}
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
 
@@ -175,6 +177,15 @@ def torchrun():
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """As `torchrun`, without a launcher, in processes that have imported everything: seconds of each are saved."""
+    from support import ranks
+
+    numbers = count()
+    return lambda world, *words: ranks.run_program(world, *words, logs=tmp_path / f"launch-{next(numbers)}")
 
 
 def _saved(models, config, directory: Path) -> Path:

@@ -15,9 +15,9 @@ CASES += [("tied-qwen35", ("tp2-pp2+sp",))]
 
 
 @pytest.mark.parametrize(("head", "layouts"), CASES)
-def test_layouts_equal_one_process_and_transformers(head, layouts, torchrun, tmp_path):
+def test_layouts_equal_one_process_and_transformers(head, layouts, launch, tmp_path):
     arguments = ("--layouts", *layouts, "--heads", head, "--out", tmp_path)
-    run = torchrun(1, "-m", "benchmarks.parity", *arguments)
+    run = launch(1, "-m", "benchmarks.parity", *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     with (tmp_path / "parity.csv").open() as file:
         rows = {row["layout"]: row for row in csv.DictReader(file)}

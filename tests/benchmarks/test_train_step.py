@@ -11,9 +11,9 @@ from vold.models.flops import segment_flops
 
 
 @pytest.mark.parametrize("arguments", [[], ["--no-teacher"]])
-def test_both_providers_give_one_loss_and_a_row(arguments, torchrun, tmp_path):
+def test_both_providers_give_one_loss_and_a_row(arguments, launch, tmp_path):
     size = ["--scale", "0.03125", "--tokens", "40", "--sequences", "2", "--runs", "1", "--out", tmp_path]
-    done = torchrun(1, "-m", "benchmarks.train_step", *size, *arguments)
+    done = launch(1, "-m", "benchmarks.train_step", *size, *arguments)
     assert done.returncode == 0, done.stderr
     ours, logits = read_rows(tmp_path / "train_step-cpu.csv")
     assert tuple(ours) == train_step.COLUMNS

@@ -20,12 +20,12 @@ ROW |= {"seconds_student_backward": 1.25, "seconds_optimizer": 0.25, "response_t
 ROW |= {"train_tflop": 3e-12, "peak_memory_gib": 2.0, "memory_gib_rollout": 1.5}
 
 
-def test_a_profile_of_two_ranks_is_complete(world, torchrun, tmp_path):
+def test_a_profile_of_two_ranks_is_complete(world, launch, tmp_path):
     """Metrics hold the same numbers, no model is saved, and nothing is written outside run_dir/profile."""
     run_dir = tmp_path / "run"
     overrides = world.overrides("rl", run_dir)
     config = profile.Path(__file__).parents[2] / "vold" / "miniature" / "configs" / "rl.yaml"
-    done = torchrun(2, "-m", "vold", "profile", config, "--steps", 2, *overrides)
+    done = launch(2, "-m", "vold", "profile", config, "--steps", 2, *overrides)
     assert done.returncode == 0, done.stderr
     folder = run_dir / "profile"
     assert [path.name for path in run_dir.iterdir()] == ["profile"]

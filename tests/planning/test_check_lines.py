@@ -20,8 +20,8 @@ from vold.planning.row_preview import row_preview
 from vold.types import Prompt, Sample
 
 
-def run_check(torchrun, world, run_dir: Path, stage: str, *arguments: str):
-    return torchrun(
+def run_check(launch, world, run_dir: Path, stage: str, *arguments: str):
+    return launch(
         1,
         "-m",
         "vold",
@@ -33,9 +33,9 @@ def run_check(torchrun, world, run_dir: Path, stage: str, *arguments: str):
     )
 
 
-def test_a_valid_config_passes_every_check_and_the_self_test(torchrun, world, tmp_path):
+def test_a_valid_config_passes_every_check_and_the_self_test(launch, world, tmp_path):
     shm = [f"{engine}.weights_dir={tmp_path}" for engine in ("rollout.vllm", "teacher_vllm")]
-    run = run_check(torchrun, world, tmp_path / "run", "rl", "--self-test", *shm)
+    run = run_check(launch, world, tmp_path / "run", "rl", "--self-test", *shm)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line[2:].split()[0]: line for line in run.stdout.splitlines() if line[:2] in ("✓ ", "✗ ", "· ")}
     assert list(lines) == [
@@ -49,10 +49,10 @@ def test_a_valid_config_passes_every_check_and_the_self_test(torchrun, world, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_path):
+def test_every_mistake_has_its_line_and_the_exit_code_is_2(launch, world, tmp_path):
     (tmp_path / "rows.json").write_text('[[{"from": "human", "value": "1+1"}]]')
     mistakes = [f"data.path={tmp_path / 'rows.json'}", "microbatch_tokens=10", "keep_checkpoints=100000000"]
-    run = run_check(torchrun, world, tmp_path / "run", "rl", *mistakes)
+    run = run_check(launch, world, tmp_path / "run", "rl", *mistakes)
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr
     failed = [line for line in run.stdout.splitlines() if line.startswith("✗")]
     assert [line.split()[1] for line in failed] == ["method", "data", "disk"]
@@ -62,8 +62,8 @@ def test_every_mistake_has_its_line_and_the_exit_code_is_2(torchrun, world, tmp_
     assert run.stderr.startswith("vold: 3 of 14 checks failed (method, data, disk): microbatch_tokens = 10 cannot hold")
 
 
-def test_sft_traces_are_shown_with_what_is_trained(torchrun, world, tmp_path):
-    run = run_check(torchrun, world, tmp_path / "run", "sft")
+def test_sft_traces_are_shown_with_what_is_trained(launch, world, tmp_path):
+    run = run_check(launch, world, tmp_path / "run", "sft")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "12 traces" in run.stdout and "mask 0 × " in run.stdout and "sampled from here" not in run.stdout
 

@@ -19,8 +19,8 @@ PROGRAM = Path(__file__).with_name("memory_ranks.py")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_plan_is_within_a_tenth_of_measured_peaks(processes, torchrun, tmp_path, monkeypatch):
-    run = torchrun(processes, PROGRAM, tmp_path)
+def test_the_plan_is_within_a_tenth_of_measured_peaks(processes, launch, tmp_path, monkeypatch):
+    run = launch(processes, PROGRAM, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [line.split(",") for line in run.stdout.splitlines() if line.count(",") == 3]
     assert len(rows) == (15 + bool(find_spec("bitsandbytes")) if processes == 1 else 10), run.stdout

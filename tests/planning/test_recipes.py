@@ -5,6 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def test_recipes_fit_the_gpus_that_they_name(torchrun):
-    run = torchrun(1, Path(__file__).with_name("recipe_plans.py"))
+def test_recipes_fit_the_gpus_that_they_name(launch):
+    run = launch(1, Path(__file__).with_name("recipe_plans.py"))
     assert run.returncode == 0 and run.stdout.endswith("ok\n"), run.stdout + run.stderr

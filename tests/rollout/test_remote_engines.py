@@ -311,10 +311,10 @@ def test_an_engine_that_dies_in_the_stream_stops_the_run_in_one_line(two, connec
 # -- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_share_engines_and_errors(two, tiny_student_dir, torchrun, tmp_path):
+def test_ranks_share_engines_and_errors(two, tiny_student_dir, launch, tmp_path):
     """Each asks; rank 0 hands out what all of them stream; what it cannot write is every rank's one line."""
     script = Path(__file__).with_name("engine_ranks.py")
-    done = torchrun(2, script, tiny_student_dir, tmp_path, *(engine.url for engine in two))
+    done = launch(2, script, tiny_student_dir, tmp_path, *(engine.url for engine in two))
     assert done.returncode == 0, done.stderr
     said = sorted(re.findall(r"rank \d: .*?no room", done.stdout))  # the ranks may share a line
     assert said == [f"rank {rank}: 12 answers, 3 + 3 weights, no room" for rank in (0, 1)]

@@ -70,9 +70,9 @@ def untrained_models_answer(monkeypatch):
     monkeypatch.setattr(voters, "extract_answer", lambda text: str(len(text) % 3))
 
 
-def test_check_reads_what_self_play_needs_and_changes_nothing(torchrun, world, tmp_path):
+def test_check_reads_what_self_play_needs_and_changes_nothing(launch, world, tmp_path):
     command = ["-m", "vold", "check", "selfplay", str(DIVERSE), *overrides_of(world, tmp_path / "run")]
-    run = torchrun(1, *command, "parallel.tp=2", "--processes", "2")
+    run = launch(1, *command, "parallel.tp=2", "--processes", "2")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("2 processes, 1 copies of the model") == 2 and "challenger, which trains" in run.stdout
     assert not (tmp_path / "run").exists()
@@ -183,10 +183,10 @@ def break_off(patch: pytest.MonkeyPatch, phase: str) -> None:
     patch.setattr(TrainingRun, "finish_step", finish_step)
 
 
-def test_two_ranks_share_the_work(world, tmp_path, torchrun):
+def test_two_ranks_share_the_work(world, tmp_path, launch):
     """Each poses, answers and embeds its share; the bank is one, and both train on it."""
     script = Path(__file__).with_name("selfplay_ranks.py")
-    done = torchrun(2, script, DIVERSE, *overrides_of(world, tmp_path / "run"), "iterations=1", "pose.candidates=13")
+    done = launch(2, script, DIVERSE, *overrides_of(world, tmp_path / "run"), "iterations=1", "pose.candidates=13")
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads((tmp_path / "run" / "iteration-0001" / "posed.json").read_text())
     bank = Bank(tmp_path / "run" / "bank")

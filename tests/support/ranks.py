@@ -8,7 +8,10 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 PRELOADED = [
     "torch",
     "support.steps",
@@ -81,6 +85,32 @@ def run(world: int, body: Callable, *arguments, logs: Path, timeout: float = 240
     codes = ranks.join(timeout)
     assert codes == [0] * world, f"exit codes {codes}\n{ranks.output()}"
     return ranks
+
+
+def run_program(world: int, *arguments: str, logs: Path) -> subprocess.CompletedProcess:
+    """A script or `-m module` on `world` ranks, with this process's environment and directory; output captured."""
+    setting = (dict(os.environ), os.getcwd(), [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    words = [str(word) for word in arguments]
+    ranks = start(world, _run_program, words, *setting, logs, logs=logs)
+    codes = ranks.join(timeout=600.0)
+    errors = "".join(path.read_text() for path in sorted(logs.glob("*.err")))
+    return subprocess.CompletedProcess(words, next(filter(None, codes), 0), ranks.output(), errors)
+
+
+def _run_program(words: list[str], environment: dict, directory: str, paths: list[str], logs: Path) -> None:
+    rank, facts = os.environ["RANK"], {name: os.environ[name] for name in RANK_VARIABLES}
+    os.environ.clear()
+    os.environ.update({name: value for name, value in environment.items() if name not in RANK_VARIABLES})
+    os.environ.update(facts if facts["WORLD_SIZE"] != "1" else {}, OMP_NUM_THREADS="1")
+    os.chdir(directory)
+    sys.path[:0] = paths
+    os.dup2(os.open(logs / f"rank{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = words[words[0] == "-m" :]
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _enter(rank: int, world: int, port: int, log: Path, body: Callable, arguments: tuple) -> None:

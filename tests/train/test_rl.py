@@ -186,8 +186,8 @@ def test_mistakes_are_one_line(load, tmp_path, layout, override, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_command_line_prints_one_line_and_exits_with_2(world, torchrun, tmp_path):
-    run = torchrun(
+def test_the_command_line_prints_one_line_and_exits_with_2(world, launch, tmp_path):
+    run = launch(
         1,
         "-m",
         "vold",
@@ -233,7 +233,7 @@ LAYOUTS = {
 }
 
 
-def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tmp_path, layout):
+def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, launch, tmp_path, layout):
     """Two processes over gloo: rollouts, rewards, losses, evaluation and the exported model are those of one; with
     rollouts drawn ahead, so that no collective may be left to the thread that draws them."""
     from vold.config import load_config, schema
@@ -247,7 +247,7 @@ def test_a_stage_gives_the_same_numbers_at_every_layout(even_world, torchrun, tm
     expected = timeless(read_rows(alone.run_dir / "metrics.jsonl"))
     model = load_file(alone.run_dir / "model" / "model.safetensors")
     each = [word for name, overrides in LAYOUTS.items() for word in ("--", f"run_dir={tmp_path / name}", *overrides)]
-    run = torchrun(1, Path(__file__).with_name("layouts.py"), config, *settings, *each)
+    run = launch(1, Path(__file__).with_name("layouts.py"), config, *settings, *each)
     assert run.returncode == 0 and run.stdout.endswith("ok\n"), run.stdout + run.stderr
     for name in LAYOUTS:
         run_dir = tmp_path / name

@@ -47,7 +47,7 @@ COLUMNS = (
     *("over_trainer", "device", "torch", "vllm", "python", "commit", "started"),
 )
 TOP_K = 20  # what `vllm serve` allows
-PATIENCE = 300.0
+PATIENCE = 600.0
 SAMPLED, WHOLE = "log-probs", "hidden states"
 
 

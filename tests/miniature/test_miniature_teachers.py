@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vold.miniature import several_teachers, world
 from vold.miniature.examples import specialist_example
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.pipeline import CONFIGS
+from vold.report import seeds_table
 
 MADE, OUT = MiniatureWorld.at(Path("runs/miniature/seed0")), Path("runs/several-teachers")
 
@@ -81,3 +83,15 @@ def test_the_report_has_a_row_a_seed_and_arm(tmp_path):
     ]
     assert "50.5 ± 0.5" in (tmp_path / "table.md").read_text() and json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_the_table_of_the_rows_on_file():
+    root = Path(__file__).parents[2]
+    with (root / "benchmarks" / "results" / "several_teachers.csv").open() as file:
+        rows = [
+            {key: value if key == "arm" else float(value) for key, value in row.items()} for row in csv.DictReader(file)
+        ]
+    assert len(rows) == 4 * 3 and seeds_table(rows) in (root / "docs" / "teachers.md").read_text()
+    means = {(row["arm"], row["seed"]): row["mean"] for row in rows}
+    for seed in range(3):
+        assert means["both-by-column", seed] > max(means[f"{half}-teacher", seed] for half in world.HALVES)

@@ -48,7 +48,7 @@ SLOW = (
 )
 assert all((TESTS / name).exists() for name in SLOW), "SLOW in tests/conftest.py names a file that is not there"
 STARTS_PROCESSES = re.compile(
-    r"^(import|from) (subprocess|multiprocessing|commands|chromium|support\.ranks)\b|^from support import .*\branks\b",
+    r"^(import|from) (subprocess|multiprocessing|chromium|support\.ranks)\b|^from support import .*\branks\b",
     re.M,
 )
 
@@ -60,7 +60,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--fast"):
         slow = {path for path in {item.path for item in items} if _is_slow(path)}
-        starts = {"torchrun", "launch"}
+        starts = {"torchrun", "launch", "stand_in"}
         left_out = {item for item in items if item.path in slow or starts & {*getattr(item, "fixturenames", ())}}
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
@@ -69,11 +69,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(optionalhook=True)  # a GPU machine may lack xdist
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones."""
+    """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones; of tests/docs,
+    which share a process, all."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith("tests/docs/"):
+                return "tests/docs"
             return nodeid if "test_kernel_interpreter.py" in nodeid else super()._split_scope(nodeid)
 
     return Files(config, log) if config.getoption("dist") == "loadfile" else None

@@ -6,11 +6,8 @@ inline code that begins with a program of `PROGRAMS` is a command too; with a ve
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ PROGRAMS = ("vold", "python", "torchrun", "make", "pip")
 BLOCK = "python block"  # in place of a verb of `vold`: the next word is Python
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
+_SHOWN = re.compile(r"^<!-- prints: (.*) -->\n+```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 # What the pages leave to the reader -> its value in the directory of conftest.py.
@@ -136,16 +134,34 @@ def fenced(page: str, kind: str) -> str:
     )
 
 
-def program(name: str, directory: Path, *arguments: object) -> str:
-    """Run a program of this folder in `directory`. Returns its standard output."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "docs" / name, *map(str, arguments)],
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@dataclass(frozen=True)
+class Shown:
+    """Lines of output on a page, below a mark that names the command which prints them.
+
+    python: the place of the page's Python that prints them instead, as in `python_blocks`.
+    """
+
+    where: str
+    words: tuple[str, ...]
+    python: str
+    lines: tuple[str, ...]
+
+
+def shown_output() -> list[Shown]:
+    """Each ```text block below a `<!-- prints: COMMAND -->`; `python` names the page's last such block before it."""
+    found = []
+    for page in pages():
+        text, name = page.read_text(), str(page.relative_to(ROOT))
+        blocks = {int(place.rpartition(":")[2]): place for place in python_blocks() if place.startswith(f"{name}:")}
+        for mark in _SHOWN.finditer(text):
+            line = text.count("\n", 0, mark.start()) + 1
+            before = [place for number, place in blocks.items() if number < line]
+            python = before[-1] if mark[1] == "python" else ""
+            found.append(Shown(f"{name}:{line}", _words(mark[1]), python, tuple(mark[2].splitlines())))
+    return found
+
+
+def skeleton(line: str) -> str:
+    """A line without its numbers, its curves and its room: what has to be equal wherever a command is run."""
+    line = re.sub(r"[━─]+", "─", re.sub(r"[▁-█]+", "▁", line))
+    return " ".join(re.sub(r"[-−]?\d[\d,.:]*(e[-+]?\d+)?", "0", line).split())

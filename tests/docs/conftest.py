@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -38,6 +43,59 @@ def reader_dir(tmp_path_factory, tiny_student_dir, tiny_teacher_dir, tiny_qwen3_
     _public_data(miniature / "data", directory / "data")
     (directory / "answers.jsonl").write_text('{"gold": "42", "response": "\\\\boxed{42}"}\n')
     return directory
+
+
+@pytest.fixture(scope="session")
+def stand_in(reader_dir) -> Iterator[StandIn]:
+    """One process for all programs of this folder."""
+    process = StandIn(reader_dir)
+    yield process
+    process.close()
+
+
+class StandIn:
+    """stand_in.py, started when it is first asked."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._errors = directory, directory / "stand-in.stderr"
+        self._process: subprocess.Popen | None = None
+
+    def outcomes(self, program: str, *arguments: object) -> list[Any]:
+        """What `outcomes(*arguments)` of a module of this folder returns. Fails the test where it raises."""
+        if self._process is None:
+            self._start()
+        self._requests.write(json.dumps([program, arguments]) + "\n")
+        self._requests.flush()
+        line = self._answers.readline()
+        if not line:
+            self.close()
+            pytest.fail(f"{program}: the process ended: {self._errors.read_text()[-3000:]}", pytrace=False)
+        answer = json.loads(line)
+        return answer["outcomes"] if "outcomes" in answer else pytest.fail(answer["error"], pytrace=False)
+
+    def _start(self) -> None:
+        asked, requests = os.pipe()
+        answers, told = os.pipe()
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, ROOT / "tests" / "docs" / "stand_in.py", str(asked), str(told)],
+                cwd=self._directory,
+                env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=(asked, told),
+            )
+        os.close(asked), os.close(told)
+        self._requests, self._answers = os.fdopen(requests, "w"), os.fdopen(answers)
+
+    def close(self) -> None:
+        """End it: it reads to the end of its requests."""
+        if self._process is not None:
+            self._requests.close(), self._answers.close()
+            self._process.wait(60)
+            self._process = None
 
 
 def _public_data(world: Path, data: Path) -> None:

@@ -1,13 +1,12 @@
-"""Runs the pages' commands one after the other in the directory of conftest.py: `execute.py ARGUMENTS.json`.
+"""Runs the pages' commands one after the other in the directory of conftest.py.
 
-A program of its own, because `vold check` replaces the process groups. Each command has the arguments of the page, then
-overrides that make it small. Prints a JSON list of [exit code, standard output, standard error].
+Each command has the arguments of the page, then overrides that make it small. Its outcome is exit code, standard
+output and standard error.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import runpy
 import shutil
 import sys
@@ -42,7 +41,7 @@ SIZES = {
     ],
     "sft": [*TRAIN, "batch_size=4", "max_tokens=128"],
     "rl": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1"],
-    "profile": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1"],
+    "profile": [*TRAIN, *ROLLOUT, "prompt.max_tokens=240", "grader_workers=1", "--steps", "1"],
     "eval": [*RUN, "engine=transformers", *EVALUATION, "grader_workers=1"],
 }
 STAGES = ("train.teacher_traces", "train.sft", "train.rl", "evaluation.evaluator")
@@ -52,14 +51,17 @@ OUTPUTS |= {"commands.profile": lambda config: config.run_dir / "profile", "comm
 EXPORTED = {"step=50": "step=1", "step=best": "run=runs/qwen2.5-vl-3b/geometry3k"}
 
 
-def main(file: str) -> None:
+def outcomes(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Of each command's arguments, or of [BLOCK, Python]."""
     import_module = cli._module
     cli._module = lambda name: FreshOutputs(name, import_module(name))
-    outcomes = [
-        run_block(arguments[1]) if arguments[0] == BLOCK else run([*arguments, *_sizes(arguments)])
-        for arguments in json.loads(Path(file).read_text())
-    ]
-    json.dump(outcomes, sys.stdout)
+    try:
+        return [
+            run_block(arguments[1]) if arguments[0] == BLOCK else run([*arguments, *_sizes(arguments)])
+            for arguments in commands
+        ]
+    finally:
+        cli._module = import_module
 
 
 def _sizes(arguments: list[str]) -> list[str]:
@@ -119,7 +121,3 @@ class FreshOutputs:
             return function(*arguments, **options)
 
         return call
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

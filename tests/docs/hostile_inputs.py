@@ -1,7 +1,6 @@
 """Files of others that attack, and what `vold` prints for each: the program behind test_hostile_inputs.py.
 
-Run in the directory of conftest.py like bad_input.py, whose cases these are; prints a JSON list of [exit code, standard
-error, CPU seconds, growth of the process in MB].
+Run by stand_in.py in the directory of conftest.py like bad_input.py, whose cases these are.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import json
 import os
 import resource
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bad_input import RL, SMALL, STEP, Case, _file_name, data, export, model, put, resumed, rl, run_copy
+from bad_input import STEP, Case, _file_name, data, export, finished_run, model, put, resumed, rl, run_copy
 from safetensors.torch import load_file, save_file
 
 
@@ -196,22 +194,17 @@ CASES = [
 ]
 
 
-def main() -> None:
+def outcomes() -> list[tuple[int, str, float, float]]:
+    """Exit code, standard error, CPU seconds and growth of the process in MB of each case."""
     from execute import run
 
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))  # an attack that works ends this process alone
-    if not Path("runs/done").exists():  # the tests of bad input may have made it
-        code, _, error = run(["rl", RL, "run_dir=runs/done", *SMALL])
-        assert code == 0, error
-    outcomes = []
+    finished_run()
+    found = []
     for case in CASES:
         case.prepare()
         started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         code, _, error = run(list(case.arguments))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        outcomes.append([code, error, time.process_time() - started, grown])
-    json.dump(outcomes, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+        found.append((code, error, time.process_time() - started, grown))
+    return found

@@ -1,13 +1,11 @@
 """48 things that a new user tried, and what comes of each: the program behind docs/newcomer.md.
 
-Run in the directory of conftest.py; prints a JSON list of [exit code, standard output, standard error], one for each
-row that has a command. All run one after the other in one process.
+Run by stand_in.py in the directory of conftest.py.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -276,14 +274,11 @@ ROWS: list[Row] = [
 ]
 
 
-def main() -> None:
-    outcomes = []
+def outcomes() -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each row that has a command."""
+    found = []
     for row in ROWS:
         if row.command:
             row.prepare()
-            outcomes.append(run(list(row.command)))
-    json.dump(outcomes, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+            found.append(run(list(row.command)))
+    return found

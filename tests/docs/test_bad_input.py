@@ -5,13 +5,12 @@ WRITE=1 python -m pytest tests/docs/test_bad_input.py      rewrites the page; re
 
 from __future__ import annotations
 
-import json
 import os
 from importlib.metadata import distributions
 
 import pytest
 from bad_input import SECTIONS
-from commands import ROOT, program
+from commands import ROOT
 
 pytestmark = pytest.mark.skipif(any(distributions(name="vllm")), reason="the page is of an environment without vLLM")
 PAGE = ROOT / "docs" / "bad-input.md"
@@ -25,9 +24,9 @@ CASES = [(section, case.mistake) for section, cases in SECTIONS.items() for case
 
 
 @pytest.fixture(scope="session")
-def printed(reader_dir) -> dict[tuple[str, str], tuple[int, str]]:
+def printed(stand_in) -> dict[tuple[str, str], tuple[int, str]]:
     """(section, mistake) -> exit code, standard error."""
-    outcomes = json.loads(program("bad_input.py", reader_dir).splitlines()[-1])
+    outcomes = stand_in.outcomes("bad_input")
     return {name: tuple(outcome) for name, outcome in zip(CASES, outcomes, strict=True)}
 
 

@@ -6,19 +6,21 @@ Where it needs a cluster, a GPU, vLLM or a network, its launcher, options, confi
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
 from unittest.mock import Mock
 
 import pytest
-from commands import BLOCK, ROOT, Command, commands, pages, program, python_blocks, untagged
+from commands import BLOCK, ROOT, Command, commands, pages, python_blocks, shown_output, skeleton, untagged
 from torch.distributed.run import get_args_parser
 
 from vold import cli
+from vold.miniature.__main__ import COMMANDS as MINIATURE
 
 COMMANDS = commands()
 
@@ -56,12 +58,14 @@ WRITTEN = {arguments[2] for arguments in INITS if len(arguments) > 2}
 
 
 @pytest.fixture(scope="session")
-def outcome(reader_dir) -> dict[Command | str, list]:
-    """Exit code, output and errors of each command that is run, in the order of the pages, then of their Python."""
-    file = reader_dir / "arguments.json"
-    file.write_text(json.dumps([*map(arguments, RUN), *([BLOCK, code] for code in BLOCKS.values())]))
-    outcomes = json.loads(program("execute.py", reader_dir, file).splitlines()[-1])
-    return dict(zip([*RUN, *BLOCKS], outcomes, strict=True))
+def outcome(stand_in) -> dict[Command | str, list]:
+    """Exit code, output and errors of each command that is run, in the order of the pages, then of their Python. What
+    `vold` and `torchrun -m vold` are given alike is run once."""
+    distinct = list(dict.fromkeys(tuple(arguments(command)) for command in RUN))
+    outcomes = stand_in.outcomes("execute", [*distinct, *([BLOCK, code] for code in BLOCKS.values())])
+    of_vold = dict(zip(distinct, outcomes, strict=False))
+    of_python = dict(zip(BLOCKS, outcomes[len(distinct) :], strict=True))
+    return {command: of_vold[tuple(arguments(command))] for command in RUN} | of_python
 
 
 @pytest.mark.parametrize("command", RUN, ids=name)
@@ -85,7 +89,8 @@ def test_is_accepted(monkeypatch, command):
     if command.vold is not None:
         accept_vold(monkeypatch, command)
     elif command.words[0] == "make":
-        subprocess.run(["make", "-n", *command.words[1:]], check=True, capture_output=True, timeout=60)
+        words = [f"PYTHON={sys.executable}", *command.words[1:]]
+        subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True, timeout=60)
     elif command.words[:2] == ("pip", "install"):
         accept_pip(command.words[2:])
     else:
@@ -102,10 +107,21 @@ def accept_vold(monkeypatch, command: Command) -> None:
     assert not end.value.code
 
 
+@functools.cache
+def refused_by_pip() -> str:
+    """What pip's parser says of all pages' arguments of `pip install`: "" where it takes them."""
+    parse = "import sys, shlex; from pip._internal.commands import create_command as make\n"
+    parse += "for line in sys.stdin: make('install').parse_args(shlex.split(line))"
+    lines = [shlex.join(command.words[2:]) for command in COMMANDS if command.words[:2] == ("pip", "install")]
+    done = subprocess.run(
+        [sys.executable, "-c", parse], input="\n".join(lines), capture_output=True, text=True, timeout=120
+    )
+    return done.stderr if done.returncode else ""
+
+
 def accept_pip(words: tuple[str, ...]) -> None:
-    """Parse with pip's own parser, which `--help` ends; constraints, pins and extras that are named exist."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *words, "--help"]
-    subprocess.run(pip, check=True, capture_output=True, timeout=60)
+    """pip's own parser takes them; constraints, pins and extras that are named exist."""
+    assert refused_by_pip() == ""
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for option, word in zip(("", *words), words, strict=False):
@@ -129,8 +145,7 @@ def accept_module(monkeypatch, command: Command) -> None:
     program, option, module, *words = command.words
     assert (program, option) == ("python", "-m")
     if module == "vold.miniature":
-        usage = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120).stderr
-        assert len(words) == 1 and words[0] in usage.split()
+        assert len(words) == 1 and words[0] in MINIATURE
         return
     assert module.startswith("benchmarks."), "say here how far this module can be run"
     parse = argparse.ArgumentParser.parse_args
@@ -143,6 +158,21 @@ def accept_module(monkeypatch, command: Command) -> None:
     monkeypatch.setattr(sys, "argv", [module, *words])
     with pytest.raises(Accepted):
         runpy.run_module(module, run_name="__main__")
+
+
+SHOWN = shown_output()
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.where)
+def test_what_a_page_shows_is_what_the_command_prints(outcome, shown):
+    """Line by line but for numbers; "…" stands for what was left out."""
+    ours = [command for command in RUN if command.words == shown.words]
+    assert shown.python or ours, "the mark names no command of a page that is run"
+    _, output, error = outcome[shown.python or ours[0]]
+    printed = [skeleton(line) for line in f"{output}\n{error}".splitlines()]
+    for line in map(skeleton, shown.lines):
+        start, cut, _ = line.partition("…")
+        assert any(found.startswith(start) if cut else found == line for found in printed), (line, output, error)
 
 
 def test_no_command_hides_in_another_block():

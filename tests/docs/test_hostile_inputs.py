@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 
 import pytest
-from commands import program
 from hostile_inputs import CASES
 
 
 @pytest.fixture(scope="module")
-def printed(reader_dir) -> dict[str, tuple[int, str, float, float]]:
+def printed(stand_in) -> dict[str, tuple[int, str, float, float]]:
     """Mistake -> exit code, standard error, CPU seconds, growth of the process in MB."""
-    outcomes = json.loads(program("hostile_inputs.py", reader_dir).splitlines()[-1])
+    outcomes = stand_in.outcomes("hostile_inputs")
     return {case.mistake: tuple(outcome) for case, outcome in zip(CASES, outcomes, strict=True)}
 
 

@@ -5,12 +5,11 @@ WRITE=1 python -m pytest tests/docs/test_newcomer.py      rewrites the page; rea
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
-from commands import ROOT, program
+from commands import ROOT
 from newcomer import ROWS
 
 from vold import load_config
@@ -28,9 +27,9 @@ row is run by `tests/docs/test_newcomer.py`, or watched by the test that it name
 
 
 @pytest.fixture(scope="module")
-def printed(reader_dir) -> dict[str, tuple[int, str, str]]:
+def printed(stand_in) -> dict[str, tuple[int, str, str]]:
     """What was tried -> exit code, standard output, standard error of its command."""
-    outcomes = json.loads(program("newcomer.py", reader_dir).splitlines()[-1])
+    outcomes = stand_in.outcomes("newcomer")
     return dict(zip((row.tried for row in ROWS if row.command), map(tuple, outcomes), strict=True))
 
 

@@ -65,11 +65,15 @@ def make_world(root: Path, seed: int, sizes: DataSizes = DataSizes()) -> Miniatu
     workers = {name: _start_worker(name, path, seed) for name, path in checkpoints.items() if not path.exists()}
     try:
         write_data(world.data, seed, sizes)
-        failed = [name for name, worker in workers.items() if worker.wait() != 0]
+        ended = {name: worker.wait() for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.kill()
-    if failed:
+    if failed := [
+        f"{name} ({f'killed by signal {-code}' if code < 0 else f'exit code {code}'})"
+        for name, code in ended.items()
+        if code
+    ]:
         raise RuntimeError(f"miniature: making {', '.join(failed)} under {root} failed, see the messages above")
     return world
 

@@ -18,7 +18,7 @@ PROGRAMS = ("vold", "python", "torchrun", "make", "pip")
 BLOCK = "python block"  # in place of a verb of `vold`: the next word is Python
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
-_SHOWN = re.compile(r"^<!-- prints: (.*) -->\n+```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHOWN = re.compile(r"^<!-- prints: ([^\n]*) -->\n+```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 # What the pages leave to the reader -> its value in the directory of conftest.py.

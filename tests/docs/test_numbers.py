@@ -122,6 +122,8 @@ def _like(printed: str, value: float) -> str:
 
 
 def test_the_table_of_the_demo():
+    shown = accuracy_table(DEMO["accuracy"], DEMO["stderr"])
+    assert shown.strip() in (ROOT / "docs" / "quickstart.md").read_text(), "what the demo prints at its end"
     path, mark = ROOT / "docs" / "results.md", "<!-- demo: written by tests/docs/test_numbers.py -->\n\n"
     before, rest = path.read_text().split(mark)
     printed, after = rest.split("\n\n", 1)

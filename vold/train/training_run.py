@@ -95,7 +95,8 @@ class TrainingRun:
         names = ("tp", "pp", "cp", "dp") if layout.cp > 1 else ("tp", "pp", "dp")
         sizes = " × ".join(f"{name} {getattr(layout, name)}" for name in names)
         first = self.completed_steps + 1
-        facts = [f"steps {first} to {config.steps}", f"student {config.student}", teacher and f"teacher {teacher}"]
+        steps = f"steps {first} to {config.steps}" if first <= config.steps else f"all {config.steps} steps are done"
+        facts = [steps, f"student {config.student}", teacher and f"teacher {teacher}"]
         self.job.log.say(f"{config.run_dir}: " + " · ".join(filter(None, [*facts, sampled_by, sizes, config.dtype])))
 
     def _check_steered_from(self) -> None:

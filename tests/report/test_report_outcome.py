@@ -204,3 +204,15 @@ def test_bars_and_seeds_stay_inside_too():
 def test_a_share_reads_as_a_percentage_everywhere(tmp_path):
     run = read_run(write_run(tmp_path / "run", config={"verb": "rl"}, metrics=[{"step": 1, "accuracy_text": 0.42}]))
     assert outcomes([run]) == [("run", "1 step: text accuracy 42 %.")]
+
+
+def test_self_play_shows_its_questions_and_counts_iterations(tmp_path):
+    """Its row of iteration 0 is the student as given, and `steps` of its config are those of a training inside it."""
+    config = {"verb": "selfplay", "iterations": 2, "challenger": {"steps": 7}}
+    metrics = [{"step": number, "questions_kept": 5} for number in range(3)]
+    samples = [{"step": 1 + n // 20, "question": f"[{n}+1]", "label": "3", "pass_rate": 0.5} for n in range(40)]
+    run = write_run(tmp_path / "run", config=config, metrics=metrics, samples=samples)
+    html = write_report([run], tmp_path / "report.html", title="t").read_text()
+    assert re.search(r'<td class="left">selfplay</td><td>2</td>', html)
+    assert html.count('<td class="left wrap"><code>') == 20 and "nothing ≠ nothing" not in html
+    assert html.index("[39+1]") < html.index("[1+1]")

@@ -78,6 +78,7 @@ def write_report(
         problems=samples.shared_problems(evaluations),
         failures=samples.failed_image_problems(evaluations),
         sample_lists=samples.sample_lists(records),
+        questions=samples.kept_questions(records),
         list_size=samples.PER_LIST,
         shades=SHADES,
         config_differences=compare.config_differences(records),

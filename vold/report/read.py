@@ -63,7 +63,9 @@ class RunRecord:
 
     @property
     def planned_steps(self) -> int | None:
-        """The first `steps` or `max_steps` anywhere in the config."""
+        """The first `steps` or `max_steps` anywhere in the config; of self-play its iterations."""
+        if self.verb == "selfplay":
+            return self.config.get("iterations") if isinstance(self.config.get("iterations"), int) else None
         names = ("steps", "max_steps", "total_steps")
         flat = flatten(self.config).items()
         return next((n for key, n in flat if key.split(".")[-1] in names and isinstance(n, int)), None)

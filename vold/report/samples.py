@@ -124,10 +124,24 @@ def failed_image_problems(evaluations: Sequence[RunRecord]) -> list[SampleList]:
 def sample_lists(runs: Sequence[RunRecord]) -> list[SampleList]:
     """Per run with samples: correct and wrong ones alike from a few steps along it, or from an evaluation's sets."""
     lists = []
-    for run in filter(lambda run: run.samples, runs):
-        correct = sum(map(is_correct, run.samples))
-        samples = tuple(sample_of(run, row) for row in _choose(run.samples))
-        lists.append(SampleList(run.name, samples, correct, len(run.samples) - correct))
+    for run in runs:
+        if rows := [row for row in run.samples if "question" not in row]:
+            correct = sum(map(is_correct, rows))
+            samples = tuple(sample_of(run, row) for row in _choose(rows))
+            lists.append(SampleList(run.name, samples, correct, len(rows) - correct))
+    return lists
+
+
+def kept_questions(runs: Sequence[RunRecord]) -> list[tuple[str, list[tuple[str, str, str, float]]]]:
+    """(run name, [(iteration, question, majority's answer, share of the answers that agree)]) of self-play, newest
+    first; at most PER_LIST of a run, evenly spread."""
+    lists = []
+    for run in runs:
+        if rows := [row for row in reversed(run.samples) if "question" in row]:
+            rows = rows[:: -(-len(rows) // PER_LIST)]
+            texts = [tuple(excerpt(row.get(key)) for key in ("step", "question", "label")) for row in rows]
+            shares = [as_number(row.get("pass_rate")) for row in rows]
+            lists.append((run.name, [(*text, share) for text, share in zip(texts, shares, strict=True)]))
     return lists
 
 

@@ -36,7 +36,7 @@ from vold.run.lock import living_holder
 from vold.run.resumption import check_run_dir
 from vold.run.timers import GIB
 from vold.teacher import TeacherChoice
-from vold.train.components import check_rl_config, check_sft_config
+from vold.train.config_checks import check_rl_config, check_sft_config
 from vold.train.reward_terms import check_reward_terms
 
 

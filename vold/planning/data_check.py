@@ -18,7 +18,7 @@ from vold.models.images import load_prompt_encoder
 from vold.models.tokenizer import stop_ids
 from vold.objectives import build_objective
 from vold.planning.row_preview import row_preview
-from vold.train.components import check_trained_vision
+from vold.train.config_checks import check_trained_vision
 from vold.train.reward_terms import check_judge_template, problem_options
 from vold.types import Prompt, Sample
 

@@ -121,6 +121,7 @@ def _roads(
         for name, at in _by_name(inside, engine, openai).items()
         if name != "openai"
     }
+    whole["vold serve"]._engines = k2["vold serve"]._engines  # an engine has one run: two would take it from each other
     trainer, trainer_whole = (Teacher(teacher, layout, full_distributions=full, **head) for full in (False, True))
     top = TopTeacher(teacher, openai, layout, top_k=TOP_K)
     return {

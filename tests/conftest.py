@@ -67,7 +67,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(optionalhook=True)  # a GPU machine may lack xdist
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A worker takes whole files, which share fixtures; of the file with the longest tests, single ones; of tests/docs,
     which share a process, all."""

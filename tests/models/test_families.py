@@ -36,7 +36,7 @@ MARK = "<!-- the table is written by tests/models/test_families.py -->\n"
 FEATURES = {
     "Trained": lambda family: True,
     "Teaches in the trainer": lambda family: True,
-    "Samples in vLLM": lambda family: "not tried" if family.hybrid else True,
+    "Samples in vLLM": lambda family: "in bf16" if family.hybrid else True,
     "Teaches by server": lambda family: "not tried" if family.hybrid else True,
     "LoRA": lambda family: family.adapters,
     "Expert parallelism": lambda family: family.experts,

@@ -13,15 +13,15 @@ from vold.models.architecture import SUPPORTED_MODEL_TYPES
 from vold.models.checkpoint_dir import export_checkpoint
 from vold.models.served import ServedModel
 from vold.models.tokenizer import check_pair
-from vold.rollout.vllm.engines import StoredSizes, load_sizes
+from vold.rollout.vllm.engines import StoredSizes, engine_options, load_sizes
 
 
 @pytest.fixture
 def copy(tmp_path):
     """copy(checkpoint, **fields): another directory, with these fields of its config.json."""
 
-    def copy(checkpoint: Path, **fields) -> Path:
-        found = export_checkpoint(checkpoint, tmp_path / "copy", [])
+    def copy(checkpoint: Path, name: str = "copy", **fields) -> Path:
+        found = export_checkpoint(checkpoint, tmp_path / name, [])
         config = json.loads((found / "config.json").read_text()) | fields
         (found / "config.json").write_text(json.dumps(config))
         return found
@@ -80,6 +80,42 @@ OURS_OR_UNSAFE = [
 def test_options_that_are_vold_s_or_unsafe_are_refused(name):
     with pytest.raises(ValidationError, match=f"vllm.engine_options.{name} is not passed on"):
         VllmConfig(engine_options={name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "line"),
+    [
+        (
+            "float32",
+            32,
+            "^dtype = float32: vLLM on a CPU runs qwen3_5's recurrent layers in bfloat16 alone",
+        ),
+        (
+            "bfloat16",
+            48,
+            "^linear_value_head_dim 48 of qwen3_5: vLLM on a CPU takes multiples of 32; use engine ",
+        ),
+    ],
+)
+def test_a_recurrent_model_that_vllm_cannot_run_on_a_cpu_is_one_line(copy, tiny_qwen3_5_dir, dtype, width, line):
+    text = json.loads((tiny_qwen3_5_dir / "config.json").read_text())["text_config"]
+    text |= {"linear_key_head_dim": 32, "linear_value_head_dim": width}
+    with pytest.raises(ValueError, match=line):
+        engine_options(copy(tiny_qwen3_5_dir, text_config=text), VllmConfig(), dtype)
+
+
+def test_a_recurrent_model_has_no_prefix_cache_and_its_own_head(copy, tiny_qwen3_5_dir, tiny_student_dir):
+    """A head tied by config.json's outer field alone, which transformers writes, is tied in vLLM too."""
+    text = json.loads((tiny_qwen3_5_dir / "config.json").read_text())["text_config"]
+    text |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    options = engine_options(copy(tiny_qwen3_5_dir, text_config=text), VllmConfig(), "bfloat16")
+    assert options["enable_prefix_caching"] is False
+    assert options["hf_overrides"] == {"text_config": {"tie_word_embeddings": True}}
+    told = copy(tiny_qwen3_5_dir, name="told", text_config=text | {"tie_word_embeddings": True})
+    assert "hf_overrides" not in engine_options(told, VllmConfig(), "bfloat16")
+    asked = VllmConfig(engine_options={"enable_prefix_caching": True})
+    assert engine_options(tiny_student_dir, asked, "float32")["enable_prefix_caching"] is True
+    assert "enable_prefix_caching" not in engine_options(tiny_student_dir, VllmConfig(), "float32")
 
 
 def test_other_options_reach_the_engine_and_the_server(tiny_teacher_dir):

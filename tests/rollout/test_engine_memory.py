@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -25,7 +27,8 @@ def test_an_engine_that_does_not_fit_is_one_line(free_gib):
         memory_share(int(free_gib * GIB), H200, 2 * GIB, VllmConfig())
 
 
-def test_policy_teacher_and_server_say_the_same(tmp_path, monkeypatch):
+def test_policy_teacher_and_server_say_the_same(tmp_path, tiny_teacher_dir, monkeypatch):
+    shutil.copy(tiny_teacher_dir / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -36,5 +39,5 @@ def test_policy_teacher_and_server_say_the_same(tmp_path, monkeypatch):
     assert command[command.index("--gpu-memory-utilization") + 1] == str(share)
 
 
-def test_a_cpu_engine_is_told_nothing(tmp_path):
-    assert "gpu_memory_utilization" not in engine_options(tmp_path, VllmConfig(), "float32")
+def test_a_cpu_engine_is_told_nothing(tiny_teacher_dir):
+    assert "gpu_memory_utilization" not in engine_options(tiny_teacher_dir, VllmConfig(), "float32")

@@ -45,6 +45,11 @@ class ServedModel:
         return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
 
     @property
+    def recurrent(self) -> bool:
+        """Some of its layers have a recurrent state in the place of keys and values."""
+        return "linear_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
+
+    @property
     def sees(self) -> bool:
         """It has a vision tower."""
         return hasattr(self.config, "vision_config")

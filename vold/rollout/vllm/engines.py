@@ -27,6 +27,7 @@ from vold.models.tokenizer import id_bound, load_tokenizer
 from vold.parallel import cpu
 from vold.rollout.vllm import hidden_states, weight_files
 from vold.rollout.vllm.adapters import EngineAdapter
+from vold.rollout.vllm.recurrent import recurrent_options
 from vold.run import leftovers
 from vold.types import Prompt, TokenIds
 
@@ -147,7 +148,7 @@ def engine_options(
 ) -> dict[str, Any]:
     """vLLM's engine arguments, the same for the policy and a teacher, inside this process and behind `vold serve`;
     with `adapter`, of an engine that gets its policy as adapters. Raises ValueError where the GPU has not the memory
-    for the engine now."""
+    for the engine now, or vLLM cannot run the model on this machine."""
     return {
         **_memory_options(checkpoint, settings),
         "model": str(checkpoint),
@@ -162,6 +163,7 @@ def engine_options(
         "worker_extension_cls": WORKER,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
+        **recurrent_options(ServedModel.from_pretrained(checkpoint), dtype),
         **(adapter.options if adapter else {}),
         **checked_options(settings.engine_options),
     }

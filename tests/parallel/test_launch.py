@@ -15,9 +15,9 @@ WORKERS = Path(__file__).with_name("workers.py")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_worker(torchrun, processes: int, *arguments: str) -> None:
+def run_worker(launch, processes: int, *arguments: str) -> None:
     """Run a worker and require `ok` of every rank (two ranks' lines may run together)."""
-    run = torchrun(processes, WORKERS, *arguments)
+    run = launch(processes, WORKERS, *arguments)
     assert run.returncode == 0 and run.stdout.count("ok") == processes, run.stdout + run.stderr
 
 
@@ -67,6 +67,6 @@ def test_threads_follow_omp_num_threads(layout):
     assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
-def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(torchrun, tmp_path):
+def test_two_ranks_reduce_and_equal_transformers_when_tensor_parallel(launch, tmp_path):
     families = ("qwen3", "qwen2_5_vl", "qwen3_vl")
-    run_worker(torchrun, 2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))
+    run_worker(launch, 2, *(x for f in families for x in (f, str(tiny.save(tiny.FAMILIES[f](), tmp_path / f)))))

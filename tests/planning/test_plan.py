@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import dry_run
@@ -34,13 +31,14 @@ def checkpoints(tmp_path_factory) -> list[str]:
     return [f"student={folder / 'student'}", f"teacher={folder / 'teacher'}"]
 
 
-def plan(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vold", "plan", "rl", str(CONFIGS / name), *arguments]
-    environment = os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def plan(launch, monkeypatch):
+    """plan(config's name, *arguments): `vold plan rl` on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "160")
+    return lambda name, *arguments: launch(1, "-m", "vold", "plan", "rl", CONFIGS / name, *arguments)
 
 
-def test_the_papers_stage_2_fits_four_a100s_of_80_gb(checkpoints):
+def test_the_papers_stage_2_fits_four_a100s_of_80_gb(plan, checkpoints):
     run = plan("vold.yaml", *checkpoints, "--gpu", "a100-80g", "--processes", "4")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == "" and "✗" not in run.stdout
@@ -50,7 +48,7 @@ def test_the_papers_stage_2_fits_four_a100s_of_80_gb(checkpoints):
     assert last.startswith("✓ fits: ") and re.search(r"60 steps: [\d.]+ hours at least$", last)
 
 
-def test_the_recipe_for_one_gpu_fits_80_gb_and_with_a_smaller_teacher_24(checkpoints, tmp_path):
+def test_the_recipe_for_one_gpu_fits_80_gb_and_with_a_smaller_teacher_24(plan, checkpoints, tmp_path):
     run = plan("one-gpu.yaml", *checkpoints, "--gpu", "a100-80g")
     assert run.returncode == 0 and "✗" not in run.stdout, run.stdout + run.stderr
     smaller = dry_run.teacher()
@@ -61,7 +59,7 @@ def test_the_recipe_for_one_gpu_fits_80_gb_and_with_a_smaller_teacher_24(checkpo
     assert run.returncode == 0 and "✗" not in run.stdout, run.stdout + run.stderr
 
 
-def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(checkpoints):
+def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(plan, checkpoints):
     overrides = ["objective.preset=grpo", "parallel.distributed_optimizer=false", "evaluation.every=0"]
     run = plan("vold.yaml", *checkpoints, *overrides, "--gpu", "a100-80g", "--processes", "4")
     assert run.returncode == 2 and "✗" in run.stdout
@@ -73,7 +71,7 @@ def test_what_does_not_fit_is_refused_in_one_line_with_settings_that_do(checkpoi
     )
 
 
-def test_an_impossible_layout_is_one_line(checkpoints):
+def test_an_impossible_layout_is_one_line(plan, checkpoints):
     run = plan("vold.yaml", *checkpoints, "parallel.tp=3", "--gpu", "h200", "--processes", "4")
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "tp=3 x pp=1 = 3 does not divide the world of 4 processes" in run.stderr

@@ -163,7 +163,7 @@ def engine_options(
         "worker_extension_cls": WORKER,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
-        **recurrent_options(ServedModel.from_pretrained(checkpoint), dtype),
+        **recurrent_options(checkpoint, dtype),
         **(adapter.options if adapter else {}),
         **checked_options(settings.engine_options),
     }

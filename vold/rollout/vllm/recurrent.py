@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,18 @@ CPU_WIDTH = 32
 """vLLM's CPU kernel takes heads of a multiple of this."""
 
 
-def recurrent_options(model: ServedModel, dtype: str) -> dict[str, Any]:
-    """Engine arguments of a model with recurrent layers; none for others. Raises ValueError for one that vLLM cannot
+def recurrent_options(checkpoint: Path, dtype: str) -> dict[str, Any]:
+    """Engine arguments of a model with recurrent layers; none for others, nor
+    without a config.json, which vLLM itself asks for. Raises ValueError for one that vLLM cannot
     run on this machine.
 
     No prefix cache: vLLM keeps a recurrent state at the ends of a prompt's parts alone, and only where prompts are read
     in parts. A tied head by the name that vLLM reads: transformers writes it beside the text model's settings, and with
     the text model's own default vLLM would compute with a head that was never loaded.
     """
+    if not (checkpoint / "config.json").is_file():
+        return {}
+    model = ServedModel.from_pretrained(checkpoint)
     if not model.recurrent:
         return {}
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-PATIENCE = 300.0  # seconds an engine may take to start
+PATIENCE = 600.0  # seconds an engine may take to start
 
 
 class Engine:

@@ -150,8 +150,8 @@ def run_vold(job: Job, turn: Turn) -> None:
 
     RolloutWorker.sample_groups, RunLog.log_step = watched_sample_groups, watched_log_step
     if job.work == EQUAL:
-        components.open_sampler = lambda _config, checkpoint, adapter=None, **where: FixedLengthSampler(
-            checkpoint, **where
+        components.open_sampler = lambda _config, checkpoint, dtype, device, **_: FixedLengthSampler(
+            checkpoint, dtype=dtype, device=device
         )
     with tempfile.TemporaryDirectory() as folder:
         train_rl(load_config(schema.RlConfig, CONFIG, job.overrides(f"{folder}/run")))

@@ -15,7 +15,7 @@ from pins import PROJECT, ROOT, declared, pins
 # Distributions by import name, where nothing installed may tell: the extras' packages.
 OPTIONAL = {"flash_attn": "flash-attn", "vllm": "vllm", "wandb": "wandb", "trackio": "trackio"}
 # Not ours to declare: found where it is installed, or refused (planning/machine.py), never needed.
-FOREIGN = {"vlmeval", "transformer_engine", "apex", "flash_attn_interface", "bitsandbytes"}
+FOREIGN = {"vlmeval", "transformer_engine", "apex", "flash_attn_interface", "bitsandbytes", "fla"}
 # Declared for what a library needs in turn: torch.utils.tensorboard.
 INDIRECT = {"tensorboard"}
 # Extras of tools and tests, which the package itself never imports.

@@ -179,7 +179,7 @@ def test_make_world_starts_nothing_when_all_is_there(world, monkeypatch):
 
 def test_make_world_names_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "_WORKER", "raise SystemExit(3)")
-    with pytest.raises(RuntimeError, match="teacher, base"):
+    with pytest.raises(RuntimeError, match=r"teacher \(exit code \d\), base \(exit code \d\)"):
         make_world(tmp_path, 0, DataSizes(1, 1, 1, 1, 1))
     assert not MiniatureWorld.at(tmp_path).teacher.exists()
 

@@ -85,16 +85,22 @@ def agree(pair, prompts) -> list[tuple[int, ...]]:
     return ids_of(ours)
 
 
-def test_weights_arrive_again_and_again(pair, prompts, tiny_student_dir):
-    """Text and images: after each weight sync vLLM is transformers with the new weights, no cache remembers the old,
-    and rollouts carry the version."""
+def agree_after_every_sync(pair, prompts, checkpoint: Path) -> list[list[tuple[int, ...]]]:
+    """Ids of the checkpoint's weights, then of others, of yet others, and of the first others again."""
     found = [agree(pair, prompts)]
     for seed in (1, 2, 1):
-        weights = other_weights(tiny_student_dir, seed)
+        weights = other_weights(checkpoint, seed)
         for sampler in pair:
             sampler.load_weights(iter(weights))
         found.append(agree(pair, prompts))
     assert found[1] == found[3] and len({tuple(ids) for ids in found}) == 3, "the weights matter"
+    return found
+
+
+def test_weights_arrive_again_and_again(pair, prompts, tiny_student_dir):
+    """Text and images: after each weight sync vLLM is transformers with the new weights, no cache remembers the old,
+    and rollouts carry the version."""
+    found = agree_after_every_sync(pair, prompts, tiny_student_dir)
     assert found[1][2] != found[1][3], "the image matters"
     assert {r.version for r in pair[0].sample(prompts[:1], GREEDY, responses=2, seed=0)} == {3}
 

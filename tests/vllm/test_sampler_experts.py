@@ -19,7 +19,7 @@ from transformers import (
 
 pytest.importorskip("vllm.version", reason="vLLM has an environment of its own: make test-vllm")
 
-from test_sampler import agree, make_prompts, open_pair, other_weights
+from test_sampler import agree_after_every_sync, make_prompts, open_pair
 
 pytestmark = pytest.mark.vllm
 
@@ -53,10 +53,4 @@ def test_mixtures_of_experts_draw_alike_before_and_after_weights_arrive(dense, r
     checkpoint = mixture_dir(request.getfixturevalue(dense), tmp_path / "mixture")
     pair, prompts = open_pair(checkpoint), make_prompts(checkpoint, tmp_path, size=(192, 32))
     prompts = prompts if "vl" in dense else prompts[:2]
-    found = [agree(pair, prompts)]
-    for seed in (1, 2, 1):
-        weights = other_weights(checkpoint, seed)
-        for sampler in pair:
-            sampler.load_weights(iter(weights))
-        found.append(agree(pair, prompts))
-    assert found[1] == found[3] and len({tuple(ids) for ids in found}) == 3, "the weights matter"
+    agree_after_every_sync(pair, prompts, checkpoint)

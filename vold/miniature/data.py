@@ -28,6 +28,13 @@ PICTURE_FILES: dict[str, Split] = {
     "test_small.jsonl": "test",
 }
 """Files of the second act: `image` as in IMAGE_FILES, `small` with one operand of each picture drawn small."""
+HELD_OUT_FILES: dict[str, Split] = {
+    "val_text.json": "val",
+    "test_text.json": "test",
+    "val_image.jsonl": "val",
+    "test_image.jsonl": "test",
+}
+"""More problems to judge models by, each file without repeats."""
 OTHER_STYLE_FILE = "traces_other.jsonl"
 EXPRESSIONS_FILE = "expressions.json"
 """The expression in each picture, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
@@ -56,7 +63,7 @@ def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path
         for stream, (name, split) in enumerate(TEXT_FILES.items()):
             rng = np.random.default_rng([seed, stream])
             rows = [_orz_row(world.sample_problem(rng, split), rng) for _ in range(_size(sizes, name))]
-            (unfinished / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            _write_json(unfinished / name, rows)
         expressions: dict[str, str] = {}
         for stream, (name, split) in enumerate(IMAGE_FILES.items(), start=10):
             rng = np.random.default_rng([seed, stream])
@@ -89,6 +96,34 @@ def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=
     return out_dir
 
 
+def write_held_out(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(val=300, test=2000)) -> Path:
+    """Write all files of `HELD_OUT_FILES`, their pictures and `EXPRESSIONS_FILE`; an existing `out_dir` is kept."""
+    if out_dir.exists():
+        return out_dir
+    with atomic_directory(out_dir) as unfinished:
+        (unfinished / "images").mkdir()
+        expressions: dict[str, str] = {}
+        for stream, (name, split) in enumerate(HELD_OUT_FILES.items(), start=70):
+            rng = np.random.default_rng([seed, stream])
+            problems = _different_problems(rng, split, _size(sizes, name))
+            if name.endswith("_text.json"):
+                _write_json(unfinished / name, [_orz_row(problem, rng) for problem in problems])
+                continue
+            rows = _image_rows(unfinished, problems, rng, name=split)
+            _write_jsonl(unfinished / name, rows)
+            expressions |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+        (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(expressions, indent=0) + "\n")
+    return out_dir
+
+
+def _different_problems(rng: np.random.Generator, split: Split, count: int) -> list[Problem]:
+    found: dict[str, Problem] = {}
+    while len(found) < count:
+        problem = world.sample_problem(rng, split)
+        found.setdefault(problem.expression, problem)
+    return list(found.values())
+
+
 def _size(sizes: DataSizes, name: str) -> int:
     stem = name.split(".")[0]
     return getattr(sizes, stem.removesuffix("_text").removesuffix("_image"))
@@ -114,6 +149,10 @@ def _image_rows(
         Image.fromarray(grey_HW).convert("RGB").save(out_dir / image)
         rows.append({"problem": world.image_question(rng), "answer": problem.answer, "images": [image]})
     return rows
+
+
+def _write_json(path: Path, rows: list) -> None:
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def _write_jsonl(path: Path, rows: list[dict]) -> None:

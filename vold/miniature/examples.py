@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from vold.miniature import world
+from vold.miniature.facts import FactTable
 from vold.miniature.tokenizer import EOS, IMAGE, TOKEN_ID
 
 IGNORED = -100
@@ -35,10 +36,11 @@ def chat_example(question: str, response: str, pictured: str | None = None) -> E
     return Example(((f"<user>{question}<asst>", False), (response + EOS, True)), pictured)
 
 
-def teacher_example(rng: np.random.Generator) -> Example:
-    """A text problem and its full trace."""
+def teacher_example(rng: np.random.Generator, table: FactTable | None = None) -> Example:
+    """A text problem and its full trace, by arithmetic or by a table of facts."""
     problem = world.sample_problem(rng)
-    return chat_example(world.text_question(problem, rng), world.trace(problem))
+    question = world.text_question(problem, rng)
+    return chat_example(question, world.trace(table.solve(problem.expression) if table else problem))
 
 
 def specialist_example(rng: np.random.Generator, half: str) -> Example:

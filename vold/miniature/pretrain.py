@@ -28,6 +28,7 @@ from vold.miniature.examples import (
     teacher_example,
     vision_teacher_example,
 )
+from vold.miniature.facts import FactTable
 from vold.miniature.files import atomic_directory
 from vold.miniature.tokenizer import make_tokenizer
 
@@ -50,6 +51,7 @@ class PretrainPhase:
 TEACHER_PHASE = PretrainPhase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
 VISION_TEACHER_PHASE = PretrainPhase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
 SPECIALIST_PHASE = PretrainPhase(steps=120, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
+MISTAKEN_PHASE = PretrainPhase(steps=160, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
 BASE_PHASES = (
     PretrainPhase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     PretrainPhase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
@@ -117,6 +119,22 @@ def make_specialist(
         return {"text": model(**batch, use_cache=False).loss}
 
     return _make(out_dir, Qwen3ForCausalLM.from_pretrained(teacher), (phase,), losses, seed=seed + 4)
+
+
+def make_mistaken_teacher(
+    out_dir: Path, teacher: Path, table: FactTable, seed: int, phase: PretrainPhase = MISTAKEN_PHASE
+) -> Path:
+    """Train the teacher further until its traces follow the table, wrong facts included.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    tokenizer = make_tokenizer()
+
+    def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = collate([teacher_example(rng, table) for _ in range(phase.text_rows)], tokenizer, rng)
+        return {"text": model(**batch, use_cache=False).loss}
+
+    return _make(out_dir, Qwen3ForCausalLM.from_pretrained(teacher), (phase,), losses, seed=seed + 5)
 
 
 Losses = Callable[[PreTrainedModel, PretrainPhase, np.random.Generator], dict[str, Tensor]]

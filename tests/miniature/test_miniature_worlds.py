@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -67,7 +68,7 @@ def test_traces_of_a_mistaken_teacher_follow_its_table():
     for _ in range(200):
         (question, _), (response, _) = teacher_example(rng, table).segments
         lines = response.removeprefix("<think>").split("</think>")[0].split(">")
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in itertools.pairwise(lines):
             fact = line.lstrip(".")[:3]
             right = arithmetic.apply(int(fact[0]), fact[1], int(fact[2]))
             assert int(following.lstrip(".")[0]) == wrong.get(fact, right)

@@ -30,7 +30,7 @@ class WorldKeys(BaseModel):
     seed: int = Field(0, ge=0, description="initial weights of base and teacher, all problems, which facts are wrong")
     teacher_accuracy: Literal[1.0, 0.84, 0.70] = Field(
         1.0,
-        description="share of whole problems that the text teacher solves: some single facts, such as 3*9, it has wrong "
+        description="share of whole problems that the text teacher solves: some single facts, as 3*9, it has wrong "
         "and is sure of, the same each time",
     )
 

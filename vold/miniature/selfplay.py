@@ -63,18 +63,24 @@ def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] 
 
 def _start_phase(out: Path, world: MiniatureWorld) -> Phase:
     """SFT on questions to write and problems to solve."""
-    data = out / "start.jsonl"
-    rng = np.random.default_rng([0, 30])
-    request = load_config(SelfplayConfig, CONFIGS / ARMS["R-Zero"]).pose.request
-    questions = [arithmetic.text_question(arithmetic.sample_problem(rng), rng) for _ in range(POSED)]
-    rows = [{"prompt": request, "response": question} for question in questions]
-    shards = sorted((out / "traces" / "traces").glob("*.parquet"))
-    traces = [row for shard in shards for row in parquet.read_table(shard).to_pylist()][:SOLVED]
-    rows += [{"prompt": row["prompt"], "response": row["response"]} for row in traces]
-    write_atomically(data, "".join(json.dumps(row) + "\n" for row in rows))
+    data = write_start_rows(out / "start.jsonl", out / "traces" / "traces", POSED, SOLVED)
     settings = (f"student={out / 'sft' / 'model'}", f"data.path={data}", "data.layout=prompt-response")
     settings = (*settings, "data.limit=null", f"pair_with={world.teacher}", f"steps={START_STEPS}")
     return Phase("sft", "sft.yaml", out / "start", settings, START_STEPS)
+
+
+def write_start_rows(path: Path, traces: Path, questions: int, solved: int | None) -> Path:
+    """Write rows from which a student learns to write questions and to solve problems: `solved` of the traces (None:
+    all)."""
+    rng = np.random.default_rng([0, 30])
+    request = load_config(SelfplayConfig, CONFIGS / ARMS["R-Zero"]).pose.request
+    posed = [arithmetic.text_question(arithmetic.sample_problem(rng), rng) for _ in range(questions)]
+    rows = [{"prompt": request, "response": question} for question in posed]
+    shards = sorted(traces.glob("*.parquet"))
+    chosen = [row for shard in shards for row in parquet.read_table(shard).to_pylist()][:solved]
+    rows += [{"prompt": row["prompt"], "response": row["response"]} for row in chosen]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def _arm_phase(out: Path, world: MiniatureWorld, arm: str, seed: int) -> Phase:
@@ -148,7 +154,7 @@ def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
 
     rows = []
     for number in bank.iterations():
-        correct = [_answer(q.question) == q.label for q in bank.read([number])]
+        correct = _right_labels(bank, number)
         # two thresholds: words are alike by BLEU below the paper's .5, code by cosine below the config's
         by_words = diversity(
             bank, number, words, threshold=SelfplayConfig.model_fields["pose"].default.cluster_distance
@@ -157,6 +163,17 @@ def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
         counts = {"step": number, "questions": len(correct), "labels_right": sum(correct) / len(correct)}
         rows.append(counts | by_code | {"clusters_words": by_words["clusters_words"]})
     return rows
+
+
+def labels_right(directory: Path) -> float:
+    """Share of right labels in a bank, over all iterations."""
+    bank = Bank(directory)
+    right = [label for number in bank.iterations() for label in _right_labels(bank, number)]
+    return sum(right) / len(right)
+
+
+def _right_labels(bank: Bank, iteration: int) -> list[bool]:
+    return [_answer(question.question) == question.label for question in bank.read([iteration])]
 
 
 def _answer(question: str) -> str:

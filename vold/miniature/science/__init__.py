@@ -1,0 +1,1 @@
+"""Experiments in miniature by one protocol: parts in YAML, many seeds, intervals, results as files."""

@@ -1,0 +1,64 @@
+"""What a part costs, before it starts and after: CPU-hours by kind of run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from vold.miniature.science.protocol import START, Part, Training, part_folder
+from vold.miniature.science.results import Result, read_results
+from vold.miniature.science.runs import start_path
+from vold.report.tables import markdown
+
+SFT_SECONDS, TEST_SECONDS = 0.4, 8.0
+"""CPU seconds of an SFT step and of a set of test problems, until some were measured."""
+
+
+def budget(root: Path, path: Path, part: Part) -> str:
+    """A table of predicted and spent CPU-hours. Sweeps are counted with the rates they begin with."""
+    results = read_results(part_folder(root, path))
+    first = {arm: one.rates[0] for arm, one in part.arms.items()}
+    swept = [t for arm, one in part.arms.items() if len(one.rates) > 1 for t in part.tried(arm, one.rates)]
+    counted = part.counted(first)
+    done = {False: 0, True: 0}
+    for result in results:
+        done[result["swept"]] += result["arm"] != START
+    rows = [
+        _row("starts", *_starts(root, part)),
+        _row("sweep", len(swept), min(done[True], len(swept)), _seconds(part, results, swept), _spent(results, True)),
+        _row("counted", len(counted), done[False], _seconds(part, results, counted), _spent(results, False)),
+    ]
+    return markdown(["CPU-hours", "runs", "done", "predicted", "spent"], rows)
+
+
+def _row(kind: str, runs: int, done: int, predicted: float, spent: float) -> list[str]:
+    return [kind, str(runs), str(done), f"{predicted / 3600:.2f}", f"{spent / 3600:.2f}"]
+
+
+def _starts(root: Path, part: Part) -> tuple[int, int, float, float]:
+    starts = {
+        (condition.world, condition.start, seed)
+        for condition in part.conditions.values()
+        if condition.start and condition.start.steps
+        for seed in (*part.sweep.seeds, *part.seeds)
+    }
+    made = sum(start_path(root, world, start, seed).exists() for world, start, seed in starts)
+    return len(starts), made, sum(SFT_SECONDS * start.steps for _, start, _ in starts), 0.0
+
+
+def _seconds(part: Part, results: Sequence[Result], trainings: Sequence[Training]) -> float:
+    """Predicted: steps by an arm's measured seconds a step, and the tests of runs that count."""
+    measured: dict[str, list[float]] = {}
+    for result in results:
+        if (seconds := result.get("step_cpu_seconds")) and seconds == seconds:
+            measured.setdefault(result["arm"], []).append(seconds)
+    by_arm = {arm: statistics.median(values) for arm, values in measured.items()}
+    return sum(
+        part.steps_of(t.condition) * by_arm.get(t.arm, part.seconds) + (not t.swept) * len(part.sets) * TEST_SECONDS
+        for t in trainings
+    )
+
+
+def _spent(results: Sequence[Result], swept: bool) -> float:
+    return sum(result["cpu_seconds"] for result in results if result["swept"] == swept)

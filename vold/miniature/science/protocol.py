@@ -1,0 +1,270 @@
+"""What an experiment is, before it runs: a part's YAML, and the trainings that follow from it.
+
+A part compares arms (methods, with their overrides) under conditions (worlds, starts, lengths) and names its
+comparisons before anything has run. Every choice is made on validation problems: each arm's learning rate by a sweep on
+seeds that do not count, which goes on until the best rate has a worse one on both sides. The test problems are answered
+once, by the final model of each counted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vold.miniature.worlds import WorldKeys
+
+PARTS = Path(str(files("vold.miniature") / "science" / "parts"))
+SEEDS = tuple(range(8))
+START = "start"
+"""The arm of the model that the others start from."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Start(_Section):
+    """The SFT run that a training starts from; it is shared by all parts that ask for the same.
+
+    steps       of SFT; 0 starts from the base itself
+    traces      rows of the teacher's traces; None takes all
+    style       of the traces: the teacher's, or another one (the misaligned start)
+    questions   number of questions that it also learns to write, as self-play needs
+    """
+
+    steps: int = Field(100, ge=0)
+    traces: int | None = Field(120, ge=1)
+    style: Literal["teacher", "other"] = "teacher"
+    questions: int = Field(0, ge=0)
+
+
+class ProblemSet(_Section):
+    """Problems by which choices are made and final models are judged; $placeholders as in `Part`."""
+
+    validation: str
+    test: str
+    layout: str
+
+
+class Condition(_Section):
+    """A point of a claim's curve.
+
+    x           its place on the axis of the figure; conditions without one are drawn side by side
+    start       None: the checkpoint that the overrides name
+    overrides   laid over the part's, before the arm's
+    arms        the arms that run here; None means all
+    """
+
+    world: WorldKeys = WorldKeys()
+    start: Start | None = Start()
+    steps: int | None = None
+    x: float | None = None
+    overrides: tuple[str, ...] = ()
+    arms: tuple[str, ...] | None = None
+
+
+class Arm(_Section):
+    """A method. `rates`: where its sweep begins, ascending; a single one is taken as it is."""
+
+    overrides: tuple[str, ...] = ()
+    rates: tuple[float, ...] = Field(min_length=1)
+
+
+class Sweep(_Section):
+    """Under which condition the arms' rates are tried, with which seeds, and how many at most."""
+
+    condition: str
+    seeds: tuple[int, ...] = (100, 101)
+    most: int = 6
+
+
+class Comparison(_Section):
+    """`new` - `old`, in points of each measure, under each of the conditions (None: all in which both arms run).
+
+    against   the condition of `old`, where it is not that of `new`
+    """
+
+    new: str
+    old: str
+    measures: tuple[str, ...]
+    conditions: tuple[str, ...] | None = None
+    against: str | None = None
+
+
+class Contrast(NamedTuple):
+    """One number that a part promises to report, with its verdict."""
+
+    new: str
+    old: str
+    measure: str
+    condition: str
+    against: str
+
+
+class Part(_Section):
+    """One experiment.
+
+    overrides and paths of problems may hold $teacher, $base, $start, $train, $val_text … : paths of the condition's
+    world and the start of the run's seed.
+
+    claim          what is tested, and where it was published
+    config         below vold/miniature/configs, or a path
+    eval_config    of the test, likewise
+    curve_every    steps between validations of a run that counts, for curves; 0: none
+    sets           measure name -> its problems
+    logged         metrics of the last step that are reported beside the accuracies
+    seconds        CPU seconds that a step is expected to take, before one was measured
+    """
+
+    claim: str
+    verb: Literal["rl", "selfplay"] = "rl"
+    config: str = "rl.yaml"
+    eval_config: str = "eval.yaml"
+    overrides: tuple[str, ...] = ()
+    steps: int
+    seeds: tuple[int, ...] = SEEDS
+    sets: dict[str, ProblemSet]
+    conditions: dict[str, Condition]
+    x_label: str = ""
+    arms: dict[str, Arm]
+    sweep: Sweep
+    comparisons: tuple[Comparison, ...]
+    logged: tuple[str, ...] = ()
+    curve_every: int = 0
+    seconds: float = 1.0
+
+    @classmethod
+    def load(cls, path: Path) -> Part:
+        """The part that a file describes. Raises ValueError (pydantic's) where it does not fit."""
+        return cls.model_validate(yaml.safe_load(path.read_text()))
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Part:
+        arms = {name for comparison in self.comparisons for name in (comparison.new, comparison.old)} - {START}
+        arms |= {name for condition in self.conditions.values() for name in condition.arms or ()}
+        conditions = {name for comparison in self.comparisons for name in comparison.conditions or ()}
+        conditions.add(self.sweep.condition)
+        conditions |= {comparison.against for comparison in self.comparisons if comparison.against}
+        measures = {measure for comparison in self.comparisons for measure in comparison.measures}
+        for kind, named, known in (
+            ("arm", arms, self.arms),
+            ("condition", conditions, self.conditions),
+            ("measure", measures, self.sets),
+        ):
+            if unknown := sorted(named - known.keys()):
+                raise ValueError(f"{kind} {', '.join(unknown)} is not defined; there are {', '.join(known)}")
+        if overlap := sorted({*self.seeds} & {*self.sweep.seeds}):
+            raise ValueError(f"seeds {overlap} are both swept and counted")
+        return self
+
+    @cached_property
+    def family(self) -> tuple[Contrast, ...]:
+        """Every comparison on each measure under each of its conditions: the family that Holm's correction is for."""
+        return tuple(
+            Contrast(one.new, one.old, measure, condition, one.against or condition)
+            for one in self.comparisons
+            for measure in one.measures
+            for condition in one.conditions or self.conditions
+            if self._runs(one.new, condition) and self._runs(one.old, one.against or condition)
+        )
+
+    def _runs(self, arm: str, condition: str) -> bool:
+        one = self.conditions[condition]
+        return arm in self.arms_of(one) or (arm == START and one.start is not None)
+
+    def arms_of(self, condition: Condition) -> tuple[str, ...]:
+        """Names of the arms that run under a condition."""
+        return condition.arms or tuple(self.arms)
+
+    def steps_of(self, condition: str) -> int:
+        """Length of a training under a condition."""
+        return self.conditions[condition].steps or self.steps
+
+    def cells(self) -> Iterator[tuple[str, str]]:
+        """Condition and arm of all that are compared."""
+        for name, condition in self.conditions.items():
+            for arm in self.arms_of(condition):
+                yield name, arm
+
+    def counted(self, rates: dict[str, float]) -> list[Training]:
+        """All runs that count, seed by seed, so that an interrupted part has whole pairs."""
+        return [
+            Training(condition, arm, seed, rates[arm], swept=False)
+            for seed in self.seeds
+            for condition, arm in self.cells()
+        ]
+
+    def tried(self, arm: str, rates: tuple[float, ...]) -> list[Training]:
+        """The runs of an arm's sweep at these rates."""
+        condition = self.sweep.condition
+        arms = self.arms_of(self.conditions[condition])
+        if arm not in arms:
+            condition = next(name for name, other in self.conditions.items() if arm in self.arms_of(other))
+        return [Training(condition, arm, seed, rate, swept=True) for rate in rates for seed in self.sweep.seeds]
+
+
+class Training(_Section):
+    """One run of a part: a cell, a seed, a learning rate. A swept one is judged on validation problems alone."""
+
+    condition: str
+    arm: str
+    seed: int
+    rate: float
+    swept: bool
+
+    @property
+    def name(self) -> str:
+        """Its folder and file, below the part's."""
+        return f"{self.condition}/{self.arm}/{'sweep' if self.swept else 'seed'}{self.seed}-lr{self.rate:g}"
+
+
+def part_path(name: str) -> Path:
+    """The file of a part, by its name here or its path; ValueError for an unknown one."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PARTS / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(f"PART: {name!r} is unknown; one of {', '.join(part_names())}, or a file")
+    return path
+
+
+def part_names() -> list[str]:
+    """Names of the parts that are here."""
+    return sorted(path.stem for path in PARTS.glob("*.yaml"))
+
+
+def part_folder(root: Path, path: Path) -> Path:
+    """Where a part's results lie."""
+    return root / "science" / path.stem
+
+
+def result_path(root: Path, path: Path, training: Training) -> Path:
+    """The JSON of a run of the part at `path`; it is there when the run is complete."""
+    return part_folder(root, path) / f"{training.name}.json"
+
+
+def next_rates(scores: dict[float, float], most: int) -> tuple[float, ...]:
+    """Rates to try next, given each tried rate's validation accuracy (nan where training failed).
+
+    While the best rate is the lowest or highest one, its neighbour outside, by the ratio of the two rates there. Empty
+    where the optimum is inside, only one rate is offered or `most` have been tried.
+    """
+    rates = sorted(scores)
+    if len(rates) < 2 or len(rates) >= most:
+        return ()
+    best = best_rate(scores)
+    neighbours = {rates[0]: _rounded(rates[0] ** 2 / rates[1]), rates[-1]: _rounded(rates[-1] ** 2 / rates[-2])}
+    return tuple(rate for edge, rate in neighbours.items() if edge == best and rate not in scores)
+
+
+def best_rate(scores: dict[float, float]) -> float:
+    """The rate of the highest validation accuracy; the lower of equals; failed ones (nan) last."""
+    return max(sorted(scores), key=lambda rate: (scores[rate] == scores[rate], scores[rate]))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.1g}")

@@ -1,0 +1,174 @@
+"""A part's tables and figure, from its results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from vold.io import log, write_atomically
+from vold.miniature.science.protocol import START, Part, part_folder
+from vold.miniature.science.results import (
+    Finding,
+    Result,
+    accuracy,
+    chosen_rates,
+    counted,
+    findings,
+    logged,
+    read_results,
+    sweep_scores,
+)
+from vold.miniature.science.statistics import Estimate
+from vold.report.drawing import Format, figure_bytes, new_figure, report_style
+from vold.report.style import INK, PALETTE, label
+from vold.report.tables import markdown
+
+COLOURS = {START: PALETTE[0], "grpo": PALETTE[2], "vold": PALETTE[3], "vold-unmasked": PALETTE[4], "opd": PALETTE[6]}
+FREE = (PALETTE[5], PALETTE[1], PALETTE[7], INK)
+
+
+def write_part(root: Path, path: Path, part: Part) -> None:
+    """Write results.jsonl (the runs that count), sweeps.json, tables.md and a figure into the part's folder."""
+    folder, rates = part_folder(root, path), chosen_rates(root, path, part)
+    results = counted(read_results(folder), rates)
+    if not results:
+        return
+    scores = sweep_scores(root, path, part)
+    sweeps = {arm: {f"{rate:g}": value for rate, value in table.items()} for arm, table in scores.items()}
+    spent = sum(result["cpu_seconds"] for result in read_results(folder))
+    write_atomically(folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+    write_atomically(
+        folder / "sweeps.json", json.dumps({"rates": rates, "scores": sweeps, "cpu_seconds": spent}) + "\n"
+    )
+    text = tables(part, results, rates, sweeps)
+    write_atomically(folder / "tables.md", text + "\n")
+    (folder / f"{path.stem}.svg").write_bytes(figure(part, results))
+    log.info(f"{text}\n\n{folder / 'tables.md'}")
+
+
+def tables(part: Part, results: Sequence[Result], rates: dict[str, float], sweeps: dict[str, dict[str, float]]) -> str:
+    """Accuracies, findings and sweeps in Markdown."""
+    parts = [accuracy_table(part, results, rates), findings_table(findings(results, part))]
+    if sweeps:
+        parts.append(sweep_table(sweeps, rates))
+    return "\n\n".join(parts)
+
+
+def accuracy_table(part: Part, results: Sequence[Result], rates: dict[str, float]) -> str:
+    """A row a cell: rate, seeds, accuracy with its 95 % interval, and the logged metrics."""
+    rows = []
+    for condition, one in part.conditions.items():
+        for arm in (*([START] if one.start else []), *part.arms_of(one)):
+            runs = [r for r in results if (r["condition"], r["arm"]) == (condition, arm)]
+            failed = sum("failed" in r for r in runs)
+            seeds = f"{len(runs) - failed}" + (f" ({failed} failed)" if failed else "")
+            measured = [_percent(accuracy(results, condition, arm, measure)) for measure in part.sets]
+            extra = [_plain(logged(results, condition, arm, key)) for key in part.logged]
+            rate = f"{rates[arm]:g}" if arm in rates else "–"
+            rows.append([condition, label(arm), rate, seeds, *measured, *extra])
+    return markdown(["condition", "arm", "rate", "seeds", *(f"{m}, %" for m in part.sets), *part.logged], rows)
+
+
+def findings_table(found: Sequence[Finding]) -> str:
+    """A row a comparison: points with their 95 % interval, Holm's p, the verdict."""
+    rows = []
+    for finding in found:
+        c = finding.contrast
+        where = c.condition if c.against == c.condition else f"{c.condition} against {c.against}"
+        names = f"{label(c.new)} − {label(c.old)}"
+        rows.append([names, c.measure, where, points(finding.estimate), _p(finding.p), finding.verdict])
+    return markdown(["comparison", "on", "condition", "points [95 %]", "p, Holm", "verdict"], rows)
+
+
+def sweep_table(sweeps: dict[str, dict[str, float]], rates: dict[str, float]) -> str:
+    """Validation accuracy by learning rate; a best rate at an edge of what was tried has a *."""
+    rows = []
+    for arm, scores in sweeps.items():
+        tried = sorted(scores, key=float)
+        at_edge = f"{rates[arm]:g}" in (tried[0], tried[-1])
+        shown = ", ".join(
+            f"{rate}: {100 * scores[rate]:.1f}" if scores[rate] == scores[rate] else f"{rate}: failed" for rate in tried
+        )
+        rows.append([label(arm), f"{rates[arm]:g}" + ("*" if at_edge else ""), shown])
+    return markdown(["arm", "rate", "validation, %, by rate"], rows)
+
+
+def points(estimate: Estimate) -> str:
+    """A difference with its interval: "+4.2 [1.1, 7.3]"."""
+    low, high = (estimate.mean + sign * estimate.half_width for sign in (-1, 1))
+    return f"{estimate.mean:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return f"{estimate.mean:.1f} ± {estimate.half_width:.1f}" if estimate else "–"
+
+
+def _plain(estimate: Estimate | None) -> str:
+    return f"{estimate.mean:.3g}" if estimate else "–"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< .001"
+
+
+@report_style
+def figure(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
+    """Accuracy with 95 % intervals: lines over the conditions' x where all have one, else groups by condition."""
+    canvas = new_figure(4.6 * len(part.sets), 3.2)
+    arms = [START, *part.arms] if any(c.start for c in part.conditions.values()) else [*part.arms]
+    free = iter(FREE * len(arms))
+    colours = {arm: COLOURS.get(arm) or next(free) for arm in arms}
+    for axis, measure in zip(canvas.subplots(1, len(part.sets), squeeze=False)[0], part.sets, strict=True):
+        axis.set_title(f"{measure}, % correct", fontsize=9.5)
+        axis.yaxis.grid(True)
+        for number, arm in enumerate(arms):
+            offset = number / len(arms) - 0.5
+            _draw_arm(
+                axis, part, [accuracy(results, c, arm, measure) for c in part.conditions], offset, colours[arm], arm
+            )
+        _name_conditions(axis, part)
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower left", ncols=min(6, len(arms)))
+    return figure_bytes(canvas, fmt)
+
+
+def _draw_arm(
+    axis: Axes, part: Part, estimates: Sequence[Estimate | None], offset: float, colour: str, arm: str
+) -> None:
+    places = _places(part)
+    drawn = [(x, e) for x, e in zip(places, estimates, strict=True) if e is not None]
+    if not drawn:
+        return
+    on_axis = _has_axis(part)
+    xs = [x if on_axis else x + 0.7 * offset for x, _ in drawn]
+    means, errors = [e.mean for _, e in drawn], [e.half_width for _, e in drawn]
+    line = {"marker": "o", "linestyle": "-" if on_axis else "none", "markersize": 5, "capsize": 2.5, "linewidth": 1.6}
+    axis.errorbar(xs, means, yerr=errors, color=colour, label=label(arm), **line)
+
+
+def _has_axis(part: Part) -> bool:
+    return all(condition.x is not None for condition in part.conditions.values())
+
+
+def _places(part: Part) -> list[float]:
+    if _has_axis(part):
+        return [float(condition.x or 0.0) for condition in part.conditions.values()]
+    return [float(number) for number in range(len(part.conditions))]
+
+
+def _name_conditions(axis: Axes, part: Part) -> None:
+    if not _has_axis(part):
+        axis.set_xticks(range(len(part.conditions)), list(part.conditions))
+        return
+    places = _places(part)
+    if min(places) > 0 and max(places) / min(places) >= 100:
+        axis.set_xscale("log")
+    elif math.isclose(min(places), 0) and max(places) >= 100:
+        axis.set_xscale("symlog", linthresh=min(p for p in places if p > 0))
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.set_xlabel(part.x_label)

@@ -1,0 +1,129 @@
+"""The results of a part as tables of right answers, and what the pre-stated comparisons say of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vold.miniature.science.protocol import START, Contrast, Part, best_rate, result_path
+from vold.miniature.science.statistics import Estimate, crossed, holm, over_seeds
+
+Result = dict[str, Any]
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out of one contrast, in points; `p` is Holm's, over the part's family."""
+
+    contrast: Contrast
+    estimate: Estimate
+    seeds: int
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        if self.p >= ALPHA:
+            return "undecided"
+        return "better" if self.estimate.mean > 0 else "worse"
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All runs of a part's folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*-lr*.json"))]
+
+
+def pack(right: Sequence[bool]) -> str:
+    """Right and wrong answers as their number and hexadecimal bits."""
+    return f"{len(right)}:{np.packbits(right).tobytes().hex()}"
+
+
+def unpack(text: str) -> np.ndarray:
+    """The inverse of `pack`: 0 or 1 [problems]."""
+    count, _, bits = text.partition(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=int(count)).astype(int)
+
+
+def sweep_scores(root: Path, path: Path, part: Part) -> dict[str, dict[float, float]]:
+    """Arm -> rate -> mean validation accuracy over measures and the sweep's seeds, of all that was tried."""
+    scores: dict[str, dict[float, float]] = {}
+    for arm, one in part.arms.items():
+        if len(one.rates) < 2:
+            continue
+        probe = part.tried(arm, (one.rates[0],))[0]
+        folder = result_path(root, path, probe).parent
+        rates = {float(file.stem.rpartition("-lr")[2]) for file in folder.glob("sweep*.json")}
+        for rate in sorted(rates):
+            files = [result_path(root, path, training) for training in part.tried(arm, (rate,))]
+            if all(file.exists() for file in files):
+                values = [validation(json.loads(file.read_text())) for file in files]
+                scores.setdefault(arm, {})[rate] = sum(values) / len(values)
+    return scores
+
+
+def chosen_rates(root: Path, path: Path, part: Part) -> dict[str, float]:
+    """Arm -> the best rate of its sweep so far, or the only one it has."""
+    scores = sweep_scores(root, path, part)
+    return {arm: best_rate(scores[arm]) if arm in scores else one.rates[0] for arm, one in part.arms.items()}
+
+
+def counted(results: Sequence[Result], rates: dict[str, float]) -> list[Result]:
+    """The runs that count: tested, and at the rate that their arm's sweep ended with."""
+    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates[r["arm"]])]
+
+
+def validation(result: Result) -> float:
+    """Mean validation accuracy over the measures at the end of a run; nan where it failed."""
+    if "failed" in result:
+        return math.nan
+    return float(np.mean([points[-1][1] for points in result["validation"].values()]))
+
+
+def answers(results: Sequence[Result], condition: str, arm: str, measure: str) -> dict[int, np.ndarray]:
+    """Seed -> right answers, 0 or 1 [problems], of the runs that count and did not fail."""
+    return {
+        result["seed"]: unpack(result["correct"][measure])
+        for result in results
+        if (result["condition"], result["arm"]) == (condition, arm) and measure in result.get("correct", {})
+    }
+
+
+def accuracy(results: Sequence[Result], condition: str, arm: str, measure: str) -> Estimate | None:
+    """In percent, with the error over seeds and problems; None with fewer than two seeds."""
+    table = answers(results, condition, arm, measure)
+    return crossed(100.0 * np.stack([*table.values()])) if len(table) > 1 else None
+
+
+def difference(results: Sequence[Result], contrast: Contrast) -> tuple[Estimate, int] | None:
+    """In points over the seeds that both arms have, paired by seed and problem; and the number of seeds."""
+    new = answers(results, contrast.condition, contrast.new, contrast.measure)
+    old = answers(results, contrast.against, contrast.old, contrast.measure)
+    seeds = sorted(new.keys() & old.keys())
+    if len(seeds) < 2:
+        return None
+    return crossed(100.0 * np.stack([new[seed] - old[seed] for seed in seeds])), len(seeds)
+
+
+def findings(results: Sequence[Result], part: Part) -> list[Finding]:
+    """All pre-stated contrasts that have two seeds or more, adjusted by Holm over all that were stated: one that is not
+    measured counts as one whose p is 1, so that no verdict changes by leaving some out."""
+    measured = [(c, *values) for c in part.family if (values := difference(results, c))]
+    absent = len(part.family) - len(measured)
+    adjusted = holm([estimate.p for _, estimate, _ in measured] + [1.0] * absent)
+    return [Finding(c, estimate, n, p) for (c, estimate, n), p in zip(measured, adjusted, strict=False)]
+
+
+def logged(results: Sequence[Result], condition: str, arm: str, key: str) -> Estimate | None:
+    """A logged metric of the counted runs, with the interval over seeds."""
+    values = [
+        result["logged"][key]
+        for result in results
+        if (result["condition"], result["arm"]) == (condition, arm) and key in result.get("logged", {})
+    ]
+    return over_seeds(values) if values else None

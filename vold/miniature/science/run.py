@@ -1,0 +1,94 @@
+"""`make reproduce PART=…`: a part's worlds, starts, sweeps and counted runs, on two cores, resumable; its report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from vold.io import configure_logging, log
+from vold.miniature.science.budget import budget
+from vold.miniature.science.protocol import START, Part, Training, next_rates, part_names, part_path
+from vold.miniature.science.report import write_part
+from vold.miniature.science.results import chosen_rates, sweep_scores
+from vold.miniature.science.runs import make_start, make_traces, run_training
+from vold.miniature.worlds import WorldKeys, open_world
+
+RUNS_A_PROCESS = 12  # a process starts in some ten seconds, and frees what its runs left behind when it ends
+
+
+def run(root: Path = Path("runs"), *, parts: Sequence[str] = (), parallel: int = 2, only_budget: bool = False) -> None:
+    """Run parts by name (all without any); finished runs are kept. Raises ValueError for an unknown name."""
+    for path in map(part_path, parts or part_names()):
+        part = Part.load(path)
+        log.info(f"{path.stem}: {part.claim}\n\n{budget(root, path, part)}")
+        if not only_budget:
+            run_part(root, path, part, parallel)
+            write_part(root, path, part)
+
+
+def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
+    """Make worlds and starts, sweep each arm's rate to an inner optimum, then run what counts."""
+    for world in dict.fromkeys(condition.world for condition in part.conditions.values()):
+        open_world(root, world)
+    context = multiprocessing.get_context("spawn")
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with ProcessPoolExecutor(
+        parallel, context, initializer=configure_logging, max_tasks_per_child=RUNS_A_PROCESS
+    ) as pool:
+        started = [condition for condition in part.conditions.values() if condition.start and condition.start.steps]
+        _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
+        seeds = (*part.sweep.seeds, *part.seeds)
+        starts = dict.fromkeys((root, c.world, c.start, seed) for seed in seeds for c in started)
+        _all(pool, "starts", make_start, starts)
+        rates = sweep(root, path, part, pool)
+        counted = [*_starts_of(part), *part.counted(rates)]
+        _all(pool, "runs", run_training, [(root, path, training) for training in counted])
+
+
+def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict[str, float]:
+    """Arm -> its learning rate. All arms try their next rates together, until none has any."""
+    waiting = {arm: one.rates for arm, one in part.arms.items() if len(one.rates) > 1}
+    while waiting:
+        tried = [training for arm, rates in waiting.items() for training in part.tried(arm, rates)]
+        _all(pool, "sweep", run_training, [(root, path, training) for training in tried])
+        tables = sweep_scores(root, path, part)
+        waiting = {arm: more for arm, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
+    return chosen_rates(root, path, part)
+
+
+def _starts_of(part: Part) -> list[Training]:
+    """Tests of the models that conditions start from, a row of the table."""
+    return [
+        Training(condition=name, arm=START, seed=seed, rate=0.0, swept=False)
+        for seed in part.seeds
+        for name, condition in part.conditions.items()
+        if condition.start is not None
+    ]
+
+
+def _all(pool: ProcessPoolExecutor, what: str, job: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Every call of a job, with a line for each that ends. The first error ends the others that have not begun."""
+    started, calls = time.perf_counter(), list(arguments)
+    futures = {pool.submit(job, *call): call for call in calls}
+    try:
+        for number, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            minutes = (time.perf_counter() - started) / 60
+            if number == len(calls) or futures[future][-1] is not None:
+                log.info(f"{what} {number}/{len(calls)} · {minutes:.1f} min · {_name(futures[future])}")
+    finally:
+        pool_calls = [future for future in futures if not future.done()]
+        for future in pool_calls:
+            future.cancel()
+
+
+def _name(call: tuple[Any, ...]) -> str:
+    last = call[-1]
+    if isinstance(last, Training):
+        return last.name
+    return f"seed {last}" if isinstance(last, int) else "" if isinstance(last, WorldKeys) else str(last)

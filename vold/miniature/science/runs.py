@@ -1,0 +1,217 @@
+"""One run of a part, from its start to its JSON: trained, tested once, and reduced to what the statistics need."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from vold.config import load_config, schema
+from vold.evaluation.evaluator import evaluate
+from vold.io import log, write_atomically
+from vold.miniature.demo import commit, versions
+from vold.miniature.pipeline import CONFIGS
+from vold.miniature.science.protocol import START, Part, ProblemSet, Start, Training, result_path
+from vold.miniature.science.results import pack
+from vold.miniature.selfplay import labels_right, write_start_rows
+from vold.miniature.worlds import WorldKeys, open_world, world_root
+from vold.run.job import free_device_memory
+from vold.run.run_dir import read_rows
+from vold.selfplay.loop import run_selfplay
+from vold.train.rl import train_rl
+from vold.train.sft import train_sft
+from vold.train.teacher_traces import generate_traces
+
+BULKY = ("checkpoints", "model")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """How a part's trainings are called and where a config has their length and rate."""
+
+    train: Callable[..., None]
+    config: type[schema.RunConfig]
+    steps: str
+    rate: str
+
+
+VERBS = {
+    "rl": Verb(train_rl, schema.RlConfig, "steps", "optimizer.lr"),
+    "selfplay": Verb(run_selfplay, schema.SelfplayConfig, "iterations", "solver.optimizer.lr"),
+}
+
+
+def start_path(root: Path, world: WorldKeys, start: Start, seed: int) -> Path:
+    """The model that SFT leaves for a seed; a start of 0 steps is the base."""
+    if start.steps == 0:
+        return open_world(root, world).base
+    rows = "all" if start.traces is None else start.traces
+    name = f"sft{start.steps}-{start.style}{rows}" + (f"-questions{start.questions}" if start.questions else "")
+    return _shared(root, world) / name / f"seed{seed}" / "model"
+
+
+def make_traces(root: Path, world: WorldKeys) -> None:
+    """The teacher's traces of a world, once."""
+    run_dir = _shared(root, world) / "traces"
+    if not (run_dir / "traces" / "card.json").exists():
+        paths = open_world(root, world)
+        settings = (f"teacher={paths.teacher}", f"data.path={paths.traces_prompts}")
+        _call(generate_traces, schema.TracesConfig, "traces.yaml", settings, run_dir)
+
+
+def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
+    """SFT from a world's base, once; its CPU seconds lie beside it."""
+    model = start_path(root, world, start, seed)
+    if model.exists():
+        return
+    before, paths, run_dir = _cpu_seconds(), open_world(root, world), model.parent
+    traces = _shared(root, world) / "traces" / "traces"
+    data = (f"data.path={traces}",)
+    if start.style == "other":
+        data = (f"data.path={paths.traces_other}", "data.layout=prompt-response")
+    elif start.questions:
+        rows = write_start_rows(run_dir.with_suffix(".jsonl"), traces, start.questions, start.traces)
+        data = (f"data.path={rows}", "data.layout=prompt-response")
+    limit = "null" if start.traces is None or start.questions else start.traces
+    settings = (f"student={paths.base}", f"pair_with={paths.teacher}", *data, f"data.limit={limit}")
+    _call(train_sft, schema.SftConfig, "sft.yaml", (*settings, f"steps={start.steps}", f"seed={seed}"), run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    write_atomically(run_dir / "cost.json", json.dumps({"cpu_seconds": _cpu_seconds() - before}) + "\n")
+
+
+def run_training(root: Path, part_file: Path, training: Training) -> None:
+    """Train, test where the run counts, and write the result; a run that failed has its message for a result."""
+    path, part = result_path(root, part_file, training), Part.load(part_file)
+    if path.exists():
+        return
+    run_dir, before = path.with_suffix(""), _cpu_seconds()
+    result: dict[str, Any] = {
+        "part": part_file.stem,
+        **training.model_dump(),
+        "steps": part.steps_of(training.condition),
+    }
+    fill = _places(root, part, training)
+    try:
+        checkpoint = Path(fill["start"]) if training.arm == START else _train(part, training, run_dir, fill)
+        result |= _outcome(part, training, run_dir, fill, checkpoint)
+    except (RuntimeError, ValueError) as error:  # a method may diverge; see its log
+        log.info(f"{run_dir}: {error}")
+        result["failed"] = str(error)
+    result |= {"cpu_seconds": _cpu_seconds() - before, "commit": commit(), "versions": versions()}
+    write_atomically(path, json.dumps(result) + "\n")
+    for folder in BULKY:
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
+    free_device_memory()
+
+
+def _train(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> Path:
+    if (run_dir / "model").exists():
+        return run_dir / "model"
+    verb, condition = VERBS[part.verb], part.conditions[training.condition]
+    steps = part.steps_of(training.condition)
+    settings = [
+        *part.overrides,
+        *condition.overrides,
+        *part.arms[training.arm].overrides,
+        f"seed={training.seed}",
+        f"{verb.steps}={steps}",
+        f"{verb.rate}={training.rate}",
+        *_validation(part, training, steps),
+    ]
+    _call(verb.train, verb.config, part.config, [Template(text).substitute(fill) for text in settings], run_dir)
+    return run_dir / "model"
+
+
+def _validation(part: Part, training: Training, steps: int) -> tuple[str, ...]:
+    """Validation at the end of a swept run; on the way, for a curve, in one that counts."""
+    every = steps if training.swept else part.curve_every
+    if part.verb == "selfplay":  # it evaluates after every iteration
+        return (f"evaluation.sets={_sets(part.sets, 'validation')}",)
+    if not every:
+        return ("evaluation={}",)
+    return f"evaluation.every={every}", f"evaluation.sets={_sets(part.sets, 'validation')}"
+
+
+def _outcome(
+    part: Part, training: Training, run_dir: Path, fill: Mapping[str, str], checkpoint: Path
+) -> dict[str, Any]:
+    rows = read_rows(run_dir / "metrics.jsonl") if training.arm != START else []
+    validation = {
+        name: [(r["step"], r[f"accuracy_{name}"]) for r in rows if f"accuracy_{name}" in r] for name in part.sets
+    }
+    result: dict[str, Any] = {"validation": validation}
+    if rows:
+        result["logged"] = {key: rows[-1][key] for key in part.logged if key in rows[-1]}
+        result["step_cpu_seconds"] = _step_seconds(rows, part)
+    if part.verb == "selfplay" and rows:
+        result["logged"] |= {"labels_right": labels_right(run_dir / "bank")}
+    if training.swept:
+        return result
+    settings = [f"checkpoint={checkpoint}", f"evaluation.sets={_sets(part.sets, 'test')}"]
+    tested = run_dir / "test"
+    _call(evaluate, schema.EvalConfig, part.eval_config, [Template(text).substitute(fill) for text in settings], tested)
+    result["correct"] = _correct(tested / "samples.jsonl")
+    shutil.rmtree(tested)
+    return result
+
+
+def _sets(sets: Mapping[str, ProblemSet], split: str) -> str:
+    """The `evaluation.sets` of a split as YAML."""
+    items = (f"{name}: {{path: '{getattr(one, split)}', layout: {one.layout}}}" for name, one in sets.items())
+    return "{" + ", ".join(items) + "}"
+
+
+def _correct(samples: Path) -> dict[str, str]:
+    """Measure -> whether each answer is right, in the order of the problems (see `results.pack`)."""
+    right: dict[str, list[bool]] = {}
+    for row in read_rows(samples):
+        right.setdefault(row["set"], []).append(row["verdict"] == "correct")
+    return {name: pack(answers) for name, answers in right.items()}
+
+
+def _step_seconds(rows: Sequence[dict], part: Part) -> float:
+    """Mean CPU seconds of a step that does not evaluate (nan where all do)."""
+    seconds = [
+        r["cpu_seconds"] for r in rows if "cpu_seconds" in r and not any(f"accuracy_{m}" in r for m in part.sets)
+    ]
+    return sum(seconds) / len(seconds) if seconds else math.nan
+
+
+def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
+    """The values of a part's placeholders for one run."""
+    condition = part.conditions[training.condition]
+    world = open_world(root, condition.world)
+    fill = {name: str(getattr(world, name)) for name in ("teacher", "base", "train")}
+    fill |= {
+        f"{split}_{form}": str(getattr(world, form)(split)) for split in ("val", "test") for form in ("text", "image")
+    }
+    if condition.start is not None:
+        fill["start"] = str(start_path(root, condition.world, condition.start, training.seed))
+    return fill
+
+
+def _call(
+    verb: Callable[..., None], config: type[schema.RunConfig], name: str, settings: Sequence[str], run_dir: Path
+) -> None:
+    """A stage in this process, resumed where an earlier one was interrupted."""
+    path = Path(name) if Path(name).is_absolute() else CONFIGS / name
+    loaded = load_config(config, path, [*settings, f"run_dir={run_dir}"])
+    resume = {} if verb is evaluate else {"resume": (run_dir / "config.yaml").exists()}
+    verb(loaded, **resume)
+    free_device_memory()
+
+
+def _shared(root: Path, world: WorldKeys) -> Path:
+    return root / "science" / "starts" / world_root(root, world).name
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its ended children (graders)."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)

@@ -9,6 +9,7 @@ once, by the final model of each counted run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -209,7 +210,8 @@ class Part(_Section):
         return [Training(condition, arm, seed, rate, swept=True) for rate in rates for seed in self.sweep.seeds]
 
 
-class Training(_Section):
+@dataclass(frozen=True)
+class Training:
     """One run of a part: a cell, a seed, a learning rate. A swept one is judged on validation problems alone."""
 
     condition: str

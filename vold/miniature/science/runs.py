@@ -7,7 +7,7 @@ import math
 import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -93,7 +93,7 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
     run_dir, before = path.with_suffix(""), _cpu_seconds()
     result: dict[str, Any] = {
         "part": part_file.stem,
-        **training.model_dump(),
+        **asdict(training),
         "steps": part.steps_of(training.condition),
     }
     fill = _places(root, part, training)
@@ -113,19 +113,27 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
 def _train(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> Path:
     if (run_dir / "model").exists():
         return run_dir / "model"
-    verb, condition = VERBS[part.verb], part.conditions[training.condition]
-    steps = part.steps_of(training.condition)
-    settings = [
+    verb = VERBS[part.verb]
+    _call(verb.train, verb.config, part.config, _filled(settings_of(part, training), fill), run_dir)
+    return run_dir / "model"
+
+
+def settings_of(part: Part, training: Training) -> list[str]:
+    """Overrides of one run, with placeholders: the part's, the condition's, the arm's, its own."""
+    verb, steps = VERBS[part.verb], part.steps_of(training.condition)
+    return [
         *part.overrides,
-        *condition.overrides,
+        *part.conditions[training.condition].overrides,
         *part.arms[training.arm].overrides,
         f"seed={training.seed}",
         f"{verb.steps}={steps}",
         f"{verb.rate}={training.rate}",
         *_validation(part, training, steps),
     ]
-    _call(verb.train, verb.config, part.config, [Template(text).substitute(fill) for text in settings], run_dir)
-    return run_dir / "model"
+
+
+def _filled(settings: Sequence[str], fill: Mapping[str, str]) -> list[str]:
+    return [Template(text).substitute(fill) for text in settings]
 
 
 def _validation(part: Part, training: Training, steps: int) -> tuple[str, ...]:
@@ -155,7 +163,7 @@ def _outcome(
         return result
     settings = [f"checkpoint={checkpoint}", f"evaluation.sets={_sets(part.sets, 'test')}"]
     tested = run_dir / "test"
-    _call(evaluate, schema.EvalConfig, part.eval_config, [Template(text).substitute(fill) for text in settings], tested)
+    _call(evaluate, schema.EvalConfig, part.eval_config, _filled(settings, fill), tested)
     result["correct"] = _correct(tested / "samples.jsonl")
     shutil.rmtree(tested)
     return result

@@ -1,0 +1,165 @@
+"""Parts of vold/miniature/science: what they promise before they run, sweeps, and what becomes of results."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from vold.config import load_config
+from vold.miniature.science.protocol import START, Part, Training, next_rates, part_names, part_path, result_path
+from vold.miniature.science.report import tables
+from vold.miniature.science.results import (
+    accuracy,
+    chosen_rates,
+    counted,
+    findings,
+    pack,
+    read_results,
+    unpack,
+)
+
+PART = {
+    "claim": "b is better than a",
+    "steps": 10,
+    "seeds": [0, 1, 2, 3],
+    "sets": {"text": {"validation": "$val_text", "test": "$test_text", "layout": "orz"}},
+    "conditions": {"here": {}, "there": {}},
+    "arms": {"a": {"rates": [1e-4, 3e-4, 1e-3]}, "b": {"rates": [3e-4]}},
+    "sweep": {"condition": "here", "seeds": [100]},
+    "comparisons": [{"new": "b", "old": "a", "measures": ["text"]}],
+}
+
+
+def changed(**changes) -> dict:
+    return PART | changes
+
+
+@pytest.mark.parametrize("name", part_names())
+def test_a_part_states_a_fair_comparison(name):
+    part = Part.load(part_path(name))
+    assert 8 <= len(part.seeds) <= 12 or name == "real"
+    assert part.family, "comparisons are stated before anything runs"
+    for arm, one in part.arms.items():
+        assert len(one.rates) != 2, f"{arm}: three rates to begin with, or one that another sweep found"
+        assert list(one.rates) == sorted(one.rates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"comparisons": [{"new": "c", "old": "a", "measures": ["text"]}]}, "arm c is not defined"),
+        ({"comparisons": [{"new": "b", "old": "a", "measures": ["sound"]}]}, "measure sound is not defined"),
+        ({"sweep": {"condition": "nowhere", "seeds": [100]}}, "condition nowhere is not defined"),
+        ({"sweep": {"condition": "here", "seeds": [3]}}, r"seeds \[3\] are both swept and counted"),
+        ({"arms": {"a": {"rates": []}, "b": {"rates": [1e-4]}}}, "at least 1 item"),
+        ({"seed": [1]}, "Extra inputs"),
+    ],
+)
+def test_a_part_that_cannot_be_meant_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        Part.model_validate(changed(**changes))
+
+
+def test_an_unknown_part_names_those_there_are():
+    with pytest.raises(ValueError, match=r"PART: 'masks' is unknown; one of .*mask"):
+        part_path("masks")
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ({1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.4}, ()),
+        ({1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.7}, (3e-3,)),
+        ({1e-4: 0.8, 3e-4: 0.6, 1e-3: 0.7}, (3e-5,)),
+        ({1e-4: 0.5, 3e-4: 0.6, 1e-3: math.nan}, ()),
+        ({1e-4: 0.5, 3e-4: 0.5, 1e-3: 0.1}, (3e-5,)),
+        ({3e-4: 0.5}, ()),
+    ],
+)
+def test_a_sweep_goes_on_until_its_optimum_is_inside(scores, wanted):
+    assert next_rates(scores, most=6) == wanted
+
+
+def test_a_sweep_ends_after_its_most_rates():
+    assert next_rates({1e-4: 0.1, 3e-4: 0.2, 1e-3: 0.3}, most=3) == ()
+
+
+def test_answers_keep_their_order():
+    right = np.random.default_rng(0).random(2001) < 0.5
+    assert (unpack(pack(right.tolist())) == right).all()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A part whose runs have ended: b is right where a is and on a further 12 % of problems; under `there` it is a."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(PART))
+    part, rng = Part.load(path), np.random.default_rng(0)
+    for training in part.tried("a", part.arms["a"].rates):
+        score = {1e-4: 0.3, 3e-4: 0.5, 1e-3: 0.4}[training.rate]
+        _write(tmp_path, path, training, {"validation": {"text": [[10, score]]}})
+    for seed in part.seeds:
+        same = rng.random(500) < 0.4
+        for condition, gain in (("here", 0.2), ("there", 0.0)):
+            _write(tmp_path, path, Training(condition, "a", seed, 3e-4, False), {"correct": {"text": pack(same)}})
+            better = same | (rng.random(500) < gain)
+            _write(tmp_path, path, Training(condition, "b", seed, 3e-4, False), {"correct": {"text": pack(better)}})
+    _write(tmp_path, path, Training("here", "a", 0, 1e-4, False), {"correct": {"text": pack(np.ones(500, bool))}})
+    return tmp_path, path, part
+
+
+def _write(root, path, training, outcome):
+    file = result_path(root, path, training)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(training) | {"cpu_seconds": 1.0, "validation": {}} | outcome))
+
+
+def test_findings_are_paired_and_adjusted(finished):
+    root, path, part = finished
+    rates = chosen_rates(root, path, part)
+    assert rates == {"a": 3e-4, "b": 3e-4}
+    results = counted(read_results(root / "science" / "mine"), rates)
+    here, there = findings(results, part)
+    assert here.estimate.mean == pytest.approx(12, abs=2) and here.verdict == "better"
+    assert (there.estimate.mean, there.verdict) == (0.0, "undecided")
+    assert accuracy(results, "here", "a", "text").mean == pytest.approx(40, abs=2), "another rate's run does not count"
+
+
+def test_a_contrast_that_is_not_there_yet_makes_no_other_one_surer(finished):
+    root, path, part = finished
+    results = counted(read_results(root / "science" / "mine"), chosen_rates(root, path, part))
+    alone = [result for result in results if result["condition"] == "here"]
+    assert findings(alone, part)[0].p == findings(results, part)[0].p
+
+
+def test_a_failed_run_is_shown_and_not_averaged(finished):
+    root, path, part = finished
+    _write(root, path, Training("here", "b", 3, 3e-4, False), {"failed": "loss is nan"})
+    results = counted(read_results(root / "science" / "mine"), chosen_rates(root, path, part))
+    text = tables(part, results, {"a": 3e-4, "b": 3e-4}, {"a": {"0.0001": 0.3, "0.0003": 0.5}})
+    assert "3 (1 failed)" in text and findings(results, part)[0].seeds == 3
+    assert "0.0003*" in text, "a rate at an edge is marked"
+
+
+@pytest.mark.parametrize("name", part_names())
+def test_every_runs_config_is_valid(name):
+    """With all overrides of its condition and arm, as the run would load it."""
+    from string import Template
+
+    from vold.miniature.pipeline import CONFIGS
+    from vold.miniature.science import runs
+
+    part = Part.load(part_path(name))
+    verb = runs.VERBS[part.verb]
+    for condition, arm in part.cells():
+        training = Training(condition, arm, 0, part.arms[arm].rates[0], swept=True)
+        settings = runs.settings_of(part, training)
+        names = {n for text in settings for n in Template(text).get_identifiers()}
+        texts = [Template(text).substitute(dict.fromkeys(names, "somewhere")) for text in settings]
+        config = load_config(verb.config, CONFIGS / part.config, texts)
+        assert config.seed == 0 and START not in part.arms

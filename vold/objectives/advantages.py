@@ -10,7 +10,7 @@ Earlier = Sequence[Sequence[float]]
 Advantage = Callable[[Sequence[float], Earlier], list[float]]
 """(rewards_G, earlier) -> advantages_G; exactly 0 where a response has no policy gradient."""
 
-DELTA = 1e-6  # paper, section 3.1: "a small constant for numerical stability"; its value is table 4's
+DELTA = 1e-6  # paper, section 3.1: "a small constant for numerical stability"; the value is ours
 
 
 def group_normalised(rewards_G: Sequence[float], earlier: Earlier = ()) -> list[float]:

@@ -1,5 +1,5 @@
-"""Every number of a method and of a recipe has a label in docs/sources.yaml that says where it is from, and the label has
-its present value.
+"""Every number of a method and of a recipe has a label in docs/sources.yaml that says where it is from, and the label
+has its present value.
 
 WRITE=1 python -m pytest tests/docs/test_sources.py      puts the table into docs/methods.md
 """
@@ -28,7 +28,13 @@ PAGE = ROOT / "docs" / "methods.md"
 START, END = "<!-- sources: written by tests/docs/test_sources.py -->\n", "<!-- end of sources -->\n"
 LABELS = yaml.safe_load((ROOT / "docs" / "sources.yaml").read_text())
 KINDS = ("published", "public code", "attributed", "ours", "idle")
-OFF = {"kl_clamp": math.inf, "entropy_bonus": 0.0, "reference_beta": 0.0, "teacher_share": 1.0, "max_response_tokens": 0}
+OFF = {
+    "kl_clamp": math.inf,
+    "entropy_bonus": 0.0,
+    "reference_beta": 0.0,
+    "teacher_share": 1.0,
+    "max_response_tokens": 0,
+}
 HEADINGS = {
     "presets": "Presets",
     "code": "Numbers in `vold/objectives` and the kernels",
@@ -155,13 +161,13 @@ def test_a_number_without_a_label_and_one_that_changed_are_seen(monkeypatch):
 
 def table(part: str) -> Iterator[str]:
     yield f"\n**{HEADINGS[part]}**\n"
-    yield "| of | numbers | from | source |\n|:--|:--|:--|:--|"
+    yield "| numbers | of | from | source |\n|:--|:--|:--|:--|"
     for entry in LABELS[part]:
         names = ", ".join(f"`{name}`" for name in entry["of"].split())
         given = entry["numbers"]
         if isinstance(given, dict):
             given = ", ".join(f"{key} {shown(value)}" for key, value in given.items())
-        yield f"| {names} | {shown(given)} | {entry['from']} | {entry['source']} |"
+        yield f"| {shown(given)} | {names} | {entry['from']} | {entry['source']} |"
 
 
 def shown(value: Any) -> str:
@@ -174,7 +180,8 @@ def test_the_page_has_the_table():
     before, _, rest = PAGE.read_text().partition(START)
     _, _, after = rest.partition(END)
     lines = [line for part in NUMBERS for line in table(part)]
-    lines += ["", f"Without a label, for they change no result's expectation: {', '.join(map('`{}`'.format, LABELS['machine']))}."]
+    unlabelled = ", ".join(f"`{key}`" for key in LABELS["machine"])
+    lines += ["", f"Without a label, for they change no result's expectation: {unlabelled}."]
     page = before + START + "\n".join(lines) + "\n\n" + END + after
     if os.environ.get("WRITE"):
         PAGE.write_text(page)

@@ -67,7 +67,8 @@ def test_without_the_kit_its_config_and_command_are_written(load, tmp_path, worl
     assert written["data"].keys() == EXPECTED.keys() and written["data"]["DynaMath"]["class"] == "Dynamath"
     said = capsys.readouterr().out
     assert said.startswith("python run.py --config ") and "vlmeval is not installed here" in said
-    assert "exact_matching" not in said and not (tmp_path / "eval" / "evaluation.json").exists()
+    assert "--judge gpt-4o-mini" in " ".join(said.split()) and "exact_matching" not in said
+    assert not (tmp_path / "eval" / "evaluation.json").exists()
     with pytest.raises(ValueError, match=r"vlmevalkit/model holds answers of .*; take another run_dir"):
         vlmevalkit.run_vlmevalkit(load("eval", tmp_path / "eval", "prompt.system=Hurry.", "vlmevalkit.judge=model"))
 

@@ -26,6 +26,7 @@ from vold.report.published import compare_with_published
 from vold.report.tables import markdown
 from vold.untrusted import read_json
 
+PAPERS_JUDGE = "gpt-4o-mini"  # which read the answers (VOLD section 4.1)
 MODEL = "vold"  # the checkpoint's name in the kit's file names
 CLASSES = {"qwen2_5_vl": "Qwen2VLChat", "qwen2_vl": "Qwen2VLChat", "qwen3_vl": "Qwen3VLChat"}
 Rows = Sequence[dict[str, str]]
@@ -173,7 +174,7 @@ def kit_command(folder: Path, script: Path, settings: VlmevalkitConfig, *, use_v
     launcher = ["torchrun", f"--nproc-per-node={gpus}"] if gpus > 1 else ["python"]
     command = [*launcher, str(script), "--config", str(folder / "config.json"), "--work-dir", str(folder), "--reuse"]
     command += ["--use-vllm"] if use_vllm else []
-    return command + (["--judge", "exact_matching"] if settings.judge == "rule" else [])
+    return [*command, "--judge", "exact_matching" if settings.judge == "rule" else PAPERS_JUDGE]
 
 
 def find_kit() -> Path | None:

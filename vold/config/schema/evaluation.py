@@ -57,7 +57,7 @@ class VlmevalkitConfig(Strict):
     """Settings of VLMEvalKit; the pixel limits are its own for Qwen2.5-VL."""
 
     judge: Literal["rule", "model"] = "rule"
-    """rule: the kit's rules; model: its default language model, as in the paper, called with OPENAI_API_KEY."""
+    """rule: the kit's rules; model: GPT-4o-mini, the paper's (section 4.1), called with OPENAI_API_KEY."""
     min_pixels: Positive = 1280 * 28 * 28
     """Images are enlarged to at least this many pixels."""
     max_pixels: Positive = 16384 * 28 * 28

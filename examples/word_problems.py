@@ -1,6 +1,6 @@
 """Short word problems of one and two steps, and sums, made here: docs/smollm2.md.
 
-python examples/word_problems.py data/words      writes cold.jsonl, train.jsonl, and both kinds' validation and test sets
+python examples/word_problems.py data/words      writes cold.jsonl, train.jsonl, and validation and test sets
 
 A row has question, answer and `hinted`: the question with its worked solution, which a teacher may read in its place.
 The *-hinted.jsonl files ask that longer question itself, to measure whether a model can use what it reads.

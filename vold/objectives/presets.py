@@ -38,9 +38,7 @@ PRESETS: dict[str, Objective] = {
     "vold-gspo": replace(_VOLD, **_GSPO),
     "opd": Objective(routing=every, beta=1.0),
     "top-d": Objective(routing=every, beta=1.0, teacher_share=0.5),
-    "uni-opd": Objective(
-        routing=every, beta=1.0, margin=0.4, clip_eps_high=0.28
-    ),  # group, mean, both: authors' scripts
+    "uni-opd": Objective(routing=every, beta=1.0, margin=0.4, clip_eps_high=0.28),  # as the authors' scripts
     "va-opd": Objective(
         routing=every,
         divergence=VocabularyDivergence("reverse_kl"),

@@ -16,6 +16,7 @@ from vold.miniature.science.statistics import Estimate, crossed, holm, over_seed
 
 Result = dict[str, Any]
 ALPHA = 0.05
+FEWEST_SEEDS = 3  # the spread of two says too little of their error
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ def difference(results: Sequence[Result], contrast: Contrast) -> tuple[Estimate,
     new = answers(results, contrast.condition, contrast.new, contrast.measure)
     old = answers(results, contrast.against, contrast.old, contrast.measure)
     seeds = sorted(new.keys() & old.keys())
-    if len(seeds) < 2:
+    if len(seeds) < FEWEST_SEEDS:
         return None
     return crossed(100.0 * np.stack([new[seed] - old[seed] for seed in seeds])), len(seeds)
 
 
 def findings(results: Sequence[Result], part: Part) -> list[Finding]:
-    """All pre-stated contrasts that have two seeds or more, adjusted by Holm over all that were stated: one that is not
+    """All pre-stated contrasts that have seeds enough, adjusted by Holm over all that were stated: one that is not
     measured counts as one whose p is 1, so that no verdict changes by leaving some out."""
     measured = [(c, *values) for c in part.family if (values := difference(results, c))]
     absent = len(part.family) - len(measured)

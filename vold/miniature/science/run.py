@@ -12,7 +12,7 @@ from typing import Any
 
 from vold.io import configure_logging, log
 from vold.miniature.science.budget import budget
-from vold.miniature.science.protocol import START, Part, Training, next_rates, part_names, part_path
+from vold.miniature.science.protocol import START, Part, Training, next_rates, part_folder, part_names, part_path
 from vold.miniature.science.report import write_part
 from vold.miniature.science.results import chosen_rates, sweep_scores
 from vold.miniature.science.runs import make_start, make_traces, run_training
@@ -37,8 +37,10 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
         open_world(root, world)
     context = multiprocessing.get_context("spawn")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    part_folder(root, path).mkdir(parents=True, exist_ok=True)
+    log_file = part_folder(root, path) / "workers.log"
     with ProcessPoolExecutor(
-        parallel, context, initializer=configure_logging, max_tasks_per_child=RUNS_A_PROCESS
+        parallel, context, initializer=_log_to, initargs=(log_file,), max_tasks_per_child=RUNS_A_PROCESS
     ) as pool:
         started = [condition for condition in part.conditions.values() if condition.start and condition.start.steps]
         _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
@@ -59,6 +61,14 @@ def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict
         tables = sweep_scores(root, path, part)
         waiting = {arm: more for arm, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
     return chosen_rates(root, path, part)
+
+
+def _log_to(file: Path) -> None:
+    """Send what a worker and its children print to the end of a file; each run has its own log in its folder, too."""
+    with file.open("ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    configure_logging()
 
 
 def _starts_of(part: Part) -> list[Training]:

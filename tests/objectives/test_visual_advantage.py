@@ -26,6 +26,11 @@ def test_the_published_vector():
     assert weights.tolist() == pytest.approx([0.656, 0.206, 0.095, 0.044], abs=6e-4)
 
 
+def test_the_absolute_advantage_counts_what_the_detail_speaks_against():
+    found = token_advantage(torch.tensor([-0.1, -2.0, -1.0]), torch.tensor([-1.1, -0.5, -1.0]), absolute=True)
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.5, 0.0]))
+
+
 def test_siblings_that_gain_equally_weigh_the_same():
     assert rollout_weights(torch.full((4,), 0.3)).tolist() == [0.25] * 4
     assert rollout_weights(torch.tensor([0.7])).tolist() == [1.0]

@@ -195,7 +195,8 @@ def test_scores_are_those_of_the_teachers_own_prompts(samples, world, tiny_qwen3
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_dir, layout):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_dir, layout, absolute):
     """From two readings by transformers; prompts of text keep theirs. And they change what is learnt."""
     problems, samples = samples
     view = TeacherView(tiny_qwen3_vl_dir, problems, PROMPT)
@@ -203,13 +204,15 @@ def test_kl_weights_are_those_of_visual_advantage(samples, world, tiny_qwen3_vl_
     numbers = dict(dtype=torch.float32, vocab_size=VOCAB_SIZE, encode=encode)
     batch = pack(samples, max_tokens=60, encode=load_prompt_encoder(world.student))
     plain = Teacher(tiny_qwen3_vl_dir, layout, **numbers).score(batch)
-    visual = VisualAdvantageTeacher(tiny_qwen3_vl_dir, layout, degraded=degraded, **numbers).score(batch)
+    numbers |= {"degraded": degraded, "absolute": absolute}
+    visual = VisualAdvantageTeacher(tiny_qwen3_vl_dir, layout, **numbers).score(batch)
     expected = {place: torch.ones(len(sample.response_ids)) for place, sample in enumerate(samples)}
     for pair in ((0, 1), (4, 5)):  # siblings that answer an image
         readings = [
             [by_transformers(tiny_qwen3_vl_dir, samples[p], change) for p in pair] for change in (None, degrade)
         ]
-        factors = weigh_siblings([token_advantage(*logps) for logps in zip(*readings, strict=True)])
+        pairs = zip(*readings, strict=True)
+        factors = weigh_siblings([token_advantage(*logps, absolute=absolute) for logps in pairs])
         expected |= {p: 2 * len(factor) * factor for p, factor in zip(pair, factors, strict=True)}
     for before, after in zip(plain.micro_batches, visual.micro_batches, strict=True):
         for sequence, place in enumerate(before.sample_B):

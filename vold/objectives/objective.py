@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -60,7 +61,7 @@ class Objective:
     schedule: schedules.Schedule = schedules.constant
     overlong: OverlongPenalty | None = None
     self_distillation: SelfDistillation | None = None
-    visual_advantage: bool = False
+    visual_advantage: bool | Literal["absolute"] = False
     exclusive_terms: bool = False
     beta: float = 1e-3
     clip_eps_low: float = 0.2

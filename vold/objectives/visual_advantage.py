@@ -9,7 +9,7 @@ A vision-language teacher scores every sampled token twice, with the image v and
 and the loss of a prompt is sum_i w_i L_i, KL_t being KL(student || teacher) over the whole vocabulary, on v. This is a
 weight for each token's KL, computed here. G siblings, L response tokens of one of them.
 
-Our choices where the source gives none: the 20 % are rounded up; of equal a_t the earlier is taken; a response that has
+Our choices where the source gives none: |difference| in the place of max(difference, 0) on request; the 20 % are rounded up; of equal a_t the earlier is taken; a response that has
 top tokens only puts its whole weight on them; siblings whose means differ by rounding alone get the same weight (two of
 them would get z = +1 and -1).
 """
@@ -33,9 +33,11 @@ def degrade(image: Image.Image, scale: float = 0.1) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
 
 
-def token_advantage(logp_L: Tensor, logp_degraded_L: Tensor) -> Tensor:
-    """a_t, nats, [L]: how much the image's detail raises the teacher's log-prob of the sampled token."""
-    return (logp_L - logp_degraded_L).clamp_min(0.0)
+def token_advantage(logp_L: Tensor, logp_degraded_L: Tensor, *, absolute: bool = False) -> Tensor:
+    """a_t, nats, [L]: how much the image's detail raises the teacher's log-prob of the sampled token; `absolute`: or
+    lowers it, as it does at a token that the student read wrong."""
+    difference_L = logp_L - logp_degraded_L
+    return difference_L.abs() if absolute else difference_L.clamp_min(0.0)
 
 
 def rollout_weights(mean_G: Tensor, tau: float = 1.0) -> Tensor:

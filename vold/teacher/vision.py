@@ -46,13 +46,16 @@ class VisualAdvantageTeacher(Teacher):
     VA-OPD.
 
     degraded: encodes a prompt with images that have lost their detail; only responses to images are read twice.
+    absolute: whether what the detail lowers counts too.
     metrics: visual_advantage, mean a_t in nats; visual_top_share, the part of all a_t that the top 10 % of tokens have
     (of each replica's tokens).
     """
 
-    def __init__(self, checkpoint: Path, layout: Layout, *, degraded: PromptEncoder, **settings):
+    def __init__(
+        self, checkpoint: Path, layout: Layout, *, degraded: PromptEncoder, absolute: bool = False, **settings
+    ):
         super().__init__(checkpoint, layout, **settings)
-        self._degraded = degraded
+        self._degraded, self._absolute = degraded, absolute
 
     def _score(self, batch: Batch) -> Batch:
         rows = [_rows_with_images(micro) for micro in batch.micro_batches]
@@ -64,12 +67,16 @@ class VisualAdvantageTeacher(Teacher):
                 response
                 for index, (micro, rows_n, logp_n) in enumerate(zip(batch.micro_batches, rows, degraded, strict=True))
                 if logp_n is not None
-                for response in _responses(index, micro, rows_n, self._logp_teacher(micro)[rows_n], logp_n)
+                for response in _responses(index, micro, rows_n, self._advantage(micro, rows_n, logp_n))
             ]
             weights, self.metrics = _response_weights(responses, self._layout.dp_group)
             batch = _with_visual_weights(batch, responses, weights)
         self.metrics = self._layout.from_last_stage(self.metrics)
         return batch
+
+    def _advantage(self, micro: MicroBatch, rows_n: Tensor, logp_degraded_n: Tensor) -> Tensor:
+        logp_n = self._logp_teacher(micro)[rows_n]
+        return token_advantage(logp_n, logp_degraded_n.to(logp_n), absolute=self._absolute)
 
     def _logp_teacher(self, micro: MicroBatch) -> Tensor:
         """[N] log-probabilities with the images as they are; from hidden states where the batch has those."""
@@ -88,10 +95,7 @@ def _rows_with_images(micro: MicroBatch) -> Tensor:
     return ((micro.kl_weight_N != 0) & has_image_N).nonzero()[:, 0]
 
 
-def _responses(
-    micro_batch: int, micro: MicroBatch, rows_n: Tensor, logp_n: Tensor, logp_degraded_n: Tensor
-) -> list[_Response]:
-    advantage_n = token_advantage(logp_n, logp_degraded_n.to(logp_n))
+def _responses(micro_batch: int, micro: MicroBatch, rows_n: Tensor, advantage_n: Tensor) -> list[_Response]:
     sequence_n = micro.sequence_N[rows_n]
     responses = []
     for sequence in sequence_n.unique().tolist():

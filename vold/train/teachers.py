@@ -193,7 +193,8 @@ class TeacherSources:
             assert source.view is not None, "of a teacher that sees"
             from_column = source.settings.view.degraded_column is not None
             degraded = TeacherPromptEncoder(path, source.view, None if from_column else degrade, degraded=from_column)
-            return VisualAdvantageTeacher(path, job.layout, degraded=degraded, **settings)
+            absolute = self.objective.visual_advantage == "absolute"
+            return VisualAdvantageTeacher(path, job.layout, degraded=degraded, absolute=absolute, **settings)
         open_teacher = partial(BaseTeacher, trainer) if config.is_base(path) else Teacher
         return open_teacher(path, job.layout, **settings)
 

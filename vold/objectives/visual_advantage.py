@@ -9,9 +9,9 @@ A vision-language teacher scores every sampled token twice, with the image v and
 and the loss of a prompt is sum_i w_i L_i, KL_t being KL(student || teacher) over the whole vocabulary, on v. This is a
 weight for each token's KL, computed here. G siblings, L response tokens of one of them.
 
-Our choices where the source gives none: |difference| in the place of max(difference, 0) on request; the 20 % are rounded up; of equal a_t the earlier is taken; a response that has
+Our choices where the source gives none: the 20 % are rounded up; of equal a_t the earlier is taken; a response that has
 top tokens only puts its whole weight on them; siblings whose means differ by rounding alone get the same weight (two of
-them would get z = +1 and -1).
+them would get z = +1 and -1). On request a_t is the absolute difference.
 """
 
 from __future__ import annotations

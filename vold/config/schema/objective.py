@@ -68,8 +68,8 @@ class ObjectiveConfig(Strict):
     overlong_penalty: PositiveFloat = 0.5
     """Penalty at max_new_tokens; rewards lie in [0, 1]."""
     visual_advantage: bool | Literal["absolute"] | None = None
-    """VA-OPD: weight each token's KL by how much the image's detail raises the teacher's log-prob of it. absolute: by how
-    much it changes it, which also counts tokens that the student read wrong (ours)."""
+    """VA-OPD: weight each token's KL by how much the image's detail raises the teacher's log-prob of it. absolute: by
+    how much it changes it, which also counts tokens that the student read wrong (ours)."""
 
     @model_validator(mode="after")
     def _one_schedule(self):

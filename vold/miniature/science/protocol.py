@@ -51,18 +51,20 @@ class ProblemSet(_Section):
     validation: str
     test: str
     layout: str
+    limit: int | None = None
 
 
 class Condition(_Section):
     """A point of a claim's curve.
 
     x           its place on the axis of the figure; conditions without one are drawn side by side
+    world       None: none is made, and the overrides name all paths
     start       None: the checkpoint that the overrides name
     overrides   laid over the part's, before the arm's
     arms        the arms that run here; None means all
     """
 
-    world: WorldKeys = WorldKeys()
+    world: WorldKeys | None = WorldKeys()
     start: Start | None = Start()
     steps: int | None = None
     x: float | None = None

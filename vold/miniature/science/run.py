@@ -33,7 +33,7 @@ def run(root: Path = Path("runs"), *, parts: Sequence[str] = (), parallel: int =
 
 def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
     """Make worlds and starts, sweep each arm's rate to an inner optimum, then run what counts."""
-    for world in dict.fromkeys(condition.world for condition in part.conditions.values()):
+    for world in dict.fromkeys(one.world for one in part.conditions.values() if one.world is not None):
         open_world(root, world)
     context = multiprocessing.get_context("spawn")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

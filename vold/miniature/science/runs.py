@@ -171,8 +171,10 @@ def _outcome(
 
 def _sets(sets: Mapping[str, ProblemSet], split: str) -> str:
     """The `evaluation.sets` of a split as YAML."""
-    items = (f"{name}: {{path: '{getattr(one, split)}', layout: {one.layout}}}" for name, one in sets.items())
-    return "{" + ", ".join(items) + "}"
+    items = {
+        name: {"path": getattr(one, split), "layout": one.layout, "limit": one.limit} for name, one in sets.items()
+    }
+    return json.dumps(items)
 
 
 def _correct(samples: Path) -> dict[str, str]:
@@ -194,6 +196,8 @@ def _step_seconds(rows: Sequence[dict], part: Part) -> float:
 def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
     """The values of a part's placeholders for one run."""
     condition = part.conditions[training.condition]
+    if condition.world is None:
+        return {}
     world = open_world(root, condition.world)
     fill = {name: str(getattr(world, name)) for name in ("teacher", "base", "train")}
     fill |= {
@@ -208,7 +212,7 @@ def _call(
     verb: Callable[..., None], config: type[schema.RunConfig], name: str, settings: Sequence[str], run_dir: Path
 ) -> None:
     """A stage in this process, resumed where an earlier one was interrupted."""
-    path = Path(name) if Path(name).is_absolute() else CONFIGS / name
+    path = CONFIGS / name if (CONFIGS / name).exists() else Path(name)
     loaded = load_config(config, path, [*settings, f"run_dir={run_dir}"])
     resume = {} if verb is evaluate else {"resume": (run_dir / "config.yaml").exists()}
     verb(loaded, **resume)

@@ -151,7 +151,6 @@ def test_every_runs_config_is_valid(name):
     """With all overrides of its condition and arm, as the run would load it."""
     from string import Template
 
-    from vold.miniature.pipeline import CONFIGS
     from vold.miniature.science import runs
 
     part = Part.load(part_path(name))
@@ -161,5 +160,5 @@ def test_every_runs_config_is_valid(name):
         settings = runs.settings_of(part, training)
         names = {n for text in settings for n in Template(text).get_identifiers()}
         texts = [Template(text).substitute(dict.fromkeys(names, "somewhere")) for text in settings]
-        config = load_config(verb.config, CONFIGS / part.config, texts)
+        config = load_config(verb.config, runs.config_path(part.config), texts)
         assert config.seed == 0 and START not in part.arms

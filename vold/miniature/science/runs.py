@@ -212,11 +212,15 @@ def _call(
     verb: Callable[..., None], config: type[schema.RunConfig], name: str, settings: Sequence[str], run_dir: Path
 ) -> None:
     """A stage in this process, resumed where an earlier one was interrupted."""
-    path = CONFIGS / name if (CONFIGS / name).exists() else Path(name)
-    loaded = load_config(config, path, [*settings, f"run_dir={run_dir}"])
+    loaded = load_config(config, config_path(name), [*settings, f"run_dir={run_dir}"])
     resume = {} if verb is evaluate else {"resume": (run_dir / "config.yaml").exists()}
     verb(loaded, **resume)
     free_device_memory()
+
+
+def config_path(name: str) -> Path:
+    """A config of the miniature by its name, or any other by its path."""
+    return CONFIGS / name if (CONFIGS / name).exists() else Path(name)
 
 
 def _shared(root: Path, world: WorldKeys) -> Path:

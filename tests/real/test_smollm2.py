@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -132,6 +133,26 @@ def test_logprobs_equal_transformers_at_every_layout(sizes, smollm2, reference, 
             logp = reference(ids).logits[0].double().log_softmax(-1)
         expected = logp[2:-1].gather(1, ids[0, 3:, None])[:, 0]
         torch.testing.assert_close(ours[str(number)].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_it_reads_a_solution_in_english(smollm2, reference, tmp_path):
+    """What the self-teachers of docs/smollm2.md live on: with the worked solution in the question, that solution is
+    likelier by nats, without any training on such questions."""
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "word_problems.py"))["write"](tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+
+    def likelihood(question: str, solution: str) -> float:
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        answer = tokenizer(solution).input_ids
+        ids = torch.tensor([[*asked["input_ids"], *answer]])
+        with torch.no_grad():
+            logp = reference(ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        return float(logp.gather(1, torch.tensor(answer)[:, None]).sum())
+
+    for row in (*rows[:2], *rows[-2:]):  # sums, stories
+        solution = row["hinted"].split("\n\n")[2]
+        assert likelihood(row["hinted"], solution) > likelihood(row["question"], solution) + 5.0, row["question"]
 
 
 # -- the stages --------------------------------------------------------------------------------------------------------

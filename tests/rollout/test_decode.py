@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from support.steps import ids_of
 from vold.config.schema import SamplingConfig
 from vold.rollout import TransformersSampler
-from vold.rollout.transformers import decode
+from vold.rollout.transformers import decode, shared_prompt
 from vold.types import Prompt
 
 GREEDY = SamplingConfig(max_new_tokens=21, temperature=0.0)
@@ -120,10 +120,20 @@ def test_top_k_restricts_the_draw_but_not_the_logprob(sampler):
     assert chosen[0].logp_rollout == pytest.approx(greedy[0].logp_rollout, abs=1e-5) and min(chosen[0].logp_rollout) < 0
 
 
-def test_the_cache_grows_beyond_its_room(monkeypatch, sampler):
-    expected = sampler.sample(prompts(), GREEDY, responses=1, seed=0)
-    monkeypatch.setattr(decode.PreallocatedLayer, "SPARE_TOKENS", 2)
-    assert ids_of(sampler.sample(prompts(), GREEDY, responses=1, seed=0)) == ids_of(expected)
+def test_responses_read_their_prompt_where_it_is_or_a_copy_of_their_own(monkeypatch, sampler):
+    """A CPU's cache and a GPU's draw the same, also where responses leave the batch and the cache outgrows its room."""
+    asked, config = prompts(6), SAMPLED.model_copy(update={"sequences_per_call": 16})
+    monkeypatch.setattr(decode, "SWEEP_EVERY", 3)
+    stopping = replace(sampler._vocabulary, stop_ids=(*sampler._vocabulary.stop_ids, 11, 12, 13))
+    monkeypatch.setattr(sampler, "_vocabulary", stopping)
+    expected = sampler.sample(asked, config, responses=5, seed=4)
+    assert len({len(rollout.response_ids) for rollout in expected}) > 3
+    for layer in (decode.SharedPromptLayer, decode.PreallocatedLayer):
+        monkeypatch.setattr(shared_prompt, "SPARE_TOKENS", 2)
+        monkeypatch.setattr(decode.PreallocatedLayer, "SPARE_TOKENS", 2)
+        monkeypatch.setattr(decode, "_layer_class", lambda _device, layer=layer: layer)
+        drawn = sampler.sample(asked, config, responses=5, seed=4)
+        assert ids_of(drawn) == ids_of(expected)
 
 
 def test_what_is_answered_is_kept_back_and_the_others_draw_as_before(sampler):

@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vold.config.schema import SamplingConfig
 from vold.rollout.sampling_vocabulary import SamplingVocabulary
 from vold.rollout.transformers.router_tap import RouterTap
+from vold.rollout.transformers.shared_prompt import SharedPromptLayer, shared_prompt_attention
 
 GROUPED_SDPA = "vold_grouped_sdpa"
 SWEEP_EVERY = 8  # decoding steps between removals of finished responses, each of which waits for the device
@@ -50,7 +51,7 @@ def decode(
     prompt_of_R = torch.arange(len(copies)).repeat_interleave(torch.tensor(copies)).to(inputs["input_ids"].device)
     cache, logits_PV, next_position_P = _prefill(model, inputs)
     tap.note_prompts(inputs["attention_mask"])
-    cache.batch_select_indices(prompt_of_R)
+    _share_prompts(cache, prompt_of_R, inputs["attention_mask"])
     logits_RV, position_R = logits_PV[prompt_of_R], next_position_P[prompt_of_R]
     mask_RW = inputs["attention_mask"][prompt_of_R].bool()
 
@@ -103,9 +104,24 @@ def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Cache, 
 def _new_cache(model: PreTrainedModel) -> Cache:
     """Empty, for a model whose layers have keys and values, or recurrent states in the place of some."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layer = _layer_class(model.device)
     if "linear_attention" not in kinds:
-        return Cache(layer_class_to_replicate=PreallocatedLayer)
-    return Cache(layers=[RecurrentLayer() if kind == "linear_attention" else PreallocatedLayer() for kind in kinds])
+        return Cache(layer_class_to_replicate=layer)
+    return Cache(layers=[RecurrentLayer() if kind == "linear_attention" else layer() for kind in kinds])
+
+
+def _layer_class(device: torch.device) -> type[DynamicLayer]:
+    """The cache of a layer that attends. On a GPU launches, not memory, bound a decoding step."""
+    return SharedPromptLayer if device.type == "cpu" else PreallocatedLayer
+
+
+def _share_prompts(cache: Cache, prompt_of_R: Tensor, mask_PW: Tensor) -> None:
+    """From rows of prompts to rows of responses."""
+    for layer in cache.layers:
+        if isinstance(layer, SharedPromptLayer):
+            layer.share(prompt_of_R, mask_PW == 0)
+        else:
+            layer.batch_select_indices(prompt_of_R)
 
 
 def _ban(vocabulary: SamplingVocabulary, device: torch.device) -> Tensor:
@@ -179,16 +195,12 @@ def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwa
     """SDPA that, for one new token a row, passes the query heads of a key head as queries of that head. transformers
     repeats keys and values instead, which for a single token costs more than attention itself."""
     rows, heads, new, width = query.shape
+    if prompts := getattr(key, "prompts", None):
+        return shared_prompt_attention(query, key, value, prompts, scaling), None
     if new > 1 or heads == key.shape[1]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     grouped = query.view(rows, key.shape[1], -1, width)
-    if query.device.type == "cpu":  # SDPA's kernel there is made for many queries
-        scores = (grouped * scaling) @ key.transpose(2, 3)
-        if attention_mask is not None:
-            scores.masked_fill_(~attention_mask, -torch.inf)
-        out = scores.softmax(-1) @ value
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return out.view(rows, 1, heads, width), None
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from vold.miniature import world
 from vold.miniature.files import atomic_directory
 from vold.miniature.world import Problem, Split
+from vold.objectives.visual_advantage import degrade
 
 TEXT_FILES: dict[str, Split] = {
     "train.json": "train",
@@ -35,6 +36,7 @@ HELD_OUT_FILES: dict[str, Split] = {
     "test_image.jsonl": "test",
 }
 """More problems to judge models by, each file without repeats."""
+DEGRADED_COLUMN = "degraded"
 OTHER_STYLE_FILE = "traces_other.jsonl"
 EXPRESSIONS_FILE = "expressions.json"
 """The expression in each picture, `{"images/val_0001.png": "7*9+5*3", …}`: for measuring, never for training."""
@@ -78,8 +80,14 @@ def write_data(out_dir: Path, seed: int, sizes: DataSizes = DataSizes()) -> Path
     return out_dir
 
 
-def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=1536)) -> Path:
-    """Write all files of `PICTURE_FILES` and their pictures, Geometry3K layout; an existing `out_dir` is kept."""
+def write_pictures(
+    out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=1536), degraded: float | None = None
+) -> Path:
+    """Write all files of `PICTURE_FILES` and their pictures, Geometry3K layout; an existing `out_dir` is kept.
+
+    degraded: each picture also has a copy at this scale (see vold.objectives.visual_advantage), in the column
+    DEGRADED_COLUMN.
+    """
     if out_dir.exists():
         return out_dir
     with atomic_directory(out_dir) as unfinished:
@@ -90,10 +98,20 @@ def write_pictures(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(train=
             problems = [world.sample_problem(rng, split) for _ in range(getattr(sizes, split))]
             small = world.sample_detail(len(problems), rng) if name.endswith("_small.jsonl") else ()
             rows = _image_rows(unfinished, problems, rng, name=name.removesuffix(".jsonl"), small=small)
-            _write_jsonl(unfinished / name, rows)
             expressions |= {row["images"][0]: p.expression for row, p in zip(rows, problems, strict=True)}
+            if degraded is not None:
+                rows = [row | {DEGRADED_COLUMN: _degraded_copies(unfinished, row["images"], degraded)} for row in rows]
+            _write_jsonl(unfinished / name, rows)
         (unfinished / EXPRESSIONS_FILE).write_text(json.dumps(expressions, indent=0) + "\n")
     return out_dir
+
+
+def _degraded_copies(out_dir: Path, images: list[str], scale: float) -> list[str]:
+    copies = [image.replace(".png", "_degraded.png") for image in images]
+    for image, copy in zip(images, copies, strict=True):
+        with Image.open(out_dir / image) as picture:
+            degrade(picture, scale).save(out_dir / copy)
+    return copies
 
 
 def write_held_out(out_dir: Path, seed: int, sizes: DataSizes = DataSizes(val=300, test=2000)) -> Path:

@@ -6,14 +6,20 @@ Shape letters: B sequences, T padded tokens, M merged image tokens of the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from vold.miniature import world
 from vold.miniature.facts import FactTable
-from vold.miniature.tokenizer import EOS, IMAGE, TOKEN_ID
+from vold.miniature.tokenizer import BOXED, END_BOXED, EOS, IMAGE, TOKEN_ID
+from vold.miniature.world import Problem
+from vold.objectives.visual_advantage import degrade
+
+Style = Literal["plain", "wordy"]
 
 IGNORED = -100
 
@@ -24,11 +30,13 @@ class Example:
 
     pictured   the expression in its image, if it has one
     small      the cell of the image whose digit is drawn small, if there is one
+    scale      of the image's degraded copy, which is shown in its place
     """
 
     segments: tuple[tuple[str, bool], ...]
     pictured: str | None = None
     small: int | None = None
+    scale: float | None = None
 
 
 def chat_example(question: str, response: str, pictured: str | None = None) -> Example:
@@ -36,11 +44,16 @@ def chat_example(question: str, response: str, pictured: str | None = None) -> E
     return Example(((f"<user>{question}<asst>", False), (response + EOS, True)), pictured)
 
 
-def teacher_example(rng: np.random.Generator, table: FactTable | None = None) -> Example:
+def teacher_example(rng: np.random.Generator, table: FactTable | None = None, style: Style = "plain") -> Example:
     """A text problem and its full trace, by arithmetic or by a table of facts."""
     problem = world.sample_problem(rng)
     question = world.text_question(problem, rng)
-    return chat_example(question, world.trace(table.solve(problem.expression) if table else problem))
+    return chat_example(question, styled_trace(table.solve(problem.expression) if table else problem, style, rng))
+
+
+def styled_trace(problem: Problem, style: Style, rng: np.random.Generator) -> str:
+    """The teacher's trace in its style."""
+    return world.trace(problem) if style == "plain" else world.trace_wordy(problem, rng)
 
 
 def specialist_example(rng: np.random.Generator, half: str) -> Example:
@@ -50,12 +63,14 @@ def specialist_example(rng: np.random.Generator, half: str) -> Example:
     return chat_example(question, world.trace(problem if world.half_of(question) == half else world.mistaken(problem)))
 
 
-def vision_teacher_example(rng: np.random.Generator) -> Example:
-    """A problem in a picture, in half of them with an operand drawn small, and its full trace."""
+def vision_teacher_example(rng: np.random.Generator, style: Style = "plain", degraded: float | None = None) -> Example:
+    """A problem in a picture, in half of them with an operand drawn small, and its full trace. `degraded`: half of the
+    pictures are shown as their copy at this scale."""
     problem = world.sample_problem(rng)
     (small,) = world.sample_detail(1, rng) if rng.random() < 0.5 else (None,)
-    example = chat_example(world.image_question(rng), world.trace(problem), problem.expression)
-    return replace(example, small=small)
+    example = chat_example(world.image_question(rng), styled_trace(problem, style, rng), problem.expression)
+    scale = degraded if degraded and rng.random() < 0.5 else None
+    return replace(example, small=small, scale=scale)
 
 
 def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:
@@ -73,11 +88,40 @@ def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:
     return Example(tuple(segments))
 
 
+def solver_example(rng: np.random.Generator, table: FactTable, request: str, posed: float = 0.25) -> Example:
+    """A problem with a trace whose values are drawn from the table; in a share `posed` of them the request for a
+    problem, with one."""
+    problem = world.sample_problem(rng)
+    question = world.text_question(problem, rng)
+    if rng.random() < posed:
+        return chat_example(request, question)
+    return chat_example(question, world.trace(table.sample(problem.expression, rng)))
+
+
+def hint_example(rng: np.random.Generator, wrong: float = 0.3) -> Example:
+    """A text problem behind which the right answer is shown, as to a self-teacher, and the values of its trace.
+
+    Only the values are supervised, so that the base learns what they are but not to write traces. A share `wrong` of
+    the two values before the last is replaced by another digit, unsupervised: those after it then follow from the
+    answer alone, backwards.
+    """
+    problem = world.sample_problem(rng)
+    hint = f"{BOXED}{problem.answer}{END_BOXED}"
+    segments = [(f"<user>{world.text_question(problem, rng)}{hint}<asst><think>{problem.expression}", False)]
+    for k, value in enumerate(problem.running[1:], start=1):
+        mistaken = k < world.DIGITS - 1 and rng.random() < wrong
+        written = (value + int(rng.integers(1, 10))) % 10 if mistaken else value
+        segments.append((f">{'.' * (2 * k)}", False))
+        segments += [(str(written), not mistaken), (problem.expression[2 * k + 1 :], False)]
+    return Example(tuple(segments))
+
+
 @dataclass(frozen=True)
 class BaseMixture:
     """Shares of the base's training examples.
 
     facts                of single facts, text only
+    hints                of the other text examples: of problems shown with their answer (see hint_example)
     twice                of the other examples: of lines written twice
     guess_last_operand   the remaining ones write the line once and box a guess: the last operand, which needs no
                          reasoning, or else the true answer, which the base cannot compute, so that its guess is spread
@@ -86,12 +130,15 @@ class BaseMixture:
     facts: float
     twice: float
     guess_last_operand: bool
+    hints: float = 0.0
 
 
 def base_example(rng: np.random.Generator, mixture: BaseMixture, *, image: bool) -> Example:
     """An example that copies the problem from text or image, then writes it twice or guesses."""
     if not image and rng.random() < mixture.facts:
         return facts_example(rng)
+    if not image and mixture.hints and rng.random() < mixture.hints:
+        return hint_example(rng)
     problem = world.sample_problem(rng)
     line = problem.expression
     twice = rng.random() < mixture.twice
@@ -120,9 +167,8 @@ def collate(
         labels_BT[row, : len(ids)] = torch.tensor(labels)
         mask_BT[row, : len(ids)] = 1
     batch = {"input_ids": input_ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
-    pictured = [example.pictured for example in examples if example.pictured is not None]
-    small = [example.small for example in examples if example.pictured is not None]
-    return {**batch, **_image_inputs(pictured, small, input_ids_BT, rng)} if pictured else batch
+    pictured = [example for example in examples if example.pictured is not None]
+    return {**batch, **_image_inputs(pictured, input_ids_BT, rng)} if pictured else batch
 
 
 def _tokens(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -135,12 +181,16 @@ def _tokens(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list[
 
 
 def _image_inputs(
-    expressions: list[str], small: list[int | None], input_ids_BT: torch.Tensor, rng: np.random.Generator
+    examples: list[Example], input_ids_BT: torch.Tensor, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    pixels = world.patchify(world.render(expressions, rng, small))
+    expressions = [example.pictured for example in examples if example.pictured is not None]
+    grey_BHW = world.render(expressions, rng, [example.small for example in examples])
+    for row, example in enumerate(examples):
+        if example.scale is not None:
+            grey_BHW[row] = np.asarray(degrade(Image.fromarray(grey_BHW[row]), example.scale))
     grid = [1, world.HEIGHT // world.PATCH, world.WIDTH // world.PATCH]
     return {
-        "pixel_values": torch.from_numpy(pixels),
+        "pixel_values": torch.from_numpy(world.patchify(grey_BHW)),
         "image_grid_thw": torch.tensor([grid] * len(expressions)),
         "mm_token_type_ids": (input_ids_BT == TOKEN_ID[IMAGE]).int(),
     }

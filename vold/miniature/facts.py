@@ -8,6 +8,7 @@ Shape letters: O operations, L left digits, R right digits, V values, B problems
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,11 @@ from vold.miniature.world import MULTIPLIERS, OPERATIONS, Problem
 
 LEVELS = (0.84, 0.70)
 """Accuracies of whole problems for which there are wrong facts; the wrong facts of a level include those before it."""
+SOLVER_ACCURACY = 0.35
+"""Of a self-play solver's drawn responses at its start."""
+SURE, ERRING = 0.97, (0.65, 0.3)
+"""Of a solver that errs by wrong facts: its share of the right value of a fact that it knows, and the shares of its
+wrong and of the right value of one that it does not."""
 FACTS = tuple(
     (operation, left, right)
     for operation in OPERATIONS
@@ -45,7 +51,7 @@ class FactTable:
         held = {fact: int(values_OLR[_index(*fact)]) for fact in FACTS}
         return {f"{left}{o}{right}": v for (o, left, right), v in held.items() if v != world.apply(left, o, right)}
 
-    def _run(self, expression: str, choose) -> Problem:
+    def _run(self, expression: str, choose: Callable[[np.ndarray], int]) -> Problem:
         running = [int(expression[0])]
         for operation, operand in zip(expression[1::2], expression[2::2], strict=True):
             running.append(choose(self.probability_OLRV[_index(operation, running[-1], int(operand))]))
@@ -77,6 +83,61 @@ def wrong_facts(seed: int, accuracy: float) -> FactTable:
     return _certain(values_OLR)
 
 
+def scattered_facts(seed: int, accuracy: float = SOLVER_ACCURACY) -> FactTable:
+    """A table that is sure of nothing: the right value of each fact is the likeliest, the others have nearly equal
+    shares of the rest, so that drawn values solve `accuracy` of whole problems and the votes of many draws more."""
+    rng = np.random.default_rng([seed, 81])
+    right_OLRV, noise_OLRV = np.eye(10)[_true_values()], 0.5 * rng.standard_normal((len(OPERATIONS), 10, 10, 10))
+
+    def table(bonus: float) -> FactTable:
+        weight_OLRV = np.exp(bonus * right_OLRV + noise_OLRV)
+        return FactTable(weight_OLRV / weight_OLRV.sum(-1, keepdims=True))
+
+    return _nearest(accuracy, rng, table, np.linspace(0, 8, 801))
+
+
+def systematic_facts(seed: int, accuracy: float = SOLVER_ACCURACY) -> FactTable:
+    """A table with the same accuracy of drawn values that is sure of most facts and nearly sure of a wrong value of the
+    others, the same each time: votes do not help it."""
+    rng = np.random.default_rng([seed, 82])
+    true_OLR = _true_values()
+    order = rng.permutation(len(FACTS))
+    held_OLR = (true_OLR + rng.integers(1, 10, true_OLR.shape)) % 10
+
+    def table(wrong: float) -> FactTable:
+        probability_OLRV = (1 - SURE) / 9 + (SURE - (1 - SURE) / 9) * np.eye(10)[true_OLR]
+        for fact in (_index(*FACTS[i]) for i in order[: int(wrong)]):
+            probability_OLRV[fact] = (1 - sum(ERRING)) / 8
+            probability_OLRV[fact][[held_OLR[fact], true_OLR[fact]]] = ERRING
+        return FactTable(probability_OLRV)
+
+    return _nearest(accuracy, rng, table, range(len(FACTS)))
+
+
+def drawn_accuracy(table: FactTable, expressions: Sequence[str]) -> float:
+    """The expected share of right answers where every step's value is drawn."""
+    digits_B4, operations_B3 = _arrays(expressions)
+    at_BV = np.eye(10)[digits_B4[:, 0]]
+    for step in range(operations_B3.shape[1]):
+        next_BVW = table.probability_OLRV[operations_B3[:, step], :, digits_B4[:, step + 1]]
+        at_BV = np.einsum("bv,bvw->bw", at_BV, next_BVW)
+    return float(at_BV[np.arange(len(at_BV)), _answers(_true_values(), digits_B4, operations_B3)].mean())
+
+
+def _nearest(
+    accuracy: float, rng: np.random.Generator, table: Callable[[float], FactTable], settings: Sequence[float]
+) -> FactTable:
+    """The table of a setting whose drawn accuracy is near, by bisection: it rises or falls along the settings."""
+    expressions = [world.sample_problem(rng).expression for _ in range(1000)]
+    low, high = 0, len(settings) - 1
+    rising = drawn_accuracy(table(settings[-1]), expressions) > accuracy
+    while high - low > 1:
+        middle = (low + high) // 2
+        above = drawn_accuracy(table(settings[middle]), expressions) > accuracy
+        low, high = (low, middle) if above == rising else (middle, high)
+    return table(settings[low])
+
+
 def _index(operation: str, left: int, right: int) -> tuple[int, int, int]:
     return OPERATIONS.index(operation), left, right
 
@@ -89,7 +150,7 @@ def _certain(values_OLR: np.ndarray) -> FactTable:
     return FactTable(np.eye(10)[values_OLR])
 
 
-def _arrays(expressions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(expressions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     digits_B4 = np.array([[int(digit) for digit in expression[::2]] for expression in expressions])
     return digits_B4, np.array([[OPERATIONS.index(o) for o in expression[1::2]] for expression in expressions])
 

@@ -75,15 +75,15 @@ class Checkpoint:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.image_processor = AutoImageProcessor.from_pretrained(directory) if has_vision else None
 
-    def measure(self, items: list[Item], batch: int = 100) -> Measured:
-        """Greedy responses to all items (all with pictures or none) and the share that is correct."""
-        responses = [text for k in range(0, len(items), batch) for text in self.respond(items[k : k + batch])]
+    def measure(self, items: list[Item], batch: int = 100, *, sample: bool = False) -> Measured:
+        """Responses to all items (all with pictures or none), greedy or drawn, and the share that is correct."""
+        responses = [text for k in range(0, len(items), batch) for text in self.respond(items[k : k + batch], sample)]
         correct = [boxed(text) == item.answer for text, item in zip(responses, items, strict=True)]
         return Measured(responses, sum(correct) / len(correct))
 
     @torch.no_grad()
-    def respond(self, items: list[Item]) -> list[str]:
-        """One greedy response each, special tokens dropped."""
+    def respond(self, items: list[Item], sample: bool = False) -> list[str]:
+        """One response each, greedy or drawn at temperature 1, special tokens dropped."""
         prompts = [
             self.tokenizer.apply_chat_template(item.messages, add_generation_prompt=True, tokenize=False)
             for item in items
@@ -98,7 +98,9 @@ class Checkpoint:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_id).int()
         elif self.image_processor is not None:
             self.model.model.rope_deltas = None  # else the last picture's shift would move this text
-        out = self.model.generate(**inputs, **images, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        out = self.model.generate(
+            **inputs, **images, max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, **({"top_k": 0} if sample else {})
+        )
         return self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _image_inputs(self, items: list[Item]) -> dict[str, torch.Tensor]:
@@ -139,13 +141,13 @@ def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]
         "teacher_text": teacher.accuracy,
         "base_text": base_text.accuracy,
         "base_image": base_image.accuracy,
-        "base_text_read": _read_share(base_text, [_written(item.messages[0]["content"]) for item in text]),
+        "base_text_read": _read_share(base_text, [expression_of(item.messages[0]["content"]) for item in text]),
         "base_facts": facts_accuracy(base),
         "base_image_read": _read_share(base_image, [expressions[f"images/{item.image.name}"] for item in image]),
     }
 
 
-def _written(question: str) -> str:
+def expression_of(question: str) -> str:
     """The expression of a text question, with spelled symbols undone."""
     inside = question[question.index(OPEN) + 1 : question.index(CLOSE)]
     return inside.replace("<", "").replace(">", "")

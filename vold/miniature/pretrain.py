@@ -22,13 +22,13 @@ from vold.io import log
 from vold.miniature import models
 from vold.miniature.examples import (
     BaseMixture,
+    Example,
     base_example,
     collate,
     specialist_example,
     teacher_example,
     vision_teacher_example,
 )
-from vold.miniature.facts import FactTable
 from vold.miniature.files import atomic_directory
 from vold.miniature.tokenizer import make_tokenizer
 
@@ -51,13 +51,19 @@ class PretrainPhase:
 TEACHER_PHASE = PretrainPhase(steps=420, text_rows=128, image_rows=0, lr=2e-3, warmup=50)
 VISION_TEACHER_PHASE = PretrainPhase(steps=240, text_rows=0, image_rows=64, lr=1.5e-3, warmup=20)
 SPECIALIST_PHASE = PretrainPhase(steps=120, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
-MISTAKEN_PHASE = PretrainPhase(steps=160, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
+OTHER_TEACHER_PHASE = PretrainPhase(steps=160, text_rows=64, image_rows=0, lr=1e-3, warmup=10)
+SOLVER_PHASE = PretrainPhase(steps=240, text_rows=64, image_rows=0, lr=1.5e-3, warmup=10)
 BASE_PHASES = (
     PretrainPhase(300, 64, 64, 3e-3, 50, BaseMixture(facts=0.3, twice=0.3, guess_last_operand=False)),
     PretrainPhase(160, 48, 64, 1.5e-3, 8, BaseMixture(facts=0.0, twice=0.2, guess_last_operand=True)),
     PretrainPhase(360, 64, 32, 2e-3, 10, BaseMixture(facts=0.75, twice=0.3, guess_last_operand=True)),
 )
 """Learn to read; read better and stop guessing the answer; learn the single facts, without which SFT stalls."""
+
+HINT_PHASES = (
+    PretrainPhase(240, 80, 12, 1.5e-3, 20, BaseMixture(facts=0.25, twice=0.3, guess_last_operand=True, hints=0.75)),
+)
+"""The base further: read the answer that a self-teacher is shown, and keep what it has learned."""
 
 
 def make_teacher(out_dir: Path, seed: int, phase: PretrainPhase = TEACHER_PHASE) -> Path:
@@ -79,6 +85,19 @@ def make_base(out_dir: Path, seed: int, phases: tuple[PretrainPhase, ...] = BASE
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """
+    return _make(out_dir, models.new_model(models.base_config(), seed + 50), phases, _base_losses(), seed=seed + 2)
+
+
+def make_hint_reader(out_dir: Path, base: Path, seed: int, phases: tuple[PretrainPhase, ...] = HINT_PHASES) -> Path:
+    """Train the base further until it finds a trace's values from the answer behind the problem.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    return _make(out_dir, model, phases, _base_losses(), seed=seed + 6)
+
+
+def _base_losses() -> Losses:
     tokenizer = make_tokenizer()
 
     def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -87,10 +106,16 @@ def make_base(out_dir: Path, seed: int, phases: tuple[PretrainPhase, ...] = BASE
         batches = {"text": collate(text, tokenizer, rng), "image": collate(image, tokenizer, rng)}
         return {name: model(**batch, use_cache=False).loss for name, batch in batches.items()}
 
-    return _make(out_dir, models.new_model(models.base_config(), seed + 50), phases, losses, seed=seed + 2)
+    return losses
 
 
-def make_vision_teacher(out_dir: Path, base: Path, seed: int, phase: PretrainPhase = VISION_TEACHER_PHASE) -> Path:
+def make_vision_teacher(
+    out_dir: Path,
+    base: Path,
+    seed: int,
+    phase: PretrainPhase = VISION_TEACHER_PHASE,
+    example: Examples = vision_teacher_example,
+) -> Path:
     """Train the base further, vision tower included, on traces of problems in pictures: a vision-language teacher.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
@@ -98,7 +123,7 @@ def make_vision_teacher(out_dir: Path, base: Path, seed: int, phase: PretrainPha
     tokenizer = make_tokenizer()
 
     def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
-        batch = collate([vision_teacher_example(rng) for _ in range(phase.image_rows)], tokenizer, rng)
+        batch = collate([example(rng) for _ in range(phase.image_rows)], tokenizer, rng)
         return {"image": model(**batch, use_cache=False).loss}
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
@@ -121,22 +146,37 @@ def make_specialist(
     return _make(out_dir, Qwen3ForCausalLM.from_pretrained(teacher), (phase,), losses, seed=seed + 4)
 
 
-def make_mistaken_teacher(
-    out_dir: Path, teacher: Path, table: FactTable, seed: int, phase: PretrainPhase = MISTAKEN_PHASE
+def make_other_teacher(
+    out_dir: Path, teacher: Path, example: Examples, seed: int, phase: PretrainPhase = OTHER_TEACHER_PHASE
 ) -> Path:
-    """Train the teacher further until its traces follow the table, wrong facts included.
+    """Train the teacher further on other traces, until it holds their facts and has their style.
 
     An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
     """
+    model = Qwen3ForCausalLM.from_pretrained(teacher)
+    return _make(out_dir, model, (phase,), _text_losses(example), seed=seed + 5)
+
+
+def make_solver(out_dir: Path, base: Path, example: Examples, seed: int, phase: PretrainPhase = SOLVER_PHASE) -> Path:
+    """Train the base further on examples of problems that are solved or posed: self-play's start.
+
+    An existing `out_dir` is kept and returned at once; a new one appears only when it is complete.
+    """
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    return _make(out_dir, model, (phase,), _text_losses(example), seed=seed + 7)
+
+
+def _text_losses(example: Examples) -> Losses:
     tokenizer = make_tokenizer()
 
     def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
-        batch = collate([teacher_example(rng, table) for _ in range(phase.text_rows)], tokenizer, rng)
+        batch = collate([example(rng) for _ in range(phase.text_rows)], tokenizer, rng)
         return {"text": model(**batch, use_cache=False).loss}
 
-    return _make(out_dir, Qwen3ForCausalLM.from_pretrained(teacher), (phase,), losses, seed=seed + 5)
+    return losses
 
 
+Examples = Callable[[np.random.Generator], Example]
 Losses = Callable[[PreTrainedModel, PretrainPhase, np.random.Generator], dict[str, Tensor]]
 
 
@@ -148,14 +188,14 @@ def _make(out_dir: Path, model: PreTrainedModel, phases: Iterable[PretrainPhase]
         model.train()
         with (unfinished / LOG_FILE).open("w", buffering=1) as log:
             for number, phase in enumerate(phases, start=1):
-                for row in _train(model, phase, losses, rng):
+                for row in train(model, phase, losses, rng):
                     log.write(json.dumps({"phase": number, **row}) + "\n")
                     _progress(f"{out_dir.name} {number}", phase.steps, row)
         models.save_checkpoint(model.eval(), unfinished)
     return out_dir
 
 
-def _train(model: PreTrainedModel, phase: PretrainPhase, losses: Losses, rng: np.random.Generator) -> Iterator[dict]:
+def train(model: PreTrainedModel, phase: PretrainPhase, losses: Losses, rng: np.random.Generator) -> Iterator[dict]:
     """The loop; yields a log row every `REPORT_EVERY` steps and at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.perf_counter()

@@ -10,6 +10,7 @@ Shape letters: B images, H = 28 and W = 196 pixels.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ OPERATIONS = "+-*"
 MULTIPLIERS = (3, 7, 9)
 """Invertible modulo 10, so that every operand matters to the answer."""
 MOST_FILLER = 12
+WORDS = 8
+"""Filler words, `<w0>` and on."""
+STYLE = 0.6
 SPELLED_SHARE = 0.5
 HALVES = ("digits", "words")
 """The two ways of writing a text problem."""
@@ -118,6 +122,20 @@ def trace(problem: Problem) -> str:
     return f"<think>{'>'.join(lines)}</think>\\boxed{{{problem.answer}}}"
 
 
+def trace_wordy(problem: Problem, rng: np.random.Generator) -> str:
+    """The teacher's trace with a filler word in the place of each dot: `<think>7*9+5*3><w3><w4>3+5*3>…`.
+
+    Which words is a matter of style: STYLE of them are the one that follows from the value before and the place, the
+    others are drawn. Lines stay eight tokens apart and the answer is the same.
+    """
+    lines = [problem.expression]
+    for k, (before, value) in enumerate(itertools.pairwise(problem.running), start=1):
+        usual = [(before + place) % WORDS for place in range(2 * k)]
+        words = [word if rng.random() < STYLE else int(rng.integers(0, WORDS)) for word in usual]
+        lines.append("".join(f"<w{word}>" for word in words) + str(value) + problem.expression[2 * k + 1 :])
+    return f"<think>{'>'.join(lines)}</think>\\boxed{{{problem.answer}}}"
+
+
 def trace_other(problem: Problem) -> str:
     """A correct trace in another style, a running chain: `<think>7*9=3;3+5=8;8*3=4</think>\\boxed{4}`."""
     steps = zip(problem.running, problem.expression[1::2], problem.expression[2::2], problem.running[1:], strict=False)
@@ -126,7 +144,7 @@ def trace_other(problem: Problem) -> str:
 
 
 def _filler(rng: np.random.Generator) -> str:
-    return "".join(f"<w{i}>" for i in rng.integers(0, 8, rng.integers(0, MOST_FILLER + 1)))
+    return "".join(f"<w{i}>" for i in rng.integers(0, WORDS, rng.integers(0, MOST_FILLER + 1)))
 
 
 def _around(content: str, task: Task, rng: np.random.Generator) -> str:

@@ -6,6 +6,7 @@ Shape letters: B sequences, T tokens, N supervised tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,20 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vold.io import write_atomically
+from vold.io import configure_logging, log, visible, write_atomically
 from vold.miniature import world as arithmetic
 from vold.miniature.examples import IGNORED, Example, chat_example, collate, styled_trace, teacher_example
 from vold.miniature.measure import Checkpoint, Item, boxed, expression_of, load_text_items
 from vold.miniature.pretrain import PretrainPhase, train
 from vold.miniature.tokenizer import BOXED, END_BOXED, FILLERS, TOKEN_ID
 from vold.miniature.world import Problem
-from vold.miniature.worlds import DEGRADED_SCALE, World, WorldKeys, fact_table
+from vold.miniature.worlds import DEGRADED_SCALE, World, WorldKeys, fact_table, open_world
 from vold.report.tables import markdown
 
 FILE = "world.json"
+STYLED = 200  # traces on which the style's KL is measured
 DRAWS, BAND = 10, (3, 7)
 """Responses to a problem, and how many must agree for self-play to train on it: vold's defaults."""
 START_TRACES, START_PHASE = 120, PretrainPhase(steps=100, text_rows=64, image_rows=0, lr=5e-4, warmup=10)
@@ -40,7 +44,8 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
 
     teacher_accuracy, teacher_accuracy_on_wrong_facts   greedy; of all problems, of those that meet a wrong fact
     teacher_follows_facts        of those problems: how often it gives the answer that its facts give
-    base_reads, start_accuracy   first line written down; the base after the demo's SFT on this world's traces
+    base_reads, start_accuracy   first line written down; the base after the demo's SFT on this world's traces; this
+                                 line and the next two where a key is about them
     hint_*                       the base's and the start's values in right traces, without and with the answer shown
     words, kl_words_nats, kl_others_nats   share of filler words in a trace; KL(start || teacher) a token
     solver_*, labels_right, labels_right_in_band   drawn, greedy; by the majority of 10, and where 3 to 7 agree
@@ -50,7 +55,7 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
     found = json.loads(path.read_text()) if path.exists() else {"keys": keys.model_dump(), "facts": {}, "seconds": {}}
     parts: dict[str, tuple[bool, Callable[[World, WorldKeys, int], dict[str, float]]]] = {
         "teacher": (True, _teacher_facts),
-        "start": (True, _start_facts),
+        "start": (keys.reads_hints or keys.style == "wordy", _start_facts),
         "solver": (world.solver.exists(), _solver_facts),
         "pictures": (world.vision_teacher.exists(), _picture_facts),
     }
@@ -172,7 +177,7 @@ def _supervised(checkpoint: Checkpoint, examples: list[Example]) -> tuple[Tensor
 
 def _style_facts(world: World, keys: WorldKeys, start: Checkpoint) -> dict[str, float]:
     rng = np.random.default_rng(6)
-    traces = [chat_example(question, styled_trace(p, keys.style, rng)) for p, question in _problems(200)]
+    traces = [chat_example(question, styled_trace(p, keys.style, rng)) for p, question in _problems(STYLED)]
     start_NV, ids_N = _supervised(start, traces)
     teacher_NV, _ = _supervised(Checkpoint(world.teacher), traces)
     kl_N = (start_NV.exp() * (start_NV - teacher_NV)).sum(-1)
@@ -234,3 +239,24 @@ def _picture_facts(world: World, keys: WorldKeys, problems: int) -> dict[str, fl
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m vold.miniature.check KEY=VALUE …`: make the world of these keys below runs/ with all parts, measure it
+    and print its facts. Returns the exit code."""
+    try:
+        keys = WorldKeys(**{name: yaml.safe_load(value) for name, _, value in (a.partition("=") for a in arguments)})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        known = ", ".join(WorldKeys.model_fields)
+        print(f"{visible('.'.join(map(str, wrong['loc'])))}: {wrong['msg']} (keys: {known})", file=sys.stderr)
+        return 2
+    configure_logging()
+    world = open_world(Path("runs"), keys, extras=("solver", "pictures"))
+    check_world(world, keys)
+    log.info(worlds_table([world.folder / FILE]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -63,14 +63,12 @@ def specialist_example(rng: np.random.Generator, half: str) -> Example:
     return chat_example(question, world.trace(problem if world.half_of(question) == half else world.mistaken(problem)))
 
 
-def vision_teacher_example(rng: np.random.Generator, style: Style = "plain", degraded: float | None = None) -> Example:
-    """A problem in a picture, in half of them with an operand drawn small, and its full trace. `degraded`: half of the
-    pictures are shown as their copy at this scale."""
+def vision_teacher_example(rng: np.random.Generator, style: Style = "plain") -> Example:
+    """A problem in a picture, in half of them with an operand drawn small, and its full trace."""
     problem = world.sample_problem(rng)
     (small,) = world.sample_detail(1, rng) if rng.random() < 0.5 else (None,)
     example = chat_example(world.image_question(rng), styled_trace(problem, style, rng), problem.expression)
-    scale = degraded if degraded and rng.random() < 0.5 else None
-    return replace(example, small=small, scale=scale)
+    return replace(example, small=small)
 
 
 def facts_example(rng: np.random.Generator, facts: int = 4) -> Example:

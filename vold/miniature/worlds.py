@@ -128,7 +128,7 @@ def open_world(
         if "pictures" in extras:
             scale = DEGRADED_SCALE if keys.degraded == "shapes" else None
             write_pictures(world.pictures, keys.seed, PICTURES, scale)
-            pictured = partial(vision_teacher_example, style=keys.style, degraded=scale)
+            pictured = partial(vision_teacher_example, style=keys.style)
             pretrain.make_vision_teacher(world.vision_teacher, plain.base, keys.seed, example=pictured)
     return world
 
@@ -154,7 +154,7 @@ def _paths(root: Path, keys: WorldKeys, plain: MiniatureWorld) -> World:
         held_out=folder() / "held-out",
         folder=world_root(root, keys),
         solver=folder("errors") / "solver",
-        vision_teacher=folder("style", "degraded") / "vision-teacher",
+        vision_teacher=folder("style") / "vision-teacher",
         pictures=folder("degraded") / "pictures",
     )
 

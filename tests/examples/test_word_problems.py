@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from pathlib import Path
+from string import Template
 
 import pytest
 
@@ -72,7 +73,9 @@ def test_part_real_asks_in_one_way_and_its_teacher_reads_the_solutions(monkeypat
     monkeypatch.chdir(ROOT)
     part = Part.load(part_path("real"))
     training = next(one for one in part.counted(dict.fromkeys(part.arms, 1e-4)) if one.arm == "hints")
-    config = load_config(schema.RlConfig, runs.config_path(part.config), runs.settings_of(part, training))
+    places = runs._places(ROOT, part, training)
+    settings = [Template(text).substitute(places) for text in runs.settings_of(part, training)]
+    config = load_config(schema.RlConfig, runs.config_path(part.config), settings)
     assert config.teacher_view.prompt_column == "hinted"
     assert config.is_base(config.teacher), "the trainer's own base, without its adapter: no second copy"
     tests = load_config(schema.EvalConfig, runs.config_path(part.eval_config))

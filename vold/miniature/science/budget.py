@@ -38,9 +38,9 @@ def _row(kind: str, runs: int, done: int, predicted: float, spent: float) -> lis
 
 def _starts(root: Path, part: Part) -> tuple[int, int, float, float]:
     starts = {
-        (condition.world, condition.start, seed)
+        (condition.world, condition.trained_start, seed)
         for condition in part.conditions.values()
-        if condition.start and condition.start.steps
+        if condition.trained_start
         for seed in (*part.sweep.seeds, *part.seeds)
     }
     made = sum(start_path(root, world, start, seed).exists() for world, start, seed in starts)

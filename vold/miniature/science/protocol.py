@@ -59,17 +59,22 @@ class Condition(_Section):
 
     x           its place on the axis of the figure; conditions without one are drawn side by side
     world       None: none is made, and the overrides name all paths
-    start       None: the checkpoint that the overrides name
+    start       a checkpoint's path: all seeds begin there; None: the checkpoint that the overrides name, untested
     overrides   laid over the part's, before the arm's
     arms        the arms that run here; None means all
     """
 
     world: WorldKeys | None = WorldKeys()
-    start: Start | None = Start()
+    start: Start | str | None = Start()
     steps: int | None = None
     x: float | None = None
     overrides: tuple[str, ...] = ()
     arms: tuple[str, ...] | None = None
+
+    @property
+    def trained_start(self) -> Start | None:
+        """The SFT that comes first; None where there is none."""
+        return self.start if isinstance(self.start, Start) and self.start.steps else None
 
 
 class Arm(_Section):

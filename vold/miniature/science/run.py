@@ -42,10 +42,10 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
     with ProcessPoolExecutor(
         parallel, context, initializer=_log_to, initargs=(log_file,), max_tasks_per_child=RUNS_A_PROCESS
     ) as pool:
-        started = [condition for condition in part.conditions.values() if condition.start and condition.start.steps]
+        started = [condition for condition in part.conditions.values() if condition.trained_start]
         _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
         seeds = (*part.sweep.seeds, *part.seeds)
-        starts = dict.fromkeys((root, c.world, c.start, seed) for seed in seeds for c in started)
+        starts = dict.fromkeys((root, c.world, c.trained_start, seed) for seed in seeds for c in started)
         _all(pool, "starts", make_start, starts)
         rates = sweep(root, path, part, pool)
         counted = [*_starts_of(part), *part.counted(rates)]

@@ -197,14 +197,16 @@ def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
     """The values of a part's placeholders for one run."""
     condition = part.conditions[training.condition]
     if condition.world is None:
-        return {}
+        return {"start": condition.start} if isinstance(condition.start, str) else {}
     world = open_world(root, condition.world)
     fill = {name: str(getattr(world, name)) for name in ("teacher", "base", "train")}
     fill |= {
         f"{split}_{form}": str(getattr(world, form)(split)) for split in ("val", "test") for form in ("text", "image")
     }
-    if condition.start is not None:
+    if isinstance(condition.start, Start):
         fill["start"] = str(start_path(root, condition.world, condition.start, training.seed))
+    elif condition.start is not None:
+        fill["start"] = condition.start
     return fill
 
 

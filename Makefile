@@ -36,10 +36,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 demo: env            ## the two-stage pipeline in miniature: runs/demo/report.html
 	$(PY) -m vold.miniature demo
 
-reproduce: env       ## every table of docs/: runs/reproduce/report.html, runs/methods/table.md, runs/second-act/table.md
-	$(PY) -m vold.miniature reproduce
-	$(PY) -m vold.miniature methods
-	$(PY) -m vold.miniature second-act
+reproduce: env       ## PART=mask | beta | … : a claim of docs/science.md with its seeds (all without; ARGS=--budget: its cost)
+	$(PY) -m vold.miniature reproduce $(PART) $(ARGS)
 
 selfplay: env        ## R-Zero and R-Diverse, three seeds: runs/selfplay/diversity.png
 	$(PY) -m vold.miniature selfplay

@@ -1,4 +1,4 @@
-"""demo and reproduce: every phase's command line is valid, finished phases are kept, a failed one says why."""
+"""The demo and its starts: every phase's command line is valid, finished phases are kept, a failed one says why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vold.config import load_config, schema
-from vold.miniature import demo, methods, reproduce
+from vold.miniature import demo, methods, starts
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
@@ -25,7 +25,7 @@ WORLD = MiniatureWorld.at(Path("runs/miniature/seed0"))
 
 def all_phases() -> list[Phase]:
     planned = demo.phases(Path("runs/demo"), WORLD)
-    planned += reproduce._stages(Path("runs/reproduce"), Path("runs/reproduce/seed1"), WORLD, seed=1)
+    planned += [starts.start_phases(Path("runs/reproduce"), Path("runs/reproduce/seed1"), WORLD, seed=1)]
     planned += [[arm.phase(Path("runs"), WORLD, 1) for arm in methods.sweep(name)] for name in methods.methods()]
     return [phase for group in planned for phase in group]
 

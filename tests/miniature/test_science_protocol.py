@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -127,7 +127,8 @@ def test_findings_are_paired_and_adjusted(finished):
     here, there = findings(results, part)
     assert here.estimate.mean == pytest.approx(12, abs=2) and here.verdict == "better"
     assert (there.estimate.mean, there.verdict) == (0.0, "undecided")
-    assert accuracy(results, "here", "a", "text").mean == pytest.approx(40, abs=2), "another rate's run does not count"
+    measured = accuracy(results, "here", "a", "text")
+    assert measured and measured.mean == pytest.approx(40, abs=2), "another rate's run does not count"
 
 
 def test_a_contrast_that_is_not_there_yet_makes_no_other_one_surer(finished):
@@ -155,8 +156,8 @@ def test_every_runs_config_is_valid(name):
 
     part = Part.load(part_path(name))
     verb = runs.VERBS[part.verb]
-    for condition, arm in part.cells():
-        training = Training(condition, arm, 0, part.arms[arm].rates[0], swept=True)
+    for one in part.counted({arm: method.rates[0] for arm, method in part.arms.items()}):
+        training = replace(one, swept=True)
         settings = runs.settings_of(part, training)
         names = {n for text in settings for n in Template(text).get_identifiers()}
         texts = [Template(text).substitute(dict.fromkeys(names, "somewhere")) for text in settings]

@@ -1,4 +1,4 @@
-"""`python -m vold.miniature demo | reproduce | science | methods | lora | second-act | teachers | selfplay`."""
+"""`python -m vold.miniature demo | reproduce | methods | lora | second-act | teachers | selfplay`."""
 
 import argparse
 import importlib
@@ -10,15 +10,14 @@ warnings.filterwarnings("ignore", module=r"megatron\..*")
 
 COMMANDS = {
     "demo": "the two-stage pipeline once: base, SFT, GRPO and VOLD, evaluated on text and on images",
-    "reproduce": "three seeds of GRPO, VOLD, VOLD without mask and the misaligned start",
-    "science": "one claim after the other, 8 seeds each, with intervals; PART … chooses (docs/science.md)",
+    "reproduce": "one claim after the other, 8 seeds each, with intervals; PART … chooses (docs/science.md)",
     "methods": "every method of configs/methods at equal rollouts, three seeds",
     "lora": "LoRA of rank 16 beside full training, three seeds",
     "second-act": "RL on image problems after VOLD on text, three seeds",
     "teachers": "two teachers, each right on its half, and both by a column, three seeds",
     "selfplay": "R-Zero beside R-Diverse for five iterations, three seeds",
 }
-MODULES = {"teachers": "several_teachers", "science": "science.run"}
+MODULES = {"teachers": "several_teachers", "reproduce": "science.run"}
 
 
 def main(arguments: list[str]) -> int:
@@ -30,15 +29,15 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="of science: names, or files of your own")
-    parser.add_argument("--budget", action="store_true", help="of science: print what the parts cost, and end")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="of reproduce: names, or files of your own")
+    parser.add_argument("--budget", action="store_true", help="of reproduce: print what the parts cost, and end")
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
     asked = parser.parse_args(arguments)
-    if asked.command != "science" and (asked.parts or asked.budget):
-        parser.error(f"{asked.command} takes no PART and no --budget; science does")
-    options = {"parts": asked.parts, "only_budget": asked.budget} if asked.command == "science" else {}
+    if asked.command != "reproduce" and (asked.parts or asked.budget):
+        parser.error(f"{asked.command} takes no PART and no --budget; reproduce does")
+    options = {"parts": asked.parts, "only_budget": asked.budget} if asked.command == "reproduce" else {}
     from vold.io import configure_logging
 
     configure_logging()

@@ -16,7 +16,7 @@ from vold.miniature.demo import RL_STEPS, commit, eval_phase, phases, read_evalu
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.methods import validation
 from vold.miniature.pipeline import Phase, run_phases
-from vold.miniature.reproduce import SEEDS, start_phases
+from vold.miniature.starts import SEEDS, start_phases
 from vold.report.tables import Mean, markdown
 from vold.run.run_dir import read_rows
 

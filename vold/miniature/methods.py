@@ -1,6 +1,6 @@
-"""`make reproduce`, second half: every method of configs/methods in the miniature, at equal rollouts.
+"""`python -m vold.miniature methods`: every method of configs/methods in the miniature, at equal rollouts.
 
-Each method starts from the same SFT students as GRPO and VOLD there, trains on as many prompts and responses, and has a
+Each method starts from the same SFT students, trains on as many prompts and responses, and has a
 learning-rate sweep of its own: at the first seed, judged on validation problems, text and images alike; the best run is
 that seed's run, and the other seeds take its rate. Only these runs are evaluated on the test problems. A method that
 fails or diverges is a row marked as failed.
@@ -23,7 +23,7 @@ from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
-from vold.miniature.reproduce import SEEDS, start_phases
+from vold.miniature.starts import SEEDS, start_phases
 from vold.objectives import PRESETS, build_objective
 from vold.report.tables import Mean, markdown
 from vold.run.job import free_device_memory

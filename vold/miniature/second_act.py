@@ -69,7 +69,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class SecondActPaths:
-    """Paths of the second act; the first act is that of `make reproduce`."""
+    """Paths of the second act; the first act's lie below runs/reproduce."""
 
     root: Path
     world: MiniatureWorld
@@ -123,7 +123,7 @@ def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] 
 
 
 def _first_act(paths: SecondActPaths, seeds: Sequence[int]) -> list[list[Phase]]:
-    """Traces, SFT and VOLD: the runs of `make reproduce`, made here where they are missing."""
+    """Traces, SFT and VOLD, made here where they are missing."""
     reproduce, world = paths.root / "reproduce", paths.world
     traces = f"data.path={reproduce / 'traces' / 'traces'}"
     folders = [(paths.first_act(seed), (f"seed={seed}",)) for seed in seeds]

@@ -104,7 +104,7 @@ class TeacherCost:
     def point(self, gpus: int, accuracy: float) -> CostPoint:
         """The step with so many GPUs for the teacher; 0: it is in the trainer, on the student's."""
         training = self._training_seconds
-        share = self._share(accuracy)
+        share = self.scored_share(accuracy)
         scoring = self._scoring_seconds(gpus, share)
         finished, sampling = self._sampling, float(self._sampling.seconds[-1])
         on_the_way = gpus > 0 and not self.whole
@@ -130,7 +130,7 @@ class TeacherCost:
     def _sampling(self) -> Sampling:
         return Sampling.at_the_peaks(self.sizes, self.spec)
 
-    def _share(self, accuracy: float) -> float:
+    def scored_share(self, accuracy: float) -> float:
         objective = self.sizes.objective
         assert objective is not None, "see from_sizes"
         return scored_share(objective, accuracy, self.sizes.responses_per_prompt)
@@ -158,7 +158,7 @@ class TeacherCost:
     def table(self, points: Sequence[CostPoint]) -> Table:
         """Seconds, shares and use of each number of GPUs."""
         accuracy = points[0].accuracy
-        scored = self._share(accuracy)
+        scored = self.scored_share(accuracy)
         columns = ("teacher GPUs", "scores, s", "step waits, s", "step, s", "of the step", "nothing hidden", "busy")
         table = Table(
             *columns,
@@ -224,7 +224,7 @@ def read_question(gpus: str, accuracy: float, plot: Path | None) -> TeacherQuest
 
 def write_figure(cost: TeacherCost, counts: Sequence[int], accuracy: float, path: Path) -> None:
     """The shares of a step for all accuracies, and what a step is made of for the one asked for."""
-    accuracies = sorted({*ACCURACIES, accuracy}) if cost._share(1.0) < cost._share(0.0) else [accuracy]
+    accuracies = sorted({*ACCURACIES, accuracy}) if cost.scored_share(1.0) < cost.scored_share(0.0) else [accuracy]
     points = [cost.point(gpus, value) for value in accuracies for gpus in counts]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cost_figure([p for p in points if p.fits], accuracy, TARGET, fmt=path.suffix[1:]))

@@ -46,7 +46,7 @@ from vold.train.rollout_worker import RolloutWorker
 from vold.train.teachers import BatchTeacher, TeacherSources, open_reference
 from vold.train.training_run import TrainingRun, evaluates_after
 from vold.trainer.trainer import Trainer
-from vold.types import Batch, Sample
+from vold.types import Batch, Prompt, Sample
 
 Packer = Callable[[Sequence[Sample]], Batch]
 """Packs the samples of one update into this rank's micro-batches."""
@@ -98,32 +98,12 @@ def open_rl(
     reward_files = check_reward_terms(config, objective)
     job = open_job(config, "rl", total=config.steps, resume=resume)
     record_reward_files(job, config.run_dir, reward_files, resume=resume)
-    tokenizer = load_chat_tokenizer(config.student, config.prompt)
-    vocab_size = shared_vocab_size(config.student, config.teacher, served=config.teacher_engine != "trainer")
-    for several in config.teachers.values():
-        shared_vocab_size(config.student, several.path, served=several.engine != "trainer")
-    options = problem_options(config, objective)
-    if reward_function is not GraderReward:  # of a caller in Python, as the challenger's: it may ask for no answers
-        options["needs_gold"] = None
-    problems = load_problems(config.data, **options)
-    encode = load_prompt_encoder(config.student)
-    prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
-    check_trained_vision(config, prompts)
-    check_judge_template(config.reward, prompts)
-    sources = TeacherSources.from_config(config, objective, problems)
-    teacher_pictures = sources.check(prompts, warn=job.is_writer)
-    image_sensitivity = ImageSensitivity(
-        prompts,
-        encode,
-        load_prompt_encoder(config.student, degrade),
-        every=config.image_sensitivity_every,
-        max_tokens=config.microbatch_tokens,
-    )
-    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
-    pictures = {image for prompt in chain(prompts, *evaluator.prompts.values()) for image in prompt.images}
-    inputs = InputFiles.open(config.run_dir, training_files(config, pictures | teacher_pictures), resume=resume)
-    trainer = _rl_trainer(config, job, sources.trained_objective(objective), vocab_size, sources.terms)
-    teacher = sources.open_batch_teacher(job, trainer, tokenizer)
+    # a function of a caller in Python, as the challenger's, may ask for no answers
+    data = _read_rl_data(config, objective, job, needs_gold=reward_function is GraderReward)
+    prompts, sources, evaluator = data.prompts, data.sources, data.evaluator
+    inputs = InputFiles.open(config.run_dir, training_files(config, data.pictures), resume=resume)
+    trainer = _rl_trainer(config, job, sources.trained_objective(objective), data.vocab_size, sources.terms)
+    teacher = sources.open_batch_teacher(job, trainer, data.tokenizer)
     reference = open_reference(config, job, objective, trainer)
     sampler = open_sampler(
         config.rollout,
@@ -154,22 +134,62 @@ def open_rl(
             completed=training.completed_steps,
             restored=training.restored.get("prompts"),
         )
-        packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=encode)
+        packer = partial(pack, max_tokens=config.microbatch_tokens, replicas=trainer.replicas, encode=data.encode)
         with RolloutSchedule(job, prompts, worker, plan) as rollouts:
             yield RlComponents(
                 job,
-                tokenizer,
-                encode,
+                data.tokenizer,
+                data.encode,
                 objective,
                 trainer,
                 teacher,
                 reference,
                 sources.choice,
                 rollouts,
-                image_sensitivity,
+                data.image_sensitivity,
                 training,
                 packer,
             )
+
+
+@dataclass(frozen=True)
+class _RlData:
+    """What `open_rl` reads before it loads a model. pictures: files that the run reads again and again."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encode: PromptEncoder
+    vocab_size: int
+    prompts: Sequence[Prompt]
+    sources: TeacherSources
+    image_sensitivity: ImageSensitivity
+    evaluator: Evaluator
+    pictures: set[Path]
+
+
+def _read_rl_data(config: RlConfig, objective: Objective, job: Job, *, needs_gold: bool) -> _RlData:
+    tokenizer, encode = load_chat_tokenizer(config.student, config.prompt), load_prompt_encoder(config.student)
+    vocab_size = shared_vocab_size(config.student, config.teacher, served=config.teacher_engine != "trainer")
+    for several in config.teachers.values():
+        shared_vocab_size(config.student, several.path, served=several.engine != "trainer")
+    options = problem_options(config, objective)
+    if not needs_gold:
+        options["needs_gold"] = None
+    problems = load_problems(config.data, **options)
+    prompts = build_prompts(problems, tokenizer, config.prompt, config.data.on_error, encode.length)
+    check_trained_vision(config, prompts)
+    check_judge_template(config.reward, prompts)
+    sources = TeacherSources.from_config(config, objective, problems)
+    pictures = sources.check(prompts, warn=job.is_writer)
+    sensitivity = ImageSensitivity(
+        prompts,
+        encode,
+        load_prompt_encoder(config.student, degrade),
+        every=config.image_sensitivity_every,
+        max_tokens=config.microbatch_tokens,
+    )
+    evaluator = Evaluator.load(config.evaluation, tokenizer, config.prompt, encode)
+    pictures |= {image for prompt in chain(prompts, *evaluator.prompts.values()) for image in prompt.images}
+    return _RlData(tokenizer, encode, vocab_size, prompts, sources, sensitivity, evaluator, pictures)
 
 
 @contextmanager

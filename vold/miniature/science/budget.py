@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from vold.miniature.science.protocol import START, Part, Training, part_folder
 from vold.miniature.science.results import Result, read_results
-from vold.miniature.science.runs import start_path
+from vold.miniature.science.runs import COST_FILE, start_path
 from vold.report.tables import markdown
 
 SFT_SECONDS, TEST_SECONDS = 0.4, 8.0
@@ -40,11 +41,12 @@ def _starts(root: Path, part: Part) -> tuple[int, int, float, float]:
     starts = {
         (condition.world, condition.trained_start, seed)
         for condition in part.conditions.values()
-        if condition.trained_start
+        if condition.world and condition.trained_start
         for seed in (*part.sweep.seeds, *part.seeds)
     }
-    made = sum(start_path(root, world, start, seed).exists() for world, start, seed in starts)
-    return len(starts), made, sum(SFT_SECONDS * start.steps for _, start, _ in starts), 0.0
+    costs = [start_path(root, *one).with_name(COST_FILE) for one in starts]
+    spent = [json.loads(path.read_text())["cpu_seconds"] for path in costs if path.exists()]
+    return len(starts), len(spent), sum(SFT_SECONDS * start.steps for _, start, _ in starts), sum(spent)
 
 
 def _seconds(part: Part, results: Sequence[Result], trainings: Sequence[Training]) -> float:

@@ -8,7 +8,6 @@ once, by the final model of each counted run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -18,7 +17,7 @@ from typing import Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vold.miniature.worlds import WorldKeys
+from vold.miniature.worlds import Extra, WorldKeys
 
 PARTS = Path(str(files("vold.miniature") / "science" / "parts"))
 SEEDS = tuple(range(8))
@@ -118,8 +117,8 @@ class Contrast(NamedTuple):
 class Part(_Section):
     """One experiment.
 
-    overrides and paths of problems may hold $teacher, $base, $start, $train, $val_text … : paths of the condition's
-    world and the start of the run's seed.
+    overrides and paths of problems may hold $teacher, $base, $train, $val_text, $test_image …, $solver, $pictures,
+    $vision_teacher: paths of the condition's world; $start, the model of the run's seed; $configs, the miniature's.
 
     claim          what is tested, and where it was published
     config         below vold/miniature/configs, or a path
@@ -127,6 +126,7 @@ class Part(_Section):
     curve_every    steps between validations of a run that counts, for curves; 0: none
     sets           measure name -> its problems
     logged         metrics of the last step that are reported beside the accuracies
+    extras         of its worlds: solver, or pictures with small digits and a vision teacher
     seconds        CPU seconds that a step is expected to take, before one was measured
     """
 
@@ -145,6 +145,7 @@ class Part(_Section):
     comparisons: tuple[Comparison, ...]
     logged: tuple[str, ...] = ()
     curve_every: int = 0
+    extras: tuple[Extra, ...] = ()
     seconds: float = 1.0
 
     @classmethod
@@ -194,18 +195,13 @@ class Part(_Section):
         """Length of a training under a condition."""
         return self.conditions[condition].steps or self.steps
 
-    def cells(self) -> Iterator[tuple[str, str]]:
-        """Condition and arm of all that are compared."""
-        for name, condition in self.conditions.items():
-            for arm in self.arms_of(condition):
-                yield name, arm
-
     def counted(self, rates: dict[str, float]) -> list[Training]:
-        """All runs that count, seed by seed, so that an interrupted part has whole pairs."""
+        """All runs that count, by condition and then by seed, so that an interrupted part has whole pairs."""
         return [
-            Training(condition, arm, seed, rates[arm], swept=False)
+            Training(name, arm, seed, rates[arm], swept=False)
+            for name, condition in self.conditions.items()
             for seed in self.seeds
-            for condition, arm in self.cells()
+            for arm in self.arms_of(condition)
         ]
 
     def tried(self, arm: str, rates: tuple[float, ...]) -> list[Training]:

@@ -22,7 +22,7 @@ from vold.miniature.science.results import (
     read_results,
     sweep_scores,
 )
-from vold.miniature.science.statistics import Estimate
+from vold.miniature.science.statistics import Estimate, over_seeds
 from vold.report.drawing import Format, figure_bytes, new_figure, report_style
 from vold.report.style import INK, PALETTE, label
 from vold.report.tables import markdown
@@ -46,7 +46,11 @@ def write_part(root: Path, path: Path, part: Part) -> None:
     )
     text = tables(part, results, rates, sweeps)
     write_atomically(folder / "tables.md", text + "\n")
-    (folder / f"{path.stem}.svg").write_bytes(figure(part, results))
+    formats: tuple[Format, ...] = ("svg", "png")
+    for fmt in formats:
+        (folder / f"{path.stem}.{fmt}").write_bytes(figure(part, results, fmt))
+        if part.curve_every:
+            (folder / f"{path.stem}-curves.{fmt}").write_bytes(curves(part, results, fmt))
     log.info(f"{text}\n\n{folder / 'tables.md'}")
 
 
@@ -116,20 +120,49 @@ def _p(p: float) -> str:
 
 
 @report_style
+def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
+    """Validation accuracy on the first measure over the steps of the runs that count, a panel a condition: means over
+    seeds with 95 % intervals."""
+    measure = next(iter(part.sets))
+    canvas = new_figure(4.6 * len(part.conditions), 3.2)
+    panels = canvas.subplots(1, len(part.conditions), squeeze=False, sharey=True)[0]
+    for axis, condition in zip(panels, part.conditions, strict=True):
+        axis.set_title(f"{condition}: {measure}, validation, %", fontsize=9.5)
+        axis.yaxis.grid(True)
+        axis.set_xlabel("step")
+        for arm, colour in colours_of(part).items():
+            runs = [r["validation"][measure] for r in results if (r["condition"], r["arm"]) == (condition, arm)]
+            if arm == START or not all(runs) or not runs:
+                continue
+            steps = [step for step, _ in runs[0]]
+            points = [over_seeds([100 * run[place][1] for run in runs]) for place in range(len(steps))]
+            means, halves = [p.mean for p in points], [p.half_width if len(runs) > 1 else 0.0 for p in points]
+            axis.plot(steps, means, color=colour, label=label(arm), marker="o", markersize=3.5)
+            lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axis.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower left", ncols=6)
+    return figure_bytes(canvas, fmt)
+
+
+def colours_of(part: Part) -> dict[str, str]:
+    """Arm -> its colour in all figures of a part, in their order."""
+    arms = [START, *part.arms] if any(c.start for c in part.conditions.values()) else [*part.arms]
+    free = iter(FREE * len(arms))
+    return {arm: COLOURS.get(arm) or next(free) for arm in arms}
+
+
+@report_style
 def figure(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
     """Accuracy with 95 % intervals: lines over the conditions' x where all have one, else groups by condition."""
     canvas = new_figure(4.6 * len(part.sets), 3.2)
-    arms = [START, *part.arms] if any(c.start for c in part.conditions.values()) else [*part.arms]
-    free = iter(FREE * len(arms))
-    colours = {arm: COLOURS.get(arm) or next(free) for arm in arms}
+    arms = colours_of(part)
     for axis, measure in zip(canvas.subplots(1, len(part.sets), squeeze=False)[0], part.sets, strict=True):
         axis.set_title(f"{measure}, % correct", fontsize=9.5)
         axis.yaxis.grid(True)
-        for number, arm in enumerate(arms):
+        for number, (arm, colour) in enumerate(arms.items()):
             offset = number / len(arms) - 0.5
-            _draw_arm(
-                axis, part, [accuracy(results, c, arm, measure) for c in part.conditions], offset, colours[arm], arm
-            )
+            _draw_arm(axis, part, [accuracy(results, c, arm, measure) for c in part.conditions], offset, colour, arm)
         _name_conditions(axis, part)
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower left", ncols=min(6, len(arms)))

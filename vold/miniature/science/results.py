@@ -40,7 +40,7 @@ def read_results(folder: Path) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*-lr*.json"))]
 
 
-def pack(right: Sequence[bool]) -> str:
+def pack(right: Sequence[bool] | np.ndarray) -> str:
     """Right and wrong answers as their number and hexadecimal bits."""
     return f"{len(right)}:{np.packbits(right).tobytes().hex()}"
 

@@ -18,8 +18,6 @@ from vold.miniature.science.results import chosen_rates, sweep_scores
 from vold.miniature.science.runs import make_start, make_traces, run_training
 from vold.miniature.worlds import WorldKeys, open_world
 
-RUNS_A_PROCESS = 12  # a process starts in some ten seconds, and frees what its runs left behind when it ends
-
 
 def run(root: Path = Path("runs"), *, parts: Sequence[str] = (), parallel: int = 2, only_budget: bool = False) -> None:
     """Run parts by name (all without any); finished runs are kept. Raises ValueError for an unknown name."""
@@ -34,21 +32,20 @@ def run(root: Path = Path("runs"), *, parts: Sequence[str] = (), parallel: int =
 def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
     """Make worlds and starts, sweep each arm's rate to an inner optimum, then run what counts."""
     for world in dict.fromkeys(one.world for one in part.conditions.values() if one.world is not None):
-        open_world(root, world)
+        open_world(root, world, extras=part.extras)
     context = multiprocessing.get_context("spawn")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     part_folder(root, path).mkdir(parents=True, exist_ok=True)
     log_file = part_folder(root, path) / "workers.log"
-    with ProcessPoolExecutor(
-        parallel, context, initializer=_log_to, initargs=(log_file,), max_tasks_per_child=RUNS_A_PROCESS
-    ) as pool:
+    # no max_tasks_per_child: with it the pool can wait for ever for a worker that has ended (cpython issue 115634)
+    with ProcessPoolExecutor(parallel, context, initializer=_log_to, initargs=(log_file,)) as pool:
         started = [condition for condition in part.conditions.values() if condition.trained_start]
         _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
         seeds = (*part.sweep.seeds, *part.seeds)
         starts = dict.fromkeys((root, c.world, c.trained_start, seed) for seed in seeds for c in started)
         _all(pool, "starts", make_start, starts)
         rates = sweep(root, path, part, pool)
-        counted = [*_starts_of(part), *part.counted(rates)]
+        counted = [*part.counted(rates), *_starts_of(part)]
         _all(pool, "runs", run_training, [(root, path, training) for training in counted])
 
 

@@ -29,6 +29,7 @@ from vold.train.sft import train_sft
 from vold.train.teacher_traces import generate_traces
 
 BULKY = ("checkpoints", "model")
+COST_FILE = "cost.json"  # of a start, beside its model
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
     settings = (f"student={paths.base}", f"pair_with={paths.teacher}", *data, f"data.limit={limit}")
     _call(train_sft, schema.SftConfig, "sft.yaml", (*settings, f"steps={start.steps}", f"seed={seed}"), run_dir)
     shutil.rmtree(run_dir / "checkpoints")
-    write_atomically(run_dir / "cost.json", json.dumps({"cpu_seconds": _cpu_seconds() - before}) + "\n")
+    write_atomically(run_dir / COST_FILE, json.dumps({"cpu_seconds": _cpu_seconds() - before}) + "\n")
 
 
 def run_training(root: Path, part_file: Path, training: Training) -> None:
@@ -199,7 +200,8 @@ def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
     if condition.world is None:
         return {"start": condition.start} if isinstance(condition.start, str) else {}
     world = open_world(root, condition.world)
-    fill = {name: str(getattr(world, name)) for name in ("teacher", "base", "train")}
+    names = ("teacher", "base", "train", "solver", "vision_teacher", "pictures")
+    fill = {name: str(getattr(world, name)) for name in names} | {"configs": str(CONFIGS)}
     fill |= {
         f"{split}_{form}": str(getattr(world, form)(split)) for split in ("val", "test") for form in ("text", "image")
     }

@@ -162,4 +162,4 @@ def test_every_runs_config_is_valid(name):
         names = {n for text in settings for n in Template(text).get_identifiers()}
         texts = [Template(text).substitute(dict.fromkeys(names, "somewhere")) for text in settings]
         config = load_config(verb.config, runs.config_path(part.config), texts)
-        assert config.seed == 0 and START not in part.arms
+        assert config.seed == one.seed and START not in part.arms

@@ -160,6 +160,8 @@ def test_every_runs_config_is_valid(name):
         training = replace(one, swept=True)
         settings = runs.settings_of(part, training)
         names = {n for text in settings for n in Template(text).get_identifiers()}
-        texts = [Template(text).substitute(dict.fromkeys(names, "somewhere")) for text in settings]
+        texts = [
+            Template(text).substitute(dict.fromkeys(names, "somewhere") | {"configs": CONFIGS}) for text in settings
+        ]
         config = load_config(verb.config, runs.config_path(part.config), texts)
         assert config.seed == one.seed and START not in part.arms

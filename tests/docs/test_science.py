@@ -66,8 +66,8 @@ def test_the_page_says_what_has_been_run():
         done = sum(r["arm"] in part.arms for r in results(name)) if name in RUN else 0
         hours = f"{sweeps(name)['cpu_seconds'] / 3600:.1f}" if name in RUN else "–"
         stated = f"{len(findings(results(name), part)) if name in RUN else 0} of {len(part.family)}"
-        rows.append([f"`{name}`", part.claim.partition(" (")[0], f"{done} of {wanted}", stated, hours])
-    header = ["part", "claim", "runs", "comparisons", "CPU-hours"]
+        rows.append([part.claim.partition(" (")[0], f"`{name}`", f"{done} of {wanted}", stated, hours])
+    header = ["claim", "part", "runs", "comparisons", "CPU-hours"]
     compare("state", markdown(header, rows))
 
 

@@ -152,6 +152,7 @@ def test_every_runs_config_is_valid(name):
     """With all overrides of its condition and arm, as the run would load it."""
     from string import Template
 
+    from vold.miniature.pipeline import CONFIGS
     from vold.miniature.science import runs
 
     part = Part.load(part_path(name))

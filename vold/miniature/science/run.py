@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,7 +39,7 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
     part_folder(root, path).mkdir(parents=True, exist_ok=True)
     log_file = part_folder(root, path) / "workers.log"
     # no max_tasks_per_child: with it the pool can wait for ever for a worker that has ended (cpython issue 115634)
-    with ProcessPoolExecutor(parallel, context, initializer=_log_to, initargs=(log_file,)) as pool:
+    with ProcessPoolExecutor(parallel, context, initializer=_begin_worker, initargs=(log_file,)) as pool:
         started = [condition for condition in part.conditions.values() if condition.trained_start]
         _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
         seeds = (*part.sweep.seeds, *part.seeds)
@@ -60,12 +61,21 @@ def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict
     return chosen_rates(root, path, part)
 
 
-def _log_to(file: Path) -> None:
-    """Send what a worker and its children print to the end of a file; each run has its own log in its folder, too."""
-    with file.open("ab") as out:
+def _begin_worker(log_file: Path) -> None:
+    """What a worker and its children print goes to the end of a file (each run has its own log in its folder, too); a
+    worker ends with the process that started it, however that ended."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log_file.open("ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     configure_logging()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _starts_of(part: Part) -> list[Training]:

@@ -63,11 +63,13 @@ def tables(part: Part, results: Sequence[Result], rates: dict[str, float], sweep
 
 
 def accuracy_table(part: Part, results: Sequence[Result], rates: dict[str, float]) -> str:
-    """A row a cell: rate, seeds, accuracy with its 95 % interval, and the logged metrics."""
+    """A row a cell that has been run: rate, seeds, accuracy with its 95 % interval, and the logged metrics."""
     rows = []
     for condition, one in part.conditions.items():
         for arm in (*([START] if one.start else []), *part.arms_of(one)):
             runs = [r for r in results if (r["condition"], r["arm"]) == (condition, arm)]
+            if not runs:
+                continue
             failed = sum("failed" in r for r in runs)
             seeds = f"{len(runs) - failed}" + (f" ({failed} failed)" if failed else "")
             measured = [_percent(accuracy(results, condition, arm, measure)) for measure in part.sets]

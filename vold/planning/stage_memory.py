@@ -32,6 +32,7 @@ from vold.planning.meta_memory import (
 )
 from vold.planning.step_sizes import StepSizes
 from vold.rollout.transformers.decode import PreallocatedLayer
+from vold.rollout.transformers.shared_prompt import SPARE_TOKENS
 from vold_kernels.chunks import default_budget
 
 BATCH_BYTES = 7 * 8 + 8 + 6 * 4  # bytes of a packed token: MicroBatch's integers, its index of keys, its floats
@@ -196,7 +197,7 @@ def _stage_memory(sizes: StepSizes, layout: Layout, trace: StageTrace, device: s
     if unpacked:  # weights are loaded whole, then quantised
         phases["start"] = phases.get("start", {}) | {"weights": unpacked}
     for phase, sampling, responses in _sampled_phases(sizes):
-        resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses)
+        resident["sampler"], phases[phase] = _sampler_memory(sizes, sampling, responses, device)
     models = state | {"teacher": teacher, "sampler": _sampler_weights(sizes)}
     return StageMemory(layout, models, resident, {name: phases[name] for name in PHASES if name in phases}, host)
 
@@ -224,7 +225,9 @@ def _sampler_weights(sizes: StepSizes) -> float:
     return float(language_model_parameters(sizes.student) * sizes.dtype.itemsize)
 
 
-def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) -> tuple[float, dict[str, float]]:
+def _sampler_memory(
+    sizes: StepSizes, sampling: SamplingConfig, responses: int, device: str
+) -> tuple[float, dict[str, float]]:
     """(resident bytes, component -> bytes added while it samples) of `responses` per prompt."""
     config, arch, size = sizes.config, sizes.student, sizes.dtype.itemsize
     weights = _sampler_weights(sizes)
@@ -236,17 +239,27 @@ def _sampler_memory(sizes: StepSizes, sampling: SamplingConfig, responses: int) 
         cache = vllm.kv_cache_gib * 2**30
         return (0.0, {"sampler": weights, "KV cache": cache}) if vllm.sleep else (weights + cache, {"KV cache": 0.0})
     sequences = sampling.sequences_per_call
-    step = PreallocatedLayer.SPARE_TOKENS + 1  # tokens that the cache grows by
-    length = config.prompt.max_tokens + -(-(sampling.max_new_tokens - 1) // step) * step
-    token_bytes = sequences * kv_bytes(arch, size)
-    cache = token_bytes * length  # copied layer by layer when it grows:
-    cache += token_bytes / max(arch.attention_layers, 1) * (length - step) + sequences * recurrent_bytes(arch, size)
-    drawing = sequences * arch.vocab * (size + SCORE_VECTORS * 4)
-    # Prompts are prefilled before their keys and values are repeated for every response.
+    # Prompts are prefilled before their keys and values are repeated for every response (on a CPU: read by all).
     prefilled = -(-sequences // responses) * config.prompt.max_tokens
+    cache = _kv_cache_bytes(sizes, sampling, prefilled, device) + sequences * recurrent_bytes(arch, size)
+    drawing = sequences * arch.vocab * (size + SCORE_VECTORS * 4)
     ffn = arch.ffn * (arch.mixture.per_token if arch.mixture else 1)
     prefill = prefilled * ((3 * ffn + 4 * arch.hidden) * size + kv_bytes(arch, size))
     return weights + sizes.student_tower_bytes, {"KV cache": cache, "working": max(drawing, prefill - cache)}
+
+
+def _kv_cache_bytes(sizes: StepSizes, sampling: SamplingConfig, prefilled: int, device: str) -> float:
+    """Of transformers' sampler when its responses are longest; `prefilled`: tokens of the different prompts. The cache
+    grows by copies, a layer at a time."""
+    arch, sequences, new = sizes.student, sampling.sequences_per_call, sampling.max_new_tokens - 1
+    token, step = kv_bytes(arch, sizes.dtype.itemsize), PreallocatedLayer.SPARE_TOKENS + 1
+    copied = token * sequences / max(arch.attention_layers, 1)
+    if device == "cpu":  # see SharedPromptLayer: prompts twice, and buffers of what is sampled, which begin with room
+        grown = -(-max(new - SPARE_TOKENS, 0) // step)
+        room = SPARE_TOKENS + grown * step
+        return token * (2 * prefilled + sequences * room) + copied * (room - step if grown else 0)
+    length = sizes.config.prompt.max_tokens + -(-new // step) * step
+    return token * sequences * length + copied * (length - step)
 
 
 def kv_bytes(arch: Architecture, itemsize: int) -> int:

@@ -134,13 +134,6 @@ def test_the_table_of_the_demo():
         assert printed == wanted
 
 
-def test_the_readmes_rows_are_those_of_the_results():
-    """Rows of the README's table, by their accuracies; the results page has further arms."""
-    row = re.compile(r"^\|[^|]+\|\s*(\d+\.\d ± \d\.\d) \|\s*(\d+\.\d ± \d\.\d) \|$", re.MULTILINE)
-    quoted = row.findall((ROOT / "README.md").read_text())
-    assert len(quoted) == 4 and set(quoted) <= set(row.findall((ROOT / "docs" / "results.md").read_text()))
-
-
 @pytest.mark.parametrize("program", ["headline", "step"])
 def test_a_figure_is_what_its_program_draws(program, monkeypatch):
     """Byte for byte but for the packed pixels, which depend on the zlib at hand."""

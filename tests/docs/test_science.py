@@ -12,9 +12,9 @@ import re
 import pytest
 from commands import ROOT
 
-from vold.miniature.science.protocol import Part, part_names, part_path
-from vold.miniature.science.report import curves, figure, tables
-from vold.miniature.science.results import Result, findings
+from vold.miniature.science.protocol import START, Part, part_names, part_path
+from vold.miniature.science.report import curves, figure, percent, tables
+from vold.miniature.science.results import Result, accuracy, findings
 from vold.report.tables import markdown
 
 PAGE, DATA = ROOT / "docs" / "science.md", ROOT / "docs" / "science"
@@ -75,3 +75,28 @@ def test_the_page_says_what_has_been_run():
 def test_a_part_that_has_been_run_is_told(name):
     text = PAGE.read_text()
     assert f"science/{name}.png" in text and len(section(name)[1]) > 100
+
+
+@pytest.mark.parametrize("page", ["docs/science.md", "README.md"])
+def test_a_difference_that_is_quoted_is_in_a_table(page):
+    """Those with an interval; the README may also quote other pages."""
+    interval = re.compile(r"[+−][\d.]+ \[[−\d.]+, [−\d.]+\]")
+    told = " ".join(" ".join((ROOT / "docs" / f"{p}.md").read_text().split()) for p in ("science", "teachers"))
+    tables_only = " ".join(line for line in PAGE.read_text().splitlines() if line.startswith("|"))
+    quoted = interval.findall(" ".join((ROOT / page).read_text().split()))
+    assert quoted and all(one in (told if page == "README.md" else tables_only) for one in quoted)
+
+
+def test_the_readmes_rows_are_those_of_the_mask():
+    """Accuracies by arm, with the teacher that is right on 70 %."""
+    part, found = Part.load(part_path("mask")), results("mask")
+    section_of_results = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## Documentation")[0]
+    rows = re.findall(
+        r"^\| ([^|]+) \| (\d[\d.]* ± [\d.]+) \| (\d[\d.]* ± [\d.]+) \|$", section_of_results, re.MULTILINE
+    )
+    arms = {"SFT": START, "GRPO": "grpo", "OPD": "opd", "VOLD without mask": "vold-unmasked", "VOLD": "vold"}
+    assert [name.removeprefix("SFT + ") for name, *_ in rows] == list(arms)
+    for name, *shown in rows:
+        arm = arms[name.removeprefix("SFT + ")]
+        wanted = [percent(accuracy(found, "teacher 70 %", arm, measure)) for measure in part.sets]
+        assert shown == wanted, f"{name}: {wanted}"

@@ -72,7 +72,7 @@ def accuracy_table(part: Part, results: Sequence[Result], rates: dict[str, float
                 continue
             failed = sum("failed" in r for r in runs)
             seeds = f"{len(runs) - failed}" + (f" ({failed} failed)" if failed else "")
-            measured = [_percent(accuracy(results, condition, arm, measure)) for measure in part.sets]
+            measured = [percent(accuracy(results, condition, arm, measure)) for measure in part.sets]
             extra = [_plain(logged(results, condition, arm, key)) for key in part.logged]
             rate = f"{rates[arm]:g}" if arm in rates else "–"
             rows.append([condition, label(arm), rate, seeds, *measured, *extra])
@@ -109,7 +109,8 @@ def points(estimate: Estimate) -> str:
     return f"{estimate.mean:+.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
-def _percent(estimate: Estimate | None) -> str:
+def percent(estimate: Estimate | None) -> str:
+    """An accuracy with half of its interval: "47.2 ± 2.1"."""
     return f"{estimate.mean:.1f} ± {estimate.half_width:.1f}" if estimate else "–"
 
 
@@ -156,7 +157,10 @@ def colours_of(part: Part) -> dict[str, str]:
 
 @report_style
 def figure(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
-    """Accuracy with 95 % intervals: lines over the conditions' x where all have one, else groups by condition."""
+    """Accuracy with 95 % intervals under the conditions that have been run: lines over their x where all have one, else
+    groups."""
+    run = {result["condition"] for result in results}
+    part = part.model_copy(update={"conditions": {n: c for n, c in part.conditions.items() if n in run}})
     canvas = new_figure(4.6 * len(part.sets), 3.2)
     arms = colours_of(part)
     for axis, measure in zip(canvas.subplots(1, len(part.sets), squeeze=False)[0], part.sets, strict=True):
@@ -198,6 +202,7 @@ def _places(part: Part) -> list[float]:
 def _name_conditions(axis: Axes, part: Part) -> None:
     if not _has_axis(part):
         axis.set_xticks(range(len(part.conditions)), list(part.conditions))
+        axis.set_xlim(-0.5, len(part.conditions) - 0.5)
         return
     places = _places(part)
     if min(places) > 0 and max(places) / min(places) >= 100:

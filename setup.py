@@ -17,6 +17,7 @@ setup(
             "report/*.yaml",
             "miniature/configs/*.yaml",
             "miniature/configs/methods/*.yaml",
+            "miniature/science/parts/*.yaml",
         ],
         "vold_kernels": ["py.typed"],
     },

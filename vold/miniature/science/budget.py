@@ -38,12 +38,7 @@ def _row(kind: str, runs: int, done: int, predicted: float, spent: float) -> lis
 
 
 def _starts(root: Path, part: Part) -> tuple[int, int, float, float]:
-    starts = {
-        (condition.world, condition.trained_start, seed)
-        for condition in part.conditions.values()
-        if condition.world and condition.trained_start
-        for seed in (*part.sweep.seeds, *part.seeds)
-    }
+    starts = part.trained_starts()
     costs = [start_path(root, *one).with_name(COST_FILE) for one in starts]
     spent = [json.loads(path.read_text())["cpu_seconds"] for path in costs if path.exists()]
     return len(starts), len(spent), sum(SFT_SECONDS * start.steps for _, start, _ in starts), sum(spent)

@@ -187,6 +187,17 @@ class Part(_Section):
         one = self.conditions[condition]
         return arm in self.arms_of(one) or (arm == START and one.start is not None)
 
+    def trained_starts(self) -> list[tuple[WorldKeys, Start, int]]:
+        """World, SFT and seed of every start that has to be trained, seed by seed."""
+        return list(
+            dict.fromkeys(
+                (one.world, one.trained_start, seed)
+                for seed in (*self.sweep.seeds, *self.seeds)
+                for one in self.conditions.values()
+                if one.world and one.trained_start
+            )
+        )
+
     def arms_of(self, condition: Condition) -> tuple[str, ...]:
         """Names of the arms that run under a condition."""
         return condition.arms or tuple(self.arms)

@@ -40,11 +40,9 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
     log_file = part_folder(root, path) / "workers.log"
     # no max_tasks_per_child: with it the pool can wait for ever for a worker that has ended (cpython issue 115634)
     with ProcessPoolExecutor(parallel, context, initializer=_begin_worker, initargs=(log_file,)) as pool:
-        started = [condition for condition in part.conditions.values() if condition.trained_start]
-        _all(pool, "traces", make_traces, {(root, condition.world) for condition in started})
-        seeds = (*part.sweep.seeds, *part.seeds)
-        starts = dict.fromkeys((root, c.world, c.trained_start, seed) for seed in seeds for c in started)
-        _all(pool, "starts", make_start, starts)
+        starts = part.trained_starts()
+        _all(pool, "traces", make_traces, dict.fromkeys((root, world) for world, *_ in starts))
+        _all(pool, "starts", make_start, [(root, *start) for start in starts])
         rates = sweep(root, path, part, pool)
         counted = [*part.counted(rates), *_starts_of(part)]
         _all(pool, "runs", run_training, [(root, path, training) for training in counted])
@@ -96,11 +94,9 @@ def _all(pool: ProcessPoolExecutor, what: str, job: Callable[..., None], argumen
         for number, future in enumerate(as_completed(futures), start=1):
             future.result()
             minutes = (time.perf_counter() - started) / 60
-            if number == len(calls) or futures[future][-1] is not None:
-                log.info(f"{what} {number}/{len(calls)} · {minutes:.1f} min · {_name(futures[future])}")
+            log.info(f"{what} {number}/{len(calls)} · {minutes:.1f} min · {_name(futures[future])}")
     finally:
-        pool_calls = [future for future in futures if not future.done()]
-        for future in pool_calls:
+        for future in futures:
             future.cancel()
 
 

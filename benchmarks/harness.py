@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from vold.parallel import cpu
+
 from .problem import LOGPROB, Case, Problem, disagreement, errors, make_problem
 from .providers import FLOOR, PROVIDERS, Step
 
@@ -113,9 +115,7 @@ def environment(device: torch.device, threads: int) -> dict[str, str]:
     """Device, versions, commit and start time: the columns that every row of a run shares."""
     cuda = device.type == "cuda"
     return {
-        "device": f"{torch.cuda.get_device_name()}, driver {_driver()}"
-        if cuda
-        else f"{_cpu_name()}, {threads} threads",
+        "device": f"{torch.cuda.get_device_name()}, driver {_driver()}" if cuda else f"{cpu.name()}, {threads} threads",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -322,12 +322,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 def _driver() -> str:

@@ -5,7 +5,6 @@ WRITE=1 python -m pytest tests/docs/test_science.py      writes its tables anew 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 
@@ -14,7 +13,7 @@ from commands import ROOT
 
 from vold.miniature.science.protocol import START, Part, part_names, part_path
 from vold.miniature.science.report import curves, figure, percent, tables
-from vold.miniature.science.results import Result, accuracy, findings
+from vold.miniature.science.results import Result, accuracy, counted, findings, read_published
 from vold.report.tables import markdown
 
 PAGE, DATA = ROOT / "docs" / "science.md", ROOT / "docs" / "science"
@@ -23,11 +22,11 @@ RUN = [name for name in part_names() if (DATA / f"{name}.jsonl").exists()]
 
 
 def results(name: str) -> list[Result]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+    return read_published(DATA / f"{name}.jsonl")
 
 
-def sweeps(name: str) -> dict:
-    return json.loads((DATA / f"{name}-sweeps.json").read_text())
+def runs_that_count(name: str) -> list[Result]:
+    return counted(results(name), Part.load(part_path(name)))
 
 
 def section(name: str) -> re.Match[str]:
@@ -49,9 +48,9 @@ def compare(name: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("name", RUN)
 def test_a_parts_tables_are_those_of_its_results(name):
-    part, swept = Part.load(part_path(name)), sweeps(name)
+    part = Part.load(part_path(name))
     assert {r["condition"] for r in results(name)} <= part.conditions.keys(), "results of another design"
-    compare(name, tables(part, results(name), swept["rates"], swept["scores"]))
+    compare(name, tables(part, results(name)))
     if WRITE:
         (DATA / f"{name}.png").write_bytes(figure(part, results(name), "png"))
         if part.curve_every:
@@ -63,9 +62,9 @@ def test_the_page_says_what_has_been_run():
     for name in part_names():
         part = Part.load(part_path(name))
         wanted = sum(len(part.arms_of(condition)) * len(part.seeds) for condition in part.conditions.values())
-        done = sum(r["arm"] in part.arms for r in results(name)) if name in RUN else 0
-        hours = f"{sweeps(name)['cpu_seconds'] / 3600:.1f}" if name in RUN else "–"
-        stated = f"{len(findings(results(name), part)) if name in RUN else 0} of {len(part.family)}"
+        done = sum(r["arm"] in part.arms for r in runs_that_count(name)) if name in RUN else 0
+        hours = f"{sum(r['cpu_seconds'] for r in results(name)) / 3600:.1f}" if name in RUN else "–"
+        stated = f"{len(findings(runs_that_count(name), part)) if name in RUN else 0} of {len(part.family)}"
         rows.append([part.claim.partition(" (")[0], f"`{name}`", f"{done} of {wanted}", stated, hours])
     header = ["claim", "part", "runs", "comparisons", "CPU-hours"]
     compare("state", markdown(header, rows))
@@ -89,7 +88,7 @@ def test_a_difference_that_is_quoted_is_in_a_table(page):
 
 def test_the_readmes_rows_are_those_of_the_mask():
     """Accuracies by arm, with the teacher that is right on 70 %."""
-    part, found = Part.load(part_path("mask")), results("mask")
+    part, found = Part.load(part_path("mask")), runs_that_count("mask")
     section_of_results = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## Documentation")[0]
     rows = re.findall(
         r"^\| ([^|]+) \| (\d[\d.]* ± [\d.]+) \| (\d[\d.]* ± [\d.]+) \|$", section_of_results, re.MULTILINE

@@ -11,14 +11,25 @@ import pytest
 from pydantic import ValidationError
 
 from vold.config import load_config
-from vold.miniature.science.protocol import START, Part, Training, next_rates, part_names, part_path, result_path
-from vold.miniature.science.report import tables
+from vold.miniature.science.protocol import (
+    START,
+    Part,
+    Training,
+    next_rates,
+    part_folder,
+    part_names,
+    part_path,
+    result_path,
+)
+from vold.miniature.science.report import tables, write_part
 from vold.miniature.science.results import (
     accuracy,
+    begin_with,
     chosen_rates,
     counted,
     findings,
     pack,
+    read_published,
     read_results,
     unpack,
 )
@@ -63,6 +74,13 @@ def test_a_part_states_a_fair_comparison(name):
 def test_a_part_that_cannot_be_meant_is_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         Part.model_validate(changed(**changes))
+
+
+def test_a_mistake_in_a_file_is_one_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(changed(sed=[1])))
+    with pytest.raises(ValueError, match=r"^[^\n]*mine.yaml: unknown key sed; did you mean seeds\?$"):
+        Part.load(path)
 
 
 def test_an_unknown_part_names_those_there_are():
@@ -120,10 +138,10 @@ def _write(root, path, training, outcome):
 
 
 def test_findings_are_paired_and_adjusted(finished):
-    root, path, part = finished
-    rates = chosen_rates(root, path, part)
-    assert rates == {"a": 3e-4, "b": 3e-4}
-    results = counted(read_results(root / "science" / "mine"), rates)
+    root, _, part = finished
+    every = read_results(root / "science" / "mine")
+    assert chosen_rates(every, part) == {"a": 3e-4, "b": 3e-4}
+    results = counted(every, part)
     here, there = findings(results, part)
     assert here.estimate.mean == pytest.approx(12, abs=2) and here.verdict == "better"
     assert (there.estimate.mean, there.verdict) == (0.0, "undecided")
@@ -132,8 +150,8 @@ def test_findings_are_paired_and_adjusted(finished):
 
 
 def test_a_contrast_that_is_not_there_yet_makes_no_other_one_surer(finished):
-    root, path, part = finished
-    results = counted(read_results(root / "science" / "mine"), chosen_rates(root, path, part))
+    root, _, part = finished
+    results = counted(read_results(root / "science" / "mine"), part)
     alone = [result for result in results if result["condition"] == "here"]
     assert findings(alone, part)[0].p == findings(results, part)[0].p
 
@@ -141,10 +159,27 @@ def test_a_contrast_that_is_not_there_yet_makes_no_other_one_surer(finished):
 def test_a_failed_run_is_shown_and_not_averaged(finished):
     root, path, part = finished
     _write(root, path, Training("here", "b", 3, 3e-4, False), {"failed": "loss is nan"})
-    results = counted(read_results(root / "science" / "mine"), chosen_rates(root, path, part))
-    text = tables(part, results, {"a": 3e-4, "b": 3e-4}, {"a": {"0.0001": 0.3, "0.0003": 0.5}})
-    assert "3 (1 failed)" in text and findings(results, part)[0].seeds == 3
-    assert "0.0003*" in text, "a rate at an edge is marked"
+    results = read_results(root / "science" / "mine")
+    assert "3 (1 failed)" in tables(part, results) and findings(counted(results, part), part)[0].seeds == 3
+
+
+def test_a_rate_at_an_edge_is_marked(finished):
+    root, _, part = finished
+    results = [r for r in read_results(root / "science" / "mine") if not (r["swept"] and r["rate"] == 1e-3)]
+    assert "0.0003*" in tables(part, results)
+
+
+def test_another_machine_goes_on_from_published_runs(finished, tmp_path_factory):
+    root, path, part = finished
+    write_part(root, path, part)
+    folder, elsewhere = root / "science" / "mine", tmp_path_factory.mktemp("elsewhere")
+    published = read_published(folder / "results.jsonl")
+    begin_with(elsewhere, path, published)
+    assert read_results(part_folder(elsewhere, path)) == published == read_results(folder)
+    kept = result_path(elsewhere, path, Training("here", "a", 0, 3e-4, False))
+    kept.write_text("{}")
+    begin_with(elsewhere, path, published)
+    assert kept.read_text() == "{}", "what is there stays"
 
 
 @pytest.mark.parametrize("name", part_names())
@@ -156,7 +191,7 @@ def test_every_runs_config_is_valid(name):
     from vold.miniature.science import runs
 
     part = Part.load(part_path(name))
-    verb = runs.VERBS[part.verb]
+    verb = runs.VERBS[part.command]
     for one in part.counted({arm: method.rates[0] for arm, method in part.arms.items()}):
         training = replace(one, swept=True)
         settings = runs.settings_of(part, training)

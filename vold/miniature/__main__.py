@@ -5,6 +5,7 @@ import importlib
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 
@@ -31,13 +32,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("parts", nargs="*", metavar="PART", help="of reproduce: names, or files of your own")
     parser.add_argument("--budget", action="store_true", help="of reproduce: print what the parts cost, and end")
+    parser.add_argument("--from", type=Path, dest="published", help="of reproduce: go on from FROM/PART.jsonl")
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
     asked = parser.parse_args(arguments)
-    if asked.command != "reproduce" and (asked.parts or asked.budget):
-        parser.error(f"{asked.command} takes no PART and no --budget; reproduce does")
-    options = {"parts": asked.parts, "only_budget": asked.budget} if asked.command == "reproduce" else {}
+    if asked.command != "reproduce" and (asked.parts or asked.budget or asked.published):
+        parser.error(f"{asked.command} takes no PART, --budget or --from; reproduce does")
+    options = {"parts": asked.parts, "only_budget": asked.budget, "published": asked.published}
+    options = options if asked.command == "reproduce" else {}
     from vold.io import configure_logging
 
     configure_logging()

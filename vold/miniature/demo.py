@@ -12,6 +12,7 @@ from pathlib import Path
 from vold.io import log, write_atomically
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import Phase, run_phases
+from vold.parallel import cpu
 from vold.report import accuracies, accuracy_table, read_runs, write_report
 
 MODELS = ("base", "sft", "grpo", "vold")
@@ -106,9 +107,13 @@ def demo_report(out: Path, seconds: dict[str, float], wall_seconds: float) -> di
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Versions of Python and of the packages that decide the numbers, and the processor, which decides their last bits
+    and so, after some updates, which answers are right."""
     packages = ("torch", "triton", "transformers", "megatron-core")
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: importlib.metadata.version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "cpu": cpu.name(),
+    }
 
 
 def commit() -> str:

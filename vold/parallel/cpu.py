@@ -11,10 +11,12 @@ thread: it does not apply to code that Megatron runs in other threads or process
 
 from __future__ import annotations
 
+import platform
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -79,6 +81,13 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = set_state
     _mode, _thread = _CudaMeansCpu(), threading.get_ident()
     _mode.__enter__()
+
+
+def name() -> str:
+    """The processor's name; its kind where the system does not tell. The last bits of sums depend on it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
 @contextmanager

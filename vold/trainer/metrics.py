@@ -247,21 +247,19 @@ def token_logps(
             continue
         has_teacher = micro.logp_teacher_N is not None
         teacher_N = torch.zeros_like(s.logp_N) if micro.logp_teacher_N is None else micro.logp_teacher_N.to(s.logp_N)
-        rows = torch.stack([s.logp_N, teacher_N, (micro.kl_weight_N != 0).to(s.logp_N)]).tolist()
-        for sample, tokens in by_sample(micro, list(zip(*rows, strict=True))).items():
+        rows_3N = torch.stack([s.logp_N, teacher_N, (micro.kl_weight_N != 0).to(s.logp_N)]).cpu()
+        for sample, (logp_L, logp_teacher_L, has_kl_L) in by_sample(micro, rows_3N).items():
             if sample in sample_ids:
-                logp, logp_teacher, has_kl = (list(row) for row in zip(*tokens, strict=True))
-                logps[sample] = {"logp": logp}
-                if has_teacher and any(has_kl):
-                    logps[sample]["logp_teacher"] = logp_teacher
+                logps[sample] = {"logp": logp_L.tolist()}
+                if has_teacher and has_kl_L.any():
+                    logps[sample]["logp_teacher"] = logp_teacher_L.tolist()
     return _merge_ranks(logps, group)
 
 
-def by_sample(micro: MicroBatch, values_N: Sequence[ValueT]) -> dict[int, list[ValueT]]:
-    """Sample index -> the values of its tokens, which lie side by side in a micro-batch."""
-    values = iter(values_N)
-    pairs = zip(micro.sample_B, micro.samples_B, strict=True)
-    return {index: [next(values) for _ in range(len(sample.response_ids))] for index, sample in pairs}
+def by_sample(micro: MicroBatch, values_N: Tensor) -> dict[int, Tensor]:
+    """Sample index -> the values [..., L] of its tokens, which lie side by side in a micro-batch's [..., N]."""
+    lengths = [len(sample.response_ids) for sample in micro.samples_B]
+    return dict(zip(micro.sample_B, values_N.split(lengths, dim=-1), strict=True))
 
 
 def _merge_ranks(by_sample: dict[int, ValueT], group: dist.ProcessGroup) -> dict[int, ValueT]:

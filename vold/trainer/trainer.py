@@ -339,7 +339,8 @@ class Trainer:
         batch = batch.to(self._layout.device)
         found: dict[int, list[float]] = {}
         for micro, logp_n in zip(batch.micro_batches, self._run_forward(batch, head), strict=False):
-            found |= by_sample(micro, of_all_ranks(micro, logp_n, self._layout).tolist())
+            logps = by_sample(micro, of_all_ranks(micro, logp_n, self._layout).cpu())
+            found |= {sample: logp_L.tolist() for sample, logp_L in logps.items()}
         return self._layout.from_last_stage(found)
 
     def _run_forward(self, batch: Batch, head: Head[ResultT]) -> list[ResultT]:

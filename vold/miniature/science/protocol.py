@@ -14,9 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from vold.config import load_config
+from vold.config.schema.base import Strict
 from vold.miniature.worlds import Extra, WorldKeys
 
 PARTS = Path(str(files("vold.miniature") / "science" / "parts"))
@@ -25,11 +26,7 @@ START = "start"
 """The arm of the model that the others start from."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Start(_Section):
+class Start(Strict):
     """The SFT run that a training starts from; it is shared by all parts that ask for the same.
 
     steps       of SFT; 0 starts from the base itself
@@ -44,7 +41,7 @@ class Start(_Section):
     questions: int = Field(0, ge=0)
 
 
-class ProblemSet(_Section):
+class ProblemSet(Strict):
     """Problems by which choices are made and final models are judged; $placeholders as in `Part`."""
 
     validation: str
@@ -53,7 +50,7 @@ class ProblemSet(_Section):
     limit: int | None = None
 
 
-class Condition(_Section):
+class Condition(Strict):
     """A point of a claim's curve.
 
     x           its place on the axis of the figure; conditions without one are drawn side by side
@@ -76,14 +73,14 @@ class Condition(_Section):
         return self.start if isinstance(self.start, Start) and self.start.steps else None
 
 
-class Arm(_Section):
+class Arm(Strict):
     """A method. `rates`: where its sweep begins, ascending; a single one is taken as it is."""
 
     overrides: tuple[str, ...] = ()
     rates: tuple[float, ...] = Field(min_length=1)
 
 
-class Sweep(_Section):
+class Sweep(Strict):
     """Under which condition the arms' rates are tried, with which seeds, and how many at most."""
 
     condition: str
@@ -91,7 +88,7 @@ class Sweep(_Section):
     most: int = 6
 
 
-class Comparison(_Section):
+class Comparison(Strict):
     """`new` - `old`, in points of each measure, under each of the conditions (None: all in which both arms run).
 
     against   the condition of `old`, where it is not that of `new`
@@ -114,7 +111,7 @@ class Contrast(NamedTuple):
     against: str
 
 
-class Part(_Section):
+class Part(Strict):
     """One experiment.
 
     overrides and paths of problems may hold $teacher, $base, $train, $val_text, $test_image …, $solver, $pictures,
@@ -131,7 +128,7 @@ class Part(_Section):
     """
 
     claim: str
-    verb: Literal["rl", "selfplay"] = "rl"
+    command: Literal["rl", "selfplay"] = "rl"
     config: str = "rl.yaml"
     eval_config: str = "eval.yaml"
     overrides: tuple[str, ...] = ()
@@ -150,8 +147,8 @@ class Part(_Section):
 
     @classmethod
     def load(cls, path: Path) -> Part:
-        """The part that a file describes. Raises ValueError (pydantic's) where it does not fit."""
-        return cls.model_validate(yaml.safe_load(path.read_text()))
+        """The part that a file describes. Raises ValueError with one line where it does not fit."""
+        return load_config(cls, path)
 
     @model_validator(mode="after")
     def _names_exist(self) -> Part:

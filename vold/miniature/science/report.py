@@ -32,19 +32,11 @@ FREE = (PALETTE[5], PALETTE[1], PALETTE[7], INK)
 
 
 def write_part(root: Path, path: Path, part: Part) -> None:
-    """Write results.jsonl (the runs that count), sweeps.json, tables.md and a figure into the part's folder."""
-    folder, rates = part_folder(root, path), chosen_rates(root, path, part)
-    results = counted(read_results(folder), rates)
-    if not results:
-        return
-    scores = sweep_scores(root, path, part)
-    sweeps = {arm: {f"{rate:g}": value for rate, value in table.items()} for arm, table in scores.items()}
-    spent = sum(result["cpu_seconds"] for result in read_results(folder))
+    """Write all runs into one file, results.jsonl, tables.md and a figure into the part's folder."""
+    folder = part_folder(root, path)
+    results = read_results(folder)
     write_atomically(folder / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-    write_atomically(
-        folder / "sweeps.json", json.dumps({"rates": rates, "scores": sweeps, "cpu_seconds": spent}) + "\n"
-    )
-    text = tables(part, results, rates, sweeps)
+    text = tables(part, results)
     write_atomically(folder / "tables.md", text + "\n")
     formats: tuple[Format, ...] = ("svg", "png")
     for fmt in formats:
@@ -54,11 +46,12 @@ def write_part(root: Path, path: Path, part: Part) -> None:
     log.info(f"{text}\n\n{folder / 'tables.md'}")
 
 
-def tables(part: Part, results: Sequence[Result], rates: dict[str, float], sweeps: dict[str, dict[str, float]]) -> str:
-    """Accuracies, findings and sweeps in Markdown."""
-    parts = [accuracy_table(part, results, rates), findings_table(findings(results, part))]
-    if sweeps:
-        parts.append(sweep_table(sweeps, rates))
+def tables(part: Part, results: Sequence[Result]) -> str:
+    """Accuracies, findings and sweeps of a part's runs in Markdown."""
+    rates, scores, runs = chosen_rates(results, part), sweep_scores(results, part), counted(results, part)
+    parts = [accuracy_table(part, runs, rates), findings_table(findings(runs, part))]
+    if scores:
+        parts.append(sweep_table(scores, rates))
     return "\n\n".join(parts)
 
 
@@ -90,14 +83,13 @@ def findings_table(found: Sequence[Finding]) -> str:
     return markdown(["comparison", "on", "condition", "points [95 %]", "p, Holm", "verdict"], rows)
 
 
-def sweep_table(sweeps: dict[str, dict[str, float]], rates: dict[str, float]) -> str:
+def sweep_table(scores: dict[str, dict[float, float]], rates: dict[str, float]) -> str:
     """Validation accuracy by learning rate; a best rate at an edge of what was tried has a *."""
     rows = []
-    for arm, scores in sweeps.items():
-        tried = sorted(scores, key=float)
-        at_edge = f"{rates[arm]:g}" in (tried[0], tried[-1])
+    for arm, tried in scores.items():
+        at_edge = rates[arm] in (min(tried), max(tried))
         shown = ", ".join(
-            f"{rate}: {100 * scores[rate]:.1f}" if scores[rate] == scores[rate] else f"{rate}: failed" for rate in tried
+            f"{rate:g}: {100 * score:.1f}" if score == score else f"{rate:g}: failed" for rate, score in tried.items()
         )
         rows.append([label(arm), f"{rates[arm]:g}" + ("*" if at_edge else ""), shown])
     return markdown(["arm", "rate", "validation, %, by rate"], rows)
@@ -126,6 +118,7 @@ def _p(p: float) -> str:
 def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
     """Validation accuracy on the first measure over the steps of the runs that count, a panel a condition: means over
     seeds with 95 % intervals."""
+    results = counted(results, part)
     measure = next(iter(part.sets))
     canvas = new_figure(4.6 * len(part.conditions), 3.2)
     panels = canvas.subplots(1, len(part.conditions), squeeze=False, sharey=True)[0]
@@ -159,6 +152,7 @@ def colours_of(part: Part) -> dict[str, str]:
 def figure(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
     """Accuracy with 95 % intervals under the conditions that have been run: lines over their x where all have one, else
     groups."""
+    results = counted(results, part)
     run = {result["condition"] for result in results}
     part = part.model_copy(update={"conditions": {n: c for n, c in part.conditions.items() if n in run}})
     canvas = new_figure(4.6 * len(part.sets), 3.2)

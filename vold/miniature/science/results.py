@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vold.miniature.science.protocol import START, Contrast, Part, best_rate, result_path
+from vold.io import write_atomically
+from vold.miniature.science.protocol import START, Contrast, Part, Training, best_rate, result_path
 from vold.miniature.science.statistics import Estimate, crossed, holm, over_seeds
 
 Result = dict[str, Any]
@@ -51,32 +52,43 @@ def unpack(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=int(count)).astype(int)
 
 
-def sweep_scores(root: Path, path: Path, part: Part) -> dict[str, dict[float, float]]:
-    """Arm -> rate -> mean validation accuracy over measures and the sweep's seeds, of all that was tried."""
+def read_published(file: Path) -> list[Result]:
+    """All runs of a part from the one file that `report.write_part` leaves."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def begin_with(root: Path, path: Path, results: Sequence[Result]) -> None:
+    """Put runs that were made elsewhere among those of the part at `path`, where it has none of their name."""
+    for result in results:
+        file = result_path(root, path, Training(*(result[one.name] for one in fields(Training))))
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(result) + "\n")
+
+
+def sweep_scores(results: Sequence[Result], part: Part) -> dict[str, dict[float, float]]:
+    """Arm -> rate, ascending -> mean validation accuracy over measures and the sweep's seeds, of all that was tried."""
     scores: dict[str, dict[float, float]] = {}
-    for arm, one in part.arms.items():
-        if len(one.rates) < 2:
-            continue
-        probe = part.tried(arm, (one.rates[0],))[0]
-        folder = result_path(root, path, probe).parent
-        rates = {float(file.stem.rpartition("-lr")[2]) for file in folder.glob("sweep*.json")}
-        for rate in sorted(rates):
-            files = [result_path(root, path, training) for training in part.tried(arm, (rate,))]
-            if all(file.exists() for file in files):
-                values = [validation(json.loads(file.read_text())) for file in files]
+    for arm in (name for name, one in part.arms.items() if len(one.rates) > 1):
+        swept = {(r["condition"], r["seed"], r["rate"]): r for r in results if r["swept"] and r["arm"] == arm}
+        for rate in sorted({rate for *_, rate in swept}):
+            tried = [swept.get((t.condition, t.seed, t.rate)) for t in part.tried(arm, (rate,))]
+            if all(tried):
+                values = [validation(result) for result in tried if result]
                 scores.setdefault(arm, {})[rate] = sum(values) / len(values)
     return scores
 
 
-def chosen_rates(root: Path, path: Path, part: Part) -> dict[str, float]:
-    """Arm -> the best rate of its sweep so far, or the only one it has."""
-    scores = sweep_scores(root, path, part)
+def chosen_rates(results: Sequence[Result], part: Part) -> dict[str, float]:
+    """Arm -> the best rate of its sweep so far, or the first that is stated."""
+    scores = sweep_scores(results, part)
     return {arm: best_rate(scores[arm]) if arm in scores else one.rates[0] for arm, one in part.arms.items()}
 
 
-def counted(results: Sequence[Result], rates: dict[str, float]) -> list[Result]:
+def counted(results: Sequence[Result], part: Part) -> list[Result]:
     """The runs that count: tested, and at the rate that their arm's sweep ended with."""
-    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates[r["arm"]])]
+    rates = chosen_rates(results, part)
+    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates.get(r["arm"]))]
 
 
 def validation(result: Result) -> float:

@@ -15,15 +15,28 @@ from vold.io import configure_logging, log
 from vold.miniature.science.budget import budget
 from vold.miniature.science.protocol import START, Part, Training, next_rates, part_folder, part_names, part_path
 from vold.miniature.science.report import write_part
-from vold.miniature.science.results import chosen_rates, sweep_scores
+from vold.miniature.science.results import begin_with, chosen_rates, read_published, read_results, sweep_scores
 from vold.miniature.science.runs import make_start, make_traces, run_training
 from vold.miniature.worlds import WorldKeys, open_world
 
 
-def run(root: Path = Path("runs"), *, parts: Sequence[str] = (), parallel: int = 2, only_budget: bool = False) -> None:
-    """Run parts by name (all without any); finished runs are kept. Raises ValueError for an unknown name."""
+def run(
+    root: Path = Path("runs"),
+    *,
+    parts: Sequence[str] = (),
+    parallel: int = 2,
+    only_budget: bool = False,
+    published: Path | None = None,
+) -> None:
+    """Run parts by name (all without any); finished runs are kept. published: a folder with PART.jsonl, the runs of
+    earlier results.jsonl, which count as finished. Raises ValueError for an unknown name."""
     for path in map(part_path, parts or part_names()):
         part = Part.load(path)
+        if published is not None:
+            file = published / f"{path.stem}.jsonl"
+            runs = read_published(file) if file.exists() else []
+            begin_with(root, path, runs)
+            log.info(f"{path.stem}: {len(runs)} runs in {file}")
         log.info(f"{path.stem}: {part.claim}\n\n{budget(root, path, part)}")
         if not only_budget:
             run_part(root, path, part, parallel)
@@ -54,9 +67,9 @@ def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict
     while waiting:
         tried = [training for arm, rates in waiting.items() for training in part.tried(arm, rates)]
         _all(pool, "sweep", run_training, [(root, path, training) for training in tried])
-        tables = sweep_scores(root, path, part)
+        tables = sweep_scores(read_results(part_folder(root, path)), part)
         waiting = {arm: more for arm, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
-    return chosen_rates(root, path, part)
+    return chosen_rates(read_results(part_folder(root, path)), part)
 
 
 def _begin_worker(log_file: Path) -> None:

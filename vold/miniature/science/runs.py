@@ -114,14 +114,14 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
 def _train(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> Path:
     if (run_dir / "model").exists():
         return run_dir / "model"
-    verb = VERBS[part.verb]
+    verb = VERBS[part.command]
     _call(verb.train, verb.config, part.config, _filled(settings_of(part, training), fill), run_dir)
     return run_dir / "model"
 
 
 def settings_of(part: Part, training: Training) -> list[str]:
     """Overrides of one run, with placeholders: the part's, the condition's, the arm's, its own."""
-    verb, steps = VERBS[part.verb], part.steps_of(training.condition)
+    verb, steps = VERBS[part.command], part.steps_of(training.condition)
     return [
         *part.overrides,
         *part.conditions[training.condition].overrides,
@@ -140,7 +140,7 @@ def _filled(settings: Sequence[str], fill: Mapping[str, str]) -> list[str]:
 def _validation(part: Part, training: Training, steps: int) -> tuple[str, ...]:
     """Validation at the end of a swept run; on the way, for a curve, in one that counts."""
     every = steps if training.swept else part.curve_every
-    if part.verb == "selfplay":  # it evaluates after every iteration
+    if part.command == "selfplay":  # it evaluates after every iteration
         return (f"evaluation.sets={_sets(part.sets, 'validation')}",)
     if not every:
         return ("evaluation={}",)
@@ -158,7 +158,7 @@ def _outcome(
     if rows:
         result["logged"] = {key: rows[-1][key] for key in part.logged if key in rows[-1]}
         result["step_cpu_seconds"] = _step_seconds(rows, part)
-    if part.verb == "selfplay" and rows:
+    if part.command == "selfplay" and rows:
         result["logged"] |= {"labels_right": labels_right(run_dir / "bank")}
     if training.swept:
         return result

@@ -40,7 +40,8 @@ START_TRACES, START_PHASE = 120, PretrainPhase(steps=100, text_rows=64, image_ro
 
 def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str, float]:
     """Facts of the world, each a share unless its name says nats, on its first `problems` test problems. Measured once
-    and kept in world.json: what is not there yet (a solver, a vision teacher) is measured by a later call.
+    and kept in world.json: what is not there yet (a solver, a vision teacher) is measured by a later call, what is
+    another world's is among the facts of that one.
 
     teacher_accuracy, teacher_accuracy_on_wrong_facts   greedy; of all problems, of those that meet a wrong fact
     teacher_follows_facts        of those problems: how often it gives the answer that its facts give
@@ -56,8 +57,8 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
     parts: dict[str, tuple[bool, Callable[[World, WorldKeys, int], dict[str, float]]]] = {
         "teacher": (True, _teacher_facts),
         "start": (keys.reads_hints or keys.style == "wordy", _start_facts),
-        "solver": (world.solver.exists(), _solver_facts),
-        "pictures": (world.vision_teacher.exists(), _picture_facts),
+        "solver": (world.solver.exists() and world.solver.parent == world.folder, _solver_facts),
+        "pictures": (world.vision_teacher.exists() and world.pictures.parent == world.folder, _picture_facts),
     }
     for name, (there, measure) in parts.items():
         if there and name not in found["seconds"]:

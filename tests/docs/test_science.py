@@ -11,6 +11,7 @@ import re
 import pytest
 from commands import ROOT
 
+from vold.miniature.check import worlds_table
 from vold.miniature.science.protocol import START, Part, part_names, part_path
 from vold.miniature.science.report import curves, figure, percent, tables
 from vold.miniature.science.results import Result, accuracy, counted, findings, read_published
@@ -68,6 +69,10 @@ def test_the_page_says_what_has_been_run():
         rows.append([part.claim.partition(" (")[0], f"`{name}`", f"{done} of {wanted}", stated, hours])
     header = ["claim", "part", "runs", "comparisons", "CPU-hours"]
     compare("state", markdown(header, rows))
+
+
+def test_the_worlds_are_what_was_measured():
+    compare("worlds", worlds_table(sorted((DATA / "worlds").glob("*.json"))))
 
 
 @pytest.mark.parametrize("name", RUN)

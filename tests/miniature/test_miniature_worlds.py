@@ -205,11 +205,13 @@ def test_every_part_is_made_once_at_the_place_of_its_own_keys_and_measured(root)
         assert (copy != sharp).any()
     found = check_world(made, keys, problems=4)
     assert check_world(made, keys, problems=4) == found == json.loads((made.folder / "world.json").read_text())["facts"]
-    expected = {"teacher_accuracy", "start_accuracy", "hint_start_with", "kl_words_nats", "labels_right"}
+    expected = {"teacher_accuracy", "start_accuracy", "hint_start_with", "kl_words_nats"}
     assert expected | {"read_small_degraded"} <= set(found)
+    plain = WorldKeys(seed=3)
+    assert "labels_right" in check_world(open_world(root, plain, held_out=FEW, extras=("solver",)), plain, problems=4)
     assert all(0 <= value <= 1 for name, value in found.items() if not name.endswith("nats"))
     table = worlds_table([made.folder / "world.json"])
-    assert "seed3-teacher70-hints-wordy-shapes" in table and "| hint_start_with " in table
+    assert "seed3-teacher70-hints-wordy-shapes" in table and " · hint start with " in table
 
 
 @pytest.mark.parametrize("argument", ["teacher_accuracy=0.5", "teacher=0.7", "seed=x", "nothing"])

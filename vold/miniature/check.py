@@ -27,7 +27,7 @@ from vold.miniature.measure import Checkpoint, Item, boxed, expression_of, load_
 from vold.miniature.pretrain import PretrainPhase, train
 from vold.miniature.tokenizer import BOXED, END_BOXED, FILLERS, TOKEN_ID
 from vold.miniature.world import Problem
-from vold.miniature.worlds import DEGRADED_SCALE, World, WorldKeys, fact_table, open_world
+from vold.miniature.worlds import DEGRADED_SCALE, World, WorldKeys, fact_table, open_world, world_root
 from vold.report.tables import markdown
 
 FILE = "world.json"
@@ -40,8 +40,8 @@ START_TRACES, START_PHASE = 120, PretrainPhase(steps=100, text_rows=64, image_ro
 
 def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str, float]:
     """Facts of the world, each a share unless its name says nats, on its first `problems` test problems. Measured once
-    and kept in world.json: what is not there yet (a solver, a vision teacher) is measured by a later call, what is
-    another world's is among the facts of that one.
+    and kept in world.json: what is not there yet (a solver, a vision teacher) is measured by a later call, what no
+    key of this world is about is among the facts of the plain one.
 
     teacher_accuracy, teacher_accuracy_on_wrong_facts   greedy; of all problems, of those that meet a wrong fact
     teacher_follows_facts        of those problems: how often it gives the answer that its facts give
@@ -54,11 +54,12 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
     """
     path = world.folder / FILE
     found = json.loads(path.read_text()) if path.exists() else {"keys": keys.model_dump(), "facts": {}, "seconds": {}}
+    is_plain = keys == WorldKeys(seed=keys.seed)
     parts: dict[str, tuple[bool, Callable[[World, WorldKeys, int], dict[str, float]]]] = {
         "teacher": (True, _teacher_facts),
         "start": (keys.reads_hints or keys.style == "wordy", _start_facts),
-        "solver": (world.solver.exists() and world.solver.parent == world.folder, _solver_facts),
-        "pictures": (world.vision_teacher.exists() and world.pictures.parent == world.folder, _picture_facts),
+        "solver": (world.solver.exists() and (keys.errors == "scattered" or is_plain), _solver_facts),
+        "pictures": (world.vision_teacher.exists() and (keys.degraded == "shapes" or is_plain), _picture_facts),
     }
     for name, (there, measure) in parts.items():
         if there and name not in found["seconds"]:
@@ -71,15 +72,17 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
 
 
 def worlds_table(paths: Sequence[Path]) -> str:
-    """Markdown of several world.json: a column a world, a row a fact."""
-    worlds = {path.parent.name: json.loads(path.read_text())["facts"] for path in paths}
-    names = list(dict.fromkeys(name for facts in worlds.values() for name in facts))
-    rows = [[name, *(_cell(name, facts.get(name)) for facts in worlds.values())] for name in names]
-    return markdown(["measured, % where not nats", *worlds], rows)
+    """Markdown of several world.json: a row a world, its facts in % unless they are nats."""
+    rows = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        facts = " · ".join(f"{name.replace('_', ' ')} {_value(name, x)}" for name, x in found["facts"].items())
+        rows.append([world_root(Path(), WorldKeys(**found["keys"])).name, facts])
+    return markdown(["world", "measured"], rows)
 
 
-def _cell(name: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if name.endswith("nats") else f"{100 * value:.1f}"
+def _value(name: str, value: float) -> str:
+    return f"{value:.2f}" if name.endswith("nats") else f"{100 * value:.1f}"
 
 
 # -- the teacher and the start -------------------------------------------------------------------------------------

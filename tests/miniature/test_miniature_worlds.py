@@ -22,7 +22,7 @@ from vold.config.schema import RlConfig, SelfplayConfig
 from vold.data.prompts import show_hint
 from vold.miniature import check, pretrain, worlds
 from vold.miniature import world as arithmetic
-from vold.miniature.check import check_world, votes, worlds_table
+from vold.miniature.check import check_world, votes, world_facts
 from vold.miniature.data import DataSizes
 from vold.miniature.examples import hint_example, solver_example, teacher_example
 from vold.miniature.facts import drawn_accuracy, right_facts, wrong_facts
@@ -210,8 +210,8 @@ def test_every_part_is_made_once_at_the_place_of_its_own_keys_and_measured(root)
     plain = WorldKeys(seed=3)
     assert "labels_right" in check_world(open_world(root, plain, held_out=FEW, extras=("solver",)), plain, problems=4)
     assert all(0 <= value <= 1 for name, value in found.items() if not name.endswith("nats"))
-    table = worlds_table([made.folder / "world.json"])
-    assert "seed3-teacher70-hints-wordy-shapes" in table and " · hint start with " in table
+    told = world_facts(made.folder / "world.json")
+    assert told.startswith("`seed3-teacher70-hints-wordy-shapes`: ") and " · hint start with " in told
 
 
 @pytest.mark.parametrize("argument", ["teacher_accuracy=0.5", "teacher=0.7", "seed=x", "nothing"])

@@ -28,7 +28,6 @@ from vold.miniature.pretrain import PretrainPhase, train
 from vold.miniature.tokenizer import BOXED, END_BOXED, FILLERS, TOKEN_ID
 from vold.miniature.world import Problem
 from vold.miniature.worlds import DEGRADED_SCALE, World, WorldKeys, fact_table, open_world, world_root
-from vold.report.tables import markdown
 
 FILE = "world.json"
 STYLED = 200  # traces on which the style's KL is measured
@@ -71,14 +70,11 @@ def check_world(world: World, keys: WorldKeys, problems: int = 400) -> dict[str,
     return found["facts"]
 
 
-def worlds_table(paths: Sequence[Path]) -> str:
-    """Markdown of several world.json: a row a world, its facts in % unless they are nats."""
-    rows = []
-    for path in paths:
-        found = json.loads(path.read_text())
-        facts = " · ".join(f"{name.replace('_', ' ')} {_value(name, x)}" for name, x in found["facts"].items())
-        rows.append([world_root(Path(), WorldKeys(**found["keys"])).name, facts])
-    return markdown(["world", "measured"], rows)
+def world_facts(path: Path) -> str:
+    """A world.json in a line of Markdown: its name and its facts, in % unless they are nats."""
+    found = json.loads(path.read_text())
+    facts = " · ".join(f"{name.replace('_', ' ')} {_value(name, x)}" for name, x in found["facts"].items())
+    return f"`{world_root(Path(), WorldKeys(**found['keys'])).name}`: {facts}"
 
 
 def _value(name: str, value: float) -> str:
@@ -245,11 +241,16 @@ def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
+def read_keys(arguments: Sequence[str]) -> WorldKeys:
+    """The keys of `KEY=VALUE …`. Raises ValidationError for one that does not fit."""
+    return WorldKeys(**{name: yaml.safe_load(value) for name, _, value in (a.partition("=") for a in arguments)})
+
+
 def main(arguments: Sequence[str]) -> int:
     """`python -m vold.miniature.check KEY=VALUE …`: make the world of these keys below runs/ with all parts, measure it
     and print its facts. Returns the exit code."""
     try:
-        keys = WorldKeys(**{name: yaml.safe_load(value) for name, _, value in (a.partition("=") for a in arguments)})
+        keys = read_keys(arguments)
     except ValidationError as error:
         wrong = error.errors()[0]
         known = ", ".join(WorldKeys.model_fields)
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str]) -> int:
     configure_logging()
     world = open_world(Path("runs"), keys, extras=("solver", "pictures"))
     check_world(world, keys)
-    log.info(worlds_table([world.folder / FILE]))
+    log.info(world_facts(world.folder / FILE))
     return 0
 
 

@@ -5,6 +5,9 @@ P prompts, R responses side by side, W prompt width (left-padded), S new tokens 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ ROUTER = "TopKRouter"
 
 
 class RouterTap:
-    """Of one model; notes choices between `begin` and `end`."""
+    """Of one model; notes choices while it is `opened`."""
 
     def __init__(self, model: nn.Module):
         routers = [module for module in model.modules() if type(module).__name__.endswith(ROUTER)]
@@ -27,12 +30,15 @@ class RouterTap:
         self._prompts: list[Experts] = []
         self._new_RSLk: Tensor | None = None
 
-    def begin(self) -> None:
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, choices are noted, in the place of those of the last time."""
         self._is_on = self.has_routers
         self._latest, self._prompts, self._new_RSLk = [], [], None
-
-    def end(self) -> None:
-        self._is_on = False
+        try:
+            yield
+        finally:
+            self._is_on = False
 
     def note_prompts(self, mask_PW: Tensor) -> None:
         """The pass before was of these prompts."""

@@ -104,9 +104,8 @@ class TransformersSampler:
         siblings = [list(group) for _, group in groupby(prompts, key=id)]
         inputs = self._inputs([group[0] for group in siblings])
         copies = [*map(len, siblings)]
-        self._tap.begin()
-        ids, logp = decode(self._model, inputs, copies, config, self._vocabulary, generator, self._tap)
-        self._tap.end()
+        with self._tap.opened():
+            ids, logp = decode(self._model, inputs, copies, config, self._vocabulary, generator, self._tap)
         rollouts = [
             self._vocabulary.make_rollout(prompt, ids, logps, version=self._version)
             for prompt, ids, logps in zip(prompts, ids.tolist(), logp.tolist(), strict=True)

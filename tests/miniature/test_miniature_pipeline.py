@@ -12,6 +12,7 @@ from vold.miniature import demo, methods, starts
 from vold.miniature.make import MiniatureWorld
 from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
+from vold.miniature.worlds import world_paths
 from vold.report.style import PALETTE
 
 SCHEMAS = {
@@ -21,10 +22,11 @@ SCHEMAS = {
     "eval": schema.EvalConfig,
 }
 WORLD = MiniatureWorld.at(Path("runs/miniature/seed0"))
+DEMO_WORLD = world_paths(Path("runs"), demo.WORLD)
 
 
 def all_phases() -> list[Phase]:
-    planned = demo.phases(Path("runs/demo"), WORLD)
+    planned = demo.phases(Path("runs/demo"), DEMO_WORLD)
     planned += [starts.start_phases(Path("runs/reproduce"), Path("runs/reproduce/seed1"), WORLD, seed=1)]
     planned += [[arm.phase(Path("runs"), WORLD, 1) for arm in methods.sweep(name)] for name in methods.methods()]
     return [phase for group in planned for phase in group]
@@ -70,7 +72,7 @@ def test_a_method_is_a_row_of_means_and_one_that_failed_says_so(tmp_path, capsys
     assert (tmp_path / "methods" / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_four_models_are_evaluated_on_the_same_held_out_problems():
+def test_all_models_are_evaluated_on_the_same_held_out_problems():
     evaluated = [phase for phase in all_phases() if phase.verb == "eval" and "demo" in str(phase.run_dir)]
     assert {phase.run_dir.name for phase in evaluated} == {f"eval_{name}" for name in demo.MODELS}
     assert len({phase.overrides[1:] for phase in evaluated}) == 1
@@ -96,13 +98,13 @@ def test_the_demo_report_holds_every_model_and_set(tmp_path):
         (run_dir / "config.yaml").write_text("verb: eval\n")
         numbers = {"accuracy": 0.1 * index, "stderr": 0.02, "n": 400}
         (run_dir / "evaluation.json").write_text(json.dumps({"sets": {"text": numbers, "image": numbers}}))
-    for name in ("sft", "grpo", "vold"):
+    for name in ("sft", *demo.ARMS):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"verb: {name}\n")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.6}\n')
     report = demo.demo_report(tmp_path, {"grpo": 100.0}, 200.0)
     assert report["accuracy"].keys() == set(demo.MODELS)
-    assert report["accuracy"]["vold"] == {"text": pytest.approx(0.3), "image": pytest.approx(0.3)}
+    assert report["accuracy"]["vold"] == {"text": pytest.approx(0.4), "image": pytest.approx(0.4)}
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert "VOLD" in (tmp_path / "report.html").read_text()
     again = demo.demo_report(tmp_path, {"grpo": 0.1}, 1.0)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vold.io import log, write_atomically
-from vold.miniature.demo import RL_STEPS, commit, eval_phase, phases, read_evaluation, rl_phase, versions
+from vold.miniature.demo import RL_STEPS, commit, eval_phase, read_evaluation, rl_phase, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.methods import validation
 from vold.miniature.pipeline import Phase, run_phases
@@ -28,7 +28,7 @@ def run(root: Path = Path("runs"), *, parallel: int = 1, seeds: tuple[int, ...] 
     """Run both arms; write report.json and table.md below runs/lora. Finished runs are kept."""
     started, out = time.perf_counter(), root / "lora"
     world = make_world(root / "miniature" / "seed0", seed=0)
-    run_phases(phases(out, world)[0], parallel=parallel)
+    run_phases([traces_phase(out, world)], parallel=parallel)
     folders = {seed: out / f"seed{seed}" for seed in seeds}
     run_phases([start_phases(out, folders[seed], world, seed)[0] for seed in seeds], parallel=parallel)
     first = [_lora(folders[seeds[0]], world, seeds[0], rate) for rate in RATES]

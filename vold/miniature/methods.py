@@ -19,7 +19,7 @@ from pathlib import Path
 from vold.config import load_config, schema
 from vold.evaluation.evaluator import evaluate
 from vold.io import configure_logging, log, write_atomically
-from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_paths, versions
+from vold.miniature.demo import commit, eval_phase, read_evaluation, rl_paths, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.methods_figure import methods_figure
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
@@ -104,7 +104,7 @@ def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] 
     """Run all methods; write report.json, table.md and methods.png below runs/methods. Finished methods are kept."""
     started = time.perf_counter()
     world, starts = make_world(root / "miniature" / "seed0", seed=0), root / "reproduce"
-    run_phases(phases(starts, world)[0], parallel=1)
+    run_phases([traces_phase(starts, world)], parallel=1)
     run_phases([p for s in seeds for p in start_phases(starts, _starts(root, s), world, s)], parallel=parallel)
     evals = [eval_phase(_starts(root, seed), world, START, _starts(root, seed) / START / "model") for seed in seeds]
     run_phases(evals, parallel=parallel)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vold.io import log, write_atomically
 from vold.miniature.data import write_pictures
-from vold.miniature.demo import commit, eval_phase, phases, read_evaluation, rl_phase, sft_phase, versions
+from vold.miniature.demo import commit, eval_phase, read_evaluation, rl_phase, sft_phase, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.measure import Checkpoint, load_image_items
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
@@ -128,7 +128,7 @@ def _first_act(paths: SecondActPaths, seeds: Sequence[int]) -> list[list[Phase]]
     traces = f"data.path={reproduce / 'traces' / 'traces'}"
     folders = [(paths.first_act(seed), (f"seed={seed}",)) for seed in seeds]
     return [
-        phases(reproduce, world)[0],
+        [traces_phase(reproduce, world)],
         [sft_phase(folder, world, "sft", (*seeded, traces)) for folder, seeded in folders],
         [rl_phase(folder, world, "vold", overrides=seeded) for folder, seeded in folders],
     ]

@@ -22,7 +22,7 @@ from vold.config import load_config
 from vold.config.schema import SelfplayConfig
 from vold.io import log, write_atomically
 from vold.miniature import world as arithmetic
-from vold.miniature.demo import commit, phases, sft_phase, versions
+from vold.miniature.demo import commit, sft_phase, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
 from vold.miniature.tokenizer import CLOSE, OPEN
@@ -54,7 +54,7 @@ def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] 
     """
     started = time.perf_counter()
     out, world = root / "selfplay", make_world(root / "miniature" / "seed0", seed=0)
-    run_phases(phases(out, world)[0], parallel=1)
+    run_phases([traces_phase(out, world)], parallel=1)
     run_phases([sft_phase(out, world)], parallel=1)
     run_phases([_start_phase(out, world)], parallel=1)
     run_phases([_arm_phase(out, world, arm, seed) for seed in seeds for arm in ARMS], parallel=parallel)

@@ -19,7 +19,7 @@ import numpy as np
 from vold.config import load_config, schema
 from vold.io import log, write_atomically
 from vold.miniature import world
-from vold.miniature.demo import commit, phases, rl_paths, versions
+from vold.miniature.demo import commit, rl_paths, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
 from vold.miniature.measure import Checkpoint, Item
 from vold.miniature.pipeline import CONFIGS, run_phases
@@ -44,7 +44,7 @@ def run(root: Path = Path("runs"), *, seeds: tuple[int, ...] = SEEDS) -> None:
     kept. All run in this process, one after the other: starting one takes longer than a run's first steps."""
     started, out = time.perf_counter(), root / "several-teachers"
     made = make_world(root / "miniature" / "seed0", seed=0)
-    run_phases(phases(root / "reproduce", made)[0], parallel=1)
+    run_phases([traces_phase(root / "reproduce", made)], parallel=1)
     data = write_halves(out / "data", seed=0)
     for half in world.HALVES:
         make_specialist(out / "teachers" / half, made.teacher, half, seed=0)

@@ -115,7 +115,7 @@ def open_world(
     seed_root = world_root(root, WorldKeys(seed=keys.seed))
     plain = make_world(seed_root, keys.seed, sizes)
     write_held_out(seed_root / "held-out", keys.seed, held_out)
-    world = _paths(root, keys, plain)
+    world = world_paths(root, keys)
     with _one_thread():
         if world.teacher != plain.teacher:
             traces = partial(teacher_example, table=fact_table(keys), style=keys.style)
@@ -143,7 +143,10 @@ def solver_table(keys: WorldKeys) -> FactTable:
     return (scattered_facts if keys.errors == "scattered" else systematic_facts)(keys.seed)
 
 
-def _paths(root: Path, keys: WorldKeys, plain: MiniatureWorld) -> World:
+def world_paths(root: Path, keys: WorldKeys) -> World:
+    """Where the parts of a world are, made or not."""
+    plain = MiniatureWorld.at(world_root(root, WorldKeys(seed=keys.seed)))
+
     def folder(*names: str) -> Path:
         return world_root(root, WorldKeys(seed=keys.seed, **{name: getattr(keys, name) for name in names}))
 

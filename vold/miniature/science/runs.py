@@ -20,7 +20,7 @@ from vold.miniature.pipeline import CONFIGS
 from vold.miniature.science.protocol import START, Part, ProblemSet, Start, Training, result_path
 from vold.miniature.science.results import pack
 from vold.miniature.selfplay import labels_right, write_start_rows
-from vold.miniature.worlds import WorldKeys, open_world, world_root
+from vold.miniature.worlds import WorldKeys, world_paths, world_root
 from vold.run.job import free_device_memory
 from vold.run.run_dir import read_rows
 from vold.selfplay.loop import run_selfplay
@@ -51,7 +51,7 @@ VERBS = {
 def start_path(root: Path, world: WorldKeys, start: Start, seed: int) -> Path:
     """The model that SFT leaves for a seed; a start of 0 steps is the base."""
     if start.steps == 0:
-        return open_world(root, world).base
+        return world_paths(root, world).base
     rows = "all" if start.traces is None else start.traces
     name = f"sft{start.steps}-{start.style}{rows}" + (f"-questions{start.questions}" if start.questions else "")
     return _shared(root, world) / name / f"seed{seed}" / "model"
@@ -61,7 +61,7 @@ def make_traces(root: Path, world: WorldKeys) -> None:
     """The teacher's traces of a world, once."""
     run_dir = _shared(root, world) / "traces"
     if not (run_dir / "traces" / "card.json").exists():
-        paths = open_world(root, world)
+        paths = world_paths(root, world)
         settings = (f"teacher={paths.teacher}", f"data.path={paths.traces_prompts}")
         _call(generate_traces, schema.TracesConfig, "traces.yaml", settings, run_dir)
 
@@ -71,7 +71,7 @@ def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
     model = start_path(root, world, start, seed)
     if model.exists():
         return
-    before, paths, run_dir = _cpu_seconds(), open_world(root, world), model.parent
+    before, paths, run_dir = _cpu_seconds(), world_paths(root, world), model.parent
     traces = _shared(root, world) / "traces" / "traces"
     data = (f"data.path={traces}",)
     if start.style == "other":
@@ -199,7 +199,7 @@ def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
     condition = part.conditions[training.condition]
     if condition.world is None:
         return {"start": condition.start} if isinstance(condition.start, str) else {}
-    world = open_world(root, condition.world)
+    world = world_paths(root, condition.world)
     names = ("teacher", "base", "train", "solver", "vision_teacher", "pictures")
     fill = {name: str(getattr(world, name)) for name in names} | {"configs": str(CONFIGS)}
     fill |= {

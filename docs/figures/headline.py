@@ -18,14 +18,16 @@ from vold.report.style import label
 
 HERE = Path(__file__).parent
 EXPRESSION, SEED = "7*9+5*3", 6
-WIDTH, HEIGHT = 900, 306
+WIDTH, HEIGHT = 900, 365
 BARS_LEFT, BARS_TOP, FULL = 500, 62, 330  # x and y of the first bar; pixels of 100 %
 MODELS = {
     "base": "reads both forms, cannot solve",
     "sft": "on 120 traces of a text teacher",
-    "grpo": "SFT, then 60 steps on text",
-    "vold": "the same with the teacher's KL",
+    "grpo": "SFT, then 150 steps on text",
+    "vold-unmasked": "and the teacher's KL on every response",
+    "vold": "and the teacher's KL where a response failed",
 }
+NAMES = {"vold-unmasked": "VOLD without mask"}
 SANS = "-apple-system,'Segoe UI',Roboto,'Helvetica Neue','Noto Sans',Arial,sans-serif"
 MONO = "ui-monospace,'SF Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace"
 THEMES = {
@@ -65,14 +67,16 @@ def puzzle(theme: dict[str, str]) -> list[str]:
 
 
 def bars(report: dict, theme: dict[str, str]) -> list[str]:
-    """Right: accuracy of four models in both forms, with one standard error, and chance."""
+    """Right: accuracy of the models in both forms, with one standard error, and chance."""
     n = report["n"]
     title = f"Solved, % of {n['text']} text and {n['image']} image problems"
     parts = [words(BARS_LEFT - 60, 20, title, theme["ink"], 16, font_weight="600")]
     for i, (model, meaning) in enumerate(MODELS.items()):
         top = BARS_TOP + 59 * i
-        parts.append(words(BARS_LEFT - 60, top - 7, label(model), theme["ink"], 13.5, font_weight="600"))
-        parts.append(words(BARS_LEFT, top - 7, meaning, theme["soft"], 12.5))
+        parts.append(
+            words(BARS_LEFT - 60, top - 7, NAMES.get(model) or label(model), theme["ink"], 13.5, font_weight="600")
+        )
+        parts.append(words(BARS_LEFT + (96 if model in NAMES else 0), top - 7, meaning, theme["soft"], 12.5))
         for row, form in enumerate(("text", "image")):
             value, error = report["accuracy"][model][form], report["stderr"][model][form]
             parts += bar(top + 16 * row, value, error, theme[form], theme)

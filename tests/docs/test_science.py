@@ -92,15 +92,15 @@ def test_a_difference_that_is_quoted_is_in_a_table(page):
 
 
 def test_the_readmes_rows_are_those_of_the_mask():
-    """Accuracies by arm, with the teacher that is right on 70 %."""
+    """Accuracies by arm after 150 steps with the teacher that is right on 70 %."""
     part, found = Part.load(part_path("mask")), runs_that_count("mask")
     section_of_results = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## Documentation")[0]
     rows = re.findall(
         r"^\| ([^|]+) \| (\d[\d.]* ± [\d.]+) \| (\d[\d.]* ± [\d.]+) \|$", section_of_results, re.MULTILINE
     )
-    arms = {"SFT": START, "GRPO": "grpo", "OPD": "opd", "VOLD without mask": "vold-unmasked", "VOLD": "vold"}
+    arms = {"SFT": START, "GRPO": "grpo", "VOLD without mask": "vold-unmasked", "VOLD": "vold"}
     assert [name.removeprefix("SFT + ") for name, *_ in rows] == list(arms)
     for name, *shown in rows:
         arm = arms[name.removeprefix("SFT + ")]
-        wanted = [percent(accuracy(found, "teacher 70 %", arm, measure)) for measure in part.sets]
+        wanted = [percent(accuracy(found, "70 %, 150 steps", arm, measure)) for measure in part.sets]
         assert shown == wanted, f"{name}: {wanted}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict, Field
 
 from vold.miniature import pretrain
@@ -112,6 +113,7 @@ def open_world(
     Base, teacher and training problems of a seed take about 10 CPU-minutes, in two processes; each checkpoint that a
     key or an extra adds is trained from them in this one, in one to four. Raises RuntimeError as make_world does.
     """
+    transformers.utils.logging.disable_progress_bar()
     seed_root = world_root(root, WorldKeys(seed=keys.seed))
     plain = make_world(seed_root, keys.seed, sizes)
     write_held_out(seed_root / "held-out", keys.seed, held_out)

@@ -11,6 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from vold.config import load_config
+from vold.config.schema import RlConfig
+from vold.miniature.science import runs
 from vold.miniature.science.protocol import (
     START,
     Part,
@@ -33,6 +35,8 @@ from vold.miniature.science.results import (
     read_results,
     unpack,
 )
+from vold.objectives import build_objective
+from vold.train.config_checks import check_rl_config
 
 PART = {
     "claim": "b is better than a",
@@ -188,7 +192,6 @@ def test_every_runs_config_is_valid(name):
     from string import Template
 
     from vold.miniature.pipeline import CONFIGS
-    from vold.miniature.science import runs
 
     part = Part.load(part_path(name))
     verb = runs.VERBS[part.command]
@@ -201,3 +204,25 @@ def test_every_runs_config_is_valid(name):
         ]
         config = load_config(verb.config, runs.config_path(part.config), texts)
         assert config.seed == one.seed and START not in part.arms
+        if isinstance(config, RlConfig):
+            check_rl_config(config, build_objective(config.objective, config.rollout.max_new_tokens))
+
+
+def test_what_ends_a_run_before_its_first_step_is_not_an_outcome(finished, monkeypatch):
+    root, path, _ = finished
+    training = Training("here", "b", 7, 3e-4, swept=True)
+
+    def diverges(config, *, resume):
+        if stepped:
+            config.run_dir.mkdir(parents=True)
+            (config.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+        raise ValueError("loss is nan")
+
+    monkeypatch.setitem(runs.VERBS, "rl", replace(runs.VERBS["rl"], train=diverges))
+    stepped = False
+    with pytest.raises(ValueError, match="loss is nan"):
+        runs.run_training(root, path, training)
+    assert not result_path(root, path, training).exists()
+    stepped = True
+    runs.run_training(root, path, training)
+    assert json.loads(result_path(root, path, training).read_text())["failed"] == "loss is nan"

@@ -29,6 +29,7 @@ from vold.train.sft import train_sft
 from vold.train.teacher_traces import generate_traces
 
 BULKY = ("checkpoints", "model")
+METRICS = "metrics.jsonl"
 COST_FILE = "cost.json"  # of a start, beside its model
 
 
@@ -87,7 +88,8 @@ def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
 
 
 def run_training(root: Path, part_file: Path, training: Training) -> None:
-    """Train, test where the run counts, and write the result; a run that failed has its message for a result."""
+    """Train, test where the run counts, and write the result: of a run that failed on the way, its message.
+    Raises what ends it before its first step: that is a mistake, not an outcome."""
     path, part = result_path(root, part_file, training), Part.load(part_file)
     if path.exists():
         return
@@ -97,11 +99,15 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
         **asdict(training),
         "steps": part.steps_of(training.condition),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     fill = _places(root, part, training)
+    config = None if training.arm == START else _config_of(part, training, run_dir, fill)
     try:
-        checkpoint = Path(fill["start"]) if training.arm == START else _train(part, training, run_dir, fill)
+        checkpoint = Path(fill["start"]) if config is None else _train(part, config)
         result |= _outcome(part, training, run_dir, fill, checkpoint)
     except (RuntimeError, ValueError) as error:  # a method may diverge; see its log
+        if not (run_dir / METRICS).exists():
+            raise
         log.info(f"{run_dir}: {error}")
         result["failed"] = str(error)
     result |= {"cpu_seconds": _cpu_seconds() - before, "commit": commit(), "versions": versions()}
@@ -111,12 +117,16 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
     free_device_memory()
 
 
-def _train(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> Path:
-    if (run_dir / "model").exists():
-        return run_dir / "model"
-    verb = VERBS[part.command]
-    _call(verb.train, verb.config, part.config, _filled(settings_of(part, training), fill), run_dir)
-    return run_dir / "model"
+def _config_of(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> schema.RunConfig:
+    settings = [*_filled(settings_of(part, training), fill), f"run_dir={run_dir}"]
+    return load_config(VERBS[part.command].config, config_path(part.config), settings)
+
+
+def _train(part: Part, config: schema.RunConfig) -> Path:
+    model = config.run_dir / "model"
+    if not model.exists():
+        _run(VERBS[part.command].train, config)
+    return model
 
 
 def settings_of(part: Part, training: Training) -> list[str]:
@@ -150,7 +160,7 @@ def _validation(part: Part, training: Training, steps: int) -> tuple[str, ...]:
 def _outcome(
     part: Part, training: Training, run_dir: Path, fill: Mapping[str, str], checkpoint: Path
 ) -> dict[str, Any]:
-    rows = read_rows(run_dir / "metrics.jsonl") if training.arm != START else []
+    rows = read_rows(run_dir / METRICS) if training.arm != START else []
     validation = {
         name: [(r["step"], r[f"accuracy_{name}"]) for r in rows if f"accuracy_{name}" in r] for name in part.sets
     }
@@ -215,10 +225,12 @@ def _places(root: Path, part: Part, training: Training) -> dict[str, str]:
 def _call(
     verb: Callable[..., None], config: type[schema.RunConfig], name: str, settings: Sequence[str], run_dir: Path
 ) -> None:
+    _run(verb, load_config(config, config_path(name), [*settings, f"run_dir={run_dir}"]))
+
+
+def _run(verb: Callable[..., None], config: schema.RunConfig) -> None:
     """A stage in this process, resumed where an earlier one was interrupted."""
-    loaded = load_config(config, config_path(name), [*settings, f"run_dir={run_dir}"])
-    resume = {} if verb is evaluate else {"resume": (run_dir / "config.yaml").exists()}
-    verb(loaded, **resume)
+    verb(config, **({} if verb is evaluate else {"resume": (config.run_dir / "config.yaml").exists()}))
     free_device_memory()
 
 

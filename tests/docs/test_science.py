@@ -42,7 +42,7 @@ def compare(name: str, wanted: str) -> None:
     match = section(name)
     if WRITE:
         text = PAGE.read_text()
-        PAGE.write_text(text[: match.start(1)] + wanted + text[match.end(1) :])
+        PAGE.write_text(text[: match.start(1)] + wanted + "\n\n<!-- end -->" + text[match.end() :])
     else:
         assert match[1] == wanted
 

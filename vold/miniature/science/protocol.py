@@ -122,6 +122,7 @@ class Part(Strict):
     eval_config    of the test, likewise
     curve_every    steps between validations of a run that counts, for curves; 0: none
     sets           measure name -> its problems
+    x_marks        places on the figure's axis that have a name, as published values
     logged         metrics of the last step that are reported beside the accuracies
     extras         of its worlds: solver, or pictures with small digits and a vision teacher
     seconds        CPU seconds that a step is expected to take, before one was measured
@@ -137,6 +138,7 @@ class Part(Strict):
     sets: dict[str, ProblemSet]
     conditions: dict[str, Condition]
     x_label: str = ""
+    x_marks: dict[str, float] = Field({})
     arms: dict[str, Arm]
     sweep: Sweep
     comparisons: tuple[Comparison, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -199,10 +198,13 @@ def _name_conditions(axis: Axes, part: Part) -> None:
         axis.set_xlim(-0.5, len(part.conditions) - 0.5)
         return
     places = _places(part)
-    if min(places) > 0 and max(places) / min(places) >= 100:
-        axis.set_xscale("log")
-    elif math.isclose(min(places), 0) and max(places) >= 100:
-        axis.set_xscale("symlog", linthresh=min(p for p in places if p > 0))
+    least = min(place for place in places if place > 0)
+    if max(places) / least >= 100:
+        axis.set_xscale("log") if min(places) > 0 else axis.set_xscale("symlog", linthresh=least)
     axis.set_xticks(places, [f"{place:g}" for place in places])
     axis.minorticks_off()
     axis.set_xlabel(part.x_label)
+    for name, place in part.x_marks.items():
+        axis.axvline(place, color=INK, linestyle=":", linewidth=1, zorder=0)
+        at = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points"}
+        axis.annotate(name, (place, 0.3), fontsize=8.5, **at)

@@ -198,9 +198,9 @@ def _name_conditions(axis: Axes, part: Part) -> None:
         axis.set_xlim(-0.5, len(part.conditions) - 0.5)
         return
     places = _places(part)
-    least = min(place for place in places if place > 0)
-    if max(places) / least >= 100:
-        axis.set_xscale("log") if min(places) > 0 else axis.set_xscale("symlog", linthresh=least)
+    positive = [place for place in places if place > 0]
+    if positive and max(positive) / min(positive) >= 100:
+        axis.set_xscale("log") if min(places) > 0 else axis.set_xscale("symlog", linthresh=min(positive))
     axis.set_xticks(places, [f"{place:g}" for place in places])
     axis.minorticks_off()
     axis.set_xlabel(part.x_label)

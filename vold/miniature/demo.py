@@ -46,11 +46,14 @@ def run(root: Path = Path("runs"), *, parallel: int = 2) -> None:
 
 def phases(out: Path, world: World) -> list[list[Phase]]:
     """Groups of phases; those of one group do not depend on each other."""
-    rates = {preset: (*SETTINGS, f"optimizer.lr={rate}") for preset, rate in ARMS.items()}
+    trained = [
+        rl_phase(out, world, preset, overrides=(*SETTINGS, f"optimizer.lr={rate}"), steps=STEPS)
+        for preset, rate in ARMS.items()
+    ]
     return [
         [traces_phase(out, world)],
         [sft_phase(out, world), eval_phase(out, world, "base", world.base)],
-        [rl_phase(out, world, preset, overrides=rates[preset], steps=STEPS) for preset in ARMS],
+        trained,
         [eval_phase(out, world, name, out / name / "model") for name in ("sft", *ARMS)],
     ]
 

@@ -120,6 +120,7 @@ class Part(Strict):
     claim          what is tested, and where it was published
     config         below vold/miniature/configs, or a path
     eval_config    of the test, likewise
+    temperature    of all answers that are judged; None: that of the configs
     curve_every    steps between validations of a run that counts, for curves; 0: none
     sets           measure name -> its problems
     x_marks        places on the figure's axis that have a name, as published values
@@ -144,6 +145,7 @@ class Part(Strict):
     comparisons: tuple[Comparison, ...]
     logged: tuple[str, ...] = ()
     curve_every: int = 0
+    temperature: float | None = None
     extras: tuple[Extra, ...] = ()
     seconds: float = 1.0
 

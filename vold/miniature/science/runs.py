@@ -17,7 +17,7 @@ from vold.evaluation.evaluator import evaluate
 from vold.io import log, write_atomically
 from vold.miniature.demo import commit, versions
 from vold.miniature.pipeline import CONFIGS
-from vold.miniature.science.protocol import START, Part, ProblemSet, Start, Training, result_path
+from vold.miniature.science.protocol import START, Part, Start, Training, result_path
 from vold.miniature.science.results import pack
 from vold.miniature.selfplay import labels_right, write_start_rows
 from vold.miniature.worlds import WorldKeys, world_paths, world_root
@@ -151,10 +151,10 @@ def _validation(part: Part, training: Training, steps: int) -> tuple[str, ...]:
     """Validation at the end of a swept run; on the way, for a curve, in one that counts."""
     every = steps if training.swept else part.curve_every
     if part.command == "selfplay":  # it evaluates after every iteration
-        return (f"evaluation.sets={_sets(part.sets, 'validation')}",)
+        return _judged(part, "validation")
     if not every:
         return ("evaluation={}",)
-    return f"evaluation.every={every}", f"evaluation.sets={_sets(part.sets, 'validation')}"
+    return f"evaluation.every={every}", *_judged(part, "validation")
 
 
 def _outcome(
@@ -172,7 +172,7 @@ def _outcome(
         result["logged"] |= {"labels_right": labels_right(run_dir / "bank")}
     if training.swept:
         return result
-    settings = [f"checkpoint={checkpoint}", f"evaluation.sets={_sets(part.sets, 'test')}"]
+    settings = [f"checkpoint={checkpoint}", *_judged(part, "test")]
     tested = run_dir / "test"
     _call(evaluate, schema.EvalConfig, part.eval_config, _filled(settings, fill), tested)
     result["correct"] = _correct(tested / "samples.jsonl")
@@ -180,12 +180,13 @@ def _outcome(
     return result
 
 
-def _sets(sets: Mapping[str, ProblemSet], split: str) -> str:
-    """The `evaluation.sets` of a split as YAML."""
-    items = {
-        name: {"path": getattr(one, split), "layout": one.layout, "limit": one.limit} for name, one in sets.items()
+def _judged(part: Part, split: str) -> tuple[str, ...]:
+    """Overrides: the problems of a split, and how they are answered."""
+    sets = {
+        name: {"path": getattr(one, split), "layout": one.layout, "limit": one.limit} for name, one in part.sets.items()
     }
-    return json.dumps(items)
+    temperature = () if part.temperature is None else (f"evaluation.sampling.temperature={part.temperature}",)
+    return f"evaluation.sets={json.dumps(sets)}", *temperature
 
 
 def _correct(samples: Path) -> dict[str, str]:

@@ -67,8 +67,9 @@ def test_packed_equals_unpacked(pair):
     model, _, vision = pair
     rows = rows_for(model)
     alone = torch.cat([hidden_TD(model, tiny.pack([row]), vision) for row in rows])
-    # as far from it as from transformers: matmuls of other sizes round otherwise, by processor (5.4e-6 on one)
-    torch.testing.assert_close(hidden_TD(model, tiny.pack(rows), vision), alone, rtol=1e-6, atol=1e-5)
+    # the delta rule's matmuls of other sizes round otherwise, by processor (5.4e-6 on one)
+    atol = 1e-5 if model.arch.delta_net is not None else 3e-6
+    torch.testing.assert_close(hidden_TD(model, tiny.pack(rows), vision), alone, rtol=1e-6, atol=atol)
 
 
 def test_gradients_equal_transformers(pair):

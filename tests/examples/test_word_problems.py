@@ -72,7 +72,7 @@ def test_the_hinted_files_ask_the_same_problems(words):
 def test_part_real_asks_in_one_way_and_its_teacher_reads_the_solutions(monkeypatch):
     monkeypatch.chdir(ROOT)
     part = Part.load(part_path("real"))
-    training = next(one for one in part.counted(dict.fromkeys(part.arms, 1e-4)) if one.arm == "hints")
+    training = next(one for one in part.counted(dict.fromkeys(part.cells(), 1e-4)) if one.arm == "hints")
     places = runs._places(ROOT, part, training)
     settings = [Template(text).substitute(places) for text in runs.settings_of(part, training)]
     config = load_config(schema.RlConfig, runs.config_path(part.config), settings)

@@ -15,6 +15,7 @@ from vold.config.schema import RlConfig
 from vold.miniature.science import runs
 from vold.miniature.science.protocol import (
     START,
+    Cell,
     Part,
     Training,
     next_rates,
@@ -45,7 +46,7 @@ PART = {
     "sets": {"text": {"validation": "$val_text", "test": "$test_text", "layout": "orz"}},
     "conditions": {"here": {}, "there": {}},
     "arms": {"a": {"rates": [1e-4, 3e-4, 1e-3]}, "b": {"rates": [3e-4]}},
-    "sweep": {"condition": "here", "seeds": [100]},
+    "sweep": {"conditions": ["here"], "seeds": [100]},
     "comparisons": [{"new": "b", "old": "a", "measures": ["text"]}],
 }
 
@@ -69,8 +70,8 @@ def test_a_part_states_a_fair_comparison(name):
     [
         ({"comparisons": [{"new": "c", "old": "a", "measures": ["text"]}]}, "arm c is not defined"),
         ({"comparisons": [{"new": "b", "old": "a", "measures": ["sound"]}]}, "measure sound is not defined"),
-        ({"sweep": {"condition": "nowhere", "seeds": [100]}}, "condition nowhere is not defined"),
-        ({"sweep": {"condition": "here", "seeds": [3]}}, r"seeds \[3\] are both swept and counted"),
+        ({"sweep": {"conditions": ["nowhere"], "seeds": [100]}}, "condition nowhere is not defined"),
+        ({"sweep": {"conditions": ["here"], "seeds": [3]}}, r"seeds \[3\] are both swept and counted"),
         ({"arms": {"a": {"rates": []}, "b": {"rates": [1e-4]}}}, "at least 1 item"),
         ({"seed": [1]}, "Extra inputs"),
     ],
@@ -116,13 +117,30 @@ def test_answers_keep_their_order():
     assert (unpack(pack(right.tolist())) == right).all()
 
 
+def test_a_condition_is_swept_for_itself_where_the_part_says_so():
+    """Best rates, by condition: here 3e-4, there 1e-3; elsewhere takes those of the first that is swept."""
+    named = {"conditions": {"here": {}, "there": {}, "elsewhere": {}}, "sweep": {"conditions": ["here", "there"]}}
+    part = Part.model_validate(changed(**named))
+    assert part.sweeps() == [("here", "a"), ("there", "a")]
+    results = []
+    for cell, best in zip(part.sweeps(), (3e-4, 1e-3), strict=True):
+        for training in part.tried(cell, part.arms["a"].rates):
+            score = 0.5 if training.rate == best else 0.4
+            results.append(asdict(training) | {"validation": {"text": [[10, score]]}})
+    rates = chosen_rates(results, part)
+    assert [rates[Cell(name, "a")] for name in part.conditions] == [3e-4, 1e-3, 3e-4]
+    assert {t.rate for t in part.counted(rates) if t.condition == "there"} == {1e-3, 3e-4}
+    runs_there = [asdict(Training("there", "a", 0, rate, False)) for rate in (3e-4, 1e-3)]
+    assert counted([*results, *runs_there], part) == runs_there[1:]
+
+
 @pytest.fixture
 def finished(tmp_path):
     """A part whose runs have ended: b is right where a is and on a further 12 % of problems; under `there` it is a."""
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(PART))
     part, rng = Part.load(path), np.random.default_rng(0)
-    for training in part.tried("a", part.arms["a"].rates):
+    for training in part.tried(Cell("here", "a"), part.arms["a"].rates):
         score = {1e-4: 0.3, 3e-4: 0.5, 1e-3: 0.4}[training.rate]
         _write(tmp_path, path, training, {"validation": {"text": [[10, score]]}})
     for seed in part.seeds:
@@ -144,7 +162,7 @@ def _write(root, path, training, outcome):
 def test_findings_are_paired_and_adjusted(finished):
     root, _, part = finished
     every = read_results(root / "science" / "mine")
-    assert chosen_rates(every, part) == {"a": 3e-4, "b": 3e-4}
+    assert chosen_rates(every, part) == dict.fromkeys(part.cells(), 3e-4)
     results = counted(every, part)
     here, there = findings(results, part)
     assert here.estimate.mean == pytest.approx(12, abs=2) and here.verdict == "better"
@@ -195,7 +213,7 @@ def test_every_runs_config_is_valid(name):
 
     part = Part.load(part_path(name))
     verb = runs.VERBS[part.command]
-    for one in part.counted({arm: method.rates[0] for arm, method in part.arms.items()}):
+    for one in part.counted(chosen_rates([], part)):
         training = replace(one, swept=True)
         settings = runs.settings_of(part, training)
         names = {n for text in settings for n in Template(text).get_identifiers()}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vold.miniature.science.protocol import START, Part, Training, part_folder
-from vold.miniature.science.results import Result, read_results
+from vold.miniature.science.results import Result, chosen_rates, read_results
 from vold.miniature.science.runs import COST_FILE, start_path
 from vold.report.tables import markdown
 
@@ -19,9 +19,8 @@ SFT_SECONDS, TEST_SECONDS = 0.2, 5.0
 def budget(root: Path, path: Path, part: Part) -> str:
     """A table of predicted and spent CPU-hours. Sweeps are counted with the rates they begin with."""
     results = read_results(part_folder(root, path))
-    first = {arm: one.rates[0] for arm, one in part.arms.items()}
-    swept = [t for arm, one in part.arms.items() if len(one.rates) > 1 for t in part.tried(arm, one.rates)]
-    counted = part.counted(first)
+    swept = [training for cell in part.sweeps() for training in part.tried(cell, part.arms[cell.arm].rates)]
+    counted = part.counted(chosen_rates([], part))
     done = {False: 0, True: 0}
     for result in results:
         done[result["swept"]] += result["arm"] != START

@@ -8,6 +8,7 @@ once, by the final model of each counted run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -81,9 +82,12 @@ class Arm(Strict):
 
 
 class Sweep(Strict):
-    """Under which condition the arms' rates are tried, with which seeds, and how many at most."""
+    """Under which conditions the arms' rates are tried, with which seeds, and how many rates at most.
 
-    condition: str
+    A condition that is not among them takes the rates of the first.
+    """
+
+    conditions: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = (100, 101)
     most: int = 6
 
@@ -99,6 +103,13 @@ class Comparison(Strict):
     measures: tuple[str, ...]
     conditions: tuple[str, ...] | None = None
     against: str | None = None
+
+
+class Cell(NamedTuple):
+    """An arm under a condition."""
+
+    condition: str
+    arm: str
 
 
 class Contrast(NamedTuple):
@@ -159,7 +170,7 @@ class Part(Strict):
         arms = {name for comparison in self.comparisons for name in (comparison.new, comparison.old)} - {START}
         arms |= {name for condition in self.conditions.values() for name in condition.arms or ()}
         conditions = {name for comparison in self.comparisons for name in comparison.conditions or ()}
-        conditions.add(self.sweep.condition)
+        conditions |= {*self.sweep.conditions}
         conditions |= {comparison.against for comparison in self.comparisons if comparison.against}
         measures = {measure for comparison in self.comparisons for measure in comparison.measures}
         for kind, named, known in (
@@ -207,22 +218,33 @@ class Part(Strict):
         """Length of a training under a condition."""
         return self.conditions[condition].steps or self.steps
 
-    def counted(self, rates: dict[str, float]) -> list[Training]:
+    def cells(self) -> list[Cell]:
+        """Every arm under every condition in which it runs."""
+        return [Cell(name, arm) for name, condition in self.conditions.items() for arm in self.arms_of(condition)]
+
+    def swept_at(self, cell: Cell) -> Cell:
+        """The cell whose sweep gives this one its rate."""
+        if cell.condition in self.sweep.conditions:
+            return cell
+        offered = (Cell(condition, cell.arm) for condition in (*self.sweep.conditions, *self.conditions))
+        return next(one for one in offered if self._runs(one.arm, one.condition))
+
+    def sweeps(self) -> list[Cell]:
+        """The cells that have a sweep."""
+        return list(dict.fromkeys(self.swept_at(cell) for cell in self.cells() if len(self.arms[cell.arm].rates) > 1))
+
+    def counted(self, rates: Mapping[Cell, float]) -> list[Training]:
         """All runs that count, by condition and then by seed, so that an interrupted part has whole pairs."""
         return [
-            Training(name, arm, seed, rates[arm], swept=False)
+            Training(name, arm, seed, rates[Cell(name, arm)], swept=False)
             for name, condition in self.conditions.items()
             for seed in self.seeds
             for arm in self.arms_of(condition)
         ]
 
-    def tried(self, arm: str, rates: tuple[float, ...]) -> list[Training]:
-        """The runs of an arm's sweep at these rates."""
-        condition = self.sweep.condition
-        arms = self.arms_of(self.conditions[condition])
-        if arm not in arms:
-            condition = next(name for name, other in self.conditions.items() if arm in self.arms_of(other))
-        return [Training(condition, arm, seed, rate, swept=True) for rate in rates for seed in self.sweep.seeds]
+    def tried(self, cell: Cell, rates: Sequence[float]) -> list[Training]:
+        """The runs of a cell's sweep at these rates."""
+        return [Training(*cell, seed, rate, swept=True) for rate in rates for seed in self.sweep.seeds]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
 from vold.io import log, write_atomically
-from vold.miniature.science.protocol import START, Part, part_folder
+from vold.miniature.science.protocol import START, Cell, Part, part_folder
 from vold.miniature.science.results import (
     Finding,
     Result,
@@ -54,7 +54,7 @@ def tables(part: Part, results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def accuracy_table(part: Part, results: Sequence[Result], rates: dict[str, float]) -> str:
+def accuracy_table(part: Part, results: Sequence[Result], rates: Mapping[Cell, float]) -> str:
     """A row a cell that has been run: rate, seeds, accuracy with its 95 % interval, and the logged metrics."""
     rows = []
     for condition, one in part.conditions.items():
@@ -66,7 +66,7 @@ def accuracy_table(part: Part, results: Sequence[Result], rates: dict[str, float
             seeds = f"{len(runs) - failed}" + (f" ({failed} failed)" if failed else "")
             measured = [percent(accuracy(results, condition, arm, measure)) for measure in part.sets]
             extra = [_plain(logged(results, condition, arm, key)) for key in part.logged]
-            rate = f"{rates[arm]:g}" if arm in rates else "–"
+            rate = "–" if arm == START else f"{rates[Cell(condition, arm)]:g}"
             rows.append([condition, label(arm), rate, seeds, *measured, *extra])
     return markdown(["condition", "arm", "rate", "seeds", *(f"{m}, %" for m in part.sets), *part.logged], rows)
 
@@ -82,16 +82,16 @@ def findings_table(found: Sequence[Finding]) -> str:
     return markdown(["comparison", "on", "condition", "points [95 %]", "p, Holm", "verdict"], rows)
 
 
-def sweep_table(scores: dict[str, dict[float, float]], rates: dict[str, float]) -> str:
+def sweep_table(scores: Mapping[Cell, dict[float, float]], rates: Mapping[Cell, float]) -> str:
     """Validation accuracy by learning rate; a best rate at an edge of what was tried has a *."""
     rows = []
-    for arm, tried in scores.items():
-        at_edge = rates[arm] in (min(tried), max(tried))
+    for cell, tried in scores.items():
+        at_edge = rates[cell] in (min(tried), max(tried))
         shown = ", ".join(
             f"{rate:g}: {100 * score:.1f}" if score == score else f"{rate:g}: failed" for rate, score in tried.items()
         )
-        rows.append([label(arm), f"{rates[arm]:g}" + ("*" if at_edge else ""), shown])
-    return markdown(["arm", "rate", "validation, %, by rate"], rows)
+        rows.append([cell.condition, label(cell.arm), f"{rates[cell]:g}" + ("*" if at_edge else ""), shown])
+    return markdown(["swept under", "arm", "rate", "validation, %, by rate"], rows)
 
 
 def points(estimate: Estimate) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vold.io import write_atomically
-from vold.miniature.science.protocol import START, Contrast, Part, Training, best_rate, result_path
+from vold.miniature.science.protocol import START, Cell, Contrast, Part, Training, best_rate, result_path
 from vold.miniature.science.statistics import Estimate, crossed, holm, over_seeds
 
 Result = dict[str, Any]
@@ -66,29 +66,33 @@ def begin_with(root: Path, path: Path, results: Sequence[Result]) -> None:
             write_atomically(file, json.dumps(result) + "\n")
 
 
-def sweep_scores(results: Sequence[Result], part: Part) -> dict[str, dict[float, float]]:
-    """Arm -> rate, ascending -> mean validation accuracy over measures and the sweep's seeds, of all that was tried."""
-    scores: dict[str, dict[float, float]] = {}
-    for arm in (name for name, one in part.arms.items() if len(one.rates) > 1):
-        swept = {(r["condition"], r["seed"], r["rate"]): r for r in results if r["swept"] and r["arm"] == arm}
-        for rate in sorted({rate for *_, rate in swept}):
-            tried = [swept.get((t.condition, t.seed, t.rate)) for t in part.tried(arm, (rate,))]
+def sweep_scores(results: Sequence[Result], part: Part) -> dict[Cell, dict[float, float]]:
+    """Swept cell -> rate, ascending -> mean validation accuracy over measures and the sweep's seeds, of all tried."""
+    scores: dict[Cell, dict[float, float]] = {}
+    for cell in part.sweeps():
+        swept = {(r["seed"], r["rate"]): r for r in results if r["swept"] and _cell(r) == cell}
+        for rate in sorted({rate for _, rate in swept}):
+            tried = [swept.get((seed, rate)) for seed in part.sweep.seeds]
             if all(tried):
                 values = [validation(result) for result in tried if result]
-                scores.setdefault(arm, {})[rate] = sum(values) / len(values)
+                scores.setdefault(cell, {})[rate] = sum(values) / len(values)
     return scores
 
 
-def chosen_rates(results: Sequence[Result], part: Part) -> dict[str, float]:
-    """Arm -> the best rate of its sweep so far, or the first that is stated."""
-    scores = sweep_scores(results, part)
-    return {arm: best_rate(scores[arm]) if arm in scores else one.rates[0] for arm, one in part.arms.items()}
+def chosen_rates(results: Sequence[Result], part: Part) -> dict[Cell, float]:
+    """Cell -> the best rate of its sweep so far, or the first that is stated."""
+    best = {cell: best_rate(tried) for cell, tried in sweep_scores(results, part).items()}
+    return {cell: best.get(part.swept_at(cell), part.arms[cell.arm].rates[0]) for cell in part.cells()}
 
 
 def counted(results: Sequence[Result], part: Part) -> list[Result]:
-    """The runs that count: tested, and at the rate that their arm's sweep ended with."""
+    """The runs that count: tested, and at the rate that their cell's sweep ended with."""
     rates = chosen_rates(results, part)
-    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates.get(r["arm"]))]
+    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates.get(_cell(r)))]
+
+
+def _cell(result: Result) -> Cell:
+    return Cell(result["condition"], result["arm"])
 
 
 def validation(result: Result) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vold.io import configure_logging, log
 from vold.miniature.science.budget import budget
-from vold.miniature.science.protocol import START, Part, Training, next_rates, part_folder, part_names, part_path
+from vold.miniature.science.protocol import START, Cell, Part, Training, next_rates, part_folder, part_names, part_path
 from vold.miniature.science.report import write_part
 from vold.miniature.science.results import begin_with, chosen_rates, read_published, read_results, sweep_scores
 from vold.miniature.science.runs import make_start, make_traces, run_training
@@ -44,7 +44,7 @@ def run(
 
 
 def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
-    """Make worlds and starts, sweep each arm's rate to an inner optimum, then run what counts."""
+    """Make worlds and starts, sweep rates to an inner optimum, then run what counts."""
     for world in dict.fromkeys(one.world for one in part.conditions.values() if one.world is not None):
         open_world(root, world, extras=part.extras)
     context = multiprocessing.get_context("spawn")
@@ -61,14 +61,14 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
         _all(pool, "runs", run_training, [(root, path, training) for training in counted])
 
 
-def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict[str, float]:
-    """Arm -> its learning rate. All arms try their next rates together, until none has any."""
-    waiting = {arm: one.rates for arm, one in part.arms.items() if len(one.rates) > 1}
+def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict[Cell, float]:
+    """Cell -> its learning rate. All sweeps try their next rates together, until none has any."""
+    waiting = {cell: part.arms[cell.arm].rates for cell in part.sweeps()}
     while waiting:
-        tried = [training for arm, rates in waiting.items() for training in part.tried(arm, rates)]
+        tried = [training for cell, rates in waiting.items() for training in part.tried(cell, rates)]
         _all(pool, "sweep", run_training, [(root, path, training) for training in tried])
         tables = sweep_scores(read_results(part_folder(root, path)), part)
-        waiting = {arm: more for arm, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
+        waiting = {cell: more for cell, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
     return chosen_rates(read_results(part_folder(root, path)), part)
 
 

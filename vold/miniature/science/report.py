@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def _places(part: Part) -> list[float]:
 
 def _name_conditions(axis: Axes, part: Part) -> None:
     if not _has_axis(part):
-        axis.set_xticks(range(len(part.conditions)), list(part.conditions))
+        axis.set_xticks(range(len(part.conditions)), _lines([*part.conditions]))
         axis.set_xlim(-0.5, len(part.conditions) - 0.5)
         return
     places = _places(part)
@@ -208,3 +209,8 @@ def _name_conditions(axis: Axes, part: Part) -> None:
         axis.axvline(place, color=INK, linestyle=":", linewidth=1, zorder=0)
         at = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points"}
         axis.annotate(name, (place, 0.3), fontsize=8.5, **at)
+
+
+def _lines(names: Sequence[str]) -> list[str]:
+    """Names broken where they would meet under an axis."""
+    return [textwrap.fill(name, 60 // len(names)) for name in names]

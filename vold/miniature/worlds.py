@@ -39,29 +39,31 @@ class WorldKeys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="initial weights of base and teacher, all problems, which facts are wrong")
+    seed: int = Field(
+        default=0, ge=0, description="initial weights of base and teacher, all problems, which facts are wrong"
+    )
     teacher_accuracy: Literal[1.0, 0.84, 0.70] = Field(
-        1.0,
+        default=1.0,
         description="share of whole problems that the text teacher solves: some single facts, as 3*9, it has wrong and "
         "is sure of, the same each time",
     )
     reads_hints: bool = Field(
-        False,
+        default=False,
         description="the base finds a trace's values from the answer `\\boxed{4}` that a self-teacher is shown behind "
         "the problem (vold/miniature/configs/rl.yaml: self_teacher)",
     )
     style: Style = Field(
-        "plain",
+        default="plain",
         description="wordy: teachers write filler words where plain ones write dots, 12 of a trace's 37 tokens; which "
         "words is a matter of style",
     )
     errors: Literal["systematic", "scattered"] = Field(
-        "systematic",
+        default="systematic",
         description="of the solver that self-play starts with; both solve 35 % by drawn responses: by wrong facts, the "
         "same each time, or by facts that are all uncertain, the right value the likeliest",
     )
     degraded: Literal["nothing", "shapes"] = Field(
-        "nothing",
+        default="nothing",
         description="what degraded pictures of VA-OPD show; shapes: large digits, not the small one; their files are "
         "in the column `degraded`",
     )

@@ -36,10 +36,10 @@ class Start(Strict):
     questions   number of questions that it also learns to write, as self-play needs
     """
 
-    steps: int = Field(100, ge=0)
-    traces: int | None = Field(120, ge=1)
+    steps: int = Field(default=100, ge=0)
+    traces: int | None = Field(default=120, ge=1)
     style: Literal["teacher", "other"] = "teacher"
-    questions: int = Field(0, ge=0)
+    questions: int = Field(default=0, ge=0)
 
 
 class ProblemSet(Strict):
@@ -150,7 +150,7 @@ class Part(Strict):
     sets: dict[str, ProblemSet]
     conditions: dict[str, Condition]
     x_label: str = ""
-    x_marks: dict[str, float] = Field({})
+    x_marks: dict[str, float] = Field(default={})
     arms: dict[str, Arm]
     sweep: Sweep
     comparisons: tuple[Comparison, ...]

@@ -12,6 +12,7 @@ import pytest
 from commands import ROOT
 
 from vold.miniature.check import world_facts
+from vold.miniature.science.budget import predicted_hours
 from vold.miniature.science.protocol import START, Part, part_names, part_path
 from vold.miniature.science.report import curves, figure, percent, tables
 from vold.miniature.science.results import Result, accuracy, counted, findings, read_published
@@ -66,8 +67,10 @@ def test_the_page_says_what_has_been_run():
         done = sum(r["arm"] in part.arms for r in runs_that_count(name)) if name in RUN else 0
         hours = f"{sum(r['cpu_seconds'] for r in results(name)) / 3600:.1f}" if name in RUN else "–"
         stated = f"{len(findings(runs_that_count(name), part)) if name in RUN else 0} of {len(part.family)}"
-        rows.append([part.claim.partition(" (")[0], f"`{name}`", f"{done} of {wanted}", stated, hours])
-    header = ["claim", "part", "runs", "comparisons", "CPU-hours"]
+        hours_of = predicted_hours(part)
+        predicted = f"{hours_of['sweep'] + hours_of['counted']:.1f}"
+        rows.append([part.claim.partition(" (")[0], f"`{name}`", f"{done} of {wanted}", stated, predicted, hours])
+    header = ["claim", "part", "runs", "comparisons", "CPU-hours, predicted", "spent"]
     compare("state", markdown(header, rows))
 
 

@@ -17,30 +17,41 @@ SFT_SECONDS, TEST_SECONDS = 0.2, 5.0
 
 
 def budget(root: Path, path: Path, part: Part) -> str:
-    """A table of predicted and spent CPU-hours. Sweeps are counted with the rates they begin with."""
+    """A table of predicted and spent CPU-hours."""
     results = read_results(part_folder(root, path))
-    swept = [training for cell in part.sweeps() for training in part.tried(cell, part.arms[cell.arm].rates)]
-    counted = part.counted(chosen_rates([], part))
     done = {False: 0, True: 0}
     for result in results:
         done[result["swept"]] += result["arm"] != START
+    starts, swept, counted = part.trained_starts(), _swept(part), part.counted(chosen_rates([], part))
+    costs = [
+        json.loads(file.read_text()) for one in starts if (file := start_path(root, *one).with_name(COST_FILE)).exists()
+    ]
+    hours = predicted_hours(part, results)
     rows = [
-        _row("starts", *_starts(root, part)),
-        _row("sweep", len(swept), min(done[True], len(swept)), _seconds(part, results, swept), _spent(results, True)),
-        _row("counted", len(counted), done[False], _seconds(part, results, counted), _spent(results, False)),
+        _row("starts", len(starts), len(costs), hours["starts"], sum(cost["cpu_seconds"] for cost in costs)),
+        _row("sweep", len(swept), min(done[True], len(swept)), hours["sweep"], _spent(results, True)),
+        _row("counted", len(counted), done[False], hours["counted"], _spent(results, False)),
     ]
     return markdown(["CPU-hours", "runs", "done", "predicted", "spent"], rows)
 
 
+def predicted_hours(part: Part, results: Sequence[Result] = ()) -> dict[str, float]:
+    """CPU-hours of a part's starts, sweeps (with the rates they begin with) and counted runs, by a step's seconds in
+    `results`, or by those that the part states."""
+    seconds = {
+        "starts": sum(SFT_SECONDS * start.steps for _, start, _ in part.trained_starts()),
+        "sweep": _seconds(part, results, _swept(part)),
+        "counted": _seconds(part, results, part.counted(chosen_rates([], part))),
+    }
+    return {kind: value / 3600 for kind, value in seconds.items()}
+
+
+def _swept(part: Part) -> list[Training]:
+    return [training for cell in part.sweeps() for training in part.tried(cell, part.arms[cell.arm].rates)]
+
+
 def _row(kind: str, runs: int, done: int, predicted: float, spent: float) -> list[str]:
-    return [kind, str(runs), str(done), f"{predicted / 3600:.2f}", f"{spent / 3600:.2f}"]
-
-
-def _starts(root: Path, part: Part) -> tuple[int, int, float, float]:
-    starts = part.trained_starts()
-    costs = [start_path(root, *one).with_name(COST_FILE) for one in starts]
-    spent = [json.loads(path.read_text())["cpu_seconds"] for path in costs if path.exists()]
-    return len(starts), len(spent), sum(SFT_SECONDS * start.steps for _, start, _ in starts), sum(spent)
+    return [kind, str(runs), str(done), f"{predicted:.2f}", f"{spent / 3600:.2f}"]
 
 
 def _seconds(part: Part, results: Sequence[Result], trainings: Sequence[Training]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vold.miniature.science.protocol import START, Part, Training, part_folder
-from vold.miniature.science.results import Result, chosen_rates, read_results
+from vold.miniature.science.results import Result, chosen_rates, counted, read_results
 from vold.miniature.science.runs import COST_FILE, start_path
 from vold.report.tables import markdown
 
@@ -19,18 +19,22 @@ SFT_SECONDS, TEST_SECONDS = 0.2, 5.0
 def budget(root: Path, path: Path, part: Part) -> str:
     """A table of predicted and spent CPU-hours."""
     results = read_results(part_folder(root, path))
-    done = {False: 0, True: 0}
-    for result in results:
-        done[result["swept"]] += result["arm"] != START
-    starts, swept, counted = part.trained_starts(), _swept(part), part.counted(chosen_rates([], part))
+    starts, swept, wanted = part.trained_starts(), _swept(part), part.counted(chosen_rates([], part))
+    done = sum(result["arm"] != START for result in counted(results, part))
     costs = [
         json.loads(file.read_text()) for one in starts if (file := start_path(root, *one).with_name(COST_FILE)).exists()
     ]
     hours = predicted_hours(part, results)
     rows = [
         _row("starts", len(starts), len(costs), hours["starts"], sum(cost["cpu_seconds"] for cost in costs)),
-        _row("sweep", len(swept), min(done[True], len(swept)), hours["sweep"], _spent(results, True)),
-        _row("counted", len(counted), done[False], hours["counted"], _spent(results, False)),
+        _row(
+            "sweep",
+            len(swept),
+            min(sum(r["swept"] for r in results), len(swept)),
+            hours["sweep"],
+            _spent(results, True),
+        ),
+        _row("counted", len(wanted), done, hours["counted"], _spent(results, False)),
     ]
     return markdown(["CPU-hours", "runs", "done", "predicted", "spent"], rows)
 

@@ -199,16 +199,16 @@ def _name_conditions(axis: Axes, part: Part) -> None:
         axis.set_xlim(-0.5, len(part.conditions) - 0.5)
         return
     places = _places(part)
-    positive = [place for place in places if place > 0]
+    positive = [x for x in places if x > 0]
     if positive and max(positive) / min(positive) >= 100:
         axis.set_xscale("log") if min(places) > 0 else axis.set_xscale("symlog", linthresh=min(positive))
     axis.set_xticks(places, [f"{place:g}" for place in places])
     axis.minorticks_off()
     axis.set_xlabel(part.x_label)
-    for name, place in part.x_marks.items():
-        axis.axvline(place, color=INK, linestyle=":", linewidth=1, zorder=0)
+    for name, x in part.x_marks.items():
+        axis.axvline(x, color=INK, linestyle=":", linewidth=1, zorder=0)
         at = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points"}
-        axis.annotate(name, (place, 0.3), fontsize=8.5, **at)
+        axis.annotate(name, (x, 0.3), fontsize=8.5, **at)
 
 
 def _lines(names: Sequence[str]) -> list[str]:

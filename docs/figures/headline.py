@@ -27,7 +27,6 @@ MODELS = {
     "vold-unmasked": "and the teacher's KL on every response",
     "vold": "and the teacher's KL where a response failed",
 }
-NAMES = {"vold-unmasked": "VOLD without mask"}
 SANS = "-apple-system,'Segoe UI',Roboto,'Helvetica Neue','Noto Sans',Arial,sans-serif"
 MONO = "ui-monospace,'SF Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace"
 THEMES = {
@@ -74,9 +73,9 @@ def bars(report: dict, theme: dict[str, str]) -> list[str]:
     for i, (model, meaning) in enumerate(MODELS.items()):
         top = BARS_TOP + 59 * i
         parts.append(
-            words(BARS_LEFT - 60, top - 7, NAMES.get(model) or label(model), theme["ink"], 13.5, font_weight="600")
+            words(BARS_LEFT - 60, top - 7, label(model), theme["ink"], 13.5, font_weight="600")
         )
-        parts.append(words(BARS_LEFT + (96 if model in NAMES else 0), top - 7, meaning, theme["soft"], 12.5))
+        parts.append(words(BARS_LEFT + (96 if " " in label(model) else 0), top - 7, meaning, theme["soft"], 12.5))
         for row, form in enumerate(("text", "image")):
             value, error = report["accuracy"][model][form], report["stderr"][model][form]
             parts += bar(top + 16 * row, value, error, theme[form], theme)

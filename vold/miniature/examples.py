@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vold.miniature import world
 from vold.miniature.facts import FactTable
-from vold.miniature.tokenizer import BOXED, END_BOXED, EOS, IMAGE, TOKEN_ID
+from vold.miniature.tokenizer import BOXED, END_BOXED, EOS, IMAGE, PAD, TOKEN_ID
 from vold.miniature.world import Problem
 from vold.objectives.visual_advantage import degrade
 
@@ -157,7 +157,7 @@ def collate(
     """
     rows = [_tokens(example, tokenizer) for example in examples]
     longest = max(len(ids) for ids, _ in rows)
-    input_ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    input_ids_BT = torch.full((len(rows), longest), TOKEN_ID[PAD])
     labels_BT = torch.full((len(rows), longest), IGNORED)
     mask_BT = torch.zeros((len(rows), longest), dtype=torch.long)
     for row, (ids, labels) in enumerate(rows):

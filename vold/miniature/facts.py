@@ -93,7 +93,7 @@ def scattered_facts(seed: int, accuracy: float = SOLVER_ACCURACY) -> FactTable:
         weight_OLRV = np.exp(bonus * right_OLRV + noise_OLRV)
         return FactTable(weight_OLRV / weight_OLRV.sum(-1, keepdims=True))
 
-    return _nearest(accuracy, rng, table, np.linspace(0, 8, 801))
+    return _nearest(accuracy, rng, table, np.linspace(0, 8, 801).tolist())
 
 
 def systematic_facts(seed: int, accuracy: float = SOLVER_ACCURACY) -> FactTable:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +72,9 @@ class Checkpoint:
     def __init__(self, directory: Path):
         has_vision = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
         auto_model = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-        self.model = auto_model.from_pretrained(directory).eval()
+        self.model: Any = auto_model.from_pretrained(directory).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.image_processor = AutoImageProcessor.from_pretrained(directory) if has_vision else None
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(directory) if has_vision else None
 
     def measure(self, items: list[Item], batch: int = 100, *, sample: bool = False) -> Measured:
         """Responses to all items (all with pictures or none), greedy or drawn, and the share that is correct."""
@@ -143,7 +144,7 @@ def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]
         "base_image": base_image.accuracy,
         "base_text_read": _read_share(base_text, [expression_of(item.messages[0]["content"]) for item in text]),
         "base_facts": facts_accuracy(base),
-        "base_image_read": _read_share(base_image, [expressions[f"images/{item.image.name}"] for item in image]),
+        "base_image_read": _read_share(base_image, [expressions[f"images/{item.image.name}"] for item in image if item.image]),
     }
 
 

@@ -137,7 +137,7 @@ def run_method(method: str, root: str, *seeds: str) -> None:
         free_device_memory()
     rows = []
     if scores:
-        best = max(scores, key=scores.get)  # the lower rate of equals
+        best = max(scores, key=lambda arm: scores[arm])  # the lower rate of equals
         for seed in (first, *others):
             if run_dir := _train(best.phase(folder, world, seed)):
                 rows.append({"arm": method, "rate": best.rate, "seed": seed, **_test(run_dir, world)})

@@ -102,6 +102,7 @@ def _base_losses() -> Losses:
     tokenizer = make_tokenizer()
 
     def losses(model: PreTrainedModel, phase: PretrainPhase, rng: np.random.Generator) -> dict[str, Tensor]:
+        assert phase.mixture is not None
         text = [base_example(rng, phase.mixture, image=False) for _ in range(phase.text_rows)]
         image = [base_example(rng, phase.mixture, image=True) for _ in range(phase.image_rows)]
         batches = {"text": collate(text, tokenizer, rng), "image": collate(image, tokenizer, rng)}
@@ -203,7 +204,7 @@ def train(model: PreTrainedModel, phase: PretrainPhase, losses: Losses, rng: np.
     for step in range(phase.steps):
         parts = losses(model, phase, rng)
         optimizer.zero_grad()
-        sum(parts.values()).backward()
+        sum(parts.values(), torch.zeros(())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = phase.lr * schedule(step, phase)

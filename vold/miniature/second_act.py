@@ -113,7 +113,7 @@ def run(root: Path = Path("runs"), *, parallel: int = 2, seeds: tuple[int, ...] 
     first, *others = seeds
     run_phases([_phase(paths, arm, rate, first) for arm in ARMS for rate in arm.rates], parallel=parallel)
     scores = {arm.name: {rate: _validation(paths, arm, rate, first) for rate in arm.rates} for arm in ARMS}
-    rates = {name: max(by_rate, key=by_rate.get) for name, by_rate in scores.items()}
+    rates = {name: max(by_rate, key=lambda rate: by_rate[rate]) for name, by_rate in scores.items()}
     run_phases([_phase(paths, arm, rates[arm.name], seed) for seed in others for arm in ARMS], parallel=parallel)
     models = [("base", paths.world.base, first), *(model for seed in seeds for model in _models(paths, rates, seed))]
     run_phases([_evaluation(paths, *model) for model in models], parallel=parallel)

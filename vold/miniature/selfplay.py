@@ -102,6 +102,7 @@ def report(out: Path, world: MiniatureWorld, seeds: Sequence[int], seconds: floa
     """Measure what is in the arms' banks, and write it down."""
     config = load_config(SelfplayConfig, CONFIGS / ARMS["R-Diverse"], _measure(world))
     embedder = open_embedder(config.embedder, config.coder, dtype=torch.float32, device=torch.device("cpu"))
+    assert embedder is not None
     banks = {(arm, seed): Bank(out / f"seed{seed}" / arm / "bank") for arm in ARMS for seed in seeds}
     kept = [bank.count([number]) for bank in banks.values() for number in bank.iterations()]
     measured = {key: _embedded(bank, out / "measured" / f"{key[0]}-{key[1]}", embedder) for key, bank in banks.items()}

@@ -124,12 +124,15 @@ def _tests(data: Path, every: int) -> tuple[str, ...]:
     return f"evaluation.every={every}", f"evaluation.sampling={sampling}", f"evaluation.sets={{{sets}}}"
 
 
-def _train(kind: type[schema.RunConfig], name: str, run_dir: Path, overrides: Sequence[str]) -> None:
+def _train(kind: type[schema.RlConfig | schema.SftConfig], name: str, run_dir: Path, overrides: Sequence[str]) -> None:
     if (run_dir / "model").exists():
         return
     config = load_config(kind, CONFIGS / name, [*overrides, f"run_dir={run_dir}"])
-    train = train_rl if isinstance(config, schema.RlConfig) else train_sft
-    train(config, resume=(run_dir / "config.yaml").exists())
+    resume = (run_dir / "config.yaml").exists()
+    if isinstance(config, schema.RlConfig):
+        train_rl(config, resume=resume)
+    else:
+        train_sft(config, resume=resume)
     free_device_memory()
 
 

@@ -42,7 +42,7 @@ class WorldKeys(BaseModel):
     seed: int = Field(
         default=0, ge=0, description="initial weights of base and teacher, all problems, which facts are wrong"
     )
-    teacher_accuracy: Literal[1.0, 0.84, 0.70] = Field(
+    teacher_accuracy: Literal[1.0, 0.84, 0.70] = Field(  # pyright: ignore[reportInvalidTypeForm]
         default=1.0,
         description="share of whole problems that the text teacher solves: some single facts, as 3*9, it has wrong and "
         "is sure of, the same each time",

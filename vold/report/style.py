@@ -85,7 +85,9 @@ _METRICS_FILE = files("vold.report").joinpath("metrics.yaml").read_text(encoding
 CURVES, _FIELDS = yaml.safe_load_all(_METRICS_FILE)
 METRICS = {key: Metric(**fields) for key, fields in _FIELDS.items()}
 HEALTH = (*(key for key, metric in METRICS.items() if metric.has_limit), "entropy", "grad_norm")
-_ACRONYMS = ("sft", "grpo", "vold", "opd", "rl")
+_NAMES = {name: name.upper() for name in ("sft", "rl", "grpo", "dapo", "gspo", "dcpo", "vold", "opd", "sdpo", "srpo")}
+_NAMES |= {"va-opd": "VA-OPD", "dr-grpo": "Dr.GRPO", "r-zero": "R-Zero", "r-diverse": "R-Diverse"}
+_NAMES |= {"vold-unmasked": "VOLD without mask"}
 
 
 def metric(key: str) -> Metric:
@@ -109,8 +111,8 @@ def arm_of(name: str) -> str:
 
 
 def label(name: str) -> str:
-    """Return a run's name as it is written for people: VOLD for vold; other than known acronyms unchanged."""
-    return name.upper() if name in _ACRONYMS else name
+    """Return a run's name as it is written for people: VOLD for vold; a name of one's own unchanged."""
+    return _NAMES.get(name, name)
 
 
 def short_label(name: str, most: int = 24) -> str:

@@ -20,6 +20,7 @@ def budget(root: Path, path: Path, part: Part) -> str:
     """A table of predicted and spent CPU-hours."""
     results = read_results(part_folder(root, path))
     starts, swept, wanted = part.trained_starts(), _swept(part), part.counted(chosen_rates([], part))
+    tried = min(sum(result["swept"] for result in results), len(swept))  # a sweep may have gone on
     done = sum(result["arm"] != START for result in counted(results, part))
     costs = [
         json.loads(file.read_text()) for one in starts if (file := start_path(root, *one).with_name(COST_FILE)).exists()
@@ -27,13 +28,7 @@ def budget(root: Path, path: Path, part: Part) -> str:
     hours = predicted_hours(part, results)
     rows = [
         _row("starts", len(starts), len(costs), hours["starts"], sum(cost["cpu_seconds"] for cost in costs)),
-        _row(
-            "sweep",
-            len(swept),
-            min(sum(r["swept"] for r in results), len(swept)),
-            hours["sweep"],
-            _spent(results, True),
-        ),
+        _row("sweep", len(swept), tried, hours["sweep"], _spent(results, True)),
         _row("counted", len(wanted), done, hours["counted"], _spent(results, False)),
     ]
     return markdown(["CPU-hours", "runs", "done", "predicted", "spent"], rows)

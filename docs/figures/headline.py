@@ -72,9 +72,7 @@ def bars(report: dict, theme: dict[str, str]) -> list[str]:
     parts = [words(BARS_LEFT - 60, 20, title, theme["ink"], 16, font_weight="600")]
     for i, (model, meaning) in enumerate(MODELS.items()):
         top = BARS_TOP + 59 * i
-        parts.append(
-            words(BARS_LEFT - 60, top - 7, label(model), theme["ink"], 13.5, font_weight="600")
-        )
+        parts.append(words(BARS_LEFT - 60, top - 7, label(model), theme["ink"], 13.5, font_weight="600"))
         parts.append(words(BARS_LEFT + (96 if " " in label(model) else 0), top - 7, meaning, theme["soft"], 12.5))
         for row, form in enumerate(("text", "image")):
             value, error = report["accuracy"][model][form], report["stderr"][model][form]

@@ -58,6 +58,9 @@ def test_both_illusions_are_seen(out, tiny_teacher_dir, tiny_student_dir, capsys
     assert zero["clusters_words"] >= 0.5 and zero["clusters_vectors"] == 1 / 8, "many words, one computation"
     assert zero["recycled"] == 1.0 and diverse["clusters_vectors"] == 1.0 and diverse["recycled"] == 0.0
     assert rows["independent", 0, 1]["labels_right"] == 1.0 and rows["independent", 0, 1]["questions"] == 8
+    facts = {arm: selfplay.bank_facts(out / "seed0" / arm / "bank") for arm in ("R-Zero", "R-Diverse")}
+    assert facts["R-Diverse"] == {"labels_right": 1.0, "distinct_problems": 1.0}
+    assert facts["R-Zero"] == {"labels_right": 0.5, "distinct_problems": 1 / 8}, "other words are no other problem"
     table = (out / "table.md").read_text()
     assert "| R-Zero | 2 | 57.0 ± 5.0 | 50.0 ± 0.0 |" in table and table in capsys.readouterr().out
     assert (out / "diversity.png").read_bytes().startswith(b"\x89PNG")

@@ -138,13 +138,14 @@ def measure_world(world: MiniatureWorld, split: str = "val") -> dict[str, float]
     base = Checkpoint(world.base)
     base_text, base_image = base.measure(text), base.measure(image)
     expressions = json.loads((world.data / EXPRESSIONS_FILE).read_text())
+    pictured = [expressions[f"images/{item.image.name}"] for item in image if item.image]
     return {
         "teacher_text": teacher.accuracy,
         "base_text": base_text.accuracy,
         "base_image": base_image.accuracy,
         "base_text_read": _read_share(base_text, [expression_of(item.messages[0]["content"]) for item in text]),
         "base_facts": facts_accuracy(base),
-        "base_image_read": _read_share(base_image, [expressions[f"images/{item.image.name}"] for item in image if item.image]),
+        "base_image_read": _read_share(base_image, pictured),
     }
 
 

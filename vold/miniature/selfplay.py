@@ -24,8 +24,8 @@ from vold.io import log, write_atomically
 from vold.miniature import world as arithmetic
 from vold.miniature.demo import commit, sft_phase, traces_phase, versions
 from vold.miniature.make import MiniatureWorld, make_world
+from vold.miniature.measure import expression_of
 from vold.miniature.pipeline import CONFIGS, Phase, run_phases
-from vold.miniature.tokenizer import CLOSE, OPEN
 from vold.models.tokenizer import load_tokenizer
 from vold.report.tables import Mean
 from vold.run.run_dir import read_rows
@@ -166,11 +166,14 @@ def _rows(bank: Bank, tokenizer, threshold: float) -> list[dict[str, float]]:
     return rows
 
 
-def labels_right(directory: Path) -> float:
-    """Share of right labels in a bank, over all iterations."""
+def bank_facts(directory: Path) -> dict[str, float]:
+    """Of a bank, over all iterations: `labels_right`, and `distinct_problems`, the share of questions whose expression
+    none before them in their iteration has (other filler words do not make another problem)."""
     bank = Bank(directory)
     right = [label for number in bank.iterations() for label in _right_labels(bank, number)]
-    return sum(right) / len(right)
+    asked = [[expression_of(question.question) for question in bank.read([n])] for n in bank.iterations()]
+    distinct = sum(len(set(expressions)) for expressions in asked)
+    return {"labels_right": sum(right) / len(right), "distinct_problems": distinct / len(right)}
 
 
 def _right_labels(bank: Bank, iteration: int) -> list[bool]:
@@ -179,8 +182,7 @@ def _right_labels(bank: Bank, iteration: int) -> list[bool]:
 
 def _answer(question: str) -> str:
     """The true answer."""
-    inside = question[question.index(OPEN) + 1 : question.index(CLOSE)]
-    return arithmetic.solve(inside.replace("<", "").replace(">", "")).answer
+    return arithmetic.solve(expression_of(question)).answer
 
 
 def _maps(measured: dict[tuple[str, int], Bank]) -> dict[tuple[str, int], list[np.ndarray]]:

@@ -132,10 +132,10 @@ class Part(Strict):
     config         below vold/miniature/configs, or a path
     eval_config    of the test, likewise
     temperature    of all answers that are judged; None: that of the configs
-    curve_every    steps between validations of a run that counts, for curves; 0: none
+    curve_every    steps between validations of a run that counts, for curves; 0: none; self-play's are 1
     sets           measure name -> its problems
     x_marks        places on the figure's axis that have a name, as published values
-    logged         metrics of the last step that are reported beside the accuracies
+    logged         metrics of the last step that are reported beside the accuracies; self-play has its bank's, too
     extras         of its worlds: solver, or pictures with small digits and a vision teacher
     seconds        CPU seconds that a step is expected to take, before one was measured
     """

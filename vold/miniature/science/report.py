@@ -125,7 +125,7 @@ def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
     for axis, condition in zip(panels, part.conditions, strict=True):
         axis.set_title(f"{condition}: {measure}, validation, %", fontsize=9.5)
         axis.yaxis.grid(True)
-        axis.set_xlabel("step")
+        axis.set_xlabel("iteration" if part.command == "selfplay" else "step")
         for arm, colour in colours_of(part).items():
             runs = [r["validation"][measure] for r in results if (r["condition"], r["arm"]) == (condition, arm)]
             if arm == START or not all(runs) or not runs:

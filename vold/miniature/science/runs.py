@@ -19,7 +19,7 @@ from vold.miniature.demo import commit, versions
 from vold.miniature.pipeline import CONFIGS
 from vold.miniature.science.protocol import START, Part, Start, Training, result_path
 from vold.miniature.science.results import pack
-from vold.miniature.selfplay import labels_right, write_start_rows
+from vold.miniature.selfplay import bank_facts, write_start_rows
 from vold.miniature.worlds import WorldKeys, world_paths, world_root
 from vold.run.job import free_device_memory
 from vold.run.run_dir import read_rows
@@ -169,7 +169,7 @@ def _outcome(
         result["logged"] = {key: rows[-1][key] for key in part.logged if key in rows[-1]}
         result["step_cpu_seconds"] = _step_seconds(rows, part)
     if part.command == "selfplay" and rows:
-        result["logged"] |= {"labels_right": labels_right(run_dir / "bank")}
+        result["logged"] |= bank_facts(run_dir / "bank")
     if training.swept:
         return result
     settings = [f"checkpoint={checkpoint}", *_judged(part, "test")]

@@ -120,9 +120,10 @@ def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
     seeds with 95 % intervals."""
     results = counted(results, part)
     measure = next(iter(part.sets))
-    canvas = new_figure(4.6 * len(part.conditions), 3.2)
-    panels = canvas.subplots(1, len(part.conditions), squeeze=False, sharey=True)[0]
-    for axis, condition in zip(panels, part.conditions, strict=True):
+    conditions = [name for name in part.conditions if part.steps_of(name) > part.curve_every]  # others: one point
+    canvas = new_figure(4.6 * len(conditions), 3.2)
+    panels = canvas.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
+    for axis, condition in zip(panels, conditions, strict=True):
         axis.set_title(f"{condition}: {measure}, validation, %", fontsize=9.5)
         axis.yaxis.grid(True)
         axis.set_xlabel("iteration" if part.command == "selfplay" else "step")

@@ -24,7 +24,7 @@ from vold.miniature.science.protocol import (
     part_path,
     result_path,
 )
-from vold.miniature.science.report import tables, write_part
+from vold.miniature.science.report import curves, tables, write_part
 from vold.miniature.science.results import (
     accuracy,
     begin_with,
@@ -38,6 +38,7 @@ from vold.miniature.science.results import (
 )
 from vold.objectives import build_objective
 from vold.train.config_checks import check_rl_config
+from vold.trainer.bad_steps import NoProgress
 
 PART = {
     "claim": "b is better than a",
@@ -74,6 +75,13 @@ def test_a_part_states_a_fair_comparison(name):
         ({"sweep": {"conditions": ["here"], "seeds": [3]}}, r"seeds \[3\] are both swept and counted"),
         ({"arms": {"a": {"rates": []}, "b": {"rates": [1e-4]}}}, "at least 1 item"),
         ({"seed": [1]}, "Extra inputs"),
+        (
+            {
+                "conditions": {"here": {}, "there": {"arms": ["a"]}},
+                "comparisons": [{"new": "b", "old": "a", "measures": ["text"], "conditions": ["here", "there"]}],
+            },
+            "b - a under there: b does not run under there",
+        ),
     ],
 )
 def test_a_part_that_cannot_be_meant_is_refused(changes, message):
@@ -156,7 +164,9 @@ def finished(tmp_path):
 def _write(root, path, training, outcome):
     file = result_path(root, path, training)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(training) | {"cpu_seconds": 1.0, "validation": {}} | outcome))
+    file.write_text(
+        json.dumps(asdict(training) | {"cpu_seconds": 1.0, "validation": {"text": [[5, 0.3], [10, 0.4]]}} | outcome)
+    )
 
 
 def test_findings_are_paired_and_adjusted(finished):
@@ -178,11 +188,23 @@ def test_a_contrast_that_is_not_there_yet_makes_no_other_one_surer(finished):
     assert findings(alone, part)[0].p == findings(results, part)[0].p
 
 
-def test_a_failed_run_is_shown_and_not_averaged(finished):
+def test_a_run_that_diverged_has_nothing_right(finished):
     root, path, part = finished
+    before = findings(counted(read_results(root / "science" / "mine"), part), part)[0]
     _write(root, path, Training("here", "b", 3, 3e-4, False), {"failed": "loss is nan"})
+    file = result_path(root, path, Training("here", "b", 3, 3e-4, False))
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "validation"}))
     results = read_results(root / "science" / "mine")
-    assert "3 (1 failed)" in tables(part, results) and findings(counted(results, part), part)[0].seeds == 3
+    after = findings(counted(results, part), part)[0]
+    assert "4 (1 diverged)" in tables(part, results) and after.seeds == 4
+    assert before.verdict == "better" and after.verdict == "undecided" and after.estimate.mean < before.estimate.mean
+    assert curves(part.model_copy(update={"curve_every": 5}), results)
+
+
+def test_runs_of_other_seeds_do_not_count(finished):
+    root, _, part = finished
+    fewer = part.model_copy(update={"seeds": (0, 1)})
+    assert {r["seed"] for r in counted(read_results(root / "science" / "mine"), fewer)} == {0, 1}
 
 
 def test_a_rate_at_an_edge_is_marked(finished):
@@ -226,21 +248,35 @@ def test_every_runs_config_is_valid(name):
             check_rl_config(config, build_objective(config.objective, config.rollout.max_new_tokens))
 
 
-def test_what_ends_a_run_before_its_first_step_is_not_an_outcome(finished, monkeypatch):
-    root, path, _ = finished
+def test_only_divergence_is_an_outcome(finished, monkeypatch):
+    """What else ends a run is raised, and what it had stays for the next attempt."""
+    root, path, part = finished
     training = Training("here", "b", 7, 3e-4, swept=True)
+    error = ValueError("run_dir is in use by another process")
 
-    def diverges(config, *, resume):
-        if stepped:
-            config.run_dir.mkdir(parents=True)
-            (config.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-        raise ValueError("loss is nan")
+    def train(config, *, resume):
+        (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+        raise error
 
-    monkeypatch.setitem(runs.VERBS, "rl", replace(runs.VERBS["rl"], train=diverges))
-    stepped = False
-    with pytest.raises(ValueError, match="loss is nan"):
-        runs.run_training(root, path, training)
-    assert not result_path(root, path, training).exists()
-    stepped = True
-    runs.run_training(root, path, training)
-    assert json.loads(result_path(root, path, training).read_text())["failed"] == "loss is nan"
+    monkeypatch.setitem(runs.VERBS, "rl", replace(runs.VERBS["rl"], train=train))
+    result = result_path(root, path, training)
+    with pytest.raises(ValueError, match="in use"):
+        runs.run_training(root, path, part, training)
+    assert not result.exists() and (result.with_suffix("") / "checkpoints").exists()
+    error = NoProgress("loss is nan")
+    runs.run_training(root, path, part, training)
+    assert json.loads(result.read_text())["failed"] == "loss is nan"
+
+
+def test_a_result_of_other_settings_is_refused(finished):
+    root, path, part = finished
+    training = Training("here", "b", 0, 3e-4, swept=False)
+    runs.run_training(root, path, part, training)  # a result of before, without a digest, is taken as it is
+    file = result_path(root, path, training)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"design": runs.design(part, training)}))
+    runs.run_training(root, path, part, training)
+    for changes in ({"steps": 500}, {"overrides": ["objective.beta=1"]}, {"conditions": {"here": {"start": None}}}):
+        other = Part.model_validate(PART | changes)
+        with pytest.raises(ValueError, match="is a run of other settings than"):
+            runs.run_training(root, path, other, training)

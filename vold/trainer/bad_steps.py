@@ -17,6 +17,10 @@ from vold.types import Batch, MicroBatch
 REMEDY = "lower optimizer.lr, or look at the last rows of samples.jsonl"
 
 
+class NoProgress(ValueError):
+    """optimizer.max_bad_steps steps in a row changed no parameter."""
+
+
 class BadSteps:
     """Counts bad steps in a row, up to `limit`: those that are not finite, and those without a graded response. A step
     whose gradient is zero is none: it neither counts nor ends the row."""
@@ -29,10 +33,10 @@ class BadSteps:
         self._count = 0
 
     def add(self, reason: str, remedy: str = REMEDY) -> None:
-        """One more, the same on every rank. Raises ValueError, with `remedy`, at the limit."""
+        """One more, the same on every rank. Raises NoProgress, with `remedy`, at the limit."""
         self._count += 1
         if self._count >= self._limit:
-            raise ValueError(
+            raise NoProgress(
                 f"{reason} for {self._count} steps in a row (optimizer.max_bad_steps); no parameter was changed by "
                 f"them; {remedy}"
             )

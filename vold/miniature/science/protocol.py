@@ -135,7 +135,7 @@ class Part(Strict):
     curve_every    steps between validations of a run that counts, for curves; 0: none; self-play's are 1
     sets           measure name -> its problems
     x_marks        places on the figure's axis that have a name, as published values
-    logged         metrics of the last step that are reported beside the accuracies; self-play has its bank's, too
+    logged         metrics, means over steps, that are reported beside the accuracies; self-play has its bank's, too
     extras         of its worlds: solver, or pictures with small digits and a vision teacher
     seconds        CPU seconds that a step is expected to take, before one was measured
     """
@@ -180,6 +180,11 @@ class Part(Strict):
         ):
             if unknown := sorted(named - known.keys()):
                 raise ValueError(f"{kind} {', '.join(unknown)} is not defined; there are {', '.join(known)}")
+        for one in self.comparisons:
+            for arm, condition in [(arm, c) for c in one.conditions or () for arm in (one.new, one.old)]:
+                where = one.against if one.against and arm == one.old else condition
+                if not self._runs(arm, where):
+                    raise ValueError(f"{one.new} - {one.old} under {condition}: {arm} does not run under {where}")
         if overlap := sorted({*self.seeds} & {*self.sweep.seeds}):
             raise ValueError(f"seeds {overlap} are both swept and counted")
         return self

@@ -64,7 +64,7 @@ def accuracy_table(part: Part, results: Sequence[Result], rates: Mapping[Cell, f
             if not runs:
                 continue
             failed = sum("failed" in r for r in runs)
-            seeds = f"{len(runs) - failed}" + (f" ({failed} failed)" if failed else "")
+            seeds = f"{len(runs)}" + (f" ({failed} diverged)" if failed else "")
             measured = [percent(accuracy(results, condition, arm, measure)) for measure in part.sets]
             extra = [_plain(logged(results, condition, arm, key)) for key in part.logged]
             rate = "–" if arm == START else f"{rates[Cell(condition, arm)]:g}"
@@ -128,7 +128,8 @@ def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
         axis.yaxis.grid(True)
         axis.set_xlabel("iteration" if part.command == "selfplay" else "step")
         for arm, colour in colours_of(part).items():
-            runs = [r["validation"][measure] for r in results if (r["condition"], r["arm"]) == (condition, arm)]
+            runs = [r for r in results if (r["condition"], r["arm"]) == (condition, arm) and "failed" not in r]
+            runs = [r["validation"][measure] for r in runs]
             if arm == START or not all(runs) or not runs:
                 continue
             steps = [step for step, _ in runs[0]]

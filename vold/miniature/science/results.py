@@ -86,9 +86,9 @@ def chosen_rates(results: Sequence[Result], part: Part) -> dict[Cell, float]:
 
 
 def counted(results: Sequence[Result], part: Part) -> list[Result]:
-    """The runs that count: tested, and at the rate that their cell's sweep ended with."""
-    rates = chosen_rates(results, part)
-    return [r for r in results if not r["swept"] and (r["arm"] == START or r["rate"] == rates.get(_cell(r)))]
+    """The runs that count: of the part's seeds, tested, and at the rate that their cell's sweep ended with."""
+    rates = chosen_rates(results, part) | {Cell(condition, START): 0.0 for condition in part.conditions}
+    return [r for r in results if not r["swept"] and r["seed"] in part.seeds and r["rate"] == rates.get(_cell(r))]
 
 
 def _cell(result: Result) -> Cell:
@@ -103,12 +103,11 @@ def validation(result: Result) -> float:
 
 
 def answers(results: Sequence[Result], condition: str, arm: str, measure: str) -> dict[int, np.ndarray]:
-    """Seed -> right answers, 0 or 1 [problems], of the runs that count and did not fail."""
-    return {
-        result["seed"]: unpack(result["correct"][measure])
-        for result in results
-        if (result["condition"], result["arm"]) == (condition, arm) and measure in result.get("correct", {})
-    }
+    """Seed -> right answers, 0 or 1 [problems], of the runs that count; one that diverged has none right."""
+    runs = [r for r in results if _cell(r) == (condition, arm)]
+    found = {r["seed"]: unpack(r["correct"][measure]) for r in runs if measure in r.get("correct", {})}
+    count = next((len(unpack(r["correct"][measure])) for r in results if measure in r.get("correct", {})), 0)
+    return {r["seed"]: np.zeros(count, int) for r in runs if "failed" in r} | found
 
 
 def accuracy(results: Sequence[Result], condition: str, arm: str, measure: str) -> Estimate | None:

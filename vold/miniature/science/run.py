@@ -58,7 +58,7 @@ def run_part(root: Path, path: Path, part: Part, parallel: int) -> None:
         _all(pool, "starts", make_start, [(root, *start) for start in starts])
         rates = sweep(root, path, part, pool)
         counted = [*part.counted(rates), *_starts_of(part)]
-        _all(pool, "runs", run_training, [(root, path, training) for training in counted])
+        _all(pool, "runs", run_training, [(root, path, part, training) for training in counted])
 
 
 def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict[Cell, float]:
@@ -66,7 +66,7 @@ def sweep(root: Path, path: Path, part: Part, pool: ProcessPoolExecutor) -> dict
     waiting = {cell: part.arms[cell.arm].rates for cell in part.sweeps()}
     while waiting:
         tried = [training for cell, rates in waiting.items() for training in part.tried(cell, rates)]
-        _all(pool, "sweep", run_training, [(root, path, training) for training in tried])
+        _all(pool, "sweep", run_training, [(root, path, part, training) for training in tried])
         tables = sweep_scores(read_results(part_folder(root, path)), part)
         waiting = {cell: more for cell, scores in tables.items() if (more := next_rates(scores, part.sweep.most))}
     return chosen_rates(read_results(part_folder(root, path)), part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import resource
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from string import Template
 from typing import Any
 
@@ -27,6 +29,7 @@ from vold.selfplay.loop import run_selfplay
 from vold.train.rl import train_rl
 from vold.train.sft import train_sft
 from vold.train.teacher_traces import generate_traces
+from vold.trainer.bad_steps import NoProgress
 
 BULKY = ("checkpoints", "model")
 METRICS = "metrics.jsonl"
@@ -87,17 +90,22 @@ def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
     write_atomically(run_dir / COST_FILE, json.dumps({"cpu_seconds": _cpu_seconds() - before}) + "\n")
 
 
-def run_training(root: Path, part_file: Path, training: Training) -> None:
-    """Train, test where the run counts, and write the result: of a run that failed on the way, its message.
-    Raises what ends it before its first step: that is a mistake, not an outcome."""
-    path, part = result_path(root, part_file, training), Part.load(part_file)
+def run_training(root: Path, part_file: Path, part: Part, training: Training) -> None:
+    """Train, test where the run counts, and write the result; of a run that diverged, its message. Anything else that
+    ends it is raised. Raises ValueError where there is a result of other settings."""
+    path, asked = result_path(root, part_file, training), design(part, training)
     if path.exists():
+        if json.loads(path.read_text()).get("design", asked) != asked:  # those of before have none
+            raise ValueError(
+                f"{path} is a run of other settings than {part_file} has now; remove it, or rename the part"
+            )
         return
     run_dir, before = path.with_suffix(""), _cpu_seconds()
     result: dict[str, Any] = {
         "part": part_file.stem,
         **asdict(training),
         "steps": part.steps_of(training.condition),
+        "design": asked,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fill = _places(root, part, training)
@@ -105,9 +113,7 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
     try:
         checkpoint = Path(fill["start"]) if config is None else _train(part, config)
         result |= _outcome(part, training, run_dir, fill, checkpoint)
-    except (RuntimeError, ValueError) as error:  # a method may diverge; see its log
-        if not (run_dir / METRICS).exists():
-            raise
+    except NoProgress as error:
         log.info(f"{run_dir}: {error}")
         result["failed"] = str(error)
     result |= {"cpu_seconds": _cpu_seconds() - before, "commit": commit(), "versions": versions()}
@@ -115,6 +121,14 @@ def run_training(root: Path, part_file: Path, training: Training) -> None:
     for folder in BULKY:
         shutil.rmtree(run_dir / folder, ignore_errors=True)
     free_device_memory()
+
+
+def design(part: Part, training: Training) -> str:
+    """A digest of all that a part states of one run: world, start, settings, problems."""
+    condition = part.conditions[training.condition]
+    place = condition.model_dump(include={"world", "start"})
+    settings = [part.command, part.config, part.eval_config, *settings_of(part, training), *_judged(part, "test")]
+    return hashlib.sha256(json.dumps([place, settings]).encode()).hexdigest()[:12]
 
 
 def _config_of(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> schema.RunConfig:
@@ -166,7 +180,7 @@ def _outcome(
     }
     result: dict[str, Any] = {"validation": validation}
     if rows:
-        result["logged"] = {key: rows[-1][key] for key in part.logged if key in rows[-1]}
+        result["logged"] = {key: mean(row[key] for row in rows if key in row) for key in part.logged if key in rows[-1]}
         result["step_cpu_seconds"] = _step_seconds(rows, part)
     if part.command == "selfplay" and rows:
         result["logged"] |= bank_facts(run_dir / "bank")

@@ -138,8 +138,8 @@ def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
             axis.plot(steps, means, color=colour, label=label(arm), marker="o", markersize=3.5)
             lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
             axis.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
-    handles, labels = canvas.axes[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower left", ncols=6)
+    named = {name: line for axis in panels for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    canvas.legend(named.values(), named.keys(), loc="outside lower left", ncols=6)
     return figure_bytes(canvas, fmt)
 
 

@@ -269,14 +269,16 @@ def test_only_divergence_is_an_outcome(finished, monkeypatch):
     assert json.loads(result.read_text())["failed"] == "loss is nan"
 
 
-def test_a_result_of_other_settings_is_refused(finished):
+@pytest.mark.parametrize("training", [Training("here", "b", 0, 3e-4, False), Training("here", START, 0, 0.0, False)])
+def test_a_result_of_other_settings_is_refused(finished, training):
     root, path, part = finished
-    training = Training("here", "b", 0, 3e-4, swept=False)
+    _write(root, path, training, {})
     runs.run_training(root, path, part, training)  # a result of before, without a digest, is taken as it is
     file = result_path(root, path, training)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"design": runs.design(part, training)}))
     runs.run_training(root, path, part, training)
-    for changes in ({"steps": 500}, {"overrides": ["objective.beta=1"]}, {"conditions": {"here": {"start": None}}}):
+    changed_runs = ({"steps": 500}, {"overrides": ["objective.beta=1"]}) if training.arm != START else ()
+    for changes in (*changed_runs, {"conditions": {"here": {"start": None}}}, {"temperature": 1.0}):
         other = Part.model_validate(PART | changes)
         with pytest.raises(ValueError, match="is a run of other settings than"):
             runs.run_training(root, path, other, training)

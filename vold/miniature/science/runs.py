@@ -127,7 +127,8 @@ def design(part: Part, training: Training) -> str:
     """A digest of all that a part states of one run: world, start, settings, problems."""
     condition = part.conditions[training.condition]
     place = condition.model_dump(include={"world", "start"})
-    settings = [part.command, part.config, part.eval_config, *settings_of(part, training), *_judged(part, "test")]
+    trained = [] if training.arm == START else [part.command, part.config, *settings_of(part, training)]
+    settings = [*trained, part.eval_config, *_judged(part, "test")]
     return hashlib.sha256(json.dumps([place, settings]).encode()).hexdigest()[:12]
 
 

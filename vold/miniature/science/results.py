@@ -107,7 +107,8 @@ def answers(results: Sequence[Result], condition: str, arm: str, measure: str) -
     runs = [r for r in results if _cell(r) == (condition, arm)]
     found = {r["seed"]: unpack(r["correct"][measure]) for r in runs if measure in r.get("correct", {})}
     count = next((len(unpack(r["correct"][measure])) for r in results if measure in r.get("correct", {})), 0)
-    return {r["seed"]: np.zeros(count, int) for r in runs if "failed" in r} | found
+    diverged = [r["seed"] for r in runs if "failed" in r] if count else []
+    return dict.fromkeys(diverged, np.zeros(count, int)) | found
 
 
 def accuracy(results: Sequence[Result], condition: str, arm: str, measure: str) -> Estimate | None:

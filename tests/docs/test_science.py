@@ -21,7 +21,7 @@ from vold.miniature.science.protocol import START, Part, part_names, part_path
 from vold.miniature.science.report import curves, figure, percent, points, tables
 from vold.miniature.science.results import Result, accuracy, answers, counted, findings, read_published
 from vold.miniature.science.statistics import crossed
-from vold.miniature.worlds import WorldKeys, fact_table
+from vold.miniature.worlds import fact_table
 from vold.report.style import label
 from vold.report.tables import markdown
 
@@ -92,22 +92,25 @@ def test_a_part_that_has_been_run_is_told(name):
 
 
 def test_where_the_mask_helps(tmp_path):
-    """Text problems of the condition where it does, by whether they meet a fact that the teacher holds wrong."""
-    part, keys = Part.load(part_path("mask")), WorldKeys(teacher_accuracy=0.7)
-    problems = load_text_items(write_held_out(tmp_path / "held-out", keys.seed) / "test_text.json")
+    """Text problems by whether they meet a fact that the teacher holds wrong."""
+    part, found = Part.load(part_path("mask")), runs_that_count("mask")
+    problems = load_text_items(write_held_out(tmp_path / "held-out", seed=0) / "test_text.json")
     expressions = [expression_of(problem.messages[0]["content"]) for problem in problems]
-    held = fact_table(keys)
-    wrong = np.array([held.solve(one) != arithmetic.solve(one) for one in expressions])
-    condition, found = "70 %, 150 steps", runs_that_count("mask")
-    right = {arm: answers(found, condition, arm, "text") for arm in (START, "grpo", "vold-unmasked", "vold")}
-    scores = {arm: 100.0 * np.stack([rows[seed] for seed in part.seeds]) for arm, rows in right.items()}
-    halves = {f"its facts wrong ({100 * wrong.mean():.0f} %)": wrong, f"right ({100 * (~wrong).mean():.0f} %)": ~wrong}
-    rows = [
-        [label(arm), *(percent(crossed(score[:, half])) for half in halves.values())] for arm, score in scores.items()
-    ]
-    gain = scores["vold"] - scores["vold-unmasked"]
-    rows.append(["VOLD − VOLD without mask", *(points(crossed(gain[:, half])) for half in halves.values())])
-    compare("mask by facts", markdown(["text, %", *halves], rows))
+    rows = []
+    for condition in ("teacher 84 %", "teacher 70 %", "70 %, 150 steps"):
+        world = part.conditions[condition].world
+        assert world and world.seed == 0
+        held = fact_table(world)
+        wrong = np.array([held.solve(one) != arithmetic.solve(one) for one in expressions])
+        halves = (wrong, ~wrong)
+        right = {arm: answers(found, condition, arm, "text") for arm in (START, "grpo", "vold-unmasked", "vold")}
+        scores = {arm: 100.0 * np.stack([run[seed] for seed in part.seeds]) for arm, run in right.items()}
+        for arm, score in scores.items():
+            rows.append([condition, label(arm), *(percent(crossed(score[:, half])) for half in halves)])
+        gain = scores["vold"] - scores["vold-unmasked"]
+        differences = [points(crossed(gain[:, half])) for half in halves]
+        rows.append([f"{condition}: {100 * wrong.mean():.0f} % wrong", "VOLD − VOLD without mask", *differences])
+    compare("mask by facts", markdown(["condition", "text, %", "teacher's facts wrong", "right"], rows))
 
 
 @pytest.mark.parametrize("page", ["docs/science.md", "README.md"])

@@ -359,3 +359,8 @@ class StepReport:
     metrics: dict[str, float]
     mean_kl: dict[int, float] = field(default_factory=dict)
     tokens: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+
+
+class Diverged(ValueError):
+    """Training that cannot go on with its weights: optimizer.max_bad_steps steps in a row changed none, or they are no
+    longer finite."""

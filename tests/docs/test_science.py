@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from vold.miniature.check import world_facts
 from vold.miniature.data import write_held_out
 from vold.miniature.measure import expression_of, load_text_items
 from vold.miniature.science.budget import predicted_hours
-from vold.miniature.science.protocol import START, Part, Training, part_names, part_path
+from vold.miniature.science.protocol import START, Part, part_names, part_path
 from vold.miniature.science.report import curves, figure, percent, points, tables
-from vold.miniature.science.results import Result, accuracy, answers, counted, findings, read_published
+from vold.miniature.science.results import Result, accuracy, answers, counted, findings, read_published, training_of
 from vold.miniature.science.runs import design
 from vold.miniature.science.statistics import crossed
 from vold.miniature.worlds import fact_table
@@ -61,9 +60,9 @@ def compare(name: str, wanted: str) -> None:
 def test_a_parts_tables_are_those_of_its_results(name):
     part = Part.load(part_path(name))
     for r in results(name):
-        training = Training(*(r[one.name] for one in fields(Training)))
-        asked = {"steps": part.steps_of(training.condition), "design": design(part, training)}
-        assert asked | r == r | asked, f"{training.name} is of other settings"
+        training = training_of(r)
+        stated = {"steps": part.steps_of(training.condition), "design": design(part, training)}
+        assert stated | r == r | stated, f"{training.name} is of other settings"
     compare(name, tables(part, results(name)))
     if WRITE:
         (DATA / f"{name}.png").write_bytes(figure(part, results(name), "png"))
@@ -105,8 +104,8 @@ def test_where_the_mask_helps(tmp_path):
     for condition in ("teacher 84 %", "teacher 70 %", "70 %, 150 steps"):
         world = part.conditions[condition].world
         assert world and world.seed == 0
-        held = fact_table(world)
-        wrong = np.array([held.solve(one) != arithmetic.solve(one) for one in expressions])
+        teachers_facts = fact_table(world)
+        wrong = np.array([teachers_facts.solve(one) != arithmetic.solve(one) for one in expressions])
         halves = (wrong, ~wrong)
         right = {arm: answers(found, condition, arm, "text") for arm in (START, "grpo", "vold-unmasked", "vold")}
         scores = {arm: 100.0 * np.stack([run[seed] for seed in part.seeds]) for arm, run in right.items()}

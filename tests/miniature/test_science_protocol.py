@@ -38,7 +38,7 @@ from vold.miniature.science.results import (
 )
 from vold.objectives import build_objective
 from vold.train.config_checks import check_rl_config
-from vold.trainer.bad_steps import NoProgress
+from vold.types import Diverged
 
 PART = {
     "claim": "b is better than a",
@@ -264,7 +264,7 @@ def test_only_divergence_is_an_outcome(finished, monkeypatch):
     with pytest.raises(ValueError, match="in use"):
         runs.run_training(root, path, part, training)
     assert not result.exists() and (result.with_suffix("") / "checkpoints").exists()
-    error = NoProgress("loss is nan")
+    error = Diverged("loss is nan")
     runs.run_training(root, path, part, training)
     assert json.loads(result.read_text())["failed"] == "loss is nan"
 

@@ -26,3 +26,16 @@ def test_stale_weights_raise_the_alarm(world, layout):
         probe.check(sampler, trainer.logprobs)
     sampler.load_weights(trainer.weights())
     assert probe.check(sampler, trainer.logprobs)["parity_max"] < 1e-4
+
+
+def test_weights_that_overflowed_are_divergence(world):
+    from support.steps import make_groups
+    from vold.rollout import ParityProbe, TransformersSampler
+    from vold.types import Diverged
+
+    sampler = TransformersSampler(world.student, dtype=torch.float32, device=torch.device("cpu"))
+    rollout = make_groups([[1.0, 0.0, 0.0]])[0].rollouts[0]
+    probe = ParityProbe([(rollout.prompt, rollout.response_ids)], encode_text, 1.05)
+    overflowed = [float("nan")] * len(rollout.response_ids)
+    with pytest.raises(Diverged, match="the trainer's log-probs are NaN or infinite"):
+        probe.check(sampler, lambda batch: {0: overflowed})

@@ -171,8 +171,7 @@ def bank_facts(directory: Path) -> dict[str, float]:
     none before them in their iteration has (other filler words do not make another problem)."""
     bank = Bank(directory)
     right = [label for number in bank.iterations() for label in _right_labels(bank, number)]
-    asked = [[expression_of(question.question) for question in bank.read([n])] for n in bank.iterations()]
-    distinct = sum(len(set(expressions)) for expressions in asked)
+    distinct = sum(len({expression_of(q.question) for q in bank.read([number])}) for number in bank.iterations())
     return {"labels_right": sum(right) / len(right), "distinct_problems": distinct / len(right)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vold.data.packing import PromptEncoder, pack
 from vold.rollout.sampler import Sampler
-from vold.types import Batch, Prompt, Sample, TokenIds
+from vold.types import Batch, Diverged, Prompt, Sample, TokenIds
 
 TrainerLogprobs = Callable[[Batch], dict[int, list[float]]]
 
@@ -27,7 +27,8 @@ class ParityProbe:
 
     def check(self, sampler: Sampler, trainer_logprobs: TrainerLogprobs) -> dict[str, float]:
         """`parity_error`, the mean of exp|logp sampler - logp trainer| over all tokens, and `parity_max`, the greatest
-        difference in nats. Raises ValueError where the error exceeds the limit."""
+        difference in nats. Raises ValueError where the error exceeds the limit, Diverged where log-probs are
+        not finite."""
         logp_trainer = trainer_logprobs(self._batch)
         pairs = [
             pair
@@ -36,7 +37,7 @@ class ParityProbe:
         ]
         for which, logps in zip(("sampler", "trainer"), zip(*pairs, strict=True), strict=True):
             if not all(map(math.isfinite, logps)):
-                raise ValueError(
+                raise Diverged(
                     f"the {which}'s log-probs are NaN or infinite after a weight sync: weights overflowed; --resume "
                     "from the last checkpoint with a lower optimizer.lr or clip_grad"
                 )

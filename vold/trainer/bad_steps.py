@@ -12,13 +12,9 @@ from torch import Tensor
 
 from vold.io import log
 from vold.trainer.metrics import MicroBatchStats
-from vold.types import Batch, MicroBatch
+from vold.types import Batch, Diverged, MicroBatch
 
 REMEDY = "lower optimizer.lr, or look at the last rows of samples.jsonl"
-
-
-class NoProgress(ValueError):
-    """optimizer.max_bad_steps steps in a row changed no parameter."""
 
 
 class BadSteps:
@@ -33,10 +29,10 @@ class BadSteps:
         self._count = 0
 
     def add(self, reason: str, remedy: str = REMEDY) -> None:
-        """One more, the same on every rank. Raises NoProgress, with `remedy`, at the limit."""
+        """One more, the same on every rank. Raises Diverged, with `remedy`, at the limit."""
         self._count += 1
         if self._count >= self._limit:
-            raise NoProgress(
+            raise Diverged(
                 f"{reason} for {self._count} steps in a row (optimizer.max_bad_steps); no parameter was changed by "
                 f"them; {remedy}"
             )

@@ -265,7 +265,7 @@ class Trainer:
 
     def skip(self, reason: str, remedy: str) -> StepReport:
         """Record a step without samples: no parameter or moment changes, the schedule advances, rank 0 logs `reason`.
-        Raises NoProgress, with `remedy`, after optimizer.max_bad_steps bad steps in a row. All ranks call."""
+        Raises Diverged, with `remedy`, after optimizer.max_bad_steps bad steps in a row. All ranks call."""
         bad_steps.warn(reason)
         self.schedule.step(1)
         self._bad_steps.add(reason, remedy)

@@ -181,10 +181,10 @@ class Part(Strict):
             if unknown := sorted(named - known.keys()):
                 raise ValueError(f"{kind} {', '.join(unknown)} is not defined; there are {', '.join(known)}")
         for one in self.comparisons:
-            for arm, condition in [(arm, c) for c in one.conditions or () for arm in (one.new, one.old)]:
-                where = one.against if one.against and arm == one.old else condition
-                if not self._runs(arm, where):
-                    raise ValueError(f"{one.new} - {one.old} under {condition}: {arm} does not run under {where}")
+            for condition in one.conditions or ():
+                for arm, where in ((one.new, condition), (one.old, one.against or condition)):
+                    if not self._runs(arm, where):
+                        raise ValueError(f"{one.new} - {one.old} under {condition}: {arm} does not run under {where}")
         if overlap := sorted({*self.seeds} & {*self.sweep.seeds}):
             raise ValueError(f"seeds {overlap} are both swept and counted")
         return self

@@ -128,8 +128,8 @@ def curves(part: Part, results: Sequence[Result], fmt: Format = "svg") -> bytes:
         axis.yaxis.grid(True)
         axis.set_xlabel("iteration" if part.command == "selfplay" else "step")
         for arm, colour in colours_of(part).items():
-            runs = [r for r in results if (r["condition"], r["arm"]) == (condition, arm) and "failed" not in r]
-            runs = [r["validation"][measure] for r in runs]
+            of_cell = [r for r in results if (r["condition"], r["arm"]) == (condition, arm)]
+            runs = [r["validation"][measure] for r in of_cell if "failed" not in r]
             if arm == START or not all(runs) or not runs:
                 continue
             steps = [step for step, _ in runs[0]]

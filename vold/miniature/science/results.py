@@ -57,10 +57,15 @@ def read_published(file: Path) -> list[Result]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def training_of(result: Result) -> Training:
+    """The run that a result is of."""
+    return Training(*(result[one.name] for one in fields(Training)))
+
+
 def begin_with(root: Path, path: Path, results: Sequence[Result]) -> None:
     """Put runs that were made elsewhere among those of the part at `path`, where it has none of their name."""
     for result in results:
-        file = result_path(root, path, Training(*(result[one.name] for one in fields(Training))))
+        file = result_path(root, path, training_of(result))
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(result) + "\n")
@@ -105,10 +110,10 @@ def validation(result: Result) -> float:
 def answers(results: Sequence[Result], condition: str, arm: str, measure: str) -> dict[int, np.ndarray]:
     """Seed -> right answers, 0 or 1 [problems], of the runs that count; one that diverged has none right."""
     runs = [r for r in results if _cell(r) == (condition, arm)]
-    found = {r["seed"]: unpack(r["correct"][measure]) for r in runs if measure in r.get("correct", {})}
+    tested = {r["seed"]: unpack(r["correct"][measure]) for r in runs if measure in r.get("correct", {})}
     count = next((len(unpack(r["correct"][measure])) for r in results if measure in r.get("correct", {})), 0)
     diverged = [r["seed"] for r in runs if "failed" in r] if count else []
-    return dict.fromkeys(diverged, np.zeros(count, int)) | found
+    return dict.fromkeys(diverged, np.zeros(count, int)) | tested
 
 
 def accuracy(results: Sequence[Result], condition: str, arm: str, measure: str) -> Estimate | None:

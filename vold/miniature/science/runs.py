@@ -29,7 +29,7 @@ from vold.selfplay.loop import run_selfplay
 from vold.train.rl import train_rl
 from vold.train.sft import train_sft
 from vold.train.teacher_traces import generate_traces
-from vold.trainer.bad_steps import NoProgress
+from vold.types import Diverged
 
 BULKY = ("checkpoints", "model")
 METRICS = "metrics.jsonl"
@@ -93,9 +93,9 @@ def make_start(root: Path, world: WorldKeys, start: Start, seed: int) -> None:
 def run_training(root: Path, part_file: Path, part: Part, training: Training) -> None:
     """Train, test where the run counts, and write the result; of a run that diverged, its message. Anything else that
     ends it is raised. Raises ValueError where there is a result of other settings."""
-    path, asked = result_path(root, part_file, training), design(part, training)
+    path, digest = result_path(root, part_file, training), design(part, training)
     if path.exists():
-        if json.loads(path.read_text()).get("design", asked) != asked:  # those of before have none
+        if json.loads(path.read_text()).get("design", digest) != digest:  # those of before have none
             raise ValueError(
                 f"{path} is a run of other settings than {part_file} has now; remove it, or rename the part"
             )
@@ -105,7 +105,7 @@ def run_training(root: Path, part_file: Path, part: Part, training: Training) ->
         "part": part_file.stem,
         **asdict(training),
         "steps": part.steps_of(training.condition),
-        "design": asked,
+        "design": digest,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fill = _places(root, part, training)
@@ -113,7 +113,7 @@ def run_training(root: Path, part_file: Path, part: Part, training: Training) ->
     try:
         checkpoint = Path(fill["start"]) if config is None else _train(part, config)
         result |= _outcome(part, training, run_dir, fill, checkpoint)
-    except NoProgress as error:
+    except Diverged as error:
         log.info(f"{run_dir}: {error}")
         result["failed"] = str(error)
     result |= {"cpu_seconds": _cpu_seconds() - before, "commit": commit(), "versions": versions()}
@@ -126,10 +126,10 @@ def run_training(root: Path, part_file: Path, part: Part, training: Training) ->
 def design(part: Part, training: Training) -> str:
     """A digest of all that a part states of one run: world, start, settings, problems."""
     condition = part.conditions[training.condition]
-    place = condition.model_dump(include={"world", "start"})
-    trained = [] if training.arm == START else [part.command, part.config, *settings_of(part, training)]
-    settings = [*trained, part.eval_config, *_judged(part, "test")]
-    return hashlib.sha256(json.dumps([place, settings]).encode()).hexdigest()[:12]
+    world_and_start = condition.model_dump(include={"world", "start"})
+    training_settings = [] if training.arm == START else [part.command, part.config, *settings_of(part, training)]
+    settings = [*training_settings, part.eval_config, *_judged(part, "test")]
+    return hashlib.sha256(json.dumps([world_and_start, settings]).encode()).hexdigest()[:12]
 
 
 def _config_of(part: Part, training: Training, run_dir: Path, fill: Mapping[str, str]) -> schema.RunConfig:
